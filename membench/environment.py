@@ -1,0 +1,93 @@
+"""What a figure depends on: machine, versions, commit, threads."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+_PACKAGES = ("membench", "torch", "transformers", "torchao", "numpy")
+_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "MALLOC_ARENA_MAX", "LD_PRELOAD")
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity, and a container's quota where there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return cores
+
+
+def available_bytes() -> int:
+    """Memory that can still be taken: the machine's, or a container's where that is less."""
+    available = psutil.virtual_memory().available
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit != "max":
+            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+            available = min(available, max(0, int(limit) - used))
+    except (OSError, ValueError):
+        pass
+    return available
+
+
+def worker_environment(threads: int) -> dict[str, str]:
+    """The environment a worker starts in. Passive waiting keeps OpenMP from spinning against other work."""
+    environment = dict(os.environ)
+    environment["OMP_NUM_THREADS"] = str(threads)
+    environment["OPENBLAS_NUM_THREADS"] = "1"  # else importing numpy starts threads before the fork
+    environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for CUDA must not touch it before the fork
+    environment["PYTHONHASHSEED"] = "0"
+    if "GOMP_SPINCOUNT" not in environment:
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return environment
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    try:
+        shown = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return shown.stdout.strip() or None if shown.returncode == 0 else None
+
+
+def _processor() -> str | None:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        return None
+    return None
+
+
+def describe(threads: int) -> dict[str, Any]:
+    """The machine's description that stands in every record."""
+    environment = worker_environment(threads)
+    return {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": usable_cores(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "python": platform.python_version(),
+        "packages": {package: _version(package) for package in _PACKAGES},
+        "commit": _commit(),
+        "threads": threads,
+        "variables": {name: environment.get(name) for name in _VARIABLES},
+    }

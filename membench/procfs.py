@@ -1,0 +1,85 @@
+"""Reading and resetting a process's memory through /proc (Linux). No torch, no state."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class Resident:
+    """Resident memory at one moment; ``peak_bytes`` is the kernel's own peak since the last reset."""
+
+    anonymous_bytes: int
+    file_bytes: int
+    peak_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.anonymous_bytes + self.file_bytes
+
+
+def resident(pid: int | str = "self") -> Resident:
+    """Resident memory from /proc/<pid>/status; shared memory counts as file pages."""
+    found: dict[str, int] = {}
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key in ("RssAnon", "RssFile", "RssShmem", "VmHWM"):
+            found[key] = int(value.split()[0]) * 1024
+    return Resident(found["RssAnon"], found["RssFile"] + found["RssShmem"], found["VmHWM"])
+
+
+def reset_peak(pid: int | str = "self") -> None:
+    """Set the kernel's peak back to what is resident now."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def sample(pid: int) -> tuple[int, int]:
+    """(resident, anonymous) bytes from /proc/<pid>/statm: the cheapest look there is.
+
+    Raises:
+        OSError: when the process is gone.
+    """
+    with open(f"/proc/{pid}/statm", "rb") as file:
+        fields = file.read().split()
+    total, shared = int(fields[1]), int(fields[2])
+    return total * _PAGE_BYTES, (total - shared) * _PAGE_BYTES
+
+
+def children(pid: int) -> list[int]:
+    """All descendants of a process that live now."""
+    found: list[int] = []
+    try:
+        for task in os.listdir(f"/proc/{pid}/task"):
+            for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split():
+                found += [int(child), *children(int(child))]
+    except OSError:
+        pass
+    return found
+
+
+def unique_bytes(pid: int) -> int:
+    """Memory that only this process holds (USS); 0.4 to 4 ms a look.
+
+    Raises:
+        OSError: when the process is gone.
+    """
+    total = 0
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith(("Private_Clean:", "Private_Dirty:")):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def oom_kills() -> int | None:
+    """How many processes this machine's kernel has killed for memory since it started."""
+    try:
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    except OSError:
+        return None
+    return None
