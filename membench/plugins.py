@@ -75,6 +75,10 @@ class Model(Options):
         """The longest sequence the model takes, if it has a limit that is known without building it."""
         return None
 
+    def needed_bytes(self) -> int | None:
+        """Bytes that ``build`` will take, by arithmetic, or ``None`` where that is not known."""
+        return None
+
 
 class Technique(Options):
     """One way to save memory. A technique overrides only the stages it touches; a stack runs each stage in order."""

@@ -1,0 +1,108 @@
+"""A small byte-level Llama, trained once on the text that every CPython carries, and kept in the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from membench import corpus
+from membench.plugins import Context, Model
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_RECIPE: dict[str, Any] = {
+    "shape": {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "max_position_embeddings": 1024, "tie_word_embeddings": True},
+    "steps": 1200,
+    "batch": 8,
+    "length": 128,
+    "muon_rate": 0.01,
+    "adamw_rate": 3e-3,
+    "seed": 0,
+}  # fmt: skip
+
+
+def cache_folder() -> Path:
+    """Where trained weights are kept: $XDG_CACHE_HOME/membench, or ~/.cache/membench."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "membench"
+
+
+class TrainedTiny(Model):
+    """A byte-level Llama of 0.1 million parameters, really trained, so that quality means something."""
+
+    imports = ("torch", "transformers.models.llama.modeling_llama")
+    quality = True
+
+    def max_tokens(self) -> int | None:
+        return int(_RECIPE["shape"]["max_position_embeddings"])
+
+    def path(self) -> Path:
+        """The weights' file, named by a hash of the recipe and of the text."""
+        named = json.dumps([_RECIPE, corpus.digest()], sort_keys=True)
+        return cache_folder() / f"trained-tiny-{hashlib.sha256(named.encode()).hexdigest()[:16]}.safetensors"
+
+    def prepare(self, progress: Callable[[int, int, str], None]) -> None:
+        import filelock
+        import safetensors.torch
+
+        path = self.path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The lock spares a second run the work; the rename alone keeps readers safe.
+        with filelock.FileLock(f"{path}.lock"):
+            if path.exists():
+                return
+            module = _train(progress)
+            handle, partial = tempfile.mkstemp(dir=path.parent)
+            os.close(handle)
+            safetensors.torch.save_model(module, partial)
+            os.replace(partial, path)
+
+    def build(self, context: Context) -> nn.Module:
+        import safetensors.torch
+
+        module = _untrained()
+        safetensors.torch.load_model(module, str(self.path()))
+        return module.to(context.device)
+
+
+def _untrained() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**_RECIPE["shape"]))
+
+
+def _train(progress: Callable[[int, int, str], None]) -> nn.Module:
+    """Muon for the matrices, AdamW for the rest, a fixed number of steps with a linear decay."""
+    import torch
+
+    torch.manual_seed(_RECIPE["seed"])
+    torch.set_num_threads(1)
+    module = _untrained()
+    matrices = [p for name, p in module.named_parameters() if p.ndim == 2 and "embed" not in name]
+    rest = [p for name, p in module.named_parameters() if p.ndim != 2 or "embed" in name]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=_RECIPE["muon_rate"], adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=_RECIPE["adamw_rate"]),
+    ]
+    rates = [_RECIPE["muon_rate"], _RECIPE["adamw_rate"]]
+    text = torch.tensor(list(corpus.split()[0]), dtype=torch.long)
+    steps, batch, length = _RECIPE["steps"], _RECIPE["batch"], _RECIPE["length"]
+    for step in range(steps):
+        for optimizer, rate in zip(optimizers, rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * min(1.0, (steps - step) / (steps / 2))
+        starts = torch.randint(0, len(text) - length - 1, (batch,))
+        rows = torch.stack([text[start : start + length + 1] for start in starts.tolist()])
+        logits = module(rows[:, :-1]).logits
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if step % 20 == 0:
+            progress(step, steps, "training trained-tiny")
+    return module

@@ -1,0 +1,40 @@
+"""Prefill: one pass over whole sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from membench.plugins import Context, Technique, Workload
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+class Forward(Workload):
+    """One forward pass (prefill) over batch × sequence tokens, without gradients."""
+
+    batch_size: int = Field(1, ge=1)
+    sequence_length: int = Field(256, ge=1)
+
+    def tokens_needed(self) -> int:
+        return self.sequence_length
+
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.sequence_length
+
+    def start(
+        self, module: nn.Module, tokens: torch.Tensor, techniques: list[Technique], context: Context
+    ) -> Callable[[], None]:
+        import torch
+
+        batch = tokens[: self.tokens_per_step()].view(self.batch_size, self.sequence_length).to(context.device)
+
+        def step() -> None:
+            with torch.no_grad():
+                module(batch)
+
+        return step

@@ -1,0 +1,62 @@
+"""Training steps with an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from membench.plugins import Context, Technique, TrainingStep, Workload
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+class Train(Workload):
+    """Training steps (next-token loss): parts forward, backward and optimizer."""
+
+    trains: ClassVar[bool] = True
+    batch_size: int = Field(2, ge=1)
+    sequence_length: int = Field(128, ge=2)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(1e-4, gt=0)
+
+    def tokens_needed(self) -> int:
+        return self.sequence_length
+
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.sequence_length
+
+    def start(
+        self, module: nn.Module, tokens: torch.Tensor, techniques: list[Technique], context: Context
+    ) -> Callable[[], None]:
+        import torch
+
+        batch = tokens[: self.tokens_per_step()].view(self.batch_size, self.sequence_length).to(context.device)
+        kinds = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        optimizer: torch.optim.Optimizer = kinds[self.optimizer](trained, lr=self.learning_rate)
+        for technique in techniques:
+            optimizer = technique.optimizer(optimizer, module, context)
+
+        def loss(module: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+            logits = module(batch).logits[:, :-1].float()
+            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+        pieces = TrainingStep(loss, lambda value: value.backward(), optimizer.step, optimizer.zero_grad)
+        for technique in techniques:
+            pieces = technique.training_step(pieces, context)
+
+        def step() -> None:
+            # Gradients are dropped first, so that what is held after a step is what training holds: all of it.
+            pieces.zero_grad()
+            with context.part("forward"):
+                value = pieces.loss(module, batch)
+            with context.part("backward"):
+                pieces.backward(value)
+            with context.part("optimizer"):
+                pieces.step()
+
+        return step
