@@ -1,0 +1,134 @@
+"""The command line: verbs that only wire."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from membench.errors import EXIT_CASES_FAILED, EXIT_INTERRUPTED, EXIT_OK, MembenchError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="membench", description="Measure what memory-saving techniques really save.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    formats = ("simple", "github", "csv", "json", "latex", "html", "plain", "grid")
+
+    run = verbs.add_parser("run", help="measure the cases of a suite and print a table")
+    run.add_argument("suite", nargs="+", help="a suite's name or path")
+    run.add_argument("-k", dest="expression", help="only cases whose id fits, such as 'int8 and not train'")
+    run.add_argument("--device", action="append", help="in place of the suite's devices: cpu, cuda, cuda:0")
+    run.add_argument("--resume", action="store_true", help="go on with the newest run of this suite")
+    run.add_argument("--output", type=Path, default=Path("results"), help="folder of the run's file")
+    run.add_argument("--dry-run", action="store_true", help="print the cases and measure nothing")
+    run.add_argument("--format", choices=formats, default="simple")
+    run.set_defaults(do=_run)
+
+    listing = verbs.add_parser("list", help="what there is: models, techniques, workloads, suites, a suite's cases")
+    listing.add_argument("suite", nargs="?")
+    listing.set_defaults(do=_list)
+
+    show = verbs.add_parser("show", help="the table of a run, the newest if none is named")
+    show.add_argument("run", nargs="?", type=Path)
+    show.add_argument("--output", type=Path, default=Path("results"), help="folder to look for the newest run in")
+    show.add_argument("--format", choices=formats, default="simple")
+    show.set_defaults(do=_show)
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    import membench
+    from membench import selection
+    from membench.progress import Display
+    from membench.session import dry_run
+
+    suites = [membench.load_suite(name, arguments.device) for name in arguments.suite]
+    keep = selection.parse(arguments.expression) if arguments.expression else lambda _: True
+    planned = dry_run(suites, keep)
+    if not planned:
+        raise MembenchError(f"-k '{arguments.expression}' fits no case; 'membench list SUITE' names them")
+    if arguments.dry_run:
+        print("\n".join(case.id for case in planned))
+        return EXIT_OK
+    from rich.console import Console
+
+    code = EXIT_OK
+    for suite in suites:
+        try:
+            with Display(Console(stderr=True)) as display:
+                run = membench.run(suite, keep=keep, output=arguments.output, resume=arguments.resume, tell=display)
+        except KeyboardInterrupt:
+            print(
+                f"interrupted; what is done is kept. To go on: membench run {suite.path} --resume"
+                f" --output {arguments.output}",
+                file=sys.stderr,
+            )
+            return EXIT_INTERRUPTED
+        _print(run, arguments.format)
+        if any(record.broken_limits or record.status not in ("ok", "skipped") for record in run.records):
+            code = EXIT_CASES_FAILED
+    return code
+
+
+def _print(run: object, form: str) -> None:
+    from membench.report import text
+    from membench.store import Run
+
+    assert isinstance(run, Run)
+    print(text.comparison(run.records, form))
+    if form not in ("csv", "json"):
+        print()
+        for line in (*text.remarks(run.records), *text.verdicts(run.records), f"kept in {run.path}"):
+            print(line)
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    import membench
+    from membench import plugins
+    from membench.suite import suites
+
+    if arguments.suite:
+        for case in membench.load_suite(arguments.suite).cases:
+            print(case.id)
+        return EXIT_OK
+    for kind in plugins.KINDS:
+        print(f"{kind}s")
+        for name, line in plugins.names(kind):
+            print(f"  {name:<20} {line}")
+    print("suites")
+    for name in suites():
+        print(f"  {name}")
+    return EXIT_OK
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    import membench
+    from membench.store import newest_run
+
+    _print(membench.read_run(arguments.run or newest_run(arguments.output)), arguments.format)
+    return EXIT_OK
+
+
+def _interrupt(signal_number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; its exit code: 0 fine, 1 a case failed or broke a limit, 2 bad input, 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code: int = arguments.do(arguments)
+    except MembenchError as error:
+        print(f"membench: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()
+        return EXIT_OK
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
