@@ -245,7 +245,9 @@ class Runner:
             case "end":
                 seen["phases"].append(message["phase"])
             case "baseline" | "result" as kind:
-                seen[kind] = message["result"] if kind == "result" else {k: v for k, v in message.items() if k != "event"}
+                seen[kind] = (
+                    message["result"] if kind == "result" else {k: v for k, v in message.items() if k != "event"}
+                )
             case "status":
                 seen["status"], seen["message"] = message["status"], message["message"]
             case "progress":
@@ -333,7 +335,9 @@ def _metrics(
             elif field == "disk_bytes":
                 reasons[field] = str(result.get("disk_format"))
             else:
-                reasons[field] = "not available: the C library's malloc cannot be pinned" if not cuda else "NVML hides it"
+                reasons[field] = (
+                    "not available: the C library's malloc cannot be pinned" if not cuda else "NVML hides it"
+                )
     kernel = "kernel peak of resident memory (VmHWM, reset at the phase's start), worker alone"
     sources = {
         "peak_live_bytes": "torch allocator" if cuda else f"{kernel}, less file pages, pinned malloc",

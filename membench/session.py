@@ -50,7 +50,9 @@ def run(
         drop_torn_line(path)
         header = read_run(path).header
         if header["suite"] != suite.name or header["suite_sha256"] != _fingerprint(suite):
-            raise ResultsError(f"{path}: its suite '{header['suite']}' is not '{suite.name}' as it is now; run it afresh")
+            raise ResultsError(
+                f"{path}: its suite '{header['suite']}' is not '{suite.name}' as it is now; run it afresh"
+            )
         file = RunFile(path)
     else:
         started = datetime.now(UTC)

@@ -72,7 +72,9 @@ class Meter:
             torch.cuda.synchronize(self.device)
         measured["duration_s"] = time.perf_counter() - began
         end = procfs.resident()
-        peak = max([end.peak_bytes, *(part["peak_rss_bytes"] for part in self.parts.values() if "peak_rss_bytes" in part)])
+        peak = max(
+            [end.peak_bytes, *(part["peak_rss_bytes"] for part in self.parts.values() if "peak_rss_bytes" in part)]
+        )
         measured |= self._peaks(start, end, peak)
         if self.cuda:
             measured["cuda_peak_allocated_bytes"] = torch.cuda.max_memory_allocated(self.device)
@@ -241,9 +243,7 @@ def _measure(request: dict[str, Any], meter: Meter) -> None:
     meter.tell(event="result", result=result)
 
 
-def _loading(
-    technique: plugins.Technique, build: Callable[[], Any], context: plugins.Context
-) -> Callable[[], Any]:
+def _loading(technique: plugins.Technique, build: Callable[[], Any], context: plugins.Context) -> Callable[[], Any]:
     return lambda: technique.load(build, context)
 
 

@@ -1,0 +1,99 @@
+"""Techniques, models and workloads of known amounts, and some that end badly. Registered by the tests alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from membench.plugins import Context, Model, Technique, Workload
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+MIB = 2**20
+
+
+class Block(Model):
+    """A module of one tensor of known size."""
+
+    mib: int = 64
+
+    def build(self, context: Context) -> nn.Module:
+        import torch
+
+        module = torch.nn.Module()
+        module.weight = torch.nn.Parameter(torch.ones(self.mib * MIB // 4))
+        return module
+
+    def vocabulary(self, module: nn.Module) -> int:
+        return 256
+
+
+class TooLarge(Block):
+    """A module that no machine holds."""
+
+    def needed_bytes(self) -> int | None:
+        return 2**60
+
+
+class Burst(Workload):
+    """Allocates a known amount for a moment."""
+
+    mib: int = 300
+
+    def tokens_needed(self) -> int:
+        return 1
+
+    def tokens_per_step(self) -> int:
+        return 1
+
+    def start(
+        self, module: nn.Module, tokens: torch.Tensor, techniques: list[Technique], context: Context
+    ) -> Callable[[], None]:
+        import torch
+
+        def step() -> None:
+            torch.ones(self.mib * MIB // 4)
+
+        return step
+
+
+class Ends(Technique):
+    """Ends its process in the way it is told to."""
+
+    how: Literal["kill", "segfault", "raise", "hang", "print", "grow", "nothing"]
+    note: str = ""
+
+    def apply(self, module: nn.Module, context: Context) -> nn.Module:
+        match self.how:
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "segfault":
+                os.kill(os.getpid(), signal.SIGSEGV)
+            case "raise":
+                raise ValueError("a technique that gives up")
+            case "hang":
+                child = os.fork()
+                if self.note:
+                    Path(self.note).with_suffix(".child" if child == 0 else ".worker").write_text(str(os.getpid()))
+                time.sleep(600)
+            case "print":
+                sys.stdout.write("x" * 8 * MIB)
+            case "grow":
+                import resource
+
+                import torch
+
+                resource.setrlimit(resource.RLIMIT_DATA, (2048 * MIB, 2048 * MIB))
+                kept = []
+                while True:
+                    kept.append(torch.ones(64 * MIB // 4))
+            case "nothing":
+                pass
+        return module

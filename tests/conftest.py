@@ -1,0 +1,37 @@
+"""Registers the tests' own plug-ins, as an installed distribution would, for this process and for workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_ENTRY_POINTS = """\
+[membench.models]
+block = tests.amounts:Block
+too-large = tests.amounts:TooLarge
+[membench.workloads]
+burst = tests.amounts:Burst
+[membench.techniques]
+ends = tests.amounts:Ends
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _plugins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    site = tmp_path_factory.mktemp("site")
+    info = site / "membench_amounts-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: membench-amounts\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(_ENTRY_POINTS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(site))
+        patch.setenv("PYTHONPATH", f"{site}:{Path(__file__).parent.parent}")
+        yield
+
+
+@pytest.fixture
+def suite_file(tmp_path: Path) -> Path:
+    """A suite of one known block and burst, to be written to."""
+    return tmp_path / "known.toml"
