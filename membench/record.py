@@ -35,14 +35,12 @@ def _rate(value: float) -> str:
 
 METRICS: tuple[Metric, ...] = (
     Metric(
-        "weights", "weights_bytes", "weights", "lower", units.format_bytes, "parameters and buffers, each storage once"
+        "weights", "weights_bytes", "weights", "lower", units.format_bytes, "parameters and buffers, a storage once"
     ),
     Metric(
-        "peak_live", "peak_live_bytes", "live peak", "lower", units.format_bytes, "highest memory in use while running"
+        "peak_live", "peak_live_bytes", "live peak", "lower", units.format_bytes, "most memory in use while running"
     ),
-    Metric(
-        "held_live", "held_live_bytes", "live held", "lower", units.format_bytes, "memory in use after running settled"
-    ),
+    Metric("held_live", "held_live_bytes", "live held", "lower", units.format_bytes, "memory in use after running"),
     Metric(
         "peak_footprint",
         "peak_footprint_bytes",
@@ -54,9 +52,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("disk", "disk_bytes", "disk", "lower", units.format_bytes, "saved checkpoint"),
     Metric("time", "step_median_s", "time", "lower", units.format_seconds, "median duration of a step"),
     Metric("tokens_per_s", "tokens_per_s", "tokens/s", "higher", _rate, "tokens of a step over its median duration"),
-    Metric(
-        "apply_peak_live", "apply_peak_live_bytes", "apply peak", "lower", units.format_bytes, "peak while converting"
-    ),
+    Metric("apply_peak_live", "apply_peak_live_bytes", "apply peak", "lower", units.format_bytes, "while converting"),
     Metric("load_peak_live", "load_peak_live_bytes", "load peak", "lower", units.format_bytes, "peak while loading"),
     Metric("bits_per_byte", "bits_per_byte", "bits/byte", "lower", _rate, "held-out bits per byte of text"),
 )
