@@ -6,6 +6,7 @@ import functools
 import hashlib
 import math
 import re
+from array import array
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -34,15 +35,24 @@ def digest() -> str:
     return hashlib.sha256(b"\0".join(split())).hexdigest()[:16]
 
 
+@functools.cache
+def _word_ranks() -> array[int]:
+    """The training text as words, each by its rank of frequency."""
+    words = re.findall(r"\w+|[^\w\s]|\s+", split()[0].decode(errors="replace"))
+    rank = {word: number for number, (word, _) in enumerate(Counter(words).most_common())}
+    return array("I", map(rank.__getitem__, words))
+
+
+def read() -> None:
+    """Read and split the text now, so that it is there before something is measured."""
+    split()
+    _word_ranks()
+
+
 def tokens(vocabulary: int, count: int) -> list[int]:
     """``count`` token ids of the training text: bytes where the vocabulary is of bytes, else words by their rank."""
-    text = split()[0]
-    if vocabulary <= 256:
-        ids = list(text[:count])
-    else:
-        words = re.findall(r"\w+|[^\w\s]|\s+", text.decode(errors="replace"))
-        rank = {word: number for number, (word, _) in enumerate(Counter(words).most_common())}
-        ids = [rank[word] % vocabulary for word in words[:count]]
+    source = split()[0] if vocabulary <= 256 else _word_ranks()
+    ids = [token % vocabulary for token in source[:count]]
     return (ids * (count // len(ids) + 1))[:count]
 
 

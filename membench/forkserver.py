@@ -99,7 +99,7 @@ def serve(preload: list[str]) -> None:
     worker = 0
     try:
         while True:
-            ready, _, _ = select.select([server, wake_read], [], [])
+            ready, _, _ = select.select([server.fileno(), wake_read], [], [])
             if wake_read in ready:
                 os.read(wake_read, 4096)
                 with contextlib.suppress(ChildProcessError):
@@ -110,7 +110,7 @@ def serve(preload: list[str]) -> None:
                             shutil.rmtree(scratch, ignore_errors=True)
                             os.makedirs(scratch, exist_ok=True)
                             server.sendall(json.dumps({"exited": ended[1]}).encode() + b"\n")
-            if server in ready:
+            if server.fileno() in ready:
                 data, descriptors, _, _ = socket.recv_fds(server, 2**20, 2)
                 if not data:
                     return

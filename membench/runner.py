@@ -37,7 +37,7 @@ class Nursery:
         self._socket, child = socket.socketpair()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "membench.forkserver", *preload],
-            stdin=child,
+            stdin=child.fileno(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env=environment.worker_environment(threads),

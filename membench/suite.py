@@ -76,7 +76,7 @@ class _File(_Table):
     model: dict[str, dict[str, Any]] = {}
     technique: dict[str, dict[str, Any]] = {}
     workload: dict[str, dict[str, Any]] = {}
-    settings: Settings = Settings()
+    settings: Settings = Settings.model_validate({})
     limits: dict[str, str | int | float] = {}
 
 
@@ -135,7 +135,7 @@ def load_suite(name: str | Path, devices: list[str] | None = None) -> Suite:
         raise SuiteError(f"{path}: {_explain(error)}") from None
     try:
         cases = _expand(file, devices)
-        limits = {field: value for field, value in (_limit(k, v) for k, v in file.limits.items())}
+        limits = dict(_limit(key, value) for key, value in file.limits.items())
     except (PluginError, SuiteError) as error:
         raise SuiteError(f"{path}: {error}") from None
     return Suite(path, file.suite.name, file.suite.description, cases, file.settings, limits, text)

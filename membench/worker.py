@@ -91,7 +91,7 @@ class Meter:
         self._answers.readline()
 
     def _peaks(self, start: procfs.Resident, end: procfs.Resident, peak_rss_bytes: int) -> dict[str, int]:
-        """The kernel knows the peak of all resident pages; less the file pages at the two ends brackets the live part."""
+        """The kernel knows the peak of all pages; less the file pages at the two ends brackets the live part."""
         base = self.baseline
         fewest, most = sorted((start.file_bytes, end.file_bytes))
         lowest = max(peak_rss_bytes - most, start.anonymous_bytes, end.anonymous_bytes)
@@ -188,11 +188,11 @@ def _measure(request: dict[str, Any], meter: Meter) -> None:
     pinned = allocator.pin()
     torch.manual_seed(settings["seed"])
     _prime(device, request["threads"])
-    meter.set_baseline()
     context = plugins.Context(device=device, seed=settings["seed"], model=model, part=meter.part)
-    result: dict[str, Any] = {"pinned": pinned, "remarks": []}
-
     _refuse_what_cannot_fit(model, context)
+    corpus.read()  # the text is the harness's, not the case's
+    meter.set_baseline()
+    result: dict[str, Any] = {"pinned": pinned, "remarks": []}
     torch.manual_seed(settings["seed"])
     with meter.phase("load", "pinned"):
         build: Callable[[], torch.nn.Module] = lambda: model.build(context)  # noqa: E731

@@ -90,7 +90,7 @@ class Ends(Technique):
 
                 import torch
 
-                resource.setrlimit(resource.RLIMIT_DATA, (2048 * MIB, 2048 * MIB))
+                resource.setrlimit(resource.RLIMIT_DATA, (1536 * MIB, 1536 * MIB))
                 kept = []
                 while True:
                     kept.append(torch.ones(64 * MIB // 4))

@@ -28,7 +28,7 @@ model = "too-large"
 technique = "none"
 workload = "burst"
 [settings]
-timeout_s = 4
+timeout_s = 10
 threads = 1
 measured_steps = 2
 [limits]
@@ -74,7 +74,7 @@ def test_a_broken_limit_stands_in_the_record(records: dict[str, Record]) -> None
         ("block/kill", "crashed", "killed by SIGKILL"),
         ("block/segfault", "crashed", "killed by SIGSEGV"),
         ("block/raise", "failed", "ValueError: a technique that gives up"),
-        ("block/hang", "timeout", "not done after 4 s"),
+        ("block/hang", "timeout", "not done after 10 s"),
     ],
 )
 def test_every_bad_end_becomes_a_record_with_its_phase(

@@ -103,7 +103,8 @@ def verdicts(records: Sequence[Record]) -> list[str]:
                 ratios.setdefault(technique, {}).setdefault(metric.name, []).append(value / base)
     lines = []
     for technique, found in ratios.items():
-        saved, cost = [], []
+        saved: list[str] = []
+        cost: list[str] = []
         for metric in _SHOWN:
             if metric.name not in found:
                 continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -27,7 +27,8 @@ class Int8WeightOnly(Technique):
 
         _replace_conv1d(module)
         granularity = PerRow() if self.group_size is None else PerGroup(self.group_size)
-        head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+        find_head: Any = getattr(module, "get_output_embeddings", lambda: None)
+        head = find_head()
         quantize_(
             module,
             Int8WeightOnlyConfig(granularity=granularity, set_inductor_config=False),
