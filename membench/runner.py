@@ -293,7 +293,7 @@ def _breaks(field: str, value: float, limit: float) -> bool:
 def _metrics(
     outcome: Mapping[str, Any], cuda: bool
 ) -> tuple[dict[str, float | int | None], dict[str, str], dict[str, str]]:
-    """A case's figures out of its phases, with the reason of each that is missing and the source of each that is not."""
+    """A case's figures out of its phases; the reason of each that is missing; the source of the others."""
     phases = {phase["name"]: phase for phase in outcome["phases"]}
     result = outcome["result"]
 

@@ -79,12 +79,15 @@ def read_run(path: str | Path) -> Run:
     if not entries or "run" not in entries[0]:
         raise ResultsError(f"{path}: not the results of a run (no header)")
     try:
-        records = tuple(
-            Record(**{k: tuple(v) if isinstance(v, list) else v for k, v in e.items()}) for e in entries[1:]
-        )
+        records = tuple(_record(entry) for entry in entries[1:])
     except TypeError as error:
         raise ResultsError(f"{path}: a record does not fit schema {SCHEMA_VERSION}: {error}") from None
     return Run(path, entries[0], records)
+
+
+def _record(entry: dict[str, Any]) -> Record:
+    """JSON knows no tuples; a record holds nothing else."""
+    return Record(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
 
 
 def newest_run(folder: Path) -> Path:
