@@ -87,7 +87,8 @@ def read_run(path: str | Path) -> Run:
 
 def _record(entry: dict[str, Any]) -> Record:
     """JSON knows no tuples; a record holds nothing else."""
-    return Record(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    return Record(**fields)
 
 
 def newest_run(folder: Path) -> Path:
