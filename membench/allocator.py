@@ -22,7 +22,8 @@ def pin() -> bool:
     # Huge pages would make untouched neighbours resident.
     libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
     settings = ((_MMAP_THRESHOLD, 65536), (_TRIM_THRESHOLD, 65536), (_ARENA_MAX, 1))
-    return sum(libc.mallopt(key, value) for key, value in settings) == len(settings)
+    accepted = [libc.mallopt(key, value) == 1 for key, value in settings]
+    return all(accepted)
 
 
 def unpin() -> None:
