@@ -1,4 +1,4 @@
-"""What a figure depends on: machine, versions, commit, threads."""
+"""What a figure depends on: machine, versions, commit, threads; and how much memory is left."""
 
 from __future__ import annotations
 
@@ -12,14 +12,23 @@ from typing import Any
 import psutil
 
 _PACKAGES = ("membench", "torch", "transformers", "torchao", "numpy")
-_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "MALLOC_ARENA_MAX", "LD_PRELOAD")
+_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
+    "KMP_BLOCKTIME",
+    "LD_PRELOAD",
+    "CUDA_VISIBLE_DEVICES",
+    "PYTORCH_CUDA_ALLOC_CONF",
+)
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def usable_cores() -> int:
     """Cores this process may use: its affinity, and a container's quota where there is one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = (_CGROUPS / "cpu.max").read_text().split()
         if quota != "max":
             cores = min(cores, max(1, int(quota) // int(period)))
     except (OSError, ValueError):
@@ -27,17 +36,35 @@ def usable_cores() -> int:
     return cores
 
 
+def _cgroup_folders(controller: str) -> list[Path]:
+    """This process's control group and those above it; ``controller`` is '' for version 2."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            own = _CGROUPS / controller / path.strip("/")
+            return [folder for folder in (own, *own.parents) if folder.is_relative_to(_CGROUPS / controller)]
+    return []
+
+
+def _left_in_cgroups() -> list[int]:
+    """Bytes left under each memory limit that a container or a service manager has set."""
+    left = []
+    for controller, limit_name, used_name in (
+        ("", "memory.max", "memory.current"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        for folder in _cgroup_folders(controller):
+            try:
+                limit, used = (folder / limit_name).read_text(), (folder / used_name).read_text()
+                left.append(max(0, int(limit) - int(used)))
+            except (OSError, ValueError):  # no limit is written 'max', and the topmost group has no such file
+                continue
+    return left
+
+
 def available_bytes() -> int:
     """Memory that can still be taken: the machine's, or a container's where that is less."""
-    available = psutil.virtual_memory().available
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
-            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-            available = min(available, max(0, int(limit) - used))
-    except (OSError, ValueError):
-        pass
-    return available
+    return min([psutil.virtual_memory().available, *_left_in_cgroups()])
 
 
 def worker_environment(threads: int) -> dict[str, str]:
@@ -91,3 +118,9 @@ def describe(threads: int) -> dict[str, Any]:
         "threads": threads,
         "variables": {name: environment.get(name) for name in _VARIABLES},
     }
+
+
+def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """In which respects two descriptions are of machines whose figures must not stand in one run."""
+    keys = ("processor", "cores", "memory_bytes", "python", "packages", "threads", "gpus")
+    return [key for key in keys if first.get(key) != second.get(key)]

@@ -1,7 +1,7 @@
 """A clean process that has imported what cases need and forks one worker at a time.
 
-It speaks JSON lines over the socket on its standard input. It watches that socket: when the runner dies, however it
-dies, the worker and all its descendants are killed and the scratch folder is removed.
+It speaks JSON, a message a packet, over the socket on its standard input. It watches that socket: when the runner
+dies, however it dies, the worker and all its descendants are killed and the scratch folder is removed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import traceback
 from membench import allocator, procfs
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_WORKER_FAILED = 70
 
 
 def die_with_parent() -> None:
@@ -31,29 +32,34 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
+def _kill(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def _kill_descendants() -> None:
-    for _ in range(10):
-        descendants = procfs.children(os.getpid())
-        if not descendants:
-            return
-        for pid in descendants:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    """Kill and reap until none is left; whoever loses its parent becomes a child of this process."""
+    while descendants := procfs.children(os.getpid()):
+        _kill(descendants)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        select.select([], [], [], 0.01)
+        select.select([], [], [], 0.002)
 
 
 def _fork_worker(request: dict[str, object], pipe: int, output: int, server: socket.socket) -> int:
     pid = os.fork()
     if pid:
         return pid
-    code = 70
+    code = _WORKER_FAILED
     try:
         die_with_parent()
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         server.close()
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.close(0)
+        os.open(os.devnull, os.O_RDONLY)
         os.dup2(output, 1)
         os.dup2(output, 2)
         from membench import worker
@@ -70,74 +76,95 @@ def _fork_worker(request: dict[str, object], pipe: int, output: int, server: soc
 
 
 def _spawn_worker(request: dict[str, object], pipe: int, output: int) -> int:
-    arguments = [sys.executable, "-m", "membench.worker", json.dumps(request), str(pipe)]
     process = subprocess.Popen(
-        arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[pipe], preexec_fn=die_with_parent
+        [sys.executable, "-m", "membench.worker", str(pipe)],
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
+        pass_fds=[pipe],
+        preexec_fn=die_with_parent,
     )
-    process.returncode = 0  # reaped below, not by subprocess
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(request).encode())
+    process.stdin.close()
+    process.returncode = 0  # the loop below reaps it, not subprocess
     return process.pid
+
+
+class _Server:
+    def __init__(self, server: socket.socket, scratch: str) -> None:
+        self._server = server
+        self._scratch = scratch
+        self._worker = 0
+        # A pipe turns the signal of a dead child into something that select sees.
+        self._wake, wake_end = os.pipe()
+        os.set_blocking(wake_end, False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(wake_end)
+
+    def _tell(self, **message: object) -> None:
+        self._server.sendall(json.dumps(message).encode())
+
+    def serve(self) -> None:
+        self._tell(ready=True)
+        while True:
+            ready, _, _ = select.select([self._server.fileno(), self._wake], [], [])
+            if self._wake in ready:
+                os.read(self._wake, 4096)
+                self._reap()
+            if self._server.fileno() in ready and not self._obey():
+                return
+
+    def _reap(self) -> None:
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                if ended[0] == self._worker:
+                    self._worker = 0
+                    _kill_descendants()
+                    shutil.rmtree(self._scratch, ignore_errors=True)
+                    os.makedirs(self._scratch, exist_ok=True)
+                    self._tell(exited=ended[1])
+
+    def _obey(self) -> bool:
+        """Do what the runner asks; False when it has gone."""
+        data, descriptors, _, _ = socket.recv_fds(self._server, 2**20, 2)
+        if not data:
+            return False
+        request = json.loads(data)
+        if request.get("kill"):
+            if self._worker:
+                _kill([*procfs.children(self._worker), self._worker])
+            return True
+        request["scratch"] = self._scratch
+        pipe, output = descriptors
+        if request["isolation"] == "spawn":
+            self._worker = _spawn_worker(request, pipe, output)
+        else:
+            self._worker = _fork_worker(request, pipe, output, self._server)
+        os.close(pipe)
+        os.close(output)
+        self._tell(pid=self._worker)
+        return True
 
 
 def serve(preload: list[str]) -> None:
     """Import ``preload``, then serve requests until the runner closes the socket."""
     server = socket.socket(fileno=os.dup(0))
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    errors = {}
     for name in preload:
-        try:
+        # What cannot be imported here fails again in the worker that needs it, and is told there.
+        with contextlib.suppress(Exception):
             importlib.import_module(name)
-        except Exception as error:
-            errors[name] = f"{type(error).__name__}: {error}"
     allocator.settle()
     gc.freeze()
-    wake_read, wake_write = os.pipe()
-    os.set_blocking(wake_write, False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.set_wakeup_fd(wake_write)
     scratch = tempfile.mkdtemp(prefix="membench-")
-    server.sendall(json.dumps({"ready": True, "errors": errors, "scratch": scratch}).encode() + b"\n")
-    worker = 0
     try:
-        while True:
-            ready, _, _ = select.select([server.fileno(), wake_read], [], [])
-            if wake_read in ready:
-                os.read(wake_read, 4096)
-                with contextlib.suppress(ChildProcessError):
-                    while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                        if ended[0] == worker:
-                            worker = 0
-                            _kill_descendants()
-                            shutil.rmtree(scratch, ignore_errors=True)
-                            os.makedirs(scratch, exist_ok=True)
-                            server.sendall(json.dumps({"exited": ended[1]}).encode() + b"\n")
-            if server.fileno() in ready:
-                data, descriptors, _, _ = socket.recv_fds(server, 2**20, 2)
-                if not data:
-                    return
-                request = json.loads(data)
-                if request.get("kill"):
-                    _kill_descendants_of_worker(worker)
-                    continue
-                request["scratch"] = scratch
-                pipe, output = descriptors
-                if request["isolation"] == "spawn":
-                    worker = _spawn_worker(request, pipe, output)
-                else:
-                    worker = _fork_worker(request, pipe, output, server)
-                os.close(pipe)
-                os.close(output)
-                server.sendall(json.dumps({"pid": worker}).encode() + b"\n")
+        _Server(server, scratch).serve()
     except (BrokenPipeError, ConnectionResetError):
         pass
     finally:
         _kill_descendants()
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _kill_descendants_of_worker(worker: int) -> None:
-    for pid in [*procfs.children(worker), worker] if worker else []:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -44,6 +44,10 @@ class Context:
     part: Callable[[str], AbstractContextManager[None]]
 
 
+Step: TypeAlias = "Callable[[], torch.Tensor | None]"
+"""Does one step; a training step returns its loss (a scalar, detached)."""
+
+
 @dataclass
 class TrainingStep:
     """The pieces of a training step, each replaceable by a technique."""
@@ -66,6 +70,14 @@ class Model(Options):
     def build(self, context: Context) -> nn.Module:
         """The module on ``context.device``, ready to run, with seeded weights."""
         raise NotImplementedError
+
+    def miniature(self) -> Model | None:
+        """A model of the same kind but of almost no size, or ``None``.
+
+        The case is rehearsed on it before the baseline is taken, so that what libraries set up at their first call is
+        not counted as the case's.
+        """
+        return None
 
     def vocabulary(self, module: nn.Module) -> int:
         """How many token ids the module knows."""
@@ -111,18 +123,28 @@ class Workload(Options):
 
     trains: ClassVar[bool] = False
 
-    def tokens_needed(self) -> int:
-        """The longest sequence a step needs, in tokens."""
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence that the model will see."""
         raise NotImplementedError
 
     def tokens_per_step(self) -> int:
-        """Tokens a step works through."""
+        """Tokens that a step works through, for tokens a second."""
         raise NotImplementedError
 
-    def start(
-        self, module: nn.Module, tokens: torch.Tensor, techniques: list[Technique], context: Context
-    ) -> Callable[[], None]:
-        """Prepare (optimizer, batch) and return the step. ``tokens``: 1-D, int64, on the CPU, from the corpus."""
+    def tokens_read(self) -> int:
+        """Tokens of text that ``start`` is to be given."""
+        return self.tokens_per_step()
+
+    def decoded_tokens_per_step(self) -> int | None:
+        """Tokens that the part ``decode`` of a step brings forth, if it has one."""
+        return None
+
+    def start(self, module: nn.Module, tokens: torch.Tensor, techniques: list[Technique], context: Context) -> Step:
+        """Prepare (optimizer, batch) and return the step.
+
+        Args:
+            tokens: (``tokens_read()``,), int64, on the CPU, from the corpus.
+        """
         raise NotImplementedError
 
 

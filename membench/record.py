@@ -1,4 +1,4 @@
-"""What measuring writes and everything else reads: cases, phases, records, and the one table of metrics."""
+"""What measuring writes and everything else reads: cases, records, and the one table of metrics."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from membench import units
+from membench.units import format_bytes, format_joules, format_number, format_percent, format_seconds
 
 SCHEMA_VERSION = 1
 """History: 1, the first."""
+
+REFERENCE = "none"
+"""The technique whose case every ratio is against."""
 
 Status = Literal["ok", "out-of-memory", "timeout", "crashed", "failed", "skipped"]
 
@@ -18,7 +21,8 @@ Status = Literal["ok", "out-of-memory", "timeout", "crashed", "failed", "skipped
 class Metric:
     """One figure of a case.
 
-    ``field`` is its key in ``Record.metrics`` and ends in the unit; ``better`` says which direction is a gain.
+    ``name`` is how suites and people write it, ``field`` its key in ``Record.metrics``, ending in the unit;
+    ``better`` says which direction is a gain; ``in_table`` whether the comparison shows it.
     """
 
     name: str
@@ -27,35 +31,173 @@ class Metric:
     better: Literal["lower", "higher"]
     format: Callable[[Any], str]
     meaning: str
-
-
-def _rate(value: float) -> str:
-    return f"{value:.4g}"
+    in_table: bool = False
 
 
 METRICS: tuple[Metric, ...] = (
     Metric(
-        "weights", "weights_bytes", "weights", "lower", units.format_bytes, "parameters and buffers, a storage once"
+        "weights",
+        "weights_bytes",
+        "weights",
+        "lower",
+        format_bytes,
+        "parameters and buffers, each storage counted once, quantized tensors opened",
+        in_table=True,
     ),
     Metric(
-        "peak_live", "peak_live_bytes", "live peak", "lower", units.format_bytes, "most memory in use while running"
+        "peak_live",
+        "peak_live_bytes",
+        "live peak",
+        "lower",
+        format_bytes,
+        "most memory in use at once during a step",
+        in_table=True,
     ),
-    Metric("held_live", "held_live_bytes", "live held", "lower", units.format_bytes, "memory in use after running"),
+    Metric("held_live", "held_live_bytes", "live held", "lower", format_bytes, "memory still in use after a step"),
     Metric(
         "peak_footprint",
         "peak_footprint_bytes",
         "footprint peak",
         "lower",
-        units.format_bytes,
-        "highest memory taken from the machine while running",
+        format_bytes,
+        "most memory taken from the machine while steps ran under the default allocator",
+        in_table=True,
     ),
-    Metric("disk", "disk_bytes", "disk", "lower", units.format_bytes, "saved checkpoint"),
-    Metric("time", "step_median_s", "time", "lower", units.format_seconds, "median duration of a step"),
-    Metric("tokens_per_s", "tokens_per_s", "tokens/s", "higher", _rate, "tokens of a step over its median duration"),
-    Metric("apply_peak_live", "apply_peak_live_bytes", "apply peak", "lower", units.format_bytes, "while converting"),
-    Metric("load_peak_live", "load_peak_live_bytes", "load peak", "lower", units.format_bytes, "peak while loading"),
-    Metric("bits_per_byte", "bits_per_byte", "bits/byte", "lower", _rate, "held-out bits per byte of text"),
+    Metric(
+        "held_footprint",
+        "held_footprint_bytes",
+        "footprint held",
+        "lower",
+        format_bytes,
+        "memory still taken from the machine after a step",
+    ),
+    Metric(
+        "peak_reserved",
+        "peak_reserved_bytes",
+        "reserved peak",
+        "lower",
+        format_bytes,
+        "most memory held by torch's caching allocator on a GPU",
+    ),
+    Metric(
+        "context_overhead",
+        "context_overhead_bytes",
+        "context",
+        "lower",
+        format_bytes,
+        "footprint on a GPU beyond what torch reserved: CUDA context and libraries",
+    ),
+    Metric(
+        "load_peak_live",
+        "load_peak_live_bytes",
+        "load peak",
+        "lower",
+        format_bytes,
+        "live peak while loading the model",
+    ),
+    Metric(
+        "apply_peak_live",
+        "apply_peak_live_bytes",
+        "apply peak",
+        "lower",
+        format_bytes,
+        "live peak while the techniques convert the model",
+    ),
+    Metric("apply_time", "apply_s", "apply time", "lower", format_seconds, "duration of converting the model"),
+    Metric("disk", "disk_bytes", "disk", "lower", format_bytes, "the saved checkpoint", in_table=True),
+    Metric("time", "step_median_s", "time", "lower", format_seconds, "median duration of a step", in_table=True),
+    Metric("time_p95", "step_p95_s", "time p95", "lower", format_seconds, "95th percentile of the steps' durations"),
+    Metric(
+        "time_spread",
+        "step_spread_percent",
+        "time spread",
+        "lower",
+        format_percent,
+        "interquartile range of the steps' durations over their median",
+    ),
+    Metric(
+        "tokens_per_s",
+        "tokens_per_s",
+        "tokens/s",
+        "higher",
+        format_number,
+        "tokens of a step over its median duration",
+        in_table=True,
+    ),
+    Metric(
+        "first_token",
+        "time_to_first_token_s",
+        "first token",
+        "lower",
+        format_seconds,
+        "prefill, until the first new token is known",
+        in_table=True,
+    ),
+    Metric(
+        "decode_tokens_per_s",
+        "decode_tokens_per_s",
+        "decode tokens/s",
+        "higher",
+        format_number,
+        "new tokens after the first, over the time they took",
+        in_table=True,
+    ),
+    Metric(
+        "prefill_peak_live", "prefill_peak_live_bytes", "prefill peak", "lower", format_bytes, "live peak of prefill"
+    ),
+    Metric("decode_peak_live", "decode_peak_live_bytes", "decode peak", "lower", format_bytes, "live peak of decoding"),
+    Metric("forward_time", "forward_s", "forward", "lower", format_seconds, "median forward pass of a training step"),
+    Metric("backward_time", "backward_s", "backward", "lower", format_seconds, "median backward pass"),
+    Metric("optimizer_time", "optimizer_s", "optimizer", "lower", format_seconds, "median optimizer step"),
+    Metric(
+        "forward_peak_live", "forward_peak_live_bytes", "forward peak", "lower", format_bytes, "live peak of forward"
+    ),
+    Metric(
+        "backward_peak_live",
+        "backward_peak_live_bytes",
+        "backward peak",
+        "lower",
+        format_bytes,
+        "live peak of backward",
+    ),
+    Metric(
+        "optimizer_peak_live",
+        "optimizer_peak_live_bytes",
+        "optimizer peak",
+        "lower",
+        format_bytes,
+        "live peak of the optimizer step",
+    ),
+    Metric(
+        "children_peak",
+        "children_peak_bytes",
+        "children peak",
+        "lower",
+        format_bytes,
+        "memory that child processes alone held",
+    ),
+    Metric("energy", "energy_j", "energy", "lower", format_joules, "energy the GPU took for a step"),
+    Metric(
+        "final_loss",
+        "final_loss_nats",
+        "loss",
+        "lower",
+        format_number,
+        "training loss of the last step, in nats a token",
+        in_table=True,
+    ),
+    Metric(
+        "bits_per_byte",
+        "bits_per_byte",
+        "bits/byte",
+        "lower",
+        format_number,
+        "held-out quality, where the model is trained and byte-level",
+        in_table=True,
+    ),
 )
+
+METRIC_OF_FIELD: Mapping[str, Metric] = {metric.field: metric for metric in METRICS}
 
 
 @dataclass(frozen=True)
@@ -89,7 +231,20 @@ class Case:
 
 @dataclass(frozen=True)
 class Record:
-    """All that one case measured. ``metrics`` holds ``None`` for what is not known, ``reasons`` says why."""
+    """All that one case measured.
+
+    Attributes:
+        case: the case, as the suite wrote it and with what its names stand for.
+        repeat: which repetition, from 0.
+        ended_in: the phase in which a case that is not ``ok`` ended.
+        metrics: by ``Metric.field``; ``None`` where a figure is not known, and then ``reasons`` says why. A figure
+            that has no meaning for the case (backward time of a forward pass) is left out.
+        obtained: by field, how: ``source``; ``bound`` (``exact``, ``at least``, ``at most``); where it applies
+            ``interval_s`` between samples and ``children`` (whether child processes are in the figure).
+        processes: one entry a process of the case (role, rank, device), each with its baseline and phases.
+        timeline: columns of samples over the whole case, ``at_s`` from its start.
+        output_tail: the end of what the case printed, where it did not end well.
+    """
 
     case: Mapping[str, Any]
     id: str
@@ -101,7 +256,7 @@ class Record:
     duration_s: float
     metrics: Mapping[str, float | int | None]
     reasons: Mapping[str, str]
-    sources: Mapping[str, str]
+    obtained: Mapping[str, Mapping[str, Any]]
     processes: tuple[Mapping[str, Any], ...]
     remarks: tuple[str, ...]
     broken_limits: tuple[str, ...]

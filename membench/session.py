@@ -71,13 +71,12 @@ def run(
     done = {(record.id, record.repeat) for record in read_run(path).records}
     todo = [(case, r) for r in range(suite.settings.repeats) for case in cases if (case.id, r) not in done]
     with Runner(cases, suite.settings, tell) as runner:
-        prepared: set[str] = set()
+        prepared: dict[str, str | None] = {}
         for number, (case, repeat) in enumerate(todo):
-            if case.model not in prepared:
-                prepared.add(case.model)
-                runner.prepare(case)
             tell("case", {"id": case.id, "number": number + 1, "of": len(todo)})
-            record = runner.run_case(case, repeat, suite.limits)
+            if case.model not in prepared:
+                prepared[case.model] = runner.prepare(case)
+            record = runner.run_case(case, repeat, suite.limits, prepared[case.model])
             file.append(record)
             tell("record", {"id": case.id, "status": record.status, "duration_s": record.duration_s})
     return read_run(path)

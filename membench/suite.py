@@ -15,9 +15,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from membench import plugins, units
 from membench.errors import PluginError, SuiteError, did_you_mean
-from membench.record import METRICS, Case, Plugin
+from membench.record import METRICS, REFERENCE, Case, Plugin
 
-REFERENCE = "none"
 _BESIDE_PACKAGE = Path(__file__).parent / "suites"
 _IN_CHECKOUT = Path(__file__).parent.parent / "suites"
 
@@ -206,7 +205,7 @@ def _case(file: _File, model: str, technique: str, workload: str, device: str) -
         _resolve("workload", workload, file.workload),
     )
     longest = plugins.create("model", case.model_plugin.use, case.model_plugin.options).max_tokens()
-    needed = plugins.create("workload", case.workload_plugin.use, case.workload_plugin.options).tokens_needed()
+    needed = plugins.create("workload", case.workload_plugin.use, case.workload_plugin.options).longest_sequence()
     if longest is not None and needed > longest:
         raise SuiteError(f"workload '{workload}' needs {needed} tokens; model '{model}' takes {longest} at most")
     return case

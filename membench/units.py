@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 _STEPS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -20,31 +21,52 @@ def parse_bytes(text: str) -> int:
     return round(float(match[1]) * _STEPS[match[2]])
 
 
-def format_bytes(size_bytes: int) -> str:
+def _fixed(value: float, digits: int) -> str:
+    """``value`` with about so many significant digits and no exponent."""
+    return f"{value:.{max(0, digits - len(str(int(abs(value)))))}f}"
+
+
+def format_bytes(size_bytes: float) -> str:
     """A size with four significant digits: 1536 -> '1.500 KiB'."""
-    magnitude = abs(size_bytes)
     unit = "B"
     for name, step in _STEPS.items():
-        if magnitude >= step:
+        if abs(size_bytes) >= step:
             unit = name
     if unit == "B":
-        return f"{size_bytes} B"
-    value = size_bytes / _STEPS[unit]
-    digits = max(0, 3 - len(str(int(abs(value)))) + 1)
-    return f"{value:.{digits}f} {unit}"
+        return f"{size_bytes:.0f} B"
+    return f"{_fixed(size_bytes / _STEPS[unit], 4)} {unit}"
 
 
 def format_seconds(seconds: float) -> str:
     """A duration with three significant digits, in µs, ms, s or minutes."""
     if seconds < 1e-3:
-        return f"{seconds * 1e6:.3g} µs"
+        return f"{_fixed(seconds * 1e6, 3)} µs"
     if seconds < 1:
-        return f"{seconds * 1e3:.3g} ms"
+        return f"{_fixed(seconds * 1e3, 3)} ms"
     if seconds < 120:
-        return f"{seconds:.3g} s"
+        return f"{_fixed(seconds, 3)} s"
     return f"{seconds / 60:.1f} min"
 
 
+def format_joules(joules: float) -> str:
+    """Energy with three significant digits, in J or mJ."""
+    return f"{_fixed(joules, 3)} J" if joules >= 1 else f"{_fixed(joules * 1e3, 3)} mJ"
+
+
+def format_percent(percent: float) -> str:
+    """A share in percent with two significant digits."""
+    return f"{_fixed(percent, 2)}%"
+
+
+def format_number(number: float) -> str:
+    """A number without a unit, with four significant digits and no exponent."""
+    return _fixed(number, 4) if math.isfinite(number) else str(number)
+
+
 def format_ratio(ratio: float) -> str:
-    """A ratio to the reference: 0.5 -> '×0.50'."""
-    return f"×{ratio:.3f}" if 0.9 < ratio < 1.1 else f"×{ratio:.2f}"
+    """A ratio to the reference: 0.5 -> '×0.50'; near one with a digit more, and small ones with two that count."""
+    if 0.9 < ratio < 1.1:
+        return f"×{ratio:.3f}"
+    if 0 < ratio < 0.1:
+        return f"×{ratio:.2g}" if ratio >= 1e-4 else f"×{ratio:.1e}"
+    return f"×{_fixed(ratio, 3)}"

@@ -6,11 +6,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from membench.plugins import Context, Model, Technique, Workload
+from membench.plugins import Context, Model, Step, Technique, Workload
 
 if TYPE_CHECKING:
     import torch
@@ -47,15 +46,13 @@ class Burst(Workload):
 
     mib: int = 300
 
-    def tokens_needed(self) -> int:
+    def longest_sequence(self) -> int:
         return 1
 
     def tokens_per_step(self) -> int:
         return 1
 
-    def start(
-        self, module: nn.Module, tokens: torch.Tensor, techniques: list[Technique], context: Context
-    ) -> Callable[[], None]:
+    def start(self, module: nn.Module, tokens: torch.Tensor, techniques: list[Technique], context: Context) -> Step:
         import torch
 
         def step() -> None:

@@ -64,7 +64,7 @@ def test_weights_are_counted_to_the_byte(records: dict[str, Record]) -> None:
 
 
 def test_a_broken_limit_stands_in_the_record(records: dict[str, Record]) -> None:
-    assert records["block/none"].broken_limits == ("weights_bytes = 6.71089e+07 is over its limit of 6.60603e+07",)
+    assert records["block/none"].broken_limits == ("weights 64.00 MiB is over its limit of 63.00 MiB",)
     assert records["block/bf16"].broken_limits == ()
 
 

@@ -14,8 +14,8 @@ from membench.record import METRICS, Record
 from membench.units import format_ratio
 
 FORMATS = ("simple", "github", "csv", "json", "latex", "html", "plain", "grid")
-_COLUMNS = ("weights", "peak_live", "peak_footprint", "disk", "time", "tokens_per_s", "bits_per_byte")
-_SHOWN = tuple(metric for metric in METRICS if metric.name in _COLUMNS)
+
+_SHOWN = tuple(metric for metric in METRICS if metric.in_table)
 
 
 def median(records: Iterable[Record], field: str) -> float | None:

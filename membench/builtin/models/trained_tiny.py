@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from membench import corpus
+from membench.builtin.models.transformer import Llama, Shape
+from membench.builtin.muon import Muon
 from membench.plugins import Context, Model
 
 if TYPE_CHECKING:
@@ -20,8 +22,8 @@ _RECIPE: dict[str, Any] = {
     "shape": {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2,
               "num_attention_heads": 4, "max_position_embeddings": 1024, "tie_word_embeddings": True},
     "steps": 1200,
-    "batch": 8,
-    "length": 128,
+    "batch": 4,
+    "length": 256,
     "muon_rate": 0.01,
     "adamw_rate": 3e-3,
     "seed": 0,
@@ -41,6 +43,9 @@ class TrainedTiny(Model):
 
     def max_tokens(self) -> int | None:
         return int(_RECIPE["shape"]["max_position_embeddings"])
+
+    def miniature(self) -> Model:
+        return Llama.of_shape(Shape(64, 1, 2, 2, 192, 256, 1024, True))
 
     def path(self) -> Path:
         """The weights' file, named by a hash of the recipe and of the text."""
@@ -78,7 +83,10 @@ def _untrained() -> nn.Module:
 
 
 def _train(progress: Callable[[int, int, str], None]) -> nn.Module:
-    """Muon for the matrices, AdamW for the rest, a fixed number of steps with a linear decay."""
+    """Muon for the matrices, AdamW for the rest, a fixed number of steps, the last half with a falling rate.
+
+    By steps and on one thread, so that every run of it gives the same weights.
+    """
     import torch
 
     torch.manual_seed(_RECIPE["seed"])
@@ -86,23 +94,22 @@ def _train(progress: Callable[[int, int, str], None]) -> nn.Module:
     module = _untrained()
     matrices = [p for name, p in module.named_parameters() if p.ndim == 2 and "embed" not in name]
     rest = [p for name, p in module.named_parameters() if p.ndim != 2 or "embed" in name]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=_RECIPE["muon_rate"], adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=_RECIPE["adamw_rate"]),
-    ]
-    rates = [_RECIPE["muon_rate"], _RECIPE["adamw_rate"]]
+    muon = Muon(matrices, _RECIPE["muon_rate"])
+    adamw = torch.optim.AdamW(rest, lr=_RECIPE["adamw_rate"], betas=(0.9, 0.95), weight_decay=0.0)
     text = torch.tensor(list(corpus.split()[0]), dtype=torch.long)
     steps, batch, length = _RECIPE["steps"], _RECIPE["batch"], _RECIPE["length"]
     for step in range(steps):
-        for optimizer, rate in zip(optimizers, rates, strict=True):
-            optimizer.param_groups[0]["lr"] = rate * min(1.0, (steps - step) / (steps / 2))
+        share = min(1.0, (steps - step) / (steps / 2))
+        muon.rate = _RECIPE["muon_rate"] * share
+        adamw.param_groups[0]["lr"] = _RECIPE["adamw_rate"] * share
         starts = torch.randint(0, len(text) - length - 1, (batch,))
         rows = torch.stack([text[start : start + length + 1] for start in starts.tolist()])
         logits = module(rows[:, :-1]).logits
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        muon.step()
+        adamw.step()
+        adamw.zero_grad()
         if step % 20 == 0:
             progress(step, steps, "training trained-tiny")
+    progress(steps, steps, "training trained-tiny")
     return module

@@ -3,35 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from membench.plugins import Context, Model
 
 if TYPE_CHECKING:
     from torch import nn
 
-# width, layers, heads, key-value heads, feed-forward width, vocabulary, longest sequence, tied embeddings
+
+class Shape(NamedTuple):
+    """The numbers that make a decoder."""
+
+    width: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    inner_width: int
+    vocabulary: int
+    longest: int
+    tied: bool
+
+
 _GPT2 = {
-    "82m": (768, 6, 12, 12, 3072, 50257, 1024, True),  # the shape of distilgpt2
-    "124m": (768, 12, 12, 12, 3072, 50257, 1024, True),
-    "355m": (1024, 24, 16, 16, 4096, 50257, 1024, True),
-    "774m": (1280, 36, 20, 20, 5120, 50257, 1024, True),
-    "1.5b": (1600, 48, 25, 25, 6400, 50257, 1024, True),
+    "82m": Shape(768, 6, 12, 12, 3072, 50257, 1024, True),  # the shape of distilgpt2
+    "124m": Shape(768, 12, 12, 12, 3072, 50257, 1024, True),
+    "355m": Shape(1024, 24, 16, 16, 4096, 50257, 1024, True),
+    "774m": Shape(1280, 36, 20, 20, 5120, 50257, 1024, True),
+    "1.5b": Shape(1600, 48, 25, 25, 6400, 50257, 1024, True),
 }
 _LLAMA = {
-    "15m": (288, 6, 6, 6, 768, 32000, 2048, True),  # the shape of stories15M
-    "60m": (512, 8, 8, 8, 1376, 32000, 2048, False),  # the shape GaLore trains
-    "1b": (2048, 16, 32, 8, 8192, 128256, 131072, True),  # Llama 3.2
-    "7b": (4096, 32, 32, 32, 11008, 32000, 4096, False),  # Llama 2
-    "13b": (5120, 40, 40, 40, 13824, 32000, 4096, False),
-    "70b": (8192, 80, 64, 8, 28672, 32000, 4096, False),
+    "15m": Shape(288, 6, 6, 6, 768, 32000, 2048, True),  # the shape of stories15M
+    "60m": Shape(512, 8, 8, 8, 1376, 32000, 2048, False),  # the shape GaLore trains
+    "1b": Shape(2048, 16, 32, 8, 8192, 128256, 131072, True),  # Llama 3.2
+    "7b": Shape(4096, 32, 32, 32, 11008, 32000, 4096, False),  # Llama 2
+    "13b": Shape(5120, 40, 40, 40, 13824, 32000, 4096, False),
+    "70b": Shape(8192, 80, 64, 8, 28672, 32000, 4096, False),
 }
 _QWEN = {  # Qwen 2.5
-    "0.5b": (896, 24, 14, 2, 4864, 151936, 32768, True),
-    "1.5b": (1536, 28, 12, 2, 8960, 151936, 32768, True),
-    "7b": (3584, 28, 28, 4, 18944, 152064, 32768, False),
+    "0.5b": Shape(896, 24, 14, 2, 4864, 151936, 32768, True),
+    "1.5b": Shape(1536, 28, 12, 2, 8960, 151936, 32768, True),
+    "7b": Shape(3584, 28, 28, 4, 18944, 152064, 32768, False),
 }
 
 
@@ -41,10 +54,26 @@ def _presets(sizes: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
 class _Transformer(Model):
     size: str
-    sizes: ClassVar[Mapping[str, tuple[int, int, int, int, int, int, int, bool]]]
+    sizes: ClassVar[Mapping[str, Shape]]
+    _shape: Shape | None = PrivateAttr(None)
+
+    @classmethod
+    def of_shape(cls, shape: Shape) -> Self:
+        """A model of this family in a shape that no preset has."""
+        made = cls.model_validate({})
+        made._shape = shape
+        return made
+
+    @property
+    def shape(self) -> Shape:
+        return self._shape or self.sizes[self.size]
+
+    def miniature(self) -> Model:
+        return self.of_shape(self.shape._replace(width=64, layers=1, heads=2, key_value_heads=2, inner_width=192,
+                                                 vocabulary=512))  # fmt: skip
 
     def max_tokens(self) -> int | None:
-        return self.sizes[self.size][6]
+        return self.shape.longest
 
     def config(self) -> Any:
         """The transformers configuration of this size."""
@@ -84,8 +113,9 @@ class Gpt2(_Transformer):
     def config(self) -> Any:
         from transformers import GPT2Config
 
-        width, layers, heads, _, _, vocabulary, longest, _ = self.sizes[self.size]
-        return GPT2Config(vocab_size=vocabulary, n_positions=longest, n_embd=width, n_layer=layers, n_head=heads)
+        shape = self.shape
+        return GPT2Config(vocab_size=shape.vocabulary, n_positions=shape.longest, n_embd=shape.width,
+                          n_layer=shape.layers, n_head=shape.heads, n_inner=shape.inner_width)  # fmt: skip
 
 
 class Llama(_Transformer):
@@ -99,7 +129,7 @@ class Llama(_Transformer):
     def config(self) -> Any:
         from transformers import LlamaConfig
 
-        return LlamaConfig(**_grouped_query(self.sizes[self.size]))
+        return LlamaConfig(**_grouped_query(self.shape))
 
 
 class Qwen(_Transformer):
@@ -113,18 +143,17 @@ class Qwen(_Transformer):
     def config(self) -> Any:
         from transformers import Qwen2Config
 
-        return Qwen2Config(**_grouped_query(self.sizes[self.size]))
+        return Qwen2Config(**_grouped_query(self.shape))
 
 
-def _grouped_query(shape: tuple[int, int, int, int, int, int, int, bool]) -> dict[str, Any]:
-    width, layers, heads, key_value_heads, inner, vocabulary, longest, tied = shape
+def _grouped_query(shape: Shape) -> dict[str, Any]:
     return {
-        "vocab_size": vocabulary,
-        "hidden_size": width,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": key_value_heads,
-        "max_position_embeddings": longest,
-        "tie_word_embeddings": tied,
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.width,
+        "intermediate_size": shape.inner_width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.key_value_heads,
+        "max_position_embeddings": shape.longest,
+        "tie_word_embeddings": shape.tied,
     }

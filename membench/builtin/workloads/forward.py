@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from membench.plugins import Context, Technique, Workload
+from membench.plugins import Context, Step, Technique, Workload
 
 if TYPE_CHECKING:
     import torch
@@ -20,18 +19,16 @@ class Forward(Workload):
     batch_size: int = Field(1, ge=1)
     sequence_length: int = Field(256, ge=1)
 
-    def tokens_needed(self) -> int:
+    def longest_sequence(self) -> int:
         return self.sequence_length
 
     def tokens_per_step(self) -> int:
         return self.batch_size * self.sequence_length
 
-    def start(
-        self, module: nn.Module, tokens: torch.Tensor, techniques: list[Technique], context: Context
-    ) -> Callable[[], None]:
+    def start(self, module: nn.Module, tokens: torch.Tensor, techniques: list[Technique], context: Context) -> Step:
         import torch
 
-        batch = tokens[: self.tokens_per_step()].view(self.batch_size, self.sequence_length).to(context.device)
+        batch = tokens.view(self.batch_size, self.sequence_length).to(context.device)
 
         def step() -> None:
             with torch.no_grad():

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from membench.plugins import Context, Technique, Workload
+from membench.plugins import Context, Step, Technique, Workload
 
 if TYPE_CHECKING:
     import torch
@@ -21,19 +20,22 @@ class Generate(Workload):
     prompt_length: int = Field(128, ge=1)
     new_tokens: int = Field(32, ge=2)
 
-    def tokens_needed(self) -> int:
+    def longest_sequence(self) -> int:
         return self.prompt_length + self.new_tokens
 
     def tokens_per_step(self) -> int:
         return self.batch_size * self.new_tokens
 
-    def start(
-        self, module: nn.Module, tokens: torch.Tensor, techniques: list[Technique], context: Context
-    ) -> Callable[[], None]:
+    def tokens_read(self) -> int:
+        return self.batch_size * self.prompt_length
+
+    def decoded_tokens_per_step(self) -> int | None:
+        return self.batch_size * (self.new_tokens - 1)  # the first comes out of the prefill
+
+    def start(self, module: nn.Module, tokens: torch.Tensor, techniques: list[Technique], context: Context) -> Step:
         import torch
 
-        count = self.batch_size * self.prompt_length
-        prompt = tokens.repeat(count // len(tokens) + 1)[:count].view(self.batch_size, -1).to(context.device)
+        prompt = tokens.view(self.batch_size, self.prompt_length).to(context.device)
         options: dict[str, Any] = {"use_cache": True}
         for technique in techniques:
             options = technique.generate_options(options, context)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from membench.plugins import Context, Technique, TrainingStep, Workload
+from membench.plugins import Context, Step, Technique, TrainingStep, Workload
 
 if TYPE_CHECKING:
     import torch
@@ -23,18 +22,16 @@ class Train(Workload):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(1e-4, gt=0)
 
-    def tokens_needed(self) -> int:
+    def longest_sequence(self) -> int:
         return self.sequence_length
 
     def tokens_per_step(self) -> int:
         return self.batch_size * self.sequence_length
 
-    def start(
-        self, module: nn.Module, tokens: torch.Tensor, techniques: list[Technique], context: Context
-    ) -> Callable[[], None]:
+    def start(self, module: nn.Module, tokens: torch.Tensor, techniques: list[Technique], context: Context) -> Step:
         import torch
 
-        batch = tokens[: self.tokens_per_step()].view(self.batch_size, self.sequence_length).to(context.device)
+        batch = tokens.view(self.batch_size, self.sequence_length).to(context.device)
         kinds = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer: torch.optim.Optimizer = kinds[self.optimizer](trained, lr=self.learning_rate)
@@ -49,7 +46,7 @@ class Train(Workload):
         for technique in techniques:
             pieces = technique.training_step(pieces, context)
 
-        def step() -> None:
+        def step() -> torch.Tensor:
             # Gradients are dropped first, so that what is held after a step is what training holds: all of it.
             pieces.zero_grad()
             with context.part("forward"):
@@ -58,5 +55,6 @@ class Train(Workload):
                 pieces.backward(value)
             with context.part("optimizer"):
                 pieces.step()
+            return value.detach()
 
         return step

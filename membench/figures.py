@@ -1,0 +1,180 @@
+"""A case's metrics out of its phases: each with how it was obtained, or the reason why it is not known."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+_WIDE_BRACKET = 0.01
+
+
+@dataclass
+class Figures:
+    """What ``Record`` keeps as ``metrics``, ``reasons`` and ``obtained``; all by metric field."""
+
+    metrics: dict[str, float | int | None] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    obtained: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def know(self, name: str, value: float | int, source: str, bound: str = "exact", **how: Any) -> None:
+        self.metrics[name] = value
+        self.obtained[name] = {"source": source, "bound": bound, **how}
+
+    def miss(self, name: str, reason: str) -> None:
+        self.metrics[name] = None
+        self.reasons[name] = reason
+
+
+def figures(
+    phases: Sequence[Mapping[str, Any]], result: Mapping[str, Any], status: str, on_gpu: bool, interval_s: float
+) -> Figures:
+    """Work out every metric that has a meaning for the case.
+
+    Args:
+        phases: as the worker measured and the observer completed them.
+        result: what the worker said at its end; empty if it did not get there.
+        status: how the case ended.
+        on_gpu: whether the case ran on CUDA.
+        interval_s: between the observer's samples.
+    """
+    found = Figures()
+    by_name = {phase["name"]: phase for phase in phases}
+    if not result:
+        for name in ("weights_bytes", "peak_live_bytes", "held_live_bytes", "peak_footprint_bytes",
+                     "held_footprint_bytes", "disk_bytes", "step_median_s", "tokens_per_s"):  # fmt: skip
+            found.miss(name, f"the case ended as {status}")
+        for name in ("load", "apply"):
+            if name in by_name:
+                _live(found, by_name[name], f"{name}_peak_live_bytes", on_gpu, pinned=True)
+        return found
+    found.know("weights_bytes", result["weights_bytes"], "walk over parameters and buffers")
+    pinned = result["pinned"]
+    _live(found, by_name["run"], "peak_live_bytes", on_gpu, pinned)
+    _held(found, by_name["run"], on_gpu, pinned)
+    _live(found, by_name["load"], "load_peak_live_bytes", on_gpu, pinned)
+    _live(found, by_name["apply"], "apply_peak_live_bytes", on_gpu, pinned)
+    found.know("apply_s", by_name["apply"]["duration_s"], "monotonic clock, under the pinned allocator")
+    if on_gpu:
+        _gpu_footprint(found, by_name, interval_s)
+    else:
+        _cpu_footprint(found, by_name["time"])
+    children = [phase["children_peak_bytes"] for phase in phases if phase.get("children_peak_bytes")]
+    if children:
+        found.know("children_peak_bytes", max(children), "pages of children alone (USS), sampled", "at least",
+                   interval_s=interval_s)  # fmt: skip
+    if result["disk_bytes"] is None:
+        found.miss("disk_bytes", result["disk_format"])
+    else:
+        found.know("disk_bytes", result["disk_bytes"], f"size of the file written by {result['disk_format']}")
+    _times(found, result, by_name["time"], on_gpu)
+    for part in ("prefill", "decode", "forward", "backward", "optimizer"):
+        if part in by_name["run"]["parts"]:
+            _live(found, by_name["run"]["parts"][part], f"{part}_peak_live_bytes", on_gpu, pinned)
+    if result.get("final_loss_nats") is not None:
+        found.know("final_loss_nats", result["final_loss_nats"], "cross entropy in fp32 of the last step")
+    if "bits_per_byte" in result:
+        found.know("bits_per_byte", result["bits_per_byte"], "cross entropy in fp32 over the held-out text")
+    return found
+
+
+def _with_children(phase: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Bytes of children in a phase, and how a figure that includes them must be labelled."""
+    children = phase.get("children_peak_bytes") or 0
+    return children, {"children": bool(children)}
+
+
+def _live(found: Figures, phase: Mapping[str, Any], name: str, on_gpu: bool, pinned: bool) -> None:
+    if on_gpu:
+        found.know(name, phase["cuda_peak_allocated_bytes"], "torch.cuda.max_memory_allocated")
+        return
+    if not pinned:
+        found.miss(name, "the C library's malloc cannot be pinned: only glibc's can")
+        return
+    children, how = _with_children(phase)
+    value = phase["peak_live_bytes"] + children
+    bound = "at least" if children else "exact"
+    if phase["peak_live_bytes"] - phase["peak_live_at_least_bytes"] > _WIDE_BRACKET * max(value, 1):
+        bound = "at most"
+        how["at_least_bytes"] = phase["peak_live_at_least_bytes"] + children
+    found.know(name, value, "kernel's peak (VmHWM) less file pages, under the pinned allocator", bound, **how)
+
+
+def _held(found: Figures, run: Mapping[str, Any], on_gpu: bool, pinned: bool) -> None:
+    if on_gpu:
+        found.know("held_live_bytes", run["cuda_held_allocated_bytes"], "torch.cuda.memory_allocated")
+    elif pinned:
+        found.know("held_live_bytes", run["held_live_bytes"], "RssAnon after collecting and trimming", children=False)
+    else:
+        found.miss("held_live_bytes", "the C library's malloc cannot be pinned: only glibc's can")
+
+
+def _cpu_footprint(found: Figures, time: Mapping[str, Any]) -> None:
+    children, how = _with_children(time)
+    found.know(
+        "peak_footprint_bytes",
+        time["peak_footprint_bytes"] + children,
+        "kernel's peak (VmHWM), under the default allocator",
+        "at least" if children else "exact",
+        **how,
+    )
+    found.know("held_footprint_bytes", time["held_footprint_bytes"], "RSS after collecting and trimming",
+               children=False)  # fmt: skip
+
+
+def _gpu_footprint(found: Figures, by_name: Mapping[str, Mapping[str, Any]], interval_s: float) -> None:
+    """NVML's figure of the process where it can be believed, else the device's use above its idle level."""
+    time, run = by_name["time"], by_name["run"]
+    found.know("peak_reserved_bytes", time["cuda_peak_reserved_bytes"], "torch.cuda.max_memory_reserved")
+    process, used = time["gpu_process_peak_bytes"], time["gpu_used_peak_bytes"]
+    # A container has process ids of its own: what NVML shows under ours may be another's. Ours cannot hold less than
+    # torch reserved.
+    if process is not None and time["gpu_process_end_bytes"] is not None and (
+        time["gpu_process_end_bytes"] >= time["cuda_held_reserved_bytes"]
+    ):  # fmt: skip
+        source, peak, held, end = (
+            "NVML per process, sampled", process, time["gpu_process_end_bytes"], run["gpu_process_end_bytes"]
+        )  # fmt: skip
+    elif used is not None:
+        source = "NVML: used memory of the device above its idle level, sampled; the driver hides the process"
+        peak, held, end = used, time["gpu_used_end_bytes"], run["gpu_used_end_bytes"]
+    else:
+        for name in ("peak_footprint_bytes", "held_footprint_bytes", "context_overhead_bytes", "energy_j"):
+            found.miss(name, time.get("gpu_unknown") or "NVML shows neither the process nor the device")
+        return
+    found.know("peak_footprint_bytes", peak, source, "at least", interval_s=interval_s)
+    found.know("held_footprint_bytes", held, source.replace(", sampled", ""))
+    if end is None:
+        found.miss("context_overhead_bytes", "NVML did not show the process at the end of the phase run")
+    else:
+        found.know("context_overhead_bytes", end - run["cuda_held_reserved_bytes"], f"{source}, less torch's reserved")
+    if time["gpu_energy_j"] is None:
+        found.miss("energy_j", "the device has no energy counter")
+    else:
+        found.know("energy_j", time["gpu_energy_j"] / time["steps"], "NVML's counter over the phase time, whole device")
+
+
+def _times(found: Figures, result: Mapping[str, Any], time: Mapping[str, Any], on_gpu: bool) -> None:
+    source = "monotonic clock, " + ("after a synchronize" if on_gpu else "under the default allocator")
+    durations = result["durations_s"]
+    median = statistics.median(durations)
+    found.know("step_median_s", median, source)
+    found.know("tokens_per_s", result["tokens_per_step"] / median, source)
+    if len(durations) < 2:
+        for name in ("step_p95_s", "step_spread_percent"):
+            found.miss(name, "one step has no spread: settings.measured_steps is 1")
+    else:
+        found.know("step_p95_s", statistics.quantiles(durations, n=20, method="inclusive")[-1], source)
+        low, _, high = statistics.quantiles(durations, n=4, method="inclusive")
+        found.know("step_spread_percent", (high - low) / median * 100, source)
+    parts = {
+        name: statistics.median(part["durations_s"]) for name, part in time["parts"].items() if part["durations_s"]
+    }
+    if "prefill" in parts:
+        found.know("time_to_first_token_s", parts["prefill"], source)
+    if "decode" in parts:
+        found.know("decode_tokens_per_s", result["decoded_tokens"] / parts["decode"], source)
+    for part in ("forward", "backward", "optimizer"):
+        if part in parts:
+            found.know(f"{part}_s", parts[part], source)

@@ -1,0 +1,158 @@
+"""Measures phases, and parts of a step, from inside the measured process, and tells the runner."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from membench import allocator, procfs
+
+_GPU_PEAKS = ("cuda_peak_allocated_bytes", "cuda_peak_reserved_bytes")
+
+
+class Meter:
+    """Tells the runner when phases begin and end and what they took.
+
+    The runner acknowledges both ends, so that what it reads from outside falls on the boundary.
+    """
+
+    def __init__(self, channel: socket.socket, device: str) -> None:
+        self.on_gpu = device.startswith("cuda")
+        self.memory_in_parts = False
+        self.parts: dict[str, dict[str, Any]] = {}
+        self._device = device
+        self._channel = channel
+        self._answers = channel.makefile("rb")
+        self._baseline = procfs.resident()
+
+    def tell(self, **message: Any) -> None:
+        """Send the runner a message; it never waits for an answer."""
+        self._channel.sendall(json.dumps(message).encode() + b"\n")
+
+    def _acknowledged(self, **message: Any) -> None:
+        self.tell(**message)
+        self._answers.readline()
+
+    def synchronize(self) -> None:
+        """Wait for the GPU, if the case runs on one: before every look at a clock or a counter."""
+        if self.on_gpu:
+            import torch
+
+            torch.cuda.synchronize(self._device)
+
+    def set_baseline(self) -> None:
+        """What is resident now belongs to the interpreter, the libraries and the harness."""
+        self._settle()
+        self._baseline = procfs.resident()
+        baseline = {"anonymous_bytes": self._baseline.anonymous_bytes, "file_bytes": self._baseline.file_bytes}
+        self.tell(event="baseline", baseline=baseline)
+
+    def _settle(self) -> None:
+        allocator.settle()
+        if self.on_gpu:
+            import torch
+
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()
+
+    @contextlib.contextmanager
+    def phase(self, name: str, allocator_name: str) -> Iterator[dict[str, Any]]:
+        """Measure a phase: exact peaks while it runs, what is held once things have settled.
+
+        Yields:
+            what was measured, to which the caller may add.
+        """
+        self._settle()
+        if self.on_gpu:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._acknowledged(event="begin", phase=name)
+        start = procfs.resident()
+        procfs.reset_peak()
+        began = time.perf_counter()
+        measured: dict[str, Any] = {"name": name, "allocator": allocator_name}
+        yield measured
+        self.synchronize()
+        measured["duration_s"] = time.perf_counter() - began
+        end = procfs.resident()
+        # Parts reset the kernel's peak as they begin and end: the phase's own is the highest of them all.
+        in_parts = [part["peak_rss_bytes"] for part in self.parts.values() if "peak_rss_bytes" in part]
+        measured |= self._peaks(start, end, max([end.peak_bytes, *in_parts]))
+        if self.on_gpu:
+            self._raise_gpu_peaks(measured)
+            for part in self.parts.values():
+                for key in _GPU_PEAKS:
+                    measured[key] = max(measured[key], part.get(key, 0))
+        self._settle()
+        settled = procfs.resident()
+        measured["held_live_bytes"] = settled.anonymous_bytes - self._baseline.anonymous_bytes
+        measured["held_footprint_bytes"] = settled.total_bytes - self._baseline.total_bytes
+        if self.on_gpu:
+            measured["cuda_held_allocated_bytes"] = torch.cuda.memory_allocated(self._device)
+            measured["cuda_held_reserved_bytes"] = torch.cuda.memory_reserved(self._device)
+        measured["parts"] = self.parts
+        self.parts = {}
+        self._acknowledged(event="end", phase=measured)
+
+    def _peaks(self, start: procfs.Resident, end: procfs.Resident, peak_rss_bytes: int) -> dict[str, int]:
+        """The kernel knows the peak of all pages; less the file pages at the two ends brackets the live part."""
+        base = self._baseline
+        fewest, most = sorted((start.file_bytes, end.file_bytes))
+        lowest = max(peak_rss_bytes - most, start.anonymous_bytes, end.anonymous_bytes)
+        return {
+            "peak_live_bytes": max(peak_rss_bytes - fewest, lowest) - base.anonymous_bytes,
+            "peak_live_at_least_bytes": lowest - base.anonymous_bytes,
+            "peak_footprint_bytes": max(peak_rss_bytes, start.total_bytes, end.total_bytes) - base.total_bytes,
+            "file_start_bytes": start.file_bytes - base.file_bytes,
+            "file_end_bytes": end.file_bytes - base.file_bytes,
+        }
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Mark a part of a step: its duration, and in ``run`` its memory."""
+        entry = self.parts.setdefault(name, {"durations_s": []})
+        self.synchronize()
+        if self.memory_in_parts:
+            start = self._begin_memory_of_part()
+        began = time.perf_counter()
+        yield
+        self.synchronize()
+        entry["durations_s"].append(time.perf_counter() - began)
+        if self.memory_in_parts:
+            self._end_memory_of_part(entry, start)
+
+    def _begin_memory_of_part(self) -> procfs.Resident:
+        start = procfs.resident()
+        # The peak since the last boundary belongs to what ran between the parts.
+        between = self.parts.setdefault("between", {"durations_s": []})
+        between["peak_rss_bytes"] = max(start.peak_bytes, between.get("peak_rss_bytes", 0))
+        if self.on_gpu:
+            self._raise_gpu_peaks(between)
+        procfs.reset_peak()
+        return start
+
+    def _end_memory_of_part(self, entry: dict[str, Any], start: procfs.Resident) -> None:
+        end = procfs.resident()
+        if end.peak_bytes >= entry.get("peak_rss_bytes", 0):
+            entry |= self._peaks(start, end, end.peak_bytes) | {"peak_rss_bytes": end.peak_bytes}
+        entry["held_live_bytes"] = end.anonymous_bytes - self._baseline.anonymous_bytes
+        procfs.reset_peak()
+        if self.on_gpu:
+            import torch
+
+            self._raise_gpu_peaks(entry)
+            entry["cuda_held_allocated_bytes"] = torch.cuda.memory_allocated(self._device)
+
+    def _raise_gpu_peaks(self, entry: dict[str, Any]) -> None:
+        """Raise an entry's peaks to torch's own since the last look, and begin anew."""
+        import torch
+
+        peaks = (torch.cuda.max_memory_allocated(self._device), torch.cuda.max_memory_reserved(self._device))
+        for key, peak_bytes in zip(_GPU_PEAKS, peaks, strict=True):
+            entry[key] = max(peak_bytes, entry.get(key, 0))
+        torch.cuda.reset_peak_memory_stats(self._device)
