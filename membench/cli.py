@@ -35,7 +35,18 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--output", type=Path, default=Path("results"), help="folder to look for the newest run in")
     show.add_argument("--format", choices=formats, default="simple")
     show.set_defaults(do=_show)
+
+    doctor = verbs.add_parser("doctor", help="prove on known amounts what can be measured on this machine")
+    doctor.add_argument("--full", action="store_true", help="also measure what the harness promises (some minutes)")
+    doctor.add_argument("--format", choices=formats[:2], default="simple")
+    doctor.set_defaults(do=_doctor)
     return parser
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from membench import doctor
+
+    return doctor.report(full=arguments.full, form=arguments.format)
 
 
 def _run(arguments: argparse.Namespace) -> int:

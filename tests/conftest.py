@@ -12,7 +12,7 @@ _ENTRY_POINTS = """\
 block = tests.amounts:Block
 too-large = tests.amounts:TooLarge
 [membench.workloads]
-burst = tests.amounts:Burst
+known-burst = tests.amounts:Burst
 [membench.techniques]
 ends = tests.amounts:Ends
 """

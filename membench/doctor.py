@@ -1,0 +1,284 @@
+"""Proves what can be measured on this machine: known amounts are allocated, and each reading stands beside the truth.
+
+``membench doctor`` does that. ``python -m membench.doctor`` goes on to what the harness promises of itself: that a case
+repeats, that training holds what arithmetic says, what the harness and its observing cost.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tabulate
+
+from membench import procfs
+from membench.errors import EXIT_CASES_FAILED, EXIT_OK
+from membench.nvml import gpus
+from membench.record import Record
+from membench.session import run
+from membench.suite import load_suite
+from membench.units import format_bytes, format_percent, format_seconds
+
+_MIB = 2**20
+_LLAMA_60M_PARAMETERS = 58_073_600
+
+_KNOWN = """\
+[suite]
+name = "doctor"
+[matrix]
+model = ["touched", "untouched", "mapped"]
+technique = ["none"]
+workload = ["still"]
+[[include]]
+model = "small"
+technique = "none"
+workload = ["burst", "child"]
+[model.touched]
+use = "ballast"
+[model.untouched]
+use = "ballast"
+kind = "untouched"
+[model.mapped]
+use = "ballast"
+kind = "mapped"
+[model.small]
+use = "ballast"
+mib = 1
+[workload.still]
+use = "burst"
+mib = 0
+[workload.burst]
+use = "burst"
+[workload.child]
+use = "burst"
+mib = 64
+hold_s = 0.3
+in_child = true
+[settings]
+threads = 1
+measured_steps = 2
+"""
+
+_GPU = """\
+[suite]
+name = "doctor-gpu"
+[matrix]
+model = ["touched"]
+technique = ["none"]
+workload = ["burst"]
+device = ["cuda"]
+[model.touched]
+use = "ballast"
+[settings]
+threads = 1
+measured_steps = 2
+"""
+
+_REPEATED = """\
+[suite]
+name = "doctor-repeats"
+[matrix]
+model = ["llama-15m"]
+technique = ["none"]
+workload = ["forward"]
+[settings]
+repeats = 5
+measured_steps = 2
+"""
+
+_TRAINED = """\
+[suite]
+name = "doctor-train"
+[matrix]
+model = ["llama-60m"]
+technique = ["none"]
+workload = ["train"]
+[settings]
+measured_steps = 2
+"""
+
+_EMPTY = """\
+[suite]
+name = "doctor-empty"
+[matrix]
+model = ["ballast"]
+technique = ["none"]
+workload = ["still"]
+[workload.still]
+use = "burst"
+mib = 0
+hold_s = 0
+[settings]
+repeats = 6
+"""
+
+_TIMED = """\
+[suite]
+name = "doctor-timed"
+[matrix]
+model = ["llama-15m"]
+technique = ["none"]
+workload = ["forward"]
+[settings]
+measured_steps = 40
+sampling_interval_s = {interval_s}
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A reading beside the truth. ``reading`` is ``None`` where nothing could be measured, and ``note`` says why."""
+
+    what: str
+    metric: str
+    reading: str | None
+    truth: str
+    error: str
+    allowed: str
+    is_right: bool
+    note: str = ""
+
+
+def _records(text: str) -> tuple[Record, ...]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "doctor.toml"
+        path.write_text(text)
+        return run(load_suite(path), output=folder).records
+
+
+def _amount(record: Record, what: str, name: str, truth_bytes: int, of_bytes: int, allowed_percent: float) -> Finding:
+    """Compare one metric of a record with the truth; the error is a share of ``of_bytes``."""
+    value = record.metrics.get(name)
+    allowed = format_percent(allowed_percent)
+    if value is None:
+        note = record.reasons.get(name) or record.message or "nothing was seen"
+        return Finding(what, name, None, format_bytes(truth_bytes), "–", allowed, False, note)
+    percent = (value - truth_bytes) / of_bytes * 100
+    return Finding(what, name, format_bytes(value), format_bytes(truth_bytes), f"{percent:+.3f}%", allowed,
+                   abs(percent) <= allowed_percent)  # fmt: skip
+
+
+def known_amounts() -> list[Finding]:
+    """Allocate known amounts through the very harness that runs suites, and compare."""
+    touched, untouched, mapped, burst, child = sorted(_records(_KNOWN), key=lambda r: _ORDER.index(r.id))
+    amount = 64 * _MIB
+    return [
+        _amount(touched, "64 MiB touched", "held_live_bytes", amount, amount, 0.5),
+        _amount(touched, "64 MiB touched", "held_footprint_bytes", amount, amount, 5),
+        _amount(touched, "64 MiB touched", "weights_bytes", amount, amount, 0),
+        _amount(untouched, "64 MiB never touched", "held_live_bytes", 0, amount, 0.5),
+        _amount(mapped, "64 MiB mapped from a file", "held_live_bytes", 0, amount, 0.5),
+        _amount(mapped, "64 MiB mapped from a file", "held_footprint_bytes", amount, amount, 5),
+        _amount(burst, "300 MiB for 1 ms, beside 1 MiB", "peak_live_bytes", 301 * _MIB, 301 * _MIB, 0.5),
+        _amount(child, "64 MiB in a child for 0.3 s", "children_peak_bytes", amount, amount, 5),
+        *_on_gpu(),
+    ]
+
+
+_ORDER = [f"{case}/cpu" for case in ("touched/none/still", "untouched/none/still", "mapped/none/still",
+                                     "small/none/burst", "small/none/child")]  # fmt: skip
+
+
+def _on_gpu() -> list[Finding]:
+    found, reason = gpus()
+    if found is None:
+        return [Finding("300 MiB on the GPU", "peak_live_bytes", None, "–", "–", "–", True, reason or "")]
+    (record,) = _records(_GPU)
+    truth = 364 * _MIB
+    return [
+        _amount(record, "300 MiB for 1 ms, beside 64 MiB, on the GPU", "peak_live_bytes", truth, truth, 0.5),
+        _amount(record, "64 MiB on the GPU", "held_live_bytes", 64 * _MIB, 64 * _MIB, 0.5),
+    ]
+
+
+def promises() -> list[Finding]:
+    """What the harness promises of itself, measured now."""
+    return [_repeats(), _training(), _cost_of_a_case(), _cost_of_observing(), _listing(), _own_memory()]
+
+
+def _promise(what: str, value: float, most: float, show: Callable[[float], str], note: str = "") -> Finding:
+    return Finding(what, "", show(value), "", "", f"at most {show(most)}", value <= most, note)
+
+
+def _repeats() -> Finding:
+    peaks = [record.metrics["peak_live_bytes"] or 0 for record in _records(_REPEATED)]
+    spread = (max(peaks) - min(peaks)) / statistics.median(peaks) * 100
+    return _promise("one case five times: spread of live peaks", spread, 0.2, lambda v: f"{v:.3f}%")
+
+
+def _training() -> Finding:
+    (record,) = _records(_TRAINED)
+    truth = _LLAMA_60M_PARAMETERS * 16  # weights, gradients and AdamW's two states, in fp32
+    return _amount(record, "AdamW training of llama-60m", "held_live_bytes", truth, truth, 3)
+
+
+def _cost_of_a_case() -> Finding:
+    durations = [record.duration_s for record in _records(_EMPTY)][1:]
+    return _promise("an empty case after the first", statistics.median(durations), 0.3, format_seconds)
+
+
+def _cost_of_observing() -> Finding:
+    """Pairs of runs, observed every 20 ms and every 10 s, one after the other: the machine's noise meets both."""
+    ratios = []
+    for _ in range(4):
+        steps = [
+            _records(_TIMED.format(interval_s=interval))[0].metrics["step_median_s"] or 0 for interval in (0.02, 10)
+        ]
+        ratios.append((steps[0] / steps[1] - 1) * 100)
+    low, high = min(ratios), max(ratios)
+    return _promise("slowing of timed steps by observing, median of four pairs", statistics.median(ratios), 1,
+                    lambda v: f"{v:.2f}%", f"pairs from {low:.2f}% to {high:.2f}%")  # fmt: skip
+
+
+def _listing() -> Finding:
+    durations = []
+    for _ in range(5):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "membench.cli", "list"], check=True, stdout=subprocess.DEVNULL)
+        durations.append(time.perf_counter() - began)
+    return _promise("membench list", statistics.median(durations), 0.5, format_seconds)
+
+
+def _own_memory() -> Finding:
+    """This process has been the runner of all the cases above."""
+    note = "torch is imported here" if "torch" in sys.modules else "torch is not imported"
+    found = _promise("the runner's own memory", procfs.resident().peak_bytes, 100e6, format_bytes, note)
+    return found if "torch" not in sys.modules else Finding(**{**vars(found), "is_right": False})
+
+
+def table(findings: list[Finding], form: str) -> str:
+    """The findings, a row each."""
+    rows: list[dict[str, Any]] = [
+        {
+            "what": finding.what,
+            "metric": finding.metric.removesuffix("_bytes"),
+            "reading": finding.reading or "–",
+            "truth": finding.truth,
+            "error": finding.error,
+            "allowed": finding.allowed,
+            "": ("not measured" if finding.reading is None else "right") if finding.is_right else "OFF",
+            "note": finding.note,
+        }
+        for finding in findings
+    ]
+    return tabulate.tabulate(rows, headers="keys", tablefmt=form, disable_numparse=True)
+
+
+def report(*, full: bool, form: str = "simple") -> int:
+    """Print the findings; exit code 1 if one is off."""
+    findings = known_amounts()
+    if full:
+        findings += promises()
+    print(table(findings, form))
+    return EXIT_OK if all(finding.is_right for finding in findings) else EXIT_CASES_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(report(full=True))
