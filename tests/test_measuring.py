@@ -118,7 +118,8 @@ def test_kill_9_of_the_runner_leaves_no_worker_and_resume_goes_on(tmp_path: Path
     note = tmp_path / "pid"
     path = tmp_path / "killed.toml"
     path.write_text(
-        '[suite]\nname = "killed"\n[matrix]\nmodel = ["block"]\ntechnique = ["none", "hang"]\nworkload = ["known-burst"]\n'
+        '[suite]\nname = "killed"\n[matrix]\nmodel = ["block"]\ntechnique = ["none", "hang"]\n'
+        'workload = ["known-burst"]\n'
         f'[technique.hang]\nuse = "ends"\nhow = "hang"\nnote = "{note}"\n[settings]\ntimeout_s = 5\nthreads = 1\n'
     )
     command = [sys.executable, "-m", "membench.cli", "run", str(path), "--output", str(tmp_path / "out")]

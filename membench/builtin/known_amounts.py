@@ -1,4 +1,4 @@
-"""Models and a workload of known amounts, for the doctor: what the harness reads of them can be compared with the truth."""
+"""A model and a workload of known amounts, for the doctor: what is read of them can be compared with the truth."""
 
 from __future__ import annotations
 

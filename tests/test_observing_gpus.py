@@ -1,0 +1,160 @@
+"""GPUs through NVML at its documented interface, with a module that stands in for a driver."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from membench.figures import Figures, figures
+from membench.nvml import Gpus
+from membench.observer import Observer
+
+MIB = 2**20
+
+
+@dataclass
+class _Memory:
+    total: int
+    used: int
+
+
+@dataclass
+class _Process:
+    pid: int
+    usedGpuMemory: int | None
+
+
+class NVMLError(Exception):
+    pass
+
+
+@dataclass
+class FakeNvml:
+    """Two devices in the order of the PCI bus; ``processes``, ``used`` and ``energy_mj`` are theirs by UUID."""
+
+    processes: dict[str, list[_Process]] = field(default_factory=dict)
+    used: dict[str, int] = field(default_factory=lambda: {"GPU-aa": 500 * MIB, "GPU-bb": 300 * MIB})
+    energy_mj: int | None = 1000
+    NVMLError: type[Exception] = NVMLError
+
+    def nvmlInit(self) -> None: ...
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> str:
+        return ("GPU-aa", "GPU-bb")[index]
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
+        if uuid not in self.used:
+            raise NVMLError("Not Found")
+        return uuid
+
+    def nvmlDeviceGetUUID(self, handle: str) -> str:
+        return handle
+
+    def nvmlDeviceGetMemoryInfo(self, handle: str) -> _Memory:
+        return _Memory(80 * 2**30, self.used[handle])
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[_Process]:
+        return self.processes.get(handle, [])
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:
+        if self.energy_mj is None:
+            raise NVMLError("Not Supported")
+        return self.energy_mj
+
+
+def _observed(nvml: FakeNvml, uuid: str = "bb") -> dict[str, Any]:
+    """A phase in which this process takes 1 GiB on a device and gives half of it back."""
+    gpus = Gpus(nvml)
+    observer = Observer(os.getpid(), gpus, gpus.used_bytes())
+    assert observer.use_gpu(uuid) is None
+    observer.begin_phase()
+    shown = nvml.processes.get("GPU-bb", [])
+    for now in (1024 * MIB, 512 * MIB):
+        nvml.used["GPU-bb"] = 300 * MIB + now
+        for process in shown:
+            if process.usedGpuMemory is not None:
+                process.usedGpuMemory = now
+        observer.look()
+    if nvml.energy_mj is not None:
+        nvml.energy_mj += 2500
+    return observer.end_phase()
+
+
+def test_a_device_is_found_by_uuid_and_not_by_its_place_on_the_bus() -> None:
+    seen = _observed(FakeNvml({"GPU-bb": [_Process(os.getpid(), 0), _Process(1, 7 * MIB)]}))
+    assert seen["gpu_process_peak_bytes"] == 1024 * MIB
+    assert seen["gpu_process_end_bytes"] == 512 * MIB
+    assert seen["gpu_energy_j"] == 2.5
+
+
+def test_use_above_the_idle_level_stands_in_for_hidden_processes() -> None:
+    for processes in ([], [_Process(os.getpid(), None)]):
+        seen = _observed(FakeNvml({"GPU-bb": list(processes)}))
+        assert seen["gpu_process_peak_bytes"] is None
+        assert seen["gpu_used_peak_bytes"] == 1024 * MIB
+
+
+def test_a_device_without_an_energy_counter_has_no_energy() -> None:
+    assert _observed(FakeNvml(energy_mj=None))["gpu_energy_j"] is None
+
+
+def test_an_unknown_device_is_named() -> None:
+    gpus = Gpus(FakeNvml())
+    assert Observer(os.getpid(), gpus, {}).use_gpu("cc") == "NVML knows no device with the UUID cc"
+
+
+def _gpu_case(**seen: Any) -> Figures:
+    phase = {
+        "duration_s": 1.0, "parts": {}, "steps": 5, "cuda_peak_allocated_bytes": 100 * MIB,
+        "cuda_held_allocated_bytes": 80 * MIB, "cuda_peak_reserved_bytes": 128 * MIB,
+        "cuda_held_reserved_bytes": 96 * MIB, "gpu_process_peak_bytes": None, "gpu_process_end_bytes": None,
+        "gpu_used_peak_bytes": None, "gpu_used_end_bytes": None, "gpu_energy_j": None, "gpu_unknown": None,
+    } | seen  # fmt: skip
+    phases = [{"name": name, **phase} for name in ("load", "apply", "warmup", "run", "time")]
+    result = {"weights_bytes": 1, "pinned": True, "disk_bytes": 1, "disk_format": "safetensors",
+              "durations_s": [1.0, 1.0], "tokens_per_step": 4, "decoded_tokens": None}  # fmt: skip
+    return figures(phases, result, "ok", on_gpu=True, interval_s=0.02)
+
+
+def test_live_memory_on_a_gpu_is_what_torch_allocated() -> None:
+    found = _gpu_case()
+    assert found.metrics["peak_live_bytes"] == 100 * MIB
+    assert found.metrics["held_live_bytes"] == 80 * MIB
+
+
+def test_the_context_is_what_the_process_holds_beyond_torchs_reserve() -> None:
+    found = _gpu_case(gpu_process_peak_bytes=600 * MIB, gpu_process_end_bytes=596 * MIB)
+    assert found.metrics["peak_footprint_bytes"] == 600 * MIB
+    assert found.metrics["context_overhead_bytes"] == 500 * MIB
+    assert found.obtained["peak_footprint_bytes"]["source"] == "NVML per process, sampled"
+
+
+def test_a_process_that_holds_less_than_torch_reserved_is_another_one() -> None:
+    found = _gpu_case(
+        gpu_process_peak_bytes=7 * MIB,
+        gpu_process_end_bytes=7 * MIB,
+        gpu_used_peak_bytes=640 * MIB,
+        gpu_used_end_bytes=600 * MIB,
+    )
+    assert found.metrics["peak_footprint_bytes"] == 640 * MIB
+    assert "above its idle level" in found.obtained["peak_footprint_bytes"]["source"]
+
+
+def test_what_nvml_does_not_show_is_none_with_a_reason() -> None:
+    found = _gpu_case(gpu_unknown="NVML: Driver Not Loaded")
+    assert found.metrics["peak_footprint_bytes"] is None
+    assert found.reasons["peak_footprint_bytes"] == "NVML: Driver Not Loaded"
+    assert found.reasons["energy_j"] == "NVML: Driver Not Loaded"
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+def test_energy_is_given_for_a_step(steps: int) -> None:
+    found = _gpu_case(gpu_process_peak_bytes=1, gpu_used_peak_bytes=1, gpu_used_end_bytes=1, gpu_energy_j=21.0,
+                      steps=steps)  # fmt: skip
+    assert found.metrics["energy_j"] == 21.0 / steps
