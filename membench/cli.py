@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import signal
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ def _parser() -> argparse.ArgumentParser:
     show = verbs.add_parser("show", help="the table of a run, the newest if none is named")
     show.add_argument("run", nargs="?", type=Path)
     show.add_argument("--output", type=Path, default=Path("results"), help="folder to look for the newest run in")
+    show.add_argument("--phases", action="store_true", help="what each phase of each case took")
+    show.add_argument("-k", dest="expression", help="only cases whose id fits, such as 'int8 and not train'")
     show.add_argument("--format", choices=formats, default="simple")
     show.set_defaults(do=_show)
 
@@ -116,9 +119,18 @@ def _list(arguments: argparse.Namespace) -> int:
 
 def _show(arguments: argparse.Namespace) -> int:
     import membench
+    from membench import selection
+    from membench.report import text
     from membench.store import newest_run
 
-    _print(membench.read_run(arguments.run or newest_run(arguments.output)), arguments.format)
+    run = membench.read_run(arguments.run or newest_run(arguments.output))
+    if arguments.expression:
+        keep = selection.parse(arguments.expression)
+        run = dataclasses.replace(run, records=tuple(record for record in run.records if keep(record.id)))
+    if arguments.phases:
+        print(text.phases(run.records, arguments.format))
+    else:
+        _print(run, arguments.format)
     return EXIT_OK
 
 

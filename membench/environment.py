@@ -122,5 +122,5 @@ def describe(threads: int) -> dict[str, Any]:
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     """In which respects two descriptions are of machines whose figures must not stand in one run."""
-    keys = ("processor", "cores", "memory_bytes", "python", "packages", "threads", "gpus")
+    keys = ("processor", "cores", "memory_bytes", "python", "packages", "threads")
     return [key for key in keys if first.get(key) != second.get(key)]

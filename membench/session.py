@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from membench import environment
 from membench.errors import ResultsError
 from membench.record import Case
 from membench.runner import Runner
@@ -41,10 +42,11 @@ def run(
         tell: hears what happens: ``case``, ``phase``, ``memory``, ``progress``, ``record``.
 
     Raises:
-        ResultsError: if there is nothing to resume, or the suite has changed since.
+        ResultsError: if there is nothing to resume, the suite has changed since, or the machine is another.
     """
     cases = suite.select(keep)
     folder = Path(output)
+    machine = environment.describe(suite.settings.threads or environment.usable_cores())
     if resume:
         path = newest_run(folder)
         drop_torn_line(path)
@@ -53,6 +55,9 @@ def run(
             raise ResultsError(
                 f"{path}: its suite '{header['suite']}' is not '{suite.name}' as it is now; run it afresh"
             )
+        unlike = environment.differences(header["machine"], machine)
+        if unlike:
+            raise ResultsError(f"{path}: began on a machine of another {unlike[0]}; figures of two do not go together")
         file = RunFile(path)
     else:
         started = datetime.now(UTC)
@@ -64,6 +69,7 @@ def run(
                 "suite": suite.name,
                 "suite_sha256": _fingerprint(suite),
                 "suite_text": suite.text,
+                "machine": machine,
                 "started_at": started.isoformat(timespec="seconds"),
             },
         )

@@ -45,9 +45,18 @@ def folder(tmp_path: Path) -> Path:
 def test_a_run_prints_the_table_and_show_prints_it_again(folder: Path) -> None:
     ran = _membench("run", "small.toml", folder=folder)
     assert ran.returncode == 0
-    assert "ballast/bf16/still/cpu" in ran.stdout
+    assert ran.stdout.startswith("ballast · still · cpu\n\ntechnique    status    weights")
     assert "32.00 MiB ×0.50" in ran.stdout
     assert _membench("show", folder=folder).stdout == ran.stdout
+
+
+def test_phases_are_shown_on_request(folder: Path) -> None:
+    _membench("run", "small.toml", folder=folder)
+    shown = _membench("show", "--phases", "-k", "bf16", folder=folder).stdout
+    assert "ballast/bf16/still/cpu · ok" in shown
+    assert "none" not in shown
+    for phase in ("load", "apply", "warmup", "run", "time", "save"):
+        assert f"\n{phase} " in shown
 
 
 def test_json_comes_alone_so_that_a_pipe_can_read_it(folder: Path) -> None:

@@ -6,14 +6,13 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import tabulate
 
-from membench.record import METRICS, Record
-from membench.units import format_ratio
-
-FORMATS = ("simple", "github", "csv", "json", "latex", "html", "plain", "grid")
+from membench.record import METRICS, REFERENCE, Record
+from membench.units import format_bytes, format_ratio, format_seconds
 
 _SHOWN = tuple(metric for metric in METRICS if metric.in_table)
 
@@ -26,56 +25,108 @@ def median(records: Iterable[Record], field: str) -> float | None:
 
 def _by_case(records: Sequence[Record]) -> dict[str, list[Record]]:
     cases: dict[str, list[Record]] = {}
-    for record in sorted(records, key=lambda r: (r.group, r.technique != "none")):
+    for record in sorted(records, key=lambda r: (r.group, r.technique != REFERENCE)):
         cases.setdefault(record.id, []).append(record)
     return cases
 
 
 def _reference(cases: dict[str, list[Record]], record: Record) -> list[Record]:
     model, workload, device = record.group
-    return cases.get(f"{model}/none/{workload}/{device}", [])
+    return cases.get(f"{model}/{REFERENCE}/{workload}/{device}", [])
 
 
 def comparison(records: Sequence[Record], form: str = "simple") -> str:
-    """A row a case, grouped by model, workload and device, each figure with its ratio to the reference."""
+    """A row a case, each figure with its ratio to the reference.
+
+    For reading: a table for each model, workload and device, with the columns that have a figure there. As ``csv`` and
+    ``json``: one flat table with bytes and seconds, ids and ratios apart.
+    """
     cases = _by_case(records)
-    raw = form in ("csv", "json")
+    if form in ("csv", "json"):
+        return _flat(cases, form)
+    tables = []
+    for group in dict.fromkeys(repeats[0].group for repeats in cases.values()):
+        members = [repeats for repeats in cases.values() if repeats[0].group == group]
+        metrics = [metric for metric in _SHOWN if any(median(m, metric.field) is not None for m in members)]
+        rows = []
+        for repeats in members:
+            row = {"technique": repeats[0].technique, "status": _status(repeats)}
+            for metric in metrics:
+                value, ratio = _with_ratio(cases, repeats, metric.field)
+                shown = "–" if value is None else metric.format(value)
+                is_reference = repeats[0].technique == REFERENCE
+                row[metric.title] = shown if ratio is None or is_reference else f"{shown} {format_ratio(ratio)}"
+            rows.append(row)
+        model, workload, device = group
+        table = tabulate.tabulate(rows, headers="keys", tablefmt=form, disable_numparse=True)
+        tables.append(f"{model} · {workload} · {device}\n\n{table}")
+    return "\n\n".join(tables)
+
+
+def _with_ratio(cases: dict[str, list[Record]], repeats: list[Record], field: str) -> tuple[float | None, float | None]:
+    value = median(repeats, field)
+    base = median(_reference(cases, repeats[0]), field)
+    return value, value / base if value is not None and base else None
+
+
+def _flat(cases: dict[str, list[Record]], form: str) -> str:
     rows: list[dict[str, object]] = []
     for id, repeats in cases.items():
-        first = repeats[0]
-        row: dict[str, object] = {"case": id, "status": _status(repeats, raw)}
+        row: dict[str, object] = {"case": id, "status": _worst(repeats).status}
         for metric in _SHOWN:
-            value = median(repeats, metric.field)
-            base = median(_reference(cases, first), metric.field)
-            ratio = value / base if value is not None and base else None
-            if raw:
-                row[metric.field] = value
-                row[f"{metric.field.rpartition('_')[0]}_ratio"] = ratio
-            elif value is None:
-                row[metric.title] = "–"
-            else:
-                size = metric.format(round(value) if metric.field.endswith("_bytes") else value)
-                with_ratio = ratio is not None and first.technique != "none"
-                row[metric.title] = f"{size} {format_ratio(ratio)}" if with_ratio and ratio is not None else size
+            row[metric.field], row[f"{metric.name}_ratio"] = _with_ratio(cases, repeats, metric.field)
         rows.append(row)
     if form == "json":
         return json.dumps(rows, indent=2)
-    if form == "csv":
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]) if rows else [])
-        writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue().rstrip()
-    return tabulate.tabulate(rows, headers="keys", tablefmt=form, disable_numparse=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [])
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().rstrip()
 
 
-def _status(repeats: list[Record], raw: bool) -> str:
-    worst = next((record for record in repeats if record.status != "ok"), repeats[0])
-    if raw or worst.status != "ok":
+def phases(records: Sequence[Record], form: str = "simple") -> str:
+    """What each phase of each case took: a table a case, sizes above the worker's baseline."""
+    tables = []
+    for record in records:
+        rows = [row for process in record.processes for phase in process["phases"] for row in _phase_rows(phase)]
+        table = tabulate.tabulate(rows, headers="keys", tablefmt=form, disable_numparse=True)
+        tables.append(f"{record.id} · {record.status}\n\n{table}")
+    return "\n\n".join(tables)
+
+
+def _phase_rows(phase: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    for name, entry in ((phase["name"], phase), *((f"  {part}", e) for part, e in phase.get("parts", {}).items())):
+        durations = entry.get("durations_s") or [entry.get("duration_s")]
+        live = {"peak": "cuda_peak_allocated_bytes", "held": "cuda_held_allocated_bytes"}
+        if "cuda_peak_allocated_bytes" not in entry:
+            live = {"peak": "peak_live_bytes", "held": "held_live_bytes"}
+        yield {
+            "phase": name,
+            "allocator": phase["allocator"],
+            "time": "–" if durations[0] is None else format_seconds(statistics.median(durations)),
+            "live peak": _size(entry.get(live["peak"])),
+            "live held": _size(entry.get(live["held"])),
+            "footprint peak": _size(entry.get("peak_footprint_bytes")),
+            "file pages": _size(entry.get("file_end_bytes")),
+        }
+
+
+def _size(size_bytes: int | None) -> str:
+    return "–" if size_bytes is None else format_bytes(size_bytes)
+
+
+def _worst(repeats: list[Record]) -> Record:
+    return next((record for record in repeats if record.status != "ok"), repeats[0])
+
+
+def _status(repeats: list[Record]) -> str:
+    worst = _worst(repeats)
+    if worst.status != "ok":
         return worst.status
     if any(record.broken_limits for record in repeats):
         return "over limit"
-    return "ok, no effect" if any(record.remarks for record in repeats) else "ok"
+    return "ok, see below" if any(record.remarks for record in repeats) else "ok"
 
 
 def remarks(records: Sequence[Record]) -> list[str]:
@@ -95,7 +146,7 @@ def verdicts(records: Sequence[Record]) -> list[str]:
     ratios: dict[str, dict[str, list[float]]] = {}
     for repeats in cases.values():
         technique = repeats[0].technique
-        if technique == "none":
+        if technique == REFERENCE:
             continue
         for metric in _SHOWN:
             value, base = median(repeats, metric.field), median(_reference(cases, repeats[0]), metric.field)
