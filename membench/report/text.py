@@ -141,7 +141,7 @@ def remarks(records: Sequence[Record]) -> list[str]:
 
 
 def verdicts(records: Sequence[Record]) -> list[str]:
-    """One line a technique: what it saved and what it cost, as medians of the ratios over its cases."""
+    """One line a technique: what it saved and what it cost, from the smallest ratio over its cases to the largest."""
     cases = _by_case([record for record in records if record.status == "ok"])
     ratios: dict[str, dict[str, list[float]]] = {}
     for repeats in cases.values():
@@ -159,8 +159,10 @@ def verdicts(records: Sequence[Record]) -> list[str]:
         for metric in _SHOWN:
             if metric.name not in found:
                 continue
+            low, high = min(found[metric.name]), max(found[metric.name])
+            shown = dict.fromkeys((format_ratio(low), format_ratio(high)))
+            text = f"{metric.title} {' to '.join(shown)}"
             ratio = statistics.median(found[metric.name])
-            text = f"{metric.title} {format_ratio(ratio)}"
             gain = ratio < 0.995 if metric.better == "lower" else ratio > 1.005
             loss = ratio > 1.005 if metric.better == "lower" else ratio < 0.995
             (saved if gain else cost if loss else []).append(text)
