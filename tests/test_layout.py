@@ -29,10 +29,16 @@ def test_no_module_imports_torch_when_it_is_loaded(path: Path) -> None:
     assert not heavy & {"torch", "transformers", "torchao"}
 
 
-@pytest.mark.parametrize("name", ["report/text.py", "store.py", "record.py", "units.py"])
+@pytest.mark.parametrize("name", ["figures.py", "record.py", "report/text.py", "store.py", "suite.py", "units.py"])
 def test_judging_does_not_import_measuring(name: str) -> None:
     measuring = {"membench.runner", "membench.worker", "membench.observer", "membench.session"}
     assert not _imported_at_load(_PACKAGE / name) & measuring
+
+
+@pytest.mark.parametrize("name", ["worker.py", "meter.py", "forkserver.py", "checkpoint.py", "weights.py"])
+def test_the_worker_does_not_import_the_runner(name: str) -> None:
+    outside = {"membench.runner", "membench.nursery", "membench.observer", "membench.session", "membench.report.text"}
+    assert not _imported_at_load(_PACKAGE / name) & outside
 
 
 def test_listing_does_not_import_torch() -> None:
