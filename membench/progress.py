@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from membench.units import format_bytes, format_seconds
 
@@ -20,7 +20,7 @@ class Display:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(),
             TimeElapsedColumn(), TimeRemainingColumn(),
             console=console, auto_refresh=False, transient=True, disable=not console.is_terminal,
         )  # fmt: skip

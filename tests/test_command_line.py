@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -114,3 +115,19 @@ def test_a_reader_that_leaves_early_is_no_error(folder: Path) -> None:
         f"{sys.executable} -m membench.cli show | true", shell=True, cwd=folder, capture_output=True, text=True
     )
     assert shown.stderr == ""
+
+
+def test_a_terminal_shows_the_case_its_phase_and_its_memory(folder: Path) -> None:
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "membench.cli", "run", "small.toml"]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # a terminal whose last writer has gone ends so
+        while data := os.read(ours, 4096):
+            shown += data
+    os.close(ours)
+    assert process.wait() == 0
+    assert b"Traceback" not in shown
+    assert b"0/2" in shown
+    assert "ballast/none/still/cpu · ".encode() in shown
