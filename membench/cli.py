@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -147,8 +148,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MembenchError as error:
         print(f"membench: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("membench: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except BrokenPipeError:
-        sys.stderr.close()
+        # Whoever read the output has left; what was measured is kept.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
     return code
 

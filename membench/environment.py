@@ -47,16 +47,21 @@ def _cgroup_folders(controller: str) -> list[Path]:
 
 
 def _left_in_cgroups() -> list[int]:
-    """Bytes left under each memory limit that a container or a service manager has set."""
+    """Bytes left under each memory limit that a container or a service manager has set.
+
+    The page cache counts as used there, but the kernel drops it before it refuses memory: it is left, too.
+    """
     left = []
-    for controller, limit_name, used_name in (
-        ("", "memory.max", "memory.current"),
-        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    for controller, limit_name, used_name, prefix in (
+        ("", "memory.max", "memory.current", ""),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     ):
         for folder in _cgroup_folders(controller):
             try:
                 limit, used = (folder / limit_name).read_text(), (folder / used_name).read_text()
-                left.append(max(0, int(limit) - int(used)))
+                counters = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                cache = sum(int(counters.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+                left.append(max(0, int(limit) - int(used) + cache))
             except (OSError, ValueError):  # no limit is written 'max', and the topmost group has no such file
                 continue
     return left

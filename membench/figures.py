@@ -74,7 +74,9 @@ def figures(
             _live(found, by_name["run"]["parts"][part], f"{part}_peak_live_bytes", on_gpu, pinned)
     if result.get("final_loss_nats") is not None:
         found.know("final_loss_nats", result["final_loss_nats"], "cross entropy in fp32 of the last step")
-    if "bits_per_byte" in result:
+    if "bits_per_byte" in result and result["bits_per_byte"] is None:
+        found.miss("bits_per_byte", "it is not finite")
+    elif "bits_per_byte" in result:
         found.know("bits_per_byte", result["bits_per_byte"], "cross entropy in fp32 over the held-out text")
     return found
 

@@ -72,7 +72,10 @@ class Nursery:
 
     def start(self, request: Mapping[str, Any], pipe: socket.socket, output: int) -> int:
         """Start a worker that speaks over ``pipe`` and prints to ``output``; its process id."""
-        socket.send_fds(self._socket, [json.dumps(request).encode()], [pipe.fileno(), output])
+        try:
+            socket.send_fds(self._socket, [json.dumps(request).encode()], [pipe.fileno(), output])
+        except OSError as error:
+            raise NurseryLost(f"the fork server is gone: {error.strerror}") from None
         return int(self._answer(_ANSWER_TIMEOUT_S)["pid"])
 
     def exit_status(self) -> int:

@@ -77,11 +77,11 @@ class Gpu:
 
     def read(self, pids: Collection[int]) -> GpuReading:
         """What these processes hold on the device together, what is used in all, and the energy counter."""
-        shown = [
-            int(process.usedGpuMemory)
-            for process in self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
-            if process.pid in pids and process.usedGpuMemory is not None
-        ]
+        try:
+            processes = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
+        except self._nvml.NVMLError:
+            processes = []
+        shown = [int(p.usedGpuMemory) for p in processes if p.pid in pids and p.usedGpuMemory is not None]
         try:
             energy = int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
         except self._nvml.NVMLError:

@@ -11,7 +11,6 @@ from membench import procfs
 from membench.nvml import Gpu, GpuReading, Gpus
 
 _MOST_SAMPLES = 2000
-_LOOKS_PER_SEARCH_FOR_CHILDREN = 10
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,7 @@ class Observer:
             resident, anonymous = procfs.sample(self.pid)
         except (OSError, IndexError):
             return None
-        if self._looks % _LOOKS_PER_SEARCH_FOR_CHILDREN == 0:
-            self._children = procfs.children(self.pid)
+        self._children = procfs.children(self.pid)
         children = 0
         for child in self._children:
             try:
@@ -89,7 +87,6 @@ class Observer:
         """A phase begins: look, and collect what is seen from here on."""
         self._phase = {"samples": 0, "children_peak_bytes": None, "gpu_process_peak_bytes": None,
                        "gpu_used_peak_bytes": None}  # fmt: skip
-        self._children = procfs.children(self.pid)
         self.look()
         self._phase["began_s"] = time.monotonic() - self._began
         self._phase["_energy_mj"] = self._reading.energy_mj if self._reading else None

@@ -27,7 +27,7 @@ KINDS = ("model", "technique", "workload")
 class Options(BaseModel):
     """What every plug-in is: typed options, a docstring whose first line is shown by ``membench list``."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Names after the plug-in's own: preset '60m' of 'llama' is written 'llama-60m'."""
     imports: ClassVar[tuple[str, ...]] = ("torch",)

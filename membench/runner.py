@@ -147,29 +147,37 @@ class Runner:
 
     def _watch(self, request: Mapping[str, Any], timeout_s: float) -> _Outcome:
         """Start a worker and follow it to its end."""
-        home = self._home()
         outcome = _Outcome()
         ours, theirs = socket.socketpair()
         read_end, write_end = os.pipe()
         oom_kills_before = procfs.oom_kills()
+        home: Nursery | None = None
         try:
             with ours:
+                home = self._home()
                 # The idle level of the GPUs is read here, before the worker touches one.
                 idle = self._gpus.used_bytes() if self._gpus else {}
                 outcome.pid = home.start(request, theirs, write_end)
                 theirs.close()
                 os.close(write_end)
+                write_end = -1
                 outcome.observer = Observer(outcome.pid, self._gpus, idle)
                 exited, timed_out = self._follow(home, outcome, outcome.observer, ours, read_end, timeout_s)
             _judge(outcome, timed_out, timeout_s, exited, oom_kills_before)
         except NurseryLost as error:
             # Something killed the fork server, the kernel for want of memory perhaps: the next case gets a new one.
             self._close()
-            outcome.status, outcome.message = "crashed", str(error)
+            killed = None not in (oom_kills_before, procfs.oom_kills()) and procfs.oom_kills() != oom_kills_before
+            outcome.status = "out-of-memory" if killed else "crashed"
+            outcome.message = str(error)
         except BaseException:
-            home.kill()
+            if home:
+                home.kill()
             raise
         finally:
+            theirs.close()
+            if write_end >= 0:
+                os.close(write_end)
             os.close(read_end)
         return outcome
 

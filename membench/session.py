@@ -48,7 +48,7 @@ def run(
     folder = Path(output)
     machine = environment.describe(suite.settings.threads or environment.usable_cores())
     if resume:
-        path = newest_run(folder)
+        path = newest_run(folder, suite.name)
         drop_torn_line(path)
         header = read_run(path).header
         if header["suite"] != suite.name or header["suite_sha256"] != _fingerprint(suite):

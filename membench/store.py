@@ -30,7 +30,10 @@ class RunFile:
 
     @classmethod
     def create(cls, path: Path, header: dict[str, Any]) -> RunFile:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResultsError(f"{path.parent}: no folder for results: {error.strerror}") from None
         created = cls(path)
         created._write({"schema": SCHEMA_VERSION, **header})
         return created
@@ -91,13 +94,13 @@ def _record(entry: dict[str, Any]) -> Record:
     return Record(**fields)
 
 
-def newest_run(folder: Path) -> Path:
-    """The run written last in a folder.
+def newest_run(folder: Path, suite: str = "*") -> Path:
+    """The run written last in a folder, of one suite or of any.
 
     Raises:
         ResultsError: if there is none.
     """
-    runs = sorted(folder.glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
+    runs = sorted(folder.glob(f"{suite}-*.jsonl" if suite != "*" else "*.jsonl"), key=lambda path: path.stat().st_mtime)
     if not runs:
         raise ResultsError(f"{folder}: no run there; 'membench run quickstart' makes one")
     return runs[-1]

@@ -22,7 +22,7 @@ _IN_CHECKOUT = Path(__file__).parent.parent / "suites"
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 Names = Annotated[list[str], Field(min_length=1)]
@@ -36,7 +36,7 @@ Patterns = Annotated[list[str], BeforeValidator(_listed)]
 
 
 class Head(_Table):
-    name: str
+    name: str = Field(pattern=r"^[\w.-]+$")
     description: str = ""
 
 
@@ -126,6 +126,8 @@ def load_suite(name: str | Path, devices: list[str] | None = None) -> Suite:
     try:
         text = path.read_text(encoding="utf-8")
         parsed = tomllib.loads(text)
+    except OSError as error:
+        raise SuiteError(f"{path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SuiteError(f"{path}: not valid TOML: {error}") from None
     try:
@@ -170,6 +172,8 @@ def _limit(key: str, value: str | int | float) -> tuple[str, float]:
 
 
 def _resolve(kind: str, name: str, variants: Mapping[str, Mapping[str, Any]]) -> Plugin:
+    if kind == "technique" and name == REFERENCE and name in variants:
+        raise SuiteError(f"technique.{REFERENCE}: every ratio is against it, so it cannot be a variant")
     if name in variants:
         options = dict(variants[name])
         use = options.pop("use", None)

@@ -131,16 +131,21 @@ def _measure(request: dict[str, Any], meter: Meter) -> None:
                 meter.synchronize()
                 result["durations_s"].append(time.perf_counter() - began)
         allocator.pin()
+        del step
+        if model.quality and not workload.trains:
+            with meter.phase("evaluate", "pinned"):
+                bits = corpus.bits_per_byte(module.eval(), device)
+            result["bits_per_byte"] = bits if math.isfinite(bits) else None
+            if result["bits_per_byte"] is None:
+                result["remarks"].append(f"held-out bits per byte are {bits}")
     if loss is not None:
         result["final_loss_nats"] = loss.item() if math.isfinite(loss.item()) else None
         if result["final_loss_nats"] is None:
             result["remarks"].append(f"the training loss became {loss.item()}")
-    del loss, step
     result["tokens_per_step"] = workload.tokens_per_step()
     result["decoded_tokens"] = workload.decoded_tokens_per_step()
-    if model.quality and not workload.trains:
-        with meter.phase("evaluate", "pinned"):
-            result["bits_per_byte"] = corpus.bits_per_byte(module.eval(), device)
+    # Told before the checkpoint is written, so that a full disk costs no other figure.
+    meter.tell(event="result", result={**result, "disk_bytes": None, "disk_format": "the checkpoint was not saved"})
     with meter.phase("save", "pinned"):
         result["disk_bytes"], result["disk_format"] = checkpoint.save(module, Path(request["scratch"]))
     meter.tell(event="result", result=result)

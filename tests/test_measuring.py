@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import membench
+from membench import procfs
 from membench.record import Record
 
 MIB = 2**20
@@ -139,3 +142,21 @@ def test_kill_9_of_the_runner_leaves_no_worker_and_resume_goes_on(tmp_path: Path
     run = membench.run(suite, output=tmp_path / "out", resume=True)
     assert [(r.technique, r.status) for r in run.records] == [("none", "ok"), ("hang", "timeout")]
     assert len(list((tmp_path / "out").glob("*.jsonl"))) == 1
+
+
+def test_a_fork_server_that_dies_costs_one_case_at_most(tmp_path: Path) -> None:
+    path = tmp_path / "lost.toml"
+    path.write_text(
+        '[suite]\nname = "lost"\n[matrix]\nmodel = ["block"]\ntechnique = ["none", "bf16", "fp16"]\n'
+        'workload = ["known-burst"]\n[settings]\nthreads = 1\nmeasured_steps = 1\n'
+    )
+
+    def kill_the_fork_server(event: str, details: Mapping[str, Any]) -> None:
+        if event == "case" and details["number"] == 2:
+            (server,) = (pid for pid in procfs.children(os.getpid()) if b"forkserver" in
+                         Path(f"/proc/{pid}/cmdline").read_bytes())  # fmt: skip
+            os.kill(server, signal.SIGKILL)
+
+    run = membench.run(membench.load_suite(path), output=tmp_path, tell=kill_the_fork_server)
+    assert [record.status for record in run.records] == ["ok", "crashed", "ok"]
+    assert (run.records[1].message or "").startswith("the fork server")

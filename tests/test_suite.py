@@ -48,6 +48,14 @@ _MATRIX = '[suite]\nname = "s"\n[matrix]\nmodel = ["llama-60m"]\ntechnique = ["b
             _MATRIX + '[limits]\npeak_live = "2 GB"\n',
             "limits.peak_live: '2 GB' is no size; write a number and B, KiB, MiB, GiB or TiB, such as '2 GiB'",
         ),
+        (
+            _MATRIX + "[settings]\ntimeout_s = inf\n",
+            "settings.timeout_s = inf: input should be a finite number",
+        ),
+        (
+            _MATRIX + '[technique.none]\nuse = "bf16"\n',
+            "technique.none: every ratio is against it, so it cannot be a variant",
+        ),
         (_MATRIX + "[limits]\npeak_life = 2\n", "limits.peak_life: no such metric; did you mean 'peak_live'?"),
         (_MATRIX + '[[exclude]]\nmodel = "gpt2"\n', "exclude.0 = {'model': ['gpt2']} matches no case"),
     ],

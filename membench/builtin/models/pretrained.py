@@ -19,11 +19,12 @@ class Pretrained(Model):
     trust_remote_code: bool = False
 
     def build(self, context: Context) -> nn.Module:
+        import torch
         from transformers import AutoModelForCausalLM
 
         try:
             module = AutoModelForCausalLM.from_pretrained(
-                self.source, use_safetensors=True, trust_remote_code=self.trust_remote_code
+                self.source, dtype=torch.float32, use_safetensors=True, trust_remote_code=self.trust_remote_code
             )
         except OSError as error:
             if Path(self.source).exists():

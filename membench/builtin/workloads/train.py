@@ -39,7 +39,8 @@ class Train(Workload):
             optimizer = technique.optimizer(optimizer, module, context)
 
         def loss(module: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-            logits = module(batch).logits[:, :-1].float()
+            output = module(batch)
+            logits = getattr(output, "logits", output)[:, :-1].float()
             return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
         pieces = TrainingStep(loss, lambda value: value.backward(), optimizer.step, optimizer.zero_grad)
