@@ -35,6 +35,10 @@ class Observer:
     def __init__(self, pid: int, gpus: Gpus | None, idle_bytes: Mapping[str, int]) -> None:
         """``idle_bytes``: used memory of each GPU, by UUID, before the process touched one."""
         self.pid = pid
+        try:
+            self._watch: procfs.Watch | None = procfs.Watch(pid)
+        except FileNotFoundError:  # it has ended already
+            self._watch = None
         self._gpus = gpus
         self._idle_bytes = idle_bytes
         self._gpu: Gpu | None = None
@@ -42,7 +46,6 @@ class Observer:
         self._per_sample, self._looks = 1, 0
         self._pending: Sample | None = None
         self._samples: list[Sample] = []
-        self._children: list[int] = []
         self._reading: GpuReading | None = None
         self._phase: dict[str, Any] = {}
 
@@ -53,20 +56,28 @@ class Observer:
         self._gpu = self._gpus.find(uuid)
         return None if self._gpu else f"NVML knows no device with the UUID {uuid}"
 
+    def close(self) -> None:
+        """Look no more; what was seen can still be asked for."""
+        if self._watch:
+            self._watch.close()
+            self._watch = None
+
     def look(self) -> int | None:
         """Take a sample; what the worker and its children hold on the machine now, in bytes."""
-        try:
-            resident, anonymous = procfs.sample(self.pid)
-        except (OSError, IndexError):
+        if self._watch is None:
             return None
-        self._children = procfs.children(self.pid)
+        try:
+            resident, anonymous = self._watch.resident()
+        except ProcessLookupError:
+            return None
+        descendants = self._watch.descendants()
         children = 0
-        for child in self._children:
+        for child in descendants:
             try:
                 children += procfs.unique_bytes(child)
             except OSError:
                 continue
-        self._reading = self._gpu.read({self.pid, *self._children}) if self._gpu else None
+        self._reading = self._gpu.read({self.pid, *descendants}) if self._gpu else None
         process = self._reading.process_bytes if self._reading else None
         used = self._above_idle(self._reading.used_bytes) if self._reading else None
         sample = Sample(time.monotonic() - self._began, resident, anonymous, children, process, used)

@@ -176,6 +176,8 @@ class Runner:
             raise
         finally:
             theirs.close()
+            if outcome.observer:
+                outcome.observer.close()
             if write_end >= 0:
                 os.close(write_end)
             os.close(read_end)

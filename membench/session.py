@@ -16,7 +16,8 @@ from membench.store import Run, RunFile, drop_torn_line, newest_run, read_run
 from membench.suite import Suite
 
 
-def _silent(event: str, details: Mapping[str, Any]) -> None:
+def silent(event: str, details: Mapping[str, Any]) -> None:
+    """Hears a run's events and says nothing."""
     del event, details
 
 
@@ -30,7 +31,7 @@ def run(
     keep: Callable[[str], bool] = lambda _: True,
     output: str | Path = "results",
     resume: bool = False,
-    tell: Callable[[str, Mapping[str, Any]], None] = _silent,
+    tell: Callable[[str, Mapping[str, Any]], None] = silent,
 ) -> Run:
     """Run a suite's cases and keep a record of each.
 
