@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -92,7 +93,9 @@ def _print(run: object, form: str) -> None:
     from membench.store import Run
 
     assert isinstance(run, Run)
-    print(text.comparison(run.records, form))
+    # In a terminal a table must fit; whatever reads a pipe or a Markdown table wants whole rows.
+    fits = sys.stdout.isatty() and form in ("simple", "plain", "grid")
+    print(text.comparison(run.records, form, shutil.get_terminal_size().columns if fits else None))
     if form not in ("csv", "json"):
         print()
         for line in (*text.remarks(run.records), *text.verdicts(run.records), f"kept in {run.path}"):

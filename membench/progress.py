@@ -44,7 +44,8 @@ class Display:
             case "memory":
                 self._peak_bytes = max(self._peak_bytes, details["bytes"])
             case "progress":
-                self._case, self._phase = details["what"], f"{details['done']}/{details['total']}"
+                self._case, self._phase = details["what"], ""
+                self._progress.update(self._task, completed=details["done"], total=details["total"])
                 if not self._console.is_terminal and details["done"] % 200 == 0:
                     self._console.print(f"{details['what']} {details['done']}/{details['total']}", highlight=False)
             case "record":
@@ -53,5 +54,5 @@ class Display:
         # Nothing is drawn while steps are timed: it would take their cores.
         if self._console.is_terminal and self._phase != "time" and time.monotonic() - self._drawn_at > _REFRESH_S:
             self._drawn_at = time.monotonic()
-            text = f"{self._case} · {self._phase} · {format_bytes(self._peak_bytes)}"
+            text = f"{self._case} · {self._phase} · {format_bytes(self._peak_bytes)}" if self._phase else self._case
             self._progress.update(self._task, description=text, refresh=True)

@@ -16,6 +16,9 @@ from membench.units import format_bytes, format_ratio, format_seconds
 
 _SHOWN = tuple(metric for metric in METRICS if metric.in_table)
 
+# A ratio that is nearer to one than this is neither a gain nor a loss.
+_SAME = 0.005
+
 
 def median(records: Iterable[Record], field: str) -> float | None:
     """The median of a metric over a case's repeats; ``None`` if none has it."""
@@ -35,11 +38,14 @@ def _reference(cases: dict[str, list[Record]], record: Record) -> list[Record]:
     return cases.get(f"{model}/{REFERENCE}/{workload}/{device}", [])
 
 
-def comparison(records: Sequence[Record], form: str = "simple") -> str:
+def comparison(records: Sequence[Record], form: str = "simple", width: int | None = None) -> str:
     """A row a case, each figure with its ratio to the reference.
 
     For reading: a table for each model, workload and device, with the columns that have a figure there. As ``csv`` and
     ``json``: one flat table with bytes and seconds, ids and ratios apart.
+
+    Args:
+        width: of the terminal in characters; a table that is wider goes on below with its other columns.
     """
     cases = _by_case(records)
     if form in ("csv", "json"):
@@ -57,10 +63,25 @@ def comparison(records: Sequence[Record], form: str = "simple") -> str:
                 is_reference = repeats[0].technique == REFERENCE
                 row[metric.title] = shown if ratio is None or is_reference else f"{shown} {format_ratio(ratio)}"
             rows.append(row)
-        model, workload, device = group
-        table = tabulate.tabulate(rows, headers="keys", tablefmt=form, disable_numparse=True)
-        tables.append(f"{model} · {workload} · {device}\n\n{table}")
+        tables.append("\n\n".join([" · ".join(group), *_fitting(rows, form, width)]))
     return "\n\n".join(tables)
+
+
+def _fitting(rows: list[dict[str, str]], form: str, width: int | None) -> Iterator[str]:
+    """The rows as one table, or as several that fit the width, each with the two columns that name the case."""
+    naming, left = list(rows[0])[:2], list(rows[0])[2:]
+    taken = len(left)
+    while True:
+        shown = [{column: row[column] for column in (*naming, *left[:taken])} for row in rows]
+        table = tabulate.tabulate(shown, headers="keys", tablefmt=form, disable_numparse=True)
+        if width is not None and taken > 1 and max(map(len, table.splitlines())) > width:
+            taken -= 1
+            continue
+        yield table
+        left = left[taken:]
+        if not left:
+            return
+        taken = len(left)
 
 
 def _with_ratio(cases: dict[str, list[Record]], repeats: list[Record], field: str) -> tuple[float | None, float | None]:
@@ -154,17 +175,17 @@ def verdicts(records: Sequence[Record]) -> list[str]:
                 ratios.setdefault(technique, {}).setdefault(metric.name, []).append(value / base)
     lines = []
     for technique, found in ratios.items():
-        saved: list[str] = []
-        cost: list[str] = []
+        said: dict[str, list[str]] = {"saved": [], "cost": [], "mixed": []}
         for metric in _SHOWN:
-            if metric.name not in found:
+            values = found.get(metric.name)
+            if values is None:
                 continue
-            low, high = min(found[metric.name]), max(found[metric.name])
-            shown = dict.fromkeys((format_ratio(low), format_ratio(high)))
-            text = f"{metric.title} {' to '.join(shown)}"
-            ratio = statistics.median(found[metric.name])
-            gain = ratio < 0.995 if metric.better == "lower" else ratio > 1.005
-            loss = ratio > 1.005 if metric.better == "lower" else ratio < 0.995
-            (saved if gain else cost if loss else []).append(text)
-        lines.append(f"{technique}: saved {', '.join(saved) or 'nothing'}; cost {', '.join(cost) or 'nothing'}")
+            shown = dict.fromkeys((format_ratio(min(values)), format_ratio(max(values))))
+            gains = [value < 1 if metric.better == "lower" else value > 1 for value in values if abs(value - 1) > _SAME]
+            if gains:
+                kind = "saved" if all(gains) else "mixed" if any(gains) else "cost"
+                said[kind].append(f"{metric.title} {' to '.join(shown)}")
+        mixed = f"; depends on the case: {', '.join(said['mixed'])}" if said["mixed"] else ""
+        saved, cost = (", ".join(said[kind]) or "nothing" for kind in ("saved", "cost"))
+        lines.append(f"{technique}: saved {saved}; cost {cost}{mixed}")
     return lines
