@@ -104,16 +104,16 @@ def _print(run: object, form: str) -> None:
 
 def _list(arguments: argparse.Namespace) -> int:
     import membench
-    from membench import plugins
+    from membench import registry
     from membench.suite import suites
 
     if arguments.suite:
         for case in membench.load_suite(arguments.suite).cases:
             print(case.id)
         return EXIT_OK
-    for kind in plugins.KINDS:
+    for kind in registry.KINDS:
         print(f"{kind}s")
-        for name, line in plugins.names(kind):
+        for name, line in registry.names(kind):
             print(f"  {name:<20} {line}")
     print("suites")
     for name in suites():

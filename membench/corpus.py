@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 import re
 from array import array
 from collections import Counter
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import nn
+from collections.abc import Callable, Sequence
 
 
 @functools.cache
@@ -36,11 +32,12 @@ def digest() -> str:
 
 
 @functools.cache
-def _word_ranks() -> array[int]:
-    """The training text as words, each by its rank of frequency."""
-    words = re.findall(r"\w+|[^\w\s]|\s+", split()[0].decode(errors="replace"))
-    rank = {word: number for number, (word, _) in enumerate(Counter(words).most_common())}
-    return array("I", map(rank.__getitem__, words))
+def _word_ranks() -> tuple[array[int], array[int]]:
+    """(training, held-out) text as words, each by its rank of frequency in the training text."""
+    train, held_out = (re.findall(r"\w+|[^\w\s]|\s+", text.decode(errors="replace")) for text in split())
+    rank = {word: number for number, (word, _) in enumerate(Counter(train).most_common())}
+    unseen = len(rank)
+    return array("I", map(rank.__getitem__, train)), array("I", (rank.get(word, unseen) for word in held_out))
 
 
 def read() -> None:
@@ -49,24 +46,22 @@ def read() -> None:
     _word_ranks()
 
 
-def tokens(vocabulary: int, count: int) -> list[int]:
-    """``count`` token ids of the training text: bytes where the vocabulary is of bytes, else words by their rank."""
-    source = split()[0] if vocabulary <= 256 else _word_ranks()
-    ids = [token % vocabulary for token in source[:count]]
-    return (ids * (count // len(ids) + 1))[:count]
+def ids(vocabulary: int, *, held_out: bool = False) -> bytes | array[int]:
+    """Token ids of a text: bytes where the vocabulary is of bytes, else words by their rank, to be taken modulo it."""
+    return split()[held_out] if vocabulary <= 256 else _word_ranks()[held_out]
 
 
-def bits_per_byte(module: nn.Module, device: str) -> float:
-    """Mean bits per byte of the held-out text under a byte-level model, in pieces of 256 bytes."""
-    import torch
+def stream(source: Sequence[int], vocabulary: int) -> Callable[[int], list[int]]:
+    """A function that gives the next so many token ids of a text, from its start again after its end."""
+    position = 0
 
-    data = torch.tensor(list(split()[1]), dtype=torch.long, device=device)
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for start in range(0, len(data) - 1, 256):
-            piece = data[start : start + 257]
-            # Half-precision losses would shift more than the quantization that is measured.
-            logits = module(piece[None, :-1]).logits[0].float()
-            total += torch.nn.functional.cross_entropy(logits, piece[1:], reduction="sum").item()
-            count += len(piece) - 1
-    return total / count / math.log(2)
+    def following(count: int) -> list[int]:
+        nonlocal position
+        taken: list[int] = []
+        while len(taken) < count:
+            more = source[position : position + count - len(taken)]
+            taken += [token % vocabulary for token in more]
+            position = (position + len(more)) % len(source)
+        return taken
+
+    return following

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,11 @@ class Figures:
 
 
 def figures(
-    phases: Sequence[Mapping[str, Any]], result: Mapping[str, Any], status: str, on_gpu: bool, interval_s: float
+    phases: Sequence[Mapping[str, Any]],
+    result: Mapping[str, Any],
+    status: str,
+    on_gpu: bool,
+    interval_s: float,
 ) -> Figures:
     """Work out every metric that has a meaning for the case.
 
@@ -72,13 +77,65 @@ def figures(
     for part in ("prefill", "decode", "forward", "backward", "optimizer"):
         if part in by_name["run"]["parts"]:
             _live(found, by_name["run"]["parts"][part], f"{part}_peak_live_bytes", on_gpu, pinned)
-    if result.get("final_loss_nats") is not None:
-        found.know("final_loss_nats", result["final_loss_nats"], "cross entropy in fp32 of the last step")
-    if "bits_per_byte" in result and result["bits_per_byte"] is None:
-        found.miss("bits_per_byte", "it is not finite")
-    elif "bits_per_byte" in result:
-        found.know("bits_per_byte", result["bits_per_byte"], "cross entropy in fp32 over the held-out text")
+    _live(found, by_name["warmup"], "warmup_peak_live_bytes", on_gpu, pinned)
+    found.know("warmup_s", by_name["warmup"]["duration_s"], "monotonic clock, under the pinned allocator")
+    walked = "walk over storages at the highest moment of a step"
+    for category, name in _CATEGORIES.items():
+        if category in result.get("breakdown_bytes", {}):
+            found.know(name, result["breakdown_bytes"][category], walked)
+    for name in ("trained_weights_bytes", "frozen_weights_bytes"):
+        if name in result:
+            found.know(name, result[name], "walk over parameters")
+    if result["losses_nats"]:
+        if result["losses_nats"][-1] is None:
+            found.miss("final_loss_nats", "it is not finite")
+        else:
+            found.know("final_loss_nats", result["losses_nats"][-1], "cross entropy in fp32 of the last step")
+    if "quality" in result:
+        _quality(found, result["quality"], result["is_trained"])
     return found
+
+
+_CATEGORIES = {
+    "optimizer": "optimizer_state_bytes",
+    "cache": "cache_bytes",
+    "activations": "activations_bytes",
+}
+
+
+def _quality(found: Figures, quality: Mapping[str, Any], is_trained: bool) -> None:
+    """Quality from each piece's loss; a difference to the reference from the pieces' own differences."""
+    source = "cross entropy in fp32 over held-out text"
+    nats, all_bytes = quality["nats"], sum(quality["bytes"]) if None not in quality["bytes"] else None
+    if is_trained:
+        for name, per in (("bits_per_byte", all_bytes), ("perplexity_per_token", sum(quality["tokens"]))):
+            if None in nats:
+                found.miss(name, "it is not finite")
+            elif per is None:
+                found.miss(name, "it is not known for how many bytes a token stands")
+            elif name == "bits_per_byte":
+                found.know(name, sum(nats) / per / math.log(2), source)
+            else:
+                found.know(name, _exponential(sum(nats) / per), source)
+    against = f"{source}, against the reference's logits"
+    for name in ("kl_nats", "top1_agreement_percent"):
+        if name in quality:
+            if quality[name] is None:
+                found.miss(name, "the logits are not finite")
+            else:
+                found.know(name, quality[name], against)
+    if is_trained and all_bytes and "reference_nats" in quality and None not in (*nats, *quality["reference_nats"]):
+        differences = [own - theirs for own, theirs in zip(nats, quality["reference_nats"], strict=True)]
+        in_bits = 1 / all_bytes / math.log(2)
+        found.know("lost_bits_per_byte", sum(differences) * in_bits, against)
+        if len(differences) > 1:
+            error = statistics.stdev(differences) * len(differences) ** 0.5 * in_bits
+            found.know("lost_bits_per_byte_standard_error", error, f"{len(differences)} paired pieces of text")
+
+
+def _exponential(exponent: float) -> float:
+    """``exp`` that stays a number that JSON has: a loss of 700 nats is as bad as any."""
+    return math.exp(min(exponent, 700))
 
 
 def _with_children(phase: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:

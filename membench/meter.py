@@ -6,7 +6,7 @@ import contextlib
 import json
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from membench import allocator, procfs
@@ -24,6 +24,7 @@ class Meter:
         self.on_gpu = device.startswith("cuda")
         self.memory_in_parts = False
         self.parts: dict[str, dict[str, Any]] = {}
+        self._look: Callable[[], None] | None = None
         self._device = device
         self._channel = channel
         self._answers = channel.makefile("rb")
@@ -58,6 +59,21 @@ class Meter:
 
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()
+
+    def held_live_bytes(self) -> int:
+        """Live memory at this moment, above the baseline."""
+        if self.on_gpu:
+            import torch
+
+            return torch.cuda.memory_allocated(self._device)
+        return procfs.resident().anonymous_bytes - self._baseline.anonymous_bytes
+
+    @contextlib.contextmanager
+    def looking(self, look: Callable[[], None]) -> Iterator[None]:
+        """Call ``look`` at the end of each part of a step."""
+        self._look = look
+        yield
+        self._look = None
 
     @contextlib.contextmanager
     def phase(self, name: str, allocator_name: str) -> Iterator[dict[str, Any]]:
@@ -123,6 +139,8 @@ class Meter:
         yield
         self.synchronize()
         entry["durations_s"].append(time.perf_counter() - began)
+        if self._look:
+            self._look()
         if self.memory_in_parts:
             self._end_memory_of_part(entry, start)
 

@@ -1,4 +1,4 @@
-"""The contract of models, techniques and workloads, and their lookup through entry points.
+"""The contract of models, techniques and workloads.
 
 A plug-in's module must not import torch when it is loaded: the runner reads its options without it. Import torch in
 the methods; those run in the measured process.
@@ -6,22 +6,17 @@ the methods; those run in the measured process.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from membench.errors import PluginError, did_you_mean
+from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-KINDS = ("model", "technique", "workload")
 
 
 class Options(BaseModel):
@@ -34,23 +29,70 @@ class Options(BaseModel):
     """Modules the fork server imports once, so that no case pays for them."""
 
 
+class Unsuitable(Exception):
+    """Raised by a stage that finds that it cannot serve the case; the case is skipped, and this is the reason."""
+
+
+class Shape(NamedTuple):
+    """The numbers that make a decoder."""
+
+    width: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    inner_width: int
+    vocabulary: int
+    longest: int
+    tied: bool
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A case before anything runs: what a technique looks at to say whether it fits. No torch is needed for it."""
+
+    model: Model
+    workload: Workload
+    device: str
+    before: tuple[Technique, ...]
+    """The members of the stack before this technique."""
+    after: tuple[Technique, ...]
+
+
 @dataclass(frozen=True)
 class Context:
-    """What a stage may ask: the device, the seed, the text, and a way to mark parts of a step."""
+    """What a stage may ask of the harness.
+
+    Attributes:
+        part: marks a part of a step (``with context.part("prefill")``): its time and memory are kept apart.
+        inventory: by category (``optimizer``, ``cache``), a function that gives whatever holds tensors of it; who
+            makes such tensors registers it, so that memory can be broken down.
+        scratch: a folder of the case, removed after it.
+        rehearsal: the case is only gone through on a miniature; one step of whatever takes many is enough.
+    """
 
     device: str
     seed: int
     model: Model
     part: Callable[[str], AbstractContextManager[None]]
+    inventory: dict[str, Callable[[], Any]]
+    scratch: Path
+    rehearsal: bool = False
 
 
 Step: TypeAlias = "Callable[[], torch.Tensor | None]"
 """Does one step; a training step returns its loss (a scalar, detached)."""
 
+Tokens: TypeAlias = "Callable[[int], torch.Tensor]"
+"""The next so many token ids of the text: (count,), int64, on the CPU."""
+
 
 @dataclass
 class TrainingStep:
-    """The pieces of a training step, each replaceable by a technique."""
+    """The pieces of a training step, each replaceable by a technique.
+
+    Attributes:
+        loss: of (module, batch of token ids (B, T)): the mean cross entropy of the next tokens, a scalar.
+    """
 
     loss: Callable[[nn.Module, torch.Tensor], torch.Tensor]
     backward: Callable[[torch.Tensor], None]
@@ -61,8 +103,15 @@ class TrainingStep:
 class Model(Options):
     """Builds a module and says how to feed it."""
 
+    gives_logits: ClassVar[bool] = True
+    """Whether the module takes token ids (B, T) and gives logits (B, T, vocabulary), bare or as ``.logits``."""
     quality: ClassVar[bool] = False
-    """Whether held-out bits per byte mean something: trained, and fed single bytes."""
+    """Whether the model is trained, so that its held-out bits per byte mean something."""
+
+    @property
+    def shape(self) -> Shape | None:
+        """The numbers of the decoder, where they are known without building it."""
+        return None
 
     def prepare(self, progress: Callable[[int, int, str], None]) -> None:
         """Do once, before anything is measured, what needs doing once (train, download)."""
@@ -70,6 +119,14 @@ class Model(Options):
     def build(self, context: Context) -> nn.Module:
         """The module on ``context.device``, ready to run, with seeded weights."""
         raise NotImplementedError
+
+    def skeleton(self) -> nn.Module:
+        """The module on the meta device: shapes without memory.
+
+        Raises:
+            NotImplementedError: where it can only be had by building it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no skeleton on the meta device")
 
     def miniature(self) -> Model | None:
         """A model of the same kind but of almost no size, or ``None``.
@@ -83,9 +140,13 @@ class Model(Options):
         """How many token ids the module knows."""
         return int(module.config.vocab_size)  # type: ignore[union-attr, arg-type]
 
+    def encode(self, text: bytes) -> Sequence[int] | None:
+        """Token ids of a text, where the model has a tokenizer; ``None``: bytes, or words by their rank."""
+        return None
+
     def max_tokens(self) -> int | None:
         """The longest sequence the model takes, if it has a limit that is known without building it."""
-        return None
+        return self.shape.longest if self.shape else None
 
     def needed_bytes(self) -> int | None:
         """Bytes that ``build`` will take, by arithmetic, or ``None`` where that is not known."""
@@ -95,11 +156,39 @@ class Model(Options):
 class Technique(Options):
     """One way to save memory. A technique overrides only the stages it touches; a stack runs each stage in order."""
 
-    def refuse(self, workload: str, device: str) -> str | None:
-        """Why this technique cannot serve the case, or ``None``."""
+    acts_on: ClassVar[str] = "nothing"
+    """What it saves on (weights, activations, gradients, optimizer, cache, loading, time), for ``membench list``."""
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    needs: ClassVar[Mapping[str, str]] = {}
+    """Modules that not everyone has, each with what to install for it: {'peft': 'membench[adapters]'}."""
+    applies_rest: ClassVar[bool] = False
+    """``load`` returns the module as the later members of the stack make it; they are not applied again."""
+
+    def check(self, setting: Setting) -> str | None:
+        """What is wrong with the options for this model or workload (then the suite is refused), or ``None``."""
         return None
 
-    def load(self, build: Callable[[], nn.Module], context: Context) -> nn.Module:
+    def refuse(self, setting: Setting) -> str | None:
+        """Why this technique cannot serve the case (it is then skipped with this reason), or ``None``."""
+        return None
+
+    def nominal_bits(self) -> float | None:
+        """Bits a weight that the technique is known for, or ``None`` where it leaves their type alone."""
+        return None
+
+    def nominal_share(self) -> float:
+        """The share of the weights that the technique is known to leave."""
+        return 1.0
+
+    def prepare(self, make: Callable[[], nn.Module], context: Context) -> None:
+        """Run in a process of its own before anything is measured; leave files in ``context.scratch`` for ``load``.
+
+        Args:
+            make: builds the model; where the technique ``applies_rest``, with the later members applied.
+        """
+
+    def load(self, build: Callable[[], nn.Module], rest: Sequence[Technique], context: Context) -> nn.Module:
+        """The module; ``build`` is how it would come without this technique, ``rest`` the stack's later members."""
         return build()
 
     def apply(self, module: nn.Module, context: Context) -> nn.Module:
@@ -109,13 +198,51 @@ class Technique(Options):
         return optimizer
 
     def step_context(self, context: Context) -> AbstractContextManager[Any]:
+        """Entered around each forward pass (or generation), and left before the backward pass."""
         return nullcontext()
 
     def training_step(self, step: TrainingStep, context: Context) -> TrainingStep:
         return step
 
     def generate_options(self, options: dict[str, Any], context: Context) -> dict[str, Any]:
+        """Keyword arguments of the module's forward pass while generating."""
         return options
+
+
+class LayerWise(Technique):
+    """A technique that converts one layer after the other, and so can be streamed from a checkpoint."""
+
+    def convert(self, name: str, layer: nn.Module, head: nn.Module | None) -> nn.Module:
+        """What takes the place of ``layer``, or ``layer`` itself, changed or as it is.
+
+        Args:
+            name: its path in the model.
+            layer: a module that owns parameters directly; its children are not to be touched.
+            head: the model's output head, if it has one: some techniques leave it alone.
+        """
+        raise NotImplementedError
+
+    def apply(self, module: nn.Module, context: Context) -> nn.Module:
+        head = output_head(module)
+        for name, layer in [(n, child) for n, child in module.named_modules() if child._parameters]:
+            module = replaced(module, name, self.convert(name, layer, head))
+        return module
+
+
+def output_head(module: nn.Module) -> nn.Module | None:
+    """The layer that makes the logits, where the module says which it is."""
+    found: nn.Module | None = getattr(module, "get_output_embeddings", lambda: None)()
+    return found
+
+
+def replaced(module: nn.Module, name: str, layer: nn.Module) -> nn.Module:
+    """``module`` with the layer at a path exchanged; the layer itself where the path is that of the root."""
+    if not name:
+        return layer
+    where, _, last = name.rpartition(".")
+    if getattr(module.get_submodule(where), last) is not layer:
+        setattr(module.get_submodule(where), last, layer)
+    return module
 
 
 class Workload(Options):
@@ -131,92 +258,19 @@ class Workload(Options):
         """Tokens that a step works through, for tokens a second."""
         raise NotImplementedError
 
-    def tokens_read(self) -> int:
-        """Tokens of text that ``start`` is to be given."""
-        return self.tokens_per_step()
-
     def decoded_tokens_per_step(self) -> int | None:
         """Tokens that the part ``decode`` of a step brings forth, if it has one."""
         return None
 
-    def start(self, module: nn.Module, tokens: torch.Tensor, techniques: list[Technique], context: Context) -> Step:
-        """Prepare (optimizer, batch) and return the step.
-
-        Args:
-            tokens: (``tokens_read()``,), int64, on the CPU, from the corpus.
-        """
+    def start(self, module: nn.Module, tokens: Tokens, techniques: Sequence[Technique], context: Context) -> Step:
+        """Prepare (optimizer, batch) and return the step, which enters ``stepping`` around each forward pass."""
         raise NotImplementedError
 
 
-CONTRACT: Mapping[str, type[Options]] = {"model": Model, "technique": Technique, "workload": Workload}
-
-
-def registered(kind: str) -> dict[str, EntryPoint]:
-    """The entry points of a kind by name. Nothing is imported."""
-    found: dict[str, EntryPoint] = {}
-    for entry in entry_points(group=f"membench.{kind}s"):
-        other = found.get(entry.name)
-        if other is not None and other.value != entry.value:
-            raise PluginError(f"two plug-ins are named {kind} '{entry.name}': {other.value} and {entry.value}")
-        found[entry.name] = entry
-    return found
-
-
-def load_class(kind: str, entry: EntryPoint) -> type[Options]:
-    """Import a plug-in and check it against its contract."""
-    had_torch = "torch" in sys.modules
-    try:
-        loaded = entry.load()
-    except Exception as error:
-        raise PluginError(f"{kind} '{entry.name}' ({entry.value}) cannot be loaded: {error}") from error
-    if "torch" in sys.modules and not had_torch:
-        raise PluginError(f"{kind} '{entry.name}' ({entry.value}) imports torch when loaded; import it in the methods")
-    if not (isinstance(loaded, type) and issubclass(loaded, CONTRACT[kind])):
-        raise PluginError(f"{kind} '{entry.name}' ({entry.value}) is no subclass of membench.plugins.{kind.title()}")
-    return loaded
-
-
-def names(kind: str) -> Iterator[tuple[str, str]]:
-    """Every name of a kind, presets too, with its first docstring line."""
-    for name, entry in sorted(registered(kind).items()):
-        loaded = load_class(kind, entry)
-        line = (loaded.__doc__ or "").strip().partition("\n")[0]
-        yield name, line
-        for preset in loaded.presets:
-            yield f"{name}-{preset}", line
-
-
-def find(kind: str, name: str) -> tuple[type[Options], dict[str, Any]]:
-    """The class behind a name and the options its preset sets.
-
-    Raises:
-        PluginError: for an unknown name, with the nearest known one.
-    """
-    entries = registered(kind)
-    if name in entries:
-        return load_class(kind, entries[name]), {}
-    for family, entry in entries.items():
-        if name.startswith(f"{family}-"):
-            loaded = load_class(kind, entry)
-            preset = loaded.presets.get(name.removeprefix(f"{family}-"))
-            if preset is not None:
-                return loaded, dict(preset)
-    raise PluginError(f"no {kind} is named '{name}'; {did_you_mean(name, (n for n, _ in names(kind)))}")
-
-
-def create(kind: str, name: str, options: Mapping[str, Any]) -> Any:
-    """A plug-in with its options checked.
-
-    Raises:
-        PluginError: for an unknown name or option or a value that does not fit, in one line.
-    """
-    loaded, preset = find(kind, name)
-    try:
-        return loaded.model_validate({**preset, **options}, strict=False)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            hint = did_you_mean(key, loaded.model_fields)
-            raise PluginError(f"{kind} '{name}' has no option '{key}'; {hint}") from None
-        raise PluginError(f"{kind} '{name}', option '{key}' = {first['input']!r}: {first['msg']}") from None
+@contextmanager
+def stepping(techniques: Sequence[Technique], context: Context) -> Iterator[None]:
+    """The contexts that a stack's members want a forward pass to run in."""
+    with ExitStack() as stack:
+        for technique in techniques:
+            stack.enter_context(technique.step_context(context))
+        yield

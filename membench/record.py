@@ -6,7 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from membench.units import format_bytes, format_joules, format_number, format_percent, format_seconds
+from membench.units import (
+    format_bytes,
+    format_difference,
+    format_divergence,
+    format_joules,
+    format_number,
+    format_percent,
+    format_percent_of_all,
+    format_seconds,
+)
 
 SCHEMA_VERSION = 1
 """History: 1, the first."""
@@ -14,7 +23,8 @@ SCHEMA_VERSION = 1
 REFERENCE = "none"
 """The technique whose case every ratio is against."""
 
-Status = Literal["ok", "out-of-memory", "timeout", "crashed", "failed", "skipped"]
+Status = Literal["ok", "diverged", "out-of-memory", "timeout", "crashed", "failed", "skipped"]
+"""``diverged``: a training whose loss is no number any more; all figures are there."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +32,8 @@ class Metric:
     """One figure of a case.
 
     ``name`` is how suites and people write it, ``field`` its key in ``Record.metrics``, ending in the unit;
-    ``better`` says which direction is a gain; ``in_table`` whether the comparison shows it.
+    ``better`` says which direction is a gain; ``in_table`` whether the comparison shows it; ``has_ratio`` whether a
+    ratio to the reference has a meaning.
     """
 
     name: str
@@ -32,6 +43,7 @@ class Metric:
     format: Callable[[Any], str]
     meaning: str
     in_table: bool = False
+    has_ratio: bool = True
 
 
 METRICS: tuple[Metric, ...] = (
@@ -102,6 +114,48 @@ METRICS: tuple[Metric, ...] = (
         "lower",
         format_bytes,
         "live peak while the techniques convert the model",
+    ),
+    Metric(
+        "warmup_peak_live",
+        "warmup_peak_live_bytes",
+        "warm-up peak",
+        "lower",
+        format_bytes,
+        "live peak of the first step, compiling included",
+    ),
+    Metric("warmup_time", "warmup_s", "warm-up", "lower", format_seconds, "duration of the first step"),
+    Metric(
+        "trained_weights",
+        "trained_weights_bytes",
+        "trained",
+        "lower",
+        format_bytes,
+        "parameters that the optimizer trains",
+    ),
+    Metric(
+        "frozen_weights",
+        "frozen_weights_bytes",
+        "frozen",
+        "lower",
+        format_bytes,
+        "parameters that training leaves alone",
+    ),
+    Metric(
+        "optimizer_state",
+        "optimizer_state_bytes",
+        "optimizer state",
+        "lower",
+        format_bytes,
+        "what the optimizer keeps between steps",
+    ),
+    Metric("cache", "cache_bytes", "cache", "lower", format_bytes, "key-value cache at the end of a generation"),
+    Metric(
+        "activations",
+        "activations_bytes",
+        "activations",
+        "lower",
+        format_bytes,
+        "what autograd keeps for the backward pass at the highest moment of a step",
     ),
     Metric("apply_time", "apply_s", "apply time", "lower", format_seconds, "duration of converting the model"),
     Metric("disk", "disk_bytes", "disk", "lower", format_bytes, "the saved checkpoint", in_table=True),
@@ -192,8 +246,55 @@ METRICS: tuple[Metric, ...] = (
         "bits/byte",
         "lower",
         format_number,
-        "held-out quality, where the model is trained and byte-level",
+        "held-out quality, where the model is trained",
         in_table=True,
+    ),
+    Metric(
+        "quality_loss",
+        "lost_bits_per_byte",
+        "lost bits/byte",
+        "lower",
+        format_difference,
+        "held-out bits per byte above the reference, from paired pieces of text",
+        in_table=True,
+        has_ratio=False,
+    ),
+    Metric(
+        "quality_loss_error",
+        "lost_bits_per_byte_standard_error",
+        "± bits/byte",
+        "lower",
+        format_number,
+        "standard error of the paired difference",
+        has_ratio=False,
+    ),
+    Metric(
+        "perplexity",
+        "perplexity_per_token",
+        "perplexity",
+        "lower",
+        format_number,
+        "held-out perplexity per token, where the model is trained",
+    ),
+    Metric(
+        "kl",
+        "kl_nats",
+        "KL",
+        "lower",
+        format_divergence,
+        "mean divergence of the logits from the reference's, in nats a token",
+        in_table=True,
+        has_ratio=False,
+    ),
+    Metric(
+        "top1_agreement",
+        "top1_agreement_percent",
+        "top-1",
+        "higher",
+        format_percent_of_all,
+        "share of held-out tokens for which the likeliest next token is the reference's",
+        in_table=True,
+        has_ratio=False,
     ),
 )
 
@@ -241,6 +342,8 @@ class Record:
             that has no meaning for the case (backward time of a forward pass) is left out.
         obtained: by field, how: ``source``; ``bound`` (``exact``, ``at least``, ``at most``); where it applies
             ``interval_s`` between samples and ``children`` (whether child processes are in the figure).
+        remarks: what is wrong with the case although it ended well (a technique that changed nothing).
+        notes: what explains its figures (why a technique saved less than it is known for).
         processes: one entry a process of the case (role, rank, device), each with its baseline and phases.
         timeline: columns of samples over the whole case, ``at_s`` from its start.
         output_tail: the end of what the case printed, where it did not end well.
@@ -259,6 +362,7 @@ class Record:
     obtained: Mapping[str, Mapping[str, Any]]
     processes: tuple[Mapping[str, Any], ...]
     remarks: tuple[str, ...]
+    notes: tuple[str, ...]
     broken_limits: tuple[str, ...]
     timeline: Mapping[str, Any]
     output_tail: str

@@ -12,15 +12,16 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from membench import environment, plugins, procfs
+from membench import environment, procfs, registry
 from membench.figures import Figures, figures
 from membench.nursery import Nursery, NurseryLost
 from membench.nvml import gpus
 from membench.observer import Observer
-from membench.record import METRIC_OF_FIELD, Case, Plugin, Record, Status
+from membench.record import METRIC_OF_FIELD, REFERENCE, Case, Plugin, Record, Status
 from membench.suite import Settings
 
 _TAIL_BYTES = 4096
@@ -50,7 +51,9 @@ class _Outcome:
 class Runner:
     """Runs cases with one fork server. Use as a context manager."""
 
-    def __init__(self, cases: tuple[Case, ...], settings: Settings, tell: Tell) -> None:
+    def __init__(self, cases: tuple[Case, ...], settings: Settings, references: Path, tell: Tell) -> None:
+        """``references``: the folder in which the logits of reference cases are kept."""
+        self._references = references
         self._settings = settings
         self._tell = tell
         self._threads = settings.threads or environment.usable_cores()
@@ -106,6 +109,10 @@ class Runner:
                 "techniques": [_named(technique) for technique in case.technique_plugins],
                 "members": case.technique.split("+"),
                 "workload": _named(case.workload_plugin),
+                "reference": {
+                    "path": str(self._references / f"{'-'.join(case.group).replace(':', '')}.npy"),
+                    "is_this": case.technique == REFERENCE,
+                },
             }
             outcome = self._watch(request, self._settings.timeout_s)
         assert outcome.status is not None
@@ -138,6 +145,7 @@ class Runner:
             obtained=found.obtained,
             processes=(_process(case, outcome),),
             remarks=tuple(outcome.result.get("remarks", ())),
+            notes=tuple(outcome.result.get("notes", ())),
             broken_limits=_broken_limits(found, limits),
             timeline=outcome.observer.timeline() if outcome.observer else {},
             output_tail="" if outcome.status in ("ok", "skipped") else outcome.tail.decode(errors="replace"),
@@ -276,7 +284,7 @@ def _modules_of(cases: tuple[Case, ...]) -> list[str]:
     for case in cases:
         techniques = [("technique", plugin) for plugin in case.technique_plugins]
         for kind, plugin in (("model", case.model_plugin), *techniques, ("workload", case.workload_plugin)):
-            modules |= set(plugins.find(kind, plugin.use)[0].imports)
+            modules |= set(registry.find(kind, plugin.use)[0].imports)
     return sorted(modules)
 
 
@@ -293,6 +301,9 @@ def _process(case: Case, outcome: _Outcome) -> dict[str, Any]:
         "durations_s": outcome.result.get("durations_s"),
         "parameters": outcome.result.get("parameters"),
         "corpus": outcome.result.get("corpus"),
+        "losses_nats": outcome.result.get("losses_nats"),
+        "breakdown_bytes": outcome.result.get("breakdown_bytes"),
+        "quality": outcome.result.get("quality"),
     }
 
 

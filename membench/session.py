@@ -77,7 +77,7 @@ def run(
     tell("start", {"path": str(path)})
     done = {(record.id, record.repeat) for record in read_run(path).records}
     todo = [(case, r) for r in range(suite.settings.repeats) for case in cases if (case.id, r) not in done]
-    with Runner(cases, suite.settings, tell) as runner:
+    with Runner(cases, suite.settings, path.with_suffix(".references"), tell) as runner:
         prepared: dict[str, str | None] = {}
         for number, (case, repeat) in enumerate(todo):
             tell("case", {"id": case.id, "number": number + 1, "of": len(todo)})

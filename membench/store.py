@@ -91,7 +91,7 @@ def read_run(path: str | Path) -> Run:
 def _record(entry: dict[str, Any]) -> Record:
     """JSON knows no tuples; a record holds nothing else."""
     fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
-    return Record(**fields)
+    return Record(**{"notes": (), **fields})
 
 
 def newest_run(folder: Path, suite: str = "*") -> Path:

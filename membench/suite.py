@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from membench import plugins, units
+from membench import registry, units
 from membench.errors import PluginError, SuiteError, did_you_mean
+from membench.plugins import Setting
 from membench.record import METRICS, REFERENCE, Case, Plugin
 
 _BESIDE_PACKAGE = Path(__file__).parent / "suites"
@@ -182,7 +183,7 @@ def _resolve(kind: str, name: str, variants: Mapping[str, Mapping[str, Any]]) ->
     else:
         use, options = name, {}
     try:
-        plugin = plugins.create(kind, use, options)
+        plugin = registry.create(kind, use, options)
     except PluginError as error:
         where = f"{kind}.{name}" if name in variants else f"matrix.{kind}"
         hint = ""
@@ -208,10 +209,17 @@ def _case(file: _File, model: str, technique: str, workload: str, device: str) -
         tuple(_resolve("technique", member, file.technique) for member in members),
         _resolve("workload", workload, file.workload),
     )
-    longest = plugins.create("model", case.model_plugin.use, case.model_plugin.options).max_tokens()
-    needed = plugins.create("workload", case.workload_plugin.use, case.workload_plugin.options).longest_sequence()
+    case_model = registry.create("model", case.model_plugin.use, case.model_plugin.options)
+    case_workload = registry.create("workload", case.workload_plugin.use, case.workload_plugin.options)
+    techniques = tuple(registry.create("technique", plugin.use, plugin.options) for plugin in case.technique_plugins)
+    longest, needed = case_model.max_tokens(), case_workload.longest_sequence()
     if longest is not None and needed > longest:
         raise SuiteError(f"workload '{workload}' needs {needed} tokens; model '{model}' takes {longest} at most")
+    for position, (name, member) in enumerate(zip(members, techniques, strict=True)):
+        setting = Setting(case_model, case_workload, device, techniques[:position], techniques[position + 1 :])
+        wrong = member.check(setting)
+        if wrong:
+            raise SuiteError(f"technique '{name}' on model '{model}' with workload '{workload}': {wrong}")
     return case
 
 

@@ -58,6 +58,21 @@ def format_percent(percent: float) -> str:
     return f"{_fixed(percent, 2)}%"
 
 
+def format_percent_of_all(percent: float) -> str:
+    """A share of a whole that is often near it: 99.87%."""
+    return f"{percent:.2f}%"
+
+
+def format_difference(difference: float) -> str:
+    """A signed difference to four decimals: '+0.0012'."""
+    return f"{difference:+.4f}"
+
+
+def format_divergence(nats: float) -> str:
+    """A divergence, over many orders of magnitude: '1.3e-05'."""
+    return f"{nats:.1e}"
+
+
 def format_number(number: float) -> str:
     """A number without a unit, with four significant digits and no exponent."""
     return _fixed(number, 4) if math.isfinite(number) else str(number)

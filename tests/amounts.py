@@ -6,13 +6,13 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from membench.plugins import Context, Model, Step, Technique, Workload
+from membench.plugins import Context, Model, Step, Technique, Tokens, Workload
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 MIB = 2**20
@@ -21,6 +21,7 @@ MIB = 2**20
 class Block(Model):
     """A module of one tensor of known size."""
 
+    gives_logits: ClassVar[bool] = False
     mib: int = 64
 
     def build(self, context: Context) -> nn.Module:
@@ -52,7 +53,7 @@ class Burst(Workload):
     def tokens_per_step(self) -> int:
         return 1
 
-    def start(self, module: nn.Module, tokens: torch.Tensor, techniques: list[Technique], context: Context) -> Step:
+    def start(self, module: nn.Module, tokens: Tokens, techniques: Sequence[Technique], context: Context) -> Step:
         import torch
 
         def step() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from membench import plugins
+from membench import registry
 
 _PUBLISHED = {
     "gpt2-82m": 81_912_576,
@@ -27,5 +27,5 @@ _PUBLISHED = {
 @pytest.mark.parametrize("name", _PUBLISHED)
 @pytest.mark.filterwarnings("ignore")  # what transformers warns of while importing is not ours
 def test_a_model_has_as_many_parameters_as_was_published(name: str) -> None:
-    model = plugins.create("model", name, {})
+    model = registry.create("model", name, {})
     assert sum(parameter.numel() for parameter in model.skeleton().parameters()) == _PUBLISHED[name]

@@ -118,7 +118,8 @@ def _gpu_case(**seen: Any) -> Figures:
     } | seen  # fmt: skip
     phases = [{"name": name, **phase} for name in ("load", "apply", "warmup", "run", "time")]
     result = {"weights_bytes": 1, "pinned": True, "disk_bytes": 1, "disk_format": "safetensors",
-              "durations_s": [1.0, 1.0], "tokens_per_step": 4, "decoded_tokens": None}  # fmt: skip
+              "durations_s": [1.0, 1.0], "tokens_per_step": 4, "decoded_tokens": None, "is_trained": False,
+              "losses_nats": [], "quality": {"nats": [1.0], "tokens": [1], "bytes": [None]}}  # fmt: skip
     return figures(phases, result, "ok", on_gpu=True, interval_s=0.02)
 
 

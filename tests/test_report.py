@@ -16,7 +16,7 @@ def _record(technique: str, workload: str = "forward", **metrics: float | None) 
     case = {"model": "m", "technique": technique, "workload": workload, "device": "cpu"}
     return Record(
         case=case, id=f"m/{technique}/{workload}/cpu", repeat=0, status="ok", ended_in=None, message=None,
-        started_at="", duration_s=1.0, metrics=metrics, reasons={}, obtained={}, processes=(), remarks=(),
+        started_at="", duration_s=1.0, metrics=metrics, reasons={}, obtained={}, processes=(), remarks=(), notes=(),
         broken_limits=(), timeline={}, output_tail="", machine={}, settings={},
     )  # fmt: skip
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from membench.plugins import Context, Model, Step, Technique, Workload
+from membench.plugins import Context, Model, Step, Technique, Tokens, Workload
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 _MIB = 2**20
@@ -21,6 +21,7 @@ _MIB = 2**20
 class Ballast(Model):
     """A module of one tensor of known size: touched, never touched, or mapped from a file."""
 
+    gives_logits: ClassVar[bool] = False
     mib: int = Field(64, ge=1)
     kind: Literal["touched", "untouched", "mapped"] = "touched"
 
@@ -59,7 +60,7 @@ class Burst(Workload):
     def tokens_per_step(self) -> int:
         return 1
 
-    def start(self, module: nn.Module, tokens: torch.Tensor, techniques: list[Technique], context: Context) -> Step:
+    def start(self, module: nn.Module, tokens: Tokens, techniques: Sequence[Technique], context: Context) -> Step:
         import torch
 
         def hold() -> None:

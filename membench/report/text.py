@@ -11,7 +11,7 @@ from typing import Any
 
 import tabulate
 
-from membench.record import METRICS, REFERENCE, Record
+from membench.record import METRIC_OF_FIELD, METRICS, REFERENCE, Record
 from membench.units import format_bytes, format_ratio, format_seconds
 
 _SHOWN = tuple(metric for metric in METRICS if metric.in_table)
@@ -87,7 +87,8 @@ def _fitting(rows: list[dict[str, str]], form: str, width: int | None) -> Iterat
 def _with_ratio(cases: dict[str, list[Record]], repeats: list[Record], field: str) -> tuple[float | None, float | None]:
     value = median(repeats, field)
     base = median(_reference(cases, repeats[0]), field)
-    return value, value / base if value is not None and base else None
+    has_ratio = METRIC_OF_FIELD[field].has_ratio
+    return value, value / base if has_ratio and value is not None and base else None
 
 
 def _flat(cases: dict[str, list[Record]], form: str) -> str:
@@ -95,7 +96,9 @@ def _flat(cases: dict[str, list[Record]], form: str) -> str:
     for id, repeats in cases.items():
         row: dict[str, object] = {"case": id, "status": _worst(repeats).status}
         for metric in _SHOWN:
-            row[metric.field], row[f"{metric.name}_ratio"] = _with_ratio(cases, repeats, metric.field)
+            row[metric.field], ratio = _with_ratio(cases, repeats, metric.field)
+            if metric.has_ratio:
+                row[f"{metric.name}_ratio"] = ratio
         rows.append(row)
     if form == "json":
         return json.dumps(rows, indent=2)
@@ -157,7 +160,7 @@ def remarks(records: Sequence[Record]) -> list[str]:
         if record.status != "ok":
             where = f" in {record.ended_in}" if record.ended_in else ""
             lines.append(f"{record.id}: {record.status}{where}: {record.message}")
-        lines += [f"{record.id}: {text}" for text in (*record.broken_limits, *record.remarks)]
+        lines += [f"{record.id}: {text}" for text in (*record.broken_limits, *record.remarks, *record.notes)]
     return lines
 
 
@@ -171,7 +174,7 @@ def verdicts(records: Sequence[Record]) -> list[str]:
             continue
         for metric in _SHOWN:
             value, base = median(repeats, metric.field), median(_reference(cases, repeats[0]), metric.field)
-            if value is not None and base:
+            if metric.has_ratio and value is not None and base:
                 ratios.setdefault(technique, {}).setdefault(metric.name, []).append(value / base)
     lines = []
     for technique, found in ratios.items():

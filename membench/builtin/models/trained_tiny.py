@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from membench import corpus
-from membench.builtin.models.transformer import Llama, Shape
+from membench.builtin.models.transformer import Llama
 from membench.builtin.muon import Muon
-from membench.plugins import Context, Model
+from membench.plugins import Context, Model, Shape
 
 if TYPE_CHECKING:
     from torch import nn
 
+_SHAPE = Shape(width=64, layers=2, heads=4, key_value_heads=4, inner_width=192, vocabulary=256, longest=1024, tied=True)
 _RECIPE: dict[str, Any] = {
-    "shape": {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2,
-              "num_attention_heads": 4, "max_position_embeddings": 1024, "tie_word_embeddings": True},
+    "shape": _SHAPE,
     "steps": 1200,
     "batch": 4,
     "length": 256,
@@ -41,11 +41,18 @@ class TrainedTiny(Model):
     imports = ("torch", "transformers.models.llama.modeling_llama")
     quality = True
 
-    def max_tokens(self) -> int | None:
-        return int(_RECIPE["shape"]["max_position_embeddings"])
+    @property
+    def shape(self) -> Shape:
+        return _SHAPE
 
     def miniature(self) -> Model:
-        return Llama.of_shape(Shape(64, 1, 2, 2, 192, 256, 1024, True))
+        return Llama.of_shape(_SHAPE._replace(layers=1, heads=2, key_value_heads=2))
+
+    def skeleton(self) -> nn.Module:
+        import torch
+
+        with torch.device("meta"):
+            return _untrained()
 
     def path(self) -> Path:
         """The weights' file, named by a hash of the recipe and of the text."""
@@ -77,9 +84,9 @@ class TrainedTiny(Model):
 
 
 def _untrained() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(**_RECIPE["shape"]))
+    return LlamaForCausalLM(Llama.of_shape(_SHAPE).config())
 
 
 def _train(progress: Callable[[int, int, str], None]) -> nn.Module:

@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, PrivateAttr
 
-from membench.plugins import Context, Model
+from membench.plugins import Context, Model, Shape
 
 if TYPE_CHECKING:
     from torch import nn
-
-
-class Shape(NamedTuple):
-    """The numbers that make a decoder."""
-
-    width: int
-    layers: int
-    heads: int
-    key_value_heads: int
-    inner_width: int
-    vocabulary: int
-    longest: int
-    tied: bool
 
 
 _GPT2 = {
@@ -71,9 +58,6 @@ class _Transformer(Model):
     def miniature(self) -> Model:
         return self.of_shape(self.shape._replace(width=64, layers=1, heads=2, key_value_heads=2, inner_width=192,
                                                  vocabulary=512))  # fmt: skip
-
-    def max_tokens(self) -> int | None:
-        return self.shape.longest
 
     def config(self) -> Any:
         """The transformers configuration of this size."""

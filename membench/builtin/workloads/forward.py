@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from membench.plugins import Context, Step, Technique, Workload
+from membench.plugins import Context, Step, Technique, Tokens, Workload, stepping
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 
@@ -25,13 +25,13 @@ class Forward(Workload):
     def tokens_per_step(self) -> int:
         return self.batch_size * self.sequence_length
 
-    def start(self, module: nn.Module, tokens: torch.Tensor, techniques: list[Technique], context: Context) -> Step:
+    def start(self, module: nn.Module, tokens: Tokens, techniques: Sequence[Technique], context: Context) -> Step:
         import torch
 
-        batch = tokens.view(self.batch_size, self.sequence_length).to(context.device)
+        batch = tokens(self.tokens_per_step()).view(self.batch_size, self.sequence_length).to(context.device)
 
         def step() -> None:
-            with torch.no_grad():
+            with torch.no_grad(), stepping(techniques, context):
                 module(batch)
 
         return step

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from membench.plugins import Context, Step, Technique, Workload
+from membench.plugins import Context, Step, Technique, Tokens, Unsuitable, Workload, stepping
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 
@@ -26,30 +27,38 @@ class Generate(Workload):
     def tokens_per_step(self) -> int:
         return self.batch_size * self.new_tokens
 
-    def tokens_read(self) -> int:
-        return self.batch_size * self.prompt_length
-
     def decoded_tokens_per_step(self) -> int | None:
         return self.batch_size * (self.new_tokens - 1)  # the first comes out of the prefill
 
-    def start(self, module: nn.Module, tokens: torch.Tensor, techniques: list[Technique], context: Context) -> Step:
+    def start(self, module: nn.Module, tokens: Tokens, techniques: Sequence[Technique], context: Context) -> Step:
         import torch
 
-        prompt = tokens.view(self.batch_size, self.prompt_length).to(context.device)
-        options: dict[str, Any] = {"use_cache": True}
-        for technique in techniques:
-            options = technique.generate_options(options, context)
+        taken = inspect.signature(module.forward).parameters
+        if "past_key_values" not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+            raise Unsuitable("generating wants a module with a key-value cache: its forward takes no past_key_values")
+        prompt = tokens(self.batch_size * self.prompt_length).view(self.batch_size, self.prompt_length)
+        prompt = prompt.to(context.device)
+        cache: list[Any] = []
+        context.inventory["cache"] = lambda: cache
 
         def step() -> None:
-            with torch.no_grad():
+            with torch.no_grad(), stepping(techniques, context):
+                # Asked for anew each time: a cache that a technique brings serves one generation.
+                options: dict[str, Any] = {"use_cache": True}
+                for technique in techniques:
+                    options = technique.generate_options(options, context)
                 with context.part("prefill"):
                     output = module(prompt, **options)
                     token = output.logits[:, -1:].argmax(-1)
-                    cache = output.past_key_values
+                    cache[:] = [output.past_key_values]
                     del output
                 with context.part("decode"):
                     for _ in range(self.new_tokens - 1):
-                        decoded = module(token, **{**options, "past_key_values": cache})
-                        token, cache = decoded.logits[:, -1:].argmax(-1), decoded.past_key_values
+                        decoded = module(token, **{**options, "past_key_values": cache[0]})
+                        token = decoded.logits[:, -1:].argmax(-1)
+                        cache[:] = [decoded.past_key_values]
+                    del decoded
+                options.clear()
+                cache.clear()
 
         return step

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from membench.plugins import Context, Step, Technique, TrainingStep, Workload
+from membench.plugins import Context, Step, Technique, Tokens, TrainingStep, Unsuitable, Workload, stepping
 
 if TYPE_CHECKING:
     import torch
@@ -28,29 +29,31 @@ class Train(Workload):
     def tokens_per_step(self) -> int:
         return self.batch_size * self.sequence_length
 
-    def start(self, module: nn.Module, tokens: torch.Tensor, techniques: list[Technique], context: Context) -> Step:
+    def start(self, module: nn.Module, tokens: Tokens, techniques: Sequence[Technique], context: Context) -> Step:
         import torch
 
-        batch = tokens.view(self.batch_size, self.sequence_length).to(context.device)
         kinds = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if not trained:
+            raise Unsuitable("no parameter of the model can be trained")
         optimizer: torch.optim.Optimizer = kinds[self.optimizer](trained, lr=self.learning_rate)
         for technique in techniques:
             optimizer = technique.optimizer(optimizer, module, context)
-
-        def loss(module: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-            output = module(batch)
-            logits = getattr(output, "logits", output)[:, :-1].float()
-            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-
-        pieces = TrainingStep(loss, lambda value: value.backward(), optimizer.step, optimizer.zero_grad)
+        context.inventory["optimizer"] = lambda: optimizer.state
+        pieces = TrainingStep(
+            next_token_loss,
+            lambda value: value.backward(),
+            lambda: optimizer.step(),
+            lambda: optimizer.zero_grad(),
+        )
         for technique in techniques:
             pieces = technique.training_step(pieces, context)
 
         def step() -> torch.Tensor:
             # Gradients are dropped first, so that what is held after a step is what training holds: all of it.
             pieces.zero_grad()
-            with context.part("forward"):
+            batch = tokens(self.tokens_per_step()).view(self.batch_size, self.sequence_length).to(context.device)
+            with context.part("forward"), stepping(techniques, context):
                 value = pieces.loss(module, batch)
             with context.part("backward"):
                 pieces.backward(value)
@@ -59,3 +62,12 @@ class Train(Workload):
             return value.detach()
 
         return step
+
+
+def next_token_loss(module: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy in fp32 of each next token; ``batch`` (B, T) of token ids."""
+    import torch
+
+    output = module(batch)
+    logits = getattr(output, "logits", output)[:, :-1].float()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())

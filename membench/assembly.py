@@ -1,0 +1,193 @@
+"""Puts a case together inside the worker: its plug-ins, its files, its rehearsal, its module."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from membench import corpus, plugins, registry
+from membench.environment import available_bytes
+from membench.units import format_bytes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class DoesNotFit(Exception):
+    """Arithmetic says that the model needs more memory than there is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembly:
+    """A case's plug-ins; ``names`` are the stack's members as the suite wrote them."""
+
+    model: plugins.Model
+    techniques: tuple[plugins.Technique, ...]
+    workload: plugins.Workload
+    names: tuple[str, ...]
+    context: plugins.Context
+
+    @classmethod
+    def of(cls, request: dict[str, Any], part: Callable[[str], contextlib.AbstractContextManager[None]]) -> Assembly:
+        """Create what a request names.
+
+        Raises:
+            plugins.Unsuitable: if a member cannot serve the case, or wants a library that is not installed.
+        """
+
+        def create(kind: str, named: dict[str, Any]) -> Any:
+            return registry.create(kind, named["use"], named["options"])
+
+        model, workload = create("model", request["model"]), create("workload", request["workload"])
+        techniques = tuple(create("technique", named) for named in request["techniques"])
+        for position, technique in enumerate(techniques):
+            for module, distribution in technique.needs.items():
+                if importlib.util.find_spec(module) is None:
+                    raise plugins.Unsuitable(f"'{module}' is not installed: pip install '{distribution}'")
+            before, after = techniques[:position], techniques[position + 1 :]
+            reason = technique.refuse(plugins.Setting(model, workload, request["device"], before, after))
+            if reason:
+                raise plugins.Unsuitable(reason)
+        context = plugins.Context(
+            request["device"], request["settings"]["seed"], model, part, {}, Path(request["scratch"])
+        )
+        return cls(model, techniques, workload, tuple(request["members"]), context)
+
+    def rehearsed(self) -> Assembly | None:
+        """The same case on a miniature of its model, unheard by the runner; ``None`` if the model has none."""
+        miniature = self.model.miniature()
+        if miniature is None:
+            return None
+        scratch = self.context.scratch / "rehearsal"
+        scratch.mkdir(exist_ok=True)
+        context = dataclasses.replace(
+            self.context, model=miniature, part=_unheard, inventory={}, scratch=scratch, rehearsal=True
+        )
+        return dataclasses.replace(self, model=miniature, context=context)
+
+    @property
+    def applied(self) -> list[tuple[str, plugins.Technique]]:
+        """The members whose ``apply`` is called: those after one that ``applies_rest`` have been."""
+        found = []
+        for name, technique in zip(self.names, self.techniques, strict=True):
+            found.append((name, technique))
+            if technique.applies_rest:
+                break
+        return found
+
+    def load(self) -> nn.Module:
+        build: Callable[[], nn.Module] = functools.partial(self.model.build, self.context)
+        for position, technique in enumerate(self.techniques):
+            build = functools.partial(technique.load, build, self.techniques[position + 1 :], self.context)
+        return build()
+
+    def make(self) -> nn.Module:
+        """The module with every technique applied, as ``load`` and ``apply`` leave it."""
+        module = self.load()
+        for _, technique in self.applied:
+            module = technique.apply(module, self.context)
+        return module
+
+    def tokens(self, module: nn.Module) -> plugins.Tokens:
+        """The training text as the model reads it."""
+        import torch
+
+        vocabulary = self.model.vocabulary(module)
+        encoded = self.model.encode(corpus.split()[0])
+        following = corpus.stream(corpus.ids(vocabulary) if encoded is None else encoded, vocabulary)
+        return lambda count: torch.tensor(following(count), dtype=torch.long)
+
+    def prepare(self) -> None:
+        """Let techniques prepare their files in a process of their own, so that nothing of it is left in this one.
+
+        To be called before this process has threads: they do not come along.
+
+        Raises:
+            RuntimeError: if that process did not end well, with the last line it had to say.
+        """
+        for position, technique in enumerate(self.techniques):
+            if type(technique).prepare is not plugins.Technique.prepare:
+                rest = self.techniques[position + 1 :] if technique.applies_rest else ()
+                _in_a_process_of_its_own(functools.partial(self._prepare_one, technique, rest))
+
+    def _prepare_one(self, technique: plugins.Technique, rest: Sequence[plugins.Technique]) -> None:
+        for assembly in (self.rehearsed(), self):
+            if assembly is not None:
+                names = tuple(map(str, range(len(rest))))
+                made = dataclasses.replace(assembly, techniques=tuple(rest), names=names)
+                technique.prepare(made.make, assembly.context)
+
+    def rehearse(self) -> None:
+        """Go through the case on a miniature of its model, so that what is set up once is there before the baseline.
+
+        Thread pool, CUDA context, kernels' code pages, lazily imported modules: some 10 MiB that the first step of
+        whatever comes first would be charged for.
+        """
+        import torch
+
+        device = self.context.device
+        layer = torch.nn.Linear(256, 256, device=device)
+        torch.nn.functional.gelu(layer(torch.ones(64, 256, device=device))).softmax(-1).sum().backward()
+        assembly = self.rehearsed()
+        if assembly is None:
+            return
+        # What fails here fails again where it is measured, or fails for the small shape alone.
+        with contextlib.suppress(Exception):
+            module = assembly.make()
+            module.train(self.workload.trains)
+            step = self.workload.start(module, assembly.tokens(module), self.techniques, assembly.context)
+            step()
+
+    def refuse_what_cannot_fit(self) -> None:
+        """Compare what the shapes need with what is free, before anything is loaded.
+
+        Raises:
+            DoesNotFit: if it is more.
+        """
+        import torch
+
+        if any(type(technique).load is not plugins.Technique.load for technique in self.techniques):
+            return  # loaded in a way of its own, a model may need less than it has weights
+        needed = self.model.needed_bytes()
+        if needed is None:
+            return
+        if self.context.device.startswith("cuda"):
+            free, where = torch.cuda.mem_get_info(self.context.device)[0], "free on the GPU"
+        else:
+            free, where = available_bytes(), "available on this machine"
+        if needed > free:
+            raise DoesNotFit(f"loading needs {format_bytes(needed)}; {format_bytes(free)} are {where}")
+
+
+def _unheard(name: str) -> contextlib.AbstractContextManager[None]:
+    del name
+    return contextlib.nullcontext()
+
+
+def _in_a_process_of_its_own(work: Callable[[], None]) -> None:
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        said = b""
+        try:
+            os.close(read_end)
+            work()
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}".encode()[:4096] or b"failed without a word"
+        finally:
+            with os.fdopen(write_end, "wb") as pipe:
+                pipe.write(said)
+            os._exit(1 if said else 0)
+    os.close(write_end)
+    with os.fdopen(read_end, "rb") as pipe:
+        said = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if status:
+        code = os.waitstatus_to_exitcode(status)
+        raise RuntimeError(said.decode(errors="replace") or f"preparing the case ended with {code}")

@@ -1,0 +1,138 @@
+"""What holds memory: bytes by category at the highest moment of a step, found by walking storages."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from membench.weights import plain_tensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_DEEPEST = 8
+
+
+def tensors_in(held: Any, depth: int = _DEEPEST) -> Iterator[torch.Tensor]:
+    """Every tensor in an object: in its attributes, and in lists, tuples and mappings, to a depth of eight."""
+    import torch
+
+    if isinstance(held, torch.Tensor):
+        yield held
+    elif isinstance(held, Mapping):
+        for value in held.values():
+            yield from tensors_in(value, depth)
+    elif isinstance(held, list | tuple | set):
+        for value in held:
+            yield from tensors_in(value, depth)
+    elif hasattr(held, "__dict__") and depth and not isinstance(held, type):
+        for value in vars(held).values():
+            yield from tensors_in(value, depth - 1)
+
+
+def storages(tensors: Iterable[torch.Tensor]) -> dict[tuple[str, int], int]:
+    """Bytes by storage (device, address), each once, quantized tensors opened."""
+    found: dict[tuple[str, int], int] = {}
+    for tensor in tensors:
+        for plain in plain_tensors(tensor.detach()):
+            if plain.device.type != "meta":
+                storage = plain.untyped_storage()
+                found[(str(plain.device), storage.data_ptr())] = storage.nbytes()
+    return found
+
+
+@dataclass
+class _Saved:
+    """A tensor that autograd keeps for the backward pass; tells the census when it lets go."""
+
+    tensor: torch.Tensor
+    census: Census
+    key: tuple[str, int]
+
+    def __del__(self) -> None:
+        self.census.release(self.key)
+
+
+class Census:
+    """Watches one step and keeps what held memory at its highest moment.
+
+    Looks are taken at the end of each part of the step and whenever a gradient is ready; what a kernel takes for a
+    moment between two looks is in no category.
+
+    Args:
+        module: the model.
+        inventory: by category, what holds its tensors (optimizer states, key-value cache).
+        held_bytes: live memory now, above the baseline.
+    """
+
+    def __init__(
+        self, module: nn.Module, inventory: Mapping[str, Callable[[], Any]], held_bytes: Callable[[], int]
+    ) -> None:
+        self._module = module
+        self._inventory = inventory
+        self._held_bytes = held_bytes
+        self._weights = storages(itertools.chain(module.parameters(), module.buffers()))
+        self._saved: dict[tuple[str, int], list[int]] = {}
+        self._held_at_most = -1
+        self._found: dict[str, int] = {}
+
+    def release(self, key: tuple[str, int]) -> None:
+        entry = self._saved[key]
+        entry[0] -= 1
+        if not entry[0]:
+            del self._saved[key]
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Saved:
+        if type(tensor).__name__ not in ("Tensor", "Parameter"):
+            return tensor
+        storage = tensor.untyped_storage()
+        key = (str(tensor.device), storage.data_ptr())
+        if key in self._weights:
+            return tensor
+        self._saved.setdefault(key, [0, storage.nbytes()])[0] += 1
+        return _Saved(tensor, self, key)
+
+    def _unpack(self, saved: torch.Tensor | _Saved) -> torch.Tensor:
+        return saved.tensor if isinstance(saved, _Saved) else saved
+
+    def look(self, *_: Any) -> None:
+        """Keep the categories if memory has never been higher."""
+        held = self._held_bytes()
+        if held <= self._held_at_most:
+            return
+        self._held_at_most = held
+        gradients = storages(p.grad for p in self._module.parameters() if p.grad is not None)
+        found = {
+            "weights": sum(self._weights.values()),
+            "gradients": sum(gradients.values()),
+            "activations": sum(size for _, size in self._saved.values()),
+        }
+        counted = {*self._weights, *gradients, *self._saved}
+        for category, holder in self._inventory.items():
+            own = {key: size for key, size in storages(tensors_in(holder())).items() if key not in counted}
+            counted |= own.keys()
+            found[category] = sum(own.values())
+        self._found = found
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch what runs inside."""
+        import torch
+
+        hooks = [p.register_post_accumulate_grad_hook(self.look) for p in self._module.parameters() if p.requires_grad]
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+                yield
+            self.look()
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def breakdown(self, peak_live_bytes: int | None) -> dict[str, int]:
+        """Bytes by category; ``other`` is the rest of the peak: temporaries, buffers of libraries, small objects."""
+        whole = self._held_at_most if peak_live_bytes is None else peak_live_bytes
+        return {**self._found, "other": whole - sum(self._found.values())}

@@ -1,0 +1,90 @@
+"""Why a technique saved less than it is known for, with bytes, from the module's own storages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from membench.units import format_bytes, format_ratio
+from membench.weights import plain_tensors, weight_bytes
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from membench.plugins import Technique
+
+_WORTH_A_NOTE = 0.2
+_SCALES = ("scale", "zero", "absmax", "offset", "code", "quant_map")
+
+
+def on_weights(module: nn.Module, techniques: Sequence[Technique], loaded_bytes: int) -> list[str]:
+    """A note if the weights are more than 20% away from what the stack is known for.
+
+    Args:
+        loaded_bytes: the weights as they were loaded, in fp32.
+    """
+    bits = [stated for technique in techniques if (stated := technique.nominal_bits()) is not None]
+    share = 1.0
+    for technique in techniques:
+        share *= technique.nominal_share()
+    nominal = (bits[-1] / 32 if bits else 1.0) * share
+    measured = weight_bytes(module) / loaded_bytes if loaded_bytes else nominal
+    if abs(measured / nominal - 1) <= _WORTH_A_NOTE:
+        return []
+    causes = sorted(_causes(module, bits[-1] if bits else 32).items(), key=lambda cause: -cause[1])
+    named = ", ".join(f"{format_bytes(size)} {cause}" for cause, size in causes if size) or "no cause was found"
+    return [f"weights are {format_ratio(measured)} where {format_ratio(nominal)} is the nominal factor: {named}"]
+
+
+def _causes(module: nn.Module, bits: float) -> dict[str, int]:
+    """Bytes by what keeps them above ``bits`` a weight; each storage counts once."""
+    head = getattr(module, "get_output_embeddings", lambda: None)()
+    found: dict[str, int] = {}
+    seen: set[tuple[str, int]] = set()
+    for _, child in module.named_modules():
+        tensors = [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]
+        for name, tensor in tensors:
+            for inner, plain in _named_plain(name, tensor):
+                storage = plain.untyped_storage()
+                key = (str(plain.device), storage.data_ptr())
+                if plain.device.type == "meta" or key in seen:
+                    continue
+                seen.add(key)
+                cause = _cause(child, child is head, name, inner, tensor, plain, bits)
+                if cause:
+                    found[cause] = found.get(cause, 0) + storage.nbytes()
+    return found
+
+
+def _named_plain(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    if not hasattr(tensor.data, "__tensor_flatten__"):
+        return [(name, tensor)]
+    names = tensor.data.__tensor_flatten__()[0]
+    return [(inner, plain) for inner in names for plain in plain_tensors(getattr(tensor.data, inner))]
+
+
+def _cause(
+    layer: nn.Module, is_head: bool, name: str, inner: str, tensor: torch.Tensor, plain: torch.Tensor, bits: float
+) -> str | None:
+    type_name = str(plain.dtype).removeprefix("torch.")
+    if name.endswith("_mask"):
+        return f"masks in {type_name}"
+    if name.endswith("_orig"):
+        return f"originals kept beside the masked weights in {type_name}"
+    if any(word in inner for word in _SCALES) and plain.numel() < tensor.numel():
+        return f"scales and zero points in {type_name}"
+    if "indices" in inner:
+        return f"indices of sparse values in {type_name}"
+    stored_bits = plain.element_size() * 8
+    if inner != name and bits < 8 and stored_bits == 8 and plain.numel() >= tensor.numel():
+        return f"of {bits:g}-bit weights stored a byte each"
+    if stored_bits <= bits:
+        return None
+    if is_head:
+        return f"of the output head left in {type_name}"
+    if type(layer).__name__ == "Embedding":
+        return f"of embeddings left in {type_name}"
+    if "norm" in type(layer).__name__.lower():
+        return f"of norms left in {type_name}"
+    return f"of {type(layer).__name__} layers left in {type_name}"

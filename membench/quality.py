@@ -1,0 +1,125 @@
+"""What a technique costs in quality: held-out text through the module, beside the reference's logits."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from membench import corpus
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from membench.plugins import Context, Technique
+
+_PIECE_TOKENS = 256
+_LARGEST_REFERENCE_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of held-out tokens, the first given and the others to be predicted, and the bytes that these stand for."""
+
+    ids: list[int]
+    bytes: int | None
+
+
+def pieces(model: Any, module: nn.Module) -> list[Piece]:
+    """The held-out text for a model: as much as leaves the reference's logits below 32 MiB.
+
+    Bytes are known where the tokens are bytes or the model has a tokenizer of its own.
+    """
+    vocabulary = model.vocabulary(module)
+    most_tokens = max(2, _LARGEST_REFERENCE_BYTES // (4 * vocabulary))
+    length = min(_PIECE_TOKENS, most_tokens, (model.max_tokens() or _PIECE_TOKENS + 1) - 1)
+    text = corpus.split()[1]
+    if (encoded := model.encode(text[: most_tokens * 8])) is not None:
+        bytes_per_token: float | None = len(text[: most_tokens * 8]) / len(encoded)
+        source: Sequence[int] = encoded
+    else:
+        bytes_per_token = 1.0 if vocabulary <= 256 else None
+        source = corpus.ids(vocabulary, held_out=True)
+    found = []
+    for start in range(0, min(len(source) - 1, most_tokens // length * length), length):
+        ids = [token % vocabulary for token in source[start : start + length + 1]]
+        found.append(Piece(ids, None if bytes_per_token is None else round((len(ids) - 1) * bytes_per_token)))
+    return found
+
+
+def evaluate(
+    model: Any,
+    module: nn.Module,
+    techniques: Sequence[Technique],
+    context: Context,
+    reference: Path,
+    is_reference: bool,
+) -> dict[str, Any]:
+    """Held-out loss, and where the reference's logits are kept, how far this module's are from them.
+
+    Args:
+        reference: the file of the reference's logits (tokens, vocabulary), fp32; written if this is the reference.
+
+    Returns:
+        ``nats``, ``tokens`` and ``bytes`` of each piece; against the reference ``kl_nats`` (mean over tokens of the
+        divergence from the reference's distribution), ``top1_agreement_percent`` and ``reference_nats`` of each piece.
+    """
+    import numpy
+    import torch
+
+    from membench.plugins import stepping
+
+    held_out = pieces(model, module)
+    count = sum(len(piece.ids) - 1 for piece in held_out)
+    vocabulary = model.vocabulary(module)
+    partial = reference.with_suffix(f".{os.getpid()}")
+    logits_kept: Any = None
+    if is_reference:
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        logits_kept = numpy.lib.format.open_memmap(partial, "w+", numpy.float32, (count, vocabulary))
+    elif reference.exists():
+        logits_kept = numpy.load(reference, mmap_mode="r")
+    nats, reference_nats, divergence, agreed, position = [], [], 0.0, 0, 0
+    with torch.no_grad():
+        for piece in held_out:
+            ids = torch.tensor(piece.ids, dtype=torch.long, device=context.device)
+            with stepping(techniques, context):
+                output = module(ids[None, :-1])
+            # Half-precision losses would shift more than the quantization that is measured.
+            logits = getattr(output, "logits", output)[0].float()
+            own = logits.log_softmax(-1)
+            nats.append(-own.gather(1, ids[1:, None]).sum().item())
+            rows = slice(position, position + len(ids) - 1)
+            position = rows.stop
+            if is_reference:
+                logits_kept[rows] = logits.cpu().numpy()
+            elif logits_kept is not None:
+                theirs = torch.tensor(logits_kept[rows], device=context.device).log_softmax(-1)
+                reference_nats.append(-theirs.gather(1, ids[1:, None]).sum().item())
+                divergence += (theirs.exp() * (theirs - own)).sum().item()
+                agreed += int((theirs.argmax(-1) == own.argmax(-1)).sum())
+    if is_reference:
+        logits_kept.flush()
+        os.replace(partial, reference)
+    found: dict[str, Any] = {
+        "nats": nats,
+        "tokens": [len(piece.ids) - 1 for piece in held_out],
+        "bytes": [piece.bytes for piece in held_out],
+    }
+    if reference_nats:
+        found |= {
+            "reference_nats": reference_nats,
+            "kl_nats": divergence / count,
+            "top1_agreement_percent": agreed / count * 100,
+        }
+    return {key: _finite(value) for key, value in found.items()}
+
+
+def _finite(value: Any) -> Any:
+    """``None`` in place of what is not finite: JSON has no such number."""
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
