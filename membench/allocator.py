@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import platform
+import sys
+from pathlib import Path
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 _PR_SET_THP_DISABLE = 41
@@ -41,8 +43,22 @@ def unpin() -> None:
 
 
 def settle() -> None:
-    """Collect garbage and hand free heap back to the kernel."""
+    """Collect garbage and hand free heap back to the kernel, with the packing buffers that MKL keeps between calls."""
     gc.collect()
+    _free_mkl_buffers()
     libc = _libc()
     if libc is not None:
         libc.malloc_trim(0)
+
+
+def _free_mkl_buffers() -> None:
+    """Some 10 MiB that a matrix product in fp32 leaves behind; torch carries MKL inside libtorch_cpu."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.__file__:
+        return
+    try:
+        free = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).mkl_serv_free_buffers
+    except (OSError, AttributeError):  # a build without MKL
+        return
+    free.restype = None
+    free()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from membench import corpus, plugins, registry
 from membench.environment import available_bytes
+from membench.stand_in import StandIn
 from membench.units import format_bytes
 
 if TYPE_CHECKING:
@@ -60,8 +61,11 @@ class Assembly:
         return cls(model, techniques, workload, tuple(request["members"]), context)
 
     def rehearsed(self) -> Assembly | None:
-        """The same case on a miniature of its model, unheard by the runner; ``None`` if the model has none."""
-        miniature = self.model.miniature()
+        """The same case on a miniature of its model, or a stand-in, unheard by the runner.
+
+        ``None`` for a model that gives no logits: nothing can stand in for it.
+        """
+        miniature = self.model.miniature() or (StandIn() if self.model.gives_logits else None)
         if miniature is None:
             return None
         scratch = self.context.scratch / "rehearsal"
@@ -93,6 +97,11 @@ class Assembly:
         for _, technique in self.applied:
             module = technique.apply(module, self.context)
         return module
+
+    def read_text(self) -> None:
+        """Read and encode the text now: it is the harness's and belongs to the baseline."""
+        corpus.read()
+        self.model.encode(corpus.split()[0])
 
     def tokens(self, module: nn.Module) -> plugins.Tokens:
         """The training text as the model reads it."""
@@ -138,6 +147,8 @@ class Assembly:
         if assembly is None:
             return
         # What fails here fails again where it is measured, or fails for the small shape alone.
+        with contextlib.suppress(Exception):
+            self.model.skeleton()  # imports the model's own code, which a stand-in would not
         with contextlib.suppress(Exception):
             module = assembly.make()
             module.train(self.workload.trains)

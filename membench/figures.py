@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 _WIDE_BRACKET = 0.01
+_PAGES_IN_A_BATCH = 32
+
+
+def resolution_bytes() -> int:
+    """How far off the kernel's peak may be: each core counts up to a batch of pages by itself before it adds them."""
+    cores = os.cpu_count() or 1
+    return max(_PAGES_IN_A_BATCH, 2 * cores) * cores * os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass
@@ -34,6 +42,7 @@ def figures(
     status: str,
     on_gpu: bool,
     interval_s: float,
+    baseline: Mapping[str, int] | None,
 ) -> Figures:
     """Work out every metric that has a meaning for the case.
 
@@ -43,8 +52,10 @@ def figures(
         status: how the case ended.
         on_gpu: whether the case ran on CUDA.
         interval_s: between the observer's samples.
+        baseline: resident bytes of the worker before the case, if it got so far.
     """
     found = Figures()
+    baseline = baseline or {"anonymous_bytes": 0, "file_bytes": 0}
     by_name = {phase["name"]: phase for phase in phases}
     if not result:
         for name in ("weights_bytes", "peak_live_bytes", "held_live_bytes", "peak_footprint_bytes",
@@ -52,19 +63,19 @@ def figures(
             found.miss(name, f"the case ended as {status}")
         for name in ("load", "apply"):
             if name in by_name:
-                _live(found, by_name[name], f"{name}_peak_live_bytes", on_gpu, pinned=True)
+                _live(found, by_name[name], f"{name}_peak_live_bytes", on_gpu, True, baseline)
         return found
     found.know("weights_bytes", result["weights_bytes"], "walk over parameters and buffers")
     pinned = result["pinned"]
-    _live(found, by_name["run"], "peak_live_bytes", on_gpu, pinned)
+    _live(found, by_name["run"], "peak_live_bytes", on_gpu, pinned, baseline)
     _held(found, by_name["run"], on_gpu, pinned)
-    _live(found, by_name["load"], "load_peak_live_bytes", on_gpu, pinned)
-    _live(found, by_name["apply"], "apply_peak_live_bytes", on_gpu, pinned)
+    _live(found, by_name["load"], "load_peak_live_bytes", on_gpu, pinned, baseline)
+    _live(found, by_name["apply"], "apply_peak_live_bytes", on_gpu, pinned, baseline)
     found.know("apply_s", by_name["apply"]["duration_s"], "monotonic clock, under the pinned allocator")
     if on_gpu:
         _gpu_footprint(found, by_name, interval_s)
     else:
-        _cpu_footprint(found, by_name["time"])
+        _cpu_footprint(found, by_name["time"], baseline)
     children = [phase["children_peak_bytes"] for phase in phases if phase.get("children_peak_bytes")]
     if children:
         found.know("children_peak_bytes", max(children), "pages of children alone (USS), sampled", "at least",
@@ -76,8 +87,8 @@ def figures(
     _times(found, result, by_name["time"], on_gpu)
     for part in ("prefill", "decode", "forward", "backward", "optimizer"):
         if part in by_name["run"]["parts"]:
-            _live(found, by_name["run"]["parts"][part], f"{part}_peak_live_bytes", on_gpu, pinned)
-    _live(found, by_name["warmup"], "warmup_peak_live_bytes", on_gpu, pinned)
+            _live(found, by_name["run"]["parts"][part], f"{part}_peak_live_bytes", on_gpu, pinned, baseline)
+    _live(found, by_name["warmup"], "warmup_peak_live_bytes", on_gpu, pinned, baseline)
     found.know("warmup_s", by_name["warmup"]["duration_s"], "monotonic clock, under the pinned allocator")
     walked = "walk over storages at the highest moment of a step"
     for category, name in _CATEGORIES.items():
@@ -108,15 +119,13 @@ def _quality(found: Figures, quality: Mapping[str, Any], is_trained: bool) -> No
     source = "cross entropy in fp32 over held-out text"
     nats, all_bytes = quality["nats"], sum(quality["bytes"]) if None not in quality["bytes"] else None
     if is_trained:
-        for name, per in (("bits_per_byte", all_bytes), ("perplexity_per_token", sum(quality["tokens"]))):
-            if None in nats:
-                found.miss(name, "it is not finite")
-            elif per is None:
-                found.miss(name, "it is not known for how many bytes a token stands")
-            elif name == "bits_per_byte":
-                found.know(name, sum(nats) / per / math.log(2), source)
-            else:
-                found.know(name, _exponential(sum(nats) / per), source)
+        if None in nats or all_bytes is None:
+            reason = "it is not finite" if None in nats else "the model has no tokenizer: no text can be put to it"
+            for name in ("bits_per_byte", "perplexity_per_token"):
+                found.miss(name, reason)
+        else:
+            found.know("bits_per_byte", sum(nats) / all_bytes / math.log(2), source)
+            found.know("perplexity_per_token", _exponential(sum(nats) / sum(quality["tokens"])), source)
     against = f"{source}, against the reference's logits"
     for name in ("kl_nats", "top1_agreement_percent"):
         if name in quality:
@@ -138,26 +147,34 @@ def _exponential(exponent: float) -> float:
     return math.exp(min(exponent, 700))
 
 
-def _with_children(phase: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
-    """Bytes of children in a phase, and how a figure that includes them must be labelled."""
-    children = phase.get("children_peak_bytes") or 0
-    return children, {"children": bool(children)}
+def _with_children(phase: Mapping[str, Any], own_bytes: int, family: str, baseline_bytes: int) -> dict[str, Any]:
+    """A peak with what children held, and how it must be labelled.
+
+    The worker's own peak is exact. With its children it was seen in samples only: the highest of both is a lower bound
+    of the highest sum.
+    """
+    seen = phase.get(family)
+    if seen is None:
+        return {"value": own_bytes, "bound": "exact", "children": False}
+    return {"value": max(own_bytes, seen - baseline_bytes), "bound": "at least", "children": True,
+            "at_most_bytes": own_bytes + phase["children_peak_bytes"]}  # fmt: skip
 
 
-def _live(found: Figures, phase: Mapping[str, Any], name: str, on_gpu: bool, pinned: bool) -> None:
+def _live(
+    found: Figures, phase: Mapping[str, Any], name: str, on_gpu: bool, pinned: bool, baseline: Mapping[str, int]
+) -> None:
     if on_gpu:
         found.know(name, phase["cuda_peak_allocated_bytes"], "torch.cuda.max_memory_allocated")
         return
     if not pinned:
         found.miss(name, "the C library's malloc cannot be pinned: only glibc's can")
         return
-    children, how = _with_children(phase)
-    value = phase["peak_live_bytes"] + children
-    bound = "at least" if children else "exact"
-    if phase["peak_live_bytes"] - phase["peak_live_at_least_bytes"] > _WIDE_BRACKET * max(value, 1):
-        bound = "at most"
-        how["at_least_bytes"] = phase["peak_live_at_least_bytes"] + children
-    found.know(name, value, "kernel's peak (VmHWM) less file pages, under the pinned allocator", bound, **how)
+    how = _with_children(phase, phase["peak_live_bytes"], "family_anonymous_bytes", baseline["anonymous_bytes"])
+    at_least = phase["peak_live_at_least_bytes"]
+    if not how["children"] and phase["peak_live_bytes"] - at_least > _WIDE_BRACKET * max(phase["peak_live_bytes"], 1):
+        how |= {"bound": "at most", "at_least_bytes": at_least}
+    found.know(name, source="kernel's peak (VmHWM) less file pages, under the pinned allocator",
+               resolution_bytes=resolution_bytes(), **how)  # fmt: skip
 
 
 def _held(found: Figures, run: Mapping[str, Any], on_gpu: bool, pinned: bool) -> None:
@@ -169,15 +186,11 @@ def _held(found: Figures, run: Mapping[str, Any], on_gpu: bool, pinned: bool) ->
         found.miss("held_live_bytes", "the C library's malloc cannot be pinned: only glibc's can")
 
 
-def _cpu_footprint(found: Figures, time: Mapping[str, Any]) -> None:
-    children, how = _with_children(time)
-    found.know(
-        "peak_footprint_bytes",
-        time["peak_footprint_bytes"] + children,
-        "kernel's peak (VmHWM), under the default allocator",
-        "at least" if children else "exact",
-        **how,
-    )
+def _cpu_footprint(found: Figures, time: Mapping[str, Any], baseline: Mapping[str, int]) -> None:
+    baseline_bytes = baseline["anonymous_bytes"] + baseline["file_bytes"]
+    how = _with_children(time, time["peak_footprint_bytes"], "family_rss_bytes", baseline_bytes)
+    found.know("peak_footprint_bytes", source="kernel's peak (VmHWM), under the default allocator",
+               resolution_bytes=resolution_bytes(), **how)  # fmt: skip
     found.know("held_footprint_bytes", time["held_footprint_bytes"], "RSS after collecting and trimming",
                children=False)  # fmt: skip
 

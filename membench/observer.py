@@ -83,8 +83,11 @@ class Observer:
         sample = Sample(time.monotonic() - self._began, resident, anonymous, children, process, used)
         if self._phase:
             self._phase["samples"] += 1
-            for key, value in (("children_peak_bytes", children), ("gpu_process_peak_bytes", process),
-                               ("gpu_used_peak_bytes", used)):  # fmt: skip
+            seen = {"children_peak_bytes": children, "gpu_process_peak_bytes": process, "gpu_used_peak_bytes": used}
+            if children:
+                # At one moment: peaks of parent and child that lie apart must not be added.
+                seen |= {"family_rss_bytes": resident + children, "family_anonymous_bytes": anonymous + children}
+            for key, value in seen.items():
                 if value is not None:
                     self._phase[key] = max(value, self._phase[key] or 0)
         self._keep(sample)
@@ -96,7 +99,8 @@ class Observer:
 
     def begin_phase(self) -> None:
         """A phase begins: look, and collect what is seen from here on."""
-        self._phase = {"samples": 0, "children_peak_bytes": None, "gpu_process_peak_bytes": None,
+        self._phase = {"samples": 0, "children_peak_bytes": None, "family_rss_bytes": None,
+                       "family_anonymous_bytes": None, "gpu_process_peak_bytes": None,
                        "gpu_used_peak_bytes": None}  # fmt: skip
         self.look()
         self._phase["began_s"] = time.monotonic() - self._began

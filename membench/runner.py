@@ -122,6 +122,7 @@ class Runner:
             outcome.status,
             case.device.startswith("cuda"),
             self._settings.sampling_interval_s,
+            outcome.baseline,
         )
         return Record(
             case={

@@ -70,7 +70,7 @@ def _measure(request: dict[str, Any], meter: Meter) -> None:
 
     if meter.on_gpu and not torch.cuda.is_available():
         raise plugins.Unsuitable("no CUDA device here, or a torch build without CUDA")
-    corpus.read()  # the text is the harness's, not the case's
+    case.read_text()
     case.prepare()
     pinned = allocator.pin()
     torch.set_num_threads(request["threads"])

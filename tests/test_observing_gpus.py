@@ -120,7 +120,7 @@ def _gpu_case(**seen: Any) -> Figures:
     result = {"weights_bytes": 1, "pinned": True, "disk_bytes": 1, "disk_format": "safetensors",
               "durations_s": [1.0, 1.0], "tokens_per_step": 4, "decoded_tokens": None, "is_trained": False,
               "losses_nats": [], "quality": {"nats": [1.0], "tokens": [1], "bytes": [None]}}  # fmt: skip
-    return figures(phases, result, "ok", on_gpu=True, interval_s=0.02)
+    return figures(phases, result, "ok", on_gpu=True, interval_s=0.02, baseline=None)
 
 
 def test_live_memory_on_a_gpu_is_what_torch_allocated() -> None:

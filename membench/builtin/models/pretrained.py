@@ -2,32 +2,122 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from membench.plugins import Context, Model
 
 if TYPE_CHECKING:
     from torch import nn
 
+_WANTED_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.py"]
+
 
 class Pretrained(Model):
     """A causal language model from a folder or a hub id, safetensors only."""
 
-    imports = ("torch", "transformers.models.auto.modeling_auto")
+    imports = ("torch", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto")
+    quality: ClassVar[bool] = True
     source: str
     trust_remote_code: bool = False
+
+    def prepare(self, progress: Callable[[int, int, str], None]) -> None:
+        """Download a hub id once, so that no measured phase does."""
+        if Path(self.source).expanduser().is_dir():
+            self.folder()
+            return
+        from huggingface_hub import snapshot_download
+
+        progress(0, 1, f"downloading {self.source}")
+        try:
+            snapshot_download(self.source, allow_patterns=_WANTED_FILES)
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise RuntimeError(
+                f"source = '{self.source}' is no folder here and cannot be had from the hub: {reason}"
+            ) from None
+        progress(1, 1, f"downloading {self.source}")
+
+    def folder(self) -> Path:
+        """Where the files are.
+
+        Raises:
+            FileNotFoundError: if there are no safetensors in it.
+        """
+        folder = Path(self.source).expanduser()
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            folder = Path(snapshot_download(self.source, allow_patterns=_WANTED_FILES, local_files_only=True))
+        if not any(folder.glob("*.safetensors")):
+            raise FileNotFoundError(f"source = '{self.source}': there is no .safetensors file in {folder}")
+        return folder
 
     def build(self, context: Context) -> nn.Module:
         import torch
         from transformers import AutoModelForCausalLM
 
-        try:
-            module = AutoModelForCausalLM.from_pretrained(
-                self.source, dtype=torch.float32, use_safetensors=True, trust_remote_code=self.trust_remote_code
-            )
-        except OSError as error:
-            if Path(self.source).exists():
-                raise
-            raise RuntimeError(f"'{self.source}' is no local folder and cannot be had from the hub: {error}") from error
+        module: nn.Module = AutoModelForCausalLM.from_pretrained(
+            self.folder(), dtype=torch.float32, use_safetensors=True, trust_remote_code=self.trust_remote_code,
+            local_files_only=True,
+        )  # fmt: skip
         return module.to(context.device)
+
+    def _config(self) -> Any:
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(
+            self.folder(), trust_remote_code=self.trust_remote_code, local_files_only=True
+        )
+
+    def skeleton(self) -> nn.Module:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            module: nn.Module = AutoModelForCausalLM.from_config(
+                self._config(), trust_remote_code=self.trust_remote_code
+            )
+        return module
+
+    def miniature(self) -> Model:
+        return _Shrunk(source=self.source, trust_remote_code=self.trust_remote_code)
+
+    def needed_bytes(self) -> int | None:
+        return sum(parameter.numel() * 4 for parameter in self.skeleton().parameters())
+
+    def encode(self, text: bytes) -> Sequence[int] | None:
+        return _encoded(str(self.folder()), self.trust_remote_code, text)
+
+
+@functools.cache
+def _encoded(folder: str, trust_remote_code: bool, text: bytes) -> list[int] | None:
+    """Token ids by the tokenizer that came with the model; ``None`` if none did."""
+    if not any(Path(folder).glob("tokenizer*")):
+        return None
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    ids: list[int] = tokenizer.encode(text.decode(errors="replace"), add_special_tokens=False)
+    return ids
+
+
+class _Shrunk(Pretrained):
+    """A model of the same class, of one narrow layer and with random weights."""
+
+    quality: ClassVar[bool] = False
+
+    def build(self, context: Context) -> nn.Module:
+        from transformers import AutoModelForCausalLM
+
+        config = type(self._config())(
+            hidden_size=64, intermediate_size=192, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, vocab_size=512,
+        )  # fmt: skip
+        module: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
+        return module.to(context.device)
+
+    def encode(self, text: bytes) -> Sequence[int] | None:
+        return None

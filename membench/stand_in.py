@@ -1,0 +1,23 @@
+"""The smallest model that a case can be rehearsed on, where its own has no miniature."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from membench.plugins import Context, Model
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class StandIn(Model):
+    """An embedding and two linear layers: token ids (B, T) to logits (B, T, 256)."""
+
+    def build(self, context: Context) -> nn.Module:
+        from torch import nn
+
+        layers = nn.Sequential(nn.Embedding(256, 64), nn.Linear(64, 64), nn.Linear(64, 256))
+        return layers.to(context.device)
+
+    def vocabulary(self, module: nn.Module) -> int:
+        return 256
