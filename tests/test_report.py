@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from membench.compare import Comparison
 from membench.record import Record
 from membench.report import text
 
@@ -31,8 +32,8 @@ def test_a_table_shows_each_figure_with_its_ratio_to_the_reference() -> None:
     assert text.comparison(_RECORDS) == (
         "m · forward · cpu\n"
         "\n"
-        "technique    status    weights          time          tokens/s\n"
-        "-----------  --------  ---------------  ------------  -----------\n"
+        "technique    status    weights          time          tokens/s     Pareto\n"
+        "-----------  --------  ---------------  ------------  -----------  --------\n"
         "none         ok        64.00 MiB        500 ms        512.0\n"
         "half         ok        32.00 MiB ×0.50  1.00 s ×2.00  256.0 ×0.50"
     )
@@ -47,8 +48,8 @@ def test_a_table_wider_than_the_terminal_goes_on_below() -> None:
         "none         ok        64.00 MiB        500 ms\n"
         "half         ok        32.00 MiB ×0.50  1.00 s ×2.00\n"
         "\n"
-        "technique    status    tokens/s\n"
-        "-----------  --------  -----------\n"
+        "technique    status    tokens/s     Pareto\n"
+        "-----------  --------  -----------  --------\n"
         "none         ok        512.0\n"
         "half         ok        256.0 ×0.50"
     )
@@ -61,9 +62,78 @@ def test_even_the_narrowest_terminal_gets_every_column() -> None:
 
 def test_a_figure_that_is_not_known_is_a_dash_without_a_ratio() -> None:
     unknown = dataclasses.replace(_RECORDS[1], metrics={"weights_bytes": None, "step_median_s": 1.0})
-    assert text.comparison((_RECORDS[0], unknown)).splitlines()[-1] == (
-        "half         ok        –          1.00 s ×2.00  –"
+    row = text.comparison((_RECORDS[0], unknown)).splitlines()[-1]
+    assert row == "half         ok        –          1.00 s ×2.00  –"
+
+
+def test_a_figure_near_the_kernels_own_granularity_is_marked_as_approximate() -> None:
+    how = {"peak_live_bytes": {"source": "kernel", "resolution_bytes": MIB // 4}}
+    coarse, fine = (dataclasses.replace(_record("none", peak_live_bytes=n * MIB), obtained=how) for n in (4, 6))
+    assert "~4.000 MiB" in text.comparison([coarse])
+    assert "~" not in text.comparison([fine])
+
+
+_STACK = (
+    _record("none", weights_bytes=100 * MIB, peak_live_bytes=200 * MIB),
+    _record("a", weights_bytes=50 * MIB, peak_live_bytes=100 * MIB),
+    _record("b", weights_bytes=80 * MIB, peak_live_bytes=160 * MIB),
+    _record("a+b", weights_bytes=30 * MIB, peak_live_bytes=120 * MIB),
+)
+
+
+def test_under_a_stack_stands_what_each_member_adds_and_how_they_go_together() -> None:
+    assert text.comparison(_STACK) == (
+        "m · forward · cpu\n"
+        "\n"
+        "technique    status    weights          live peak        Pareto    together\n"
+        "-----------  --------  ---------------  ---------------  --------  ----------\n"
+        "none         ok        100.0 MiB        200.0 MiB\n"
+        "a            ok        50.00 MiB ×0.50  100.0 MiB ×0.50\n"
+        "b            ok        80.00 MiB ×0.80  160.0 MiB ×0.80\n"
+        "a+b          ok        30.00 MiB ×0.30  120.0 MiB ×0.60            ×1.50\n"
+        "· a                    ×0.50            ×0.50\n"
+        "· +b                   ×0.60            ×1.20"
     )
+
+
+def test_how_a_stack_goes_together_is_not_known_without_its_members_alone() -> None:
+    without_b = [record for record in _STACK if record.technique != "b"]
+    assert Comparison(without_b).interaction(("m", "forward", "cpu"), "a+b", "peak_live_bytes") is None
+
+
+def test_the_front_leaves_out_whatever_another_one_beats() -> None:
+    def scored(technique: str, live: int, seconds: float, lost: float | None) -> Record:
+        return _record(technique, peak_live_bytes=live, step_median_s=seconds, lost_bits_per_byte=lost)
+
+    records = [
+        scored("none", 100, 1.0, None),
+        scored("smaller", 50, 1.0, 0.1),
+        scored("smaller-and-worse", 50, 1.0, 0.2),
+        scored("slower", 100, 2.0, 0.0),
+        scored("smallest", 10, 9.0, 0.9),
+        dataclasses.replace(scored("failed", 1, 0.1, 0.0), status="failed"),
+    ]
+    assert Comparison(records).front(("m", "forward", "cpu")) == {"none", "smaller", "smallest"}
+
+
+def test_an_explanation_shows_every_metric_and_what_held_the_memory() -> None:
+    process = {"breakdown_bytes": {"weights": 30 * MIB, "other": MIB}}
+    stack = dataclasses.replace(_STACK[3], processes=(process,))
+    assert text.explanation([*_STACK[:3], stack]).split("\n\n")[-1] == (
+        "metric                none       a                a+b              together\n"
+        "--------------------  ---------  ---------------  ---------------  ----------\n"
+        "weights               100.0 MiB  50.00 MiB ×0.50  30.00 MiB ×0.60  ×0.75\n"
+        "live peak             200.0 MiB  100.0 MiB ×0.50  120.0 MiB ×1.20  ×1.50\n"
+        "at the peak: weights                              30.00 MiB\n"
+        "at the peak: other                                1.000 MiB"
+    )
+
+
+def test_converting_that_takes_more_than_running_the_original_is_said() -> None:
+    costly = dataclasses.replace(_STACK[1], metrics={"apply_peak_live_bytes": 300 * MIB})
+    assert text.remarks([_STACK[0], costly]) == [
+        "m/a/forward/cpu: converting takes 300.0 MiB of live memory, more than running the original (200.0 MiB)"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,13 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tabulate
 
-from membench.record import METRIC_OF_FIELD, METRICS, REFERENCE, Record
+from membench.compare import Comparison, Group, prefixes
+from membench.record import METRICS, REFERENCE, Metric, Record
 from membench.units import format_bytes, format_ratio, format_seconds
 
 _SHOWN = tuple(metric for metric in METRICS if metric.in_table)
@@ -19,27 +20,12 @@ _SHOWN = tuple(metric for metric in METRICS if metric.in_table)
 # A ratio that is nearer to one than this is neither a gain nor a loss.
 _SAME = 0.005
 
-
-def median(records: Iterable[Record], field: str) -> float | None:
-    """The median of a metric over a case's repeats; ``None`` if none has it."""
-    values = [value for record in records if (value := record.metrics.get(field)) is not None]
-    return statistics.median(values) if values else None
-
-
-def _by_case(records: Sequence[Record]) -> dict[str, list[Record]]:
-    cases: dict[str, list[Record]] = {}
-    for record in sorted(records, key=lambda r: (r.group, r.technique != REFERENCE)):
-        cases.setdefault(record.id, []).append(record)
-    return cases
-
-
-def _reference(cases: dict[str, list[Record]], record: Record) -> list[Record]:
-    model, workload, device = record.group
-    return cases.get(f"{model}/{REFERENCE}/{workload}/{device}", [])
+# A figure is marked as approximate if its source may be off by more than this share of it.
+_COARSE = 0.05
 
 
 def comparison(records: Sequence[Record], form: str = "simple", width: int | None = None) -> str:
-    """A row a case, each figure with its ratio to the reference.
+    """A row a case, each figure with its ratio to the reference; under a stack a row for what each member adds.
 
     For reading: a table for each model, workload and device, with the columns that have a figure there. As ``csv`` and
     ``json``: one flat table with bytes and seconds, ids and ratios apart.
@@ -47,24 +33,64 @@ def comparison(records: Sequence[Record], form: str = "simple", width: int | Non
     Args:
         width: of the terminal in characters; a table that is wider goes on below with its other columns.
     """
-    cases = _by_case(records)
+    found = Comparison(records)
     if form in ("csv", "json"):
-        return _flat(cases, form)
+        return _flat(found, form)
     tables = []
-    for group in dict.fromkeys(repeats[0].group for repeats in cases.values()):
-        members = [repeats for repeats in cases.values() if repeats[0].group == group]
-        metrics = [metric for metric in _SHOWN if any(median(m, metric.field) is not None for m in members)]
-        rows = []
-        for repeats in members:
-            row = {"technique": repeats[0].technique, "status": _status(repeats)}
-            for metric in metrics:
-                value, ratio = _with_ratio(cases, repeats, metric.field)
-                shown = "–" if value is None else metric.format(value)
-                is_reference = repeats[0].technique == REFERENCE
-                row[metric.title] = shown if ratio is None or is_reference else f"{shown} {format_ratio(ratio)}"
-            rows.append(row)
+    for group in found.groups:
+        rows = list(_rows(found, group, [metric for metric in _SHOWN if _is_known(found, group, metric)]))
         tables.append("\n\n".join([" · ".join(group), *_fitting(rows, form, width)]))
     return "\n\n".join(tables)
+
+
+def _is_known(found: Comparison, group: Group, metric: Metric) -> bool:
+    return any(found.value(group, technique, metric.field) is not None for technique in found.techniques(group))
+
+
+def _rows(found: Comparison, group: Group, metrics: Sequence[Metric]) -> Iterator[dict[str, str]]:
+    techniques, front = found.techniques(group), found.front(group)
+    has_stacks = any("+" in technique for technique in techniques)
+    for technique in techniques:
+        row = {"technique": technique, "status": _status(found.repeats(group, technique))}
+        for metric in metrics:
+            row[metric.title] = _figure(found, group, technique, metric)
+        if len(techniques) > 1:
+            row["Pareto"] = "●" if technique in front else ""
+        if has_stacks:
+            together = found.interaction(group, technique, "peak_live_bytes") if "+" in technique else None
+            row["together"] = "" if together is None else format_ratio(together)
+        yield row
+        if "+" in technique:
+            yield from _marginal_rows(found, group, technique, row, metrics)
+
+
+def _marginal_rows(
+    found: Comparison, group: Group, stack: str, whole: Mapping[str, str], metrics: Sequence[Metric]
+) -> Iterator[dict[str, str]]:
+    """What each member adds: its prefix of the stack over the prefix before it."""
+    before = REFERENCE
+    for member, prefix in zip(stack.split("+"), prefixes(stack), strict=True):
+        row = dict.fromkeys(whole, "")
+        row["technique"] = f"· {'+' if before != REFERENCE else ''}{member}"
+        for metric in metrics:
+            ratio = found.ratio(group, prefix, metric.field, before)
+            row[metric.title] = "" if ratio is None else format_ratio(ratio)
+        before = prefix
+        yield row
+
+
+def _figure(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
+    value = found.value(group, technique, metric.field)
+    if value is None:
+        return "–"
+    shown = metric.format(value)
+    if metric.field == "lost_bits_per_byte":
+        error = found.value(group, technique, "lost_bits_per_byte_standard_error")
+        shown += "" if error is None else f" ±{error:.4f}"
+    resolution = found.repeats(group, technique)[0].obtained.get(metric.field, {}).get("resolution_bytes", 0)
+    about = "~" if resolution > _COARSE * value else ""
+    ratio = found.ratio(group, technique, metric.field)
+    return f"{about}{shown}" if ratio is None or technique == REFERENCE else f"{about}{shown} {format_ratio(ratio)}"
 
 
 def _fitting(rows: list[dict[str, str]], form: str, width: int | None) -> Iterator[str]:
@@ -84,22 +110,18 @@ def _fitting(rows: list[dict[str, str]], form: str, width: int | None) -> Iterat
         taken = len(left)
 
 
-def _with_ratio(cases: dict[str, list[Record]], repeats: list[Record], field: str) -> tuple[float | None, float | None]:
-    value = median(repeats, field)
-    base = median(_reference(cases, repeats[0]), field)
-    has_ratio = METRIC_OF_FIELD[field].has_ratio
-    return value, value / base if has_ratio and value is not None and base else None
-
-
-def _flat(cases: dict[str, list[Record]], form: str) -> str:
+def _flat(found: Comparison, form: str) -> str:
     rows: list[dict[str, object]] = []
-    for id, repeats in cases.items():
-        row: dict[str, object] = {"case": id, "status": _worst(repeats).status}
-        for metric in _SHOWN:
-            row[metric.field], ratio = _with_ratio(cases, repeats, metric.field)
-            if metric.has_ratio:
-                row[f"{metric.name}_ratio"] = ratio
-        rows.append(row)
+    for group in found.groups:
+        for technique in found.techniques(group):
+            repeats = found.repeats(group, technique)
+            row: dict[str, object] = {"case": repeats[0].id, "status": _status(repeats),
+                                      "message": "; ".join(_said(_worst(repeats)))}  # fmt: skip
+            for metric in METRICS:
+                row[metric.field] = found.value(group, technique, metric.field)
+                if metric.has_ratio:
+                    row[f"{metric.name}_ratio"] = found.ratio(group, technique, metric.field)
+            rows.append(row)
     if form == "json":
         return json.dumps(rows, indent=2)
     text = io.StringIO()
@@ -107,6 +129,47 @@ def _flat(cases: dict[str, list[Record]], form: str) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().rstrip()
+
+
+def explanation(records: Sequence[Record], form: str = "simple") -> str:
+    """Every metric of every case, and of a stack what each member changes: a table a case, a row a metric."""
+    found = Comparison(records)
+    tables = []
+    for group in found.groups:
+        for technique in found.techniques(group):
+            if technique == REFERENCE:
+                continue
+            chain = [REFERENCE, *prefixes(technique)]
+            rows = []
+            for metric in METRICS:
+                if not _is_known(found, group, metric):
+                    continue
+                row = {"metric": metric.title}
+                for before, step in zip([None, *chain], chain, strict=False):
+                    value = found.value(group, step, metric.field)
+                    ratio = found.ratio(group, step, metric.field, before) if before else None
+                    shown = "–" if value is None else metric.format(value)
+                    row[step] = shown if ratio is None else f"{shown} {format_ratio(ratio)}"
+                if "+" in technique:
+                    together = found.interaction(group, technique, metric.field)
+                    row["together"] = "" if together is None else format_ratio(together)
+                rows.append(row)
+            for category, sizes in _breakdown(found, group, chain).items():
+                rows.append({"metric": f"at the peak: {category}", **sizes})
+            table = tabulate.tabulate(rows, headers="keys", tablefmt=form, disable_numparse=True)
+            tables.append(f"{found.repeats(group, technique)[0].id}\n\n{table}")
+    return "\n\n".join(tables)
+
+
+def _breakdown(found: Comparison, group: Group, chain: Sequence[str]) -> dict[str, dict[str, str]]:
+    """By category, what held live memory at the highest moment of a step, of each case of a chain."""
+    categories: dict[str, dict[str, str]] = {}
+    for technique in chain:
+        for record in found.repeats(group, technique)[:1]:
+            for process in record.processes:
+                for category, size in (process.get("breakdown_bytes") or {}).items():
+                    categories.setdefault(category, {})[technique] = format_bytes(size)
+    return categories
 
 
 def phases(records: Sequence[Record], form: str = "simple") -> str:
@@ -140,11 +203,11 @@ def _size(size_bytes: int | None) -> str:
     return "–" if size_bytes is None else format_bytes(size_bytes)
 
 
-def _worst(repeats: list[Record]) -> Record:
+def _worst(repeats: Sequence[Record]) -> Record:
     return next((record for record in repeats if record.status != "ok"), repeats[0])
 
 
-def _status(repeats: list[Record]) -> str:
+def _status(repeats: Sequence[Record]) -> str:
     worst = _worst(repeats)
     if worst.status != "ok":
         return worst.status
@@ -153,41 +216,60 @@ def _status(repeats: list[Record]) -> str:
     return "ok, see below" if any(record.remarks for record in repeats) else "ok"
 
 
+def _said(record: Record) -> list[str]:
+    """What is to be said of a record in words."""
+    said = []
+    if record.status != "ok":
+        where = f" in {record.ended_in}" if record.ended_in else ""
+        said.append(f"{record.status}{where}: {record.message}")
+    return [*said, *record.broken_limits, *record.remarks, *record.notes]
+
+
 def remarks(records: Sequence[Record]) -> list[str]:
-    """A line for each case that did not end well, broke a limit or holds a remark."""
+    """What must be said of cases: bad ends, broken limits, remarks, notes, converting that costs more than running."""
+    found = Comparison(records)
     lines = []
     for record in records:
-        if record.status != "ok":
-            where = f" in {record.ended_in}" if record.ended_in else ""
-            lines.append(f"{record.id}: {record.status}{where}: {record.message}")
-        lines += [f"{record.id}: {text}" for text in (*record.broken_limits, *record.remarks, *record.notes)]
+        lines += [f"{record.id}: {text}" for text in _said(record)]
+        converting = record.metrics.get("apply_peak_live_bytes")
+        running = found.value(record.group, REFERENCE, "peak_live_bytes")
+        if record.repeat == 0 and converting is not None and running is not None and converting > running:
+            lines.append(
+                f"{record.id}: converting takes {format_bytes(converting)} of live memory,"
+                f" more than running the original ({format_bytes(running)})"
+            )
     return lines
 
 
 def verdicts(records: Sequence[Record]) -> list[str]:
     """One line a technique: what it saved and what it cost, from the smallest ratio over its cases to the largest."""
-    cases = _by_case([record for record in records if record.status == "ok"])
+    found = Comparison([record for record in records if record.status == "ok"])
     ratios: dict[str, dict[str, list[float]]] = {}
-    for repeats in cases.values():
-        technique = repeats[0].technique
-        if technique == REFERENCE:
-            continue
-        for metric in _SHOWN:
-            value, base = median(repeats, metric.field), median(_reference(cases, repeats[0]), metric.field)
-            if metric.has_ratio and value is not None and base:
-                ratios.setdefault(technique, {}).setdefault(metric.name, []).append(value / base)
+    losses: dict[str, list[float]] = {}
+    for group in found.groups:
+        for technique in found.techniques(group):
+            if technique == REFERENCE:
+                continue
+            for metric in _SHOWN:
+                ratio = found.ratio(group, technique, metric.field)
+                if ratio is not None:
+                    ratios.setdefault(technique, {}).setdefault(metric.name, []).append(ratio)
+            loss = found.value(group, technique, "lost_bits_per_byte")
+            if loss is not None:
+                losses.setdefault(technique, []).append(loss)
     lines = []
-    for technique, found in ratios.items():
+    for technique, of_metric in ratios.items():
         said: dict[str, list[str]] = {"saved": [], "cost": [], "mixed": []}
         for metric in _SHOWN:
-            values = found.get(metric.name)
-            if values is None:
-                continue
-            shown = dict.fromkeys((format_ratio(min(values)), format_ratio(max(values))))
+            values = of_metric.get(metric.name, [])
             gains = [value < 1 if metric.better == "lower" else value > 1 for value in values if abs(value - 1) > _SAME]
             if gains:
+                shown = " to ".join(dict.fromkeys((format_ratio(min(values)), format_ratio(max(values)))))
                 kind = "saved" if all(gains) else "mixed" if any(gains) else "cost"
-                said[kind].append(f"{metric.title} {' to '.join(shown)}")
+                said[kind].append(f"{metric.title} {shown}")
+        if technique in losses:
+            lost = dict.fromkeys(f"{value:+.4f}" for value in (min(losses[technique]), max(losses[technique])))
+            said["cost"].append(f"{' to '.join(lost)} bits/byte")
         mixed = f"; depends on the case: {', '.join(said['mixed'])}" if said["mixed"] else ""
         saved, cost = (", ".join(said[kind]) or "nothing" for kind in ("saved", "cost"))
         lines.append(f"{technique}: saved {saved}; cost {cost}{mixed}")

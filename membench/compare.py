@@ -1,0 +1,88 @@
+"""Records beside each other: ratios to the reference, what each member of a stack adds, and the Pareto front."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from membench.record import METRIC_OF_FIELD, REFERENCE, Record
+
+Group = tuple[str, str, str]
+
+
+class Comparison:
+    """Records by case, in the order in which they were measured, each group's reference first.
+
+    A case's figure is the median over its repeats.
+    """
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self._cases: dict[tuple[Group, str], list[Record]] = {}
+        for record in records:
+            self._cases.setdefault((record.group, record.technique), []).append(record)
+
+    @property
+    def groups(self) -> list[Group]:
+        """(model, workload, device) of the cases."""
+        return list(dict.fromkeys(group for group, _ in self._cases))
+
+    def techniques(self, group: Group) -> list[str]:
+        """The stacks measured in a group, the reference first, each member before the stacks it is in."""
+        found = [technique for own, technique in self._cases if own == group]
+        return sorted(found, key=lambda technique: (technique != REFERENCE, "+" in technique))
+
+    def repeats(self, group: Group, technique: str) -> list[Record]:
+        """A case's records; none if it was not measured."""
+        return self._cases.get((group, technique), [])
+
+    def value(self, group: Group, technique: str, field: str) -> float | None:
+        """A metric of a case; ``None`` if no repeat has it."""
+        values = [v for record in self.repeats(group, technique) if (v := record.metrics.get(field)) is not None]
+        return statistics.median(values) if values else None
+
+    def ratio(self, group: Group, technique: str, field: str, base: str = REFERENCE) -> float | None:
+        """A metric over that of another case of the group."""
+        value, of = self.value(group, technique, field), self.value(group, base, field)
+        return value / of if METRIC_OF_FIELD[field].has_ratio and value is not None and of else None
+
+    def interaction(self, group: Group, stack: str, field: str) -> float | None:
+        """A stack's ratio over the product of what its members reach alone: above one they get in each other's way."""
+        whole = self.ratio(group, stack, field)
+        alone = [self.ratio(group, member, field) for member in stack.split("+")]
+        if whole is None or None in alone:
+            return None
+        return whole / math.prod(ratio for ratio in alone if ratio is not None)
+
+    def front(self, group: Group) -> set[str]:
+        """The techniques that no other one beats or equals in live memory, time and quality at once, and beats in one.
+
+        Quality is the loss in bits per byte where the model is trained, else the divergence from the reference.
+        """
+        lost = "lost_bits_per_byte"
+        quality = lost if any(self.value(group, t, lost) is not None for t in self.techniques(group)) else "kl_nats"
+        scores: dict[str, tuple[float, ...]] = {}
+        for technique in self.techniques(group):
+            if any(record.status != "ok" for record in self.repeats(group, technique)):
+                continue
+            values = [self.value(group, technique, field) for field in ("peak_live_bytes", "step_median_s")]
+            loss = self.value(group, technique, quality)
+            values.append(0.0 if loss is None and technique == REFERENCE else loss)
+            known = tuple(value for value in values if value is not None)
+            if len(known) == len(values):
+                scores[technique] = known
+        return {
+            technique
+            for technique, score in scores.items()
+            if not any(_beats(other, score) for name, other in scores.items() if name != technique)
+        }
+
+
+def prefixes(stack: str) -> list[str]:
+    """``a+b+c``: ``a``, ``a+b``, ``a+b+c``."""
+    members = stack.split("+")
+    return ["+".join(members[: count + 1]) for count in range(len(members))]
+
+
+def _beats(first: tuple[float, ...], second: tuple[float, ...]) -> bool:
+    return first != second and all(a <= b for a, b in zip(first, second, strict=True))
