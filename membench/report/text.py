@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tabulate
@@ -39,7 +40,7 @@ def comparison(records: Sequence[Record], form: str = "simple", width: int | Non
     tables = []
     for group in found.groups:
         rows = list(_rows(found, group, [metric for metric in _SHOWN if _is_known(found, group, metric)]))
-        tables.append("\n\n".join([" · ".join(group), *_fitting(rows, form, width)]))
+        tables.append("\n\n".join([_heading(" · ".join(group), form), *_fitting(rows, form, width)]))
     return "\n\n".join(tables)
 
 
@@ -122,6 +123,11 @@ def _flat(found: Comparison, form: str) -> str:
                 if metric.has_ratio:
                     row[f"{metric.name}_ratio"] = found.ratio(group, technique, metric.field)
             rows.append(row)
+    return _written(rows, form)
+
+
+def _written(rows: Sequence[Mapping[str, object]], form: str) -> str:
+    """Rows as ``csv`` or ``json``."""
     if form == "json":
         return json.dumps(rows, indent=2)
     text = io.StringIO()
@@ -129,6 +135,16 @@ def _flat(found: Comparison, form: str) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().rstrip()
+
+
+def _heading(title: str, form: str) -> str:
+    """A table's title, as the format writes one."""
+    match form:
+        case "latex":
+            return f"\\subsection*{{{title.translate(str.maketrans(tabulate.LATEX_ESCAPE_RULES))}}}"
+        case "html":
+            return f"<h3>{html.escape(title)}</h3>"
+    return title
 
 
 def explanation(records: Sequence[Record], form: str = "simple") -> str:
@@ -157,7 +173,7 @@ def explanation(records: Sequence[Record], form: str = "simple") -> str:
             for category, sizes in _breakdown(found, group, chain).items():
                 rows.append({"metric": f"at the peak: {category}", **sizes})
             table = tabulate.tabulate(rows, headers="keys", tablefmt=form, disable_numparse=True)
-            tables.append(f"{found.repeats(group, technique)[0].id}\n\n{table}")
+            tables.append("\n\n".join([_heading(found.repeats(group, technique)[0].id, form), table]))
     return "\n\n".join(tables)
 
 
@@ -173,34 +189,64 @@ def _breakdown(found: Comparison, group: Group, chain: Sequence[str]) -> dict[st
 
 
 def phases(records: Sequence[Record], form: str = "simple") -> str:
-    """What each phase of each case took: a table a case, sizes above the worker's baseline."""
+    """What each phase of each case took, and each part of a step in it; sizes above the worker's baseline.
+
+    For reading: a table a case, without columns of which nothing is known. As ``csv`` and ``json``: one flat table with
+    bytes and seconds.
+    """
+    if form in ("csv", "json"):
+        return _written([row for record in records for row in _phase_rows(record)], form)
     tables = []
     for record in records:
-        rows = [row for process in record.processes for phase in process["phases"] for row in _phase_rows(phase)]
-        table = tabulate.tabulate(rows, headers="keys", tablefmt=form, disable_numparse=True)
-        tables.append(f"{record.id} · {record.status}\n\n{table}")
+        rows = list(_phase_rows(record))
+        formats = {field: format_seconds if field == "duration_s" else format_bytes for field in _PHASE_TITLES}
+        known = [field for field in _PHASE_TITLES if any(row[field] is not None for row in rows)]
+        shown = [
+            {
+                "phase": f"  {row['part']}" if row["part"] else row["phase"],
+                "allocator": row["allocator"],
+                **{_PHASE_TITLES[field]: _or_blank(row, field, formats[field]) for field in known},
+            }
+            for row in rows
+        ]
+        table = tabulate.tabulate(shown, headers="keys", tablefmt=form, disable_numparse=True)
+        tables.append("\n\n".join(filter(None, [_heading(f"{record.id} · {record.status}", form), table])))
     return "\n\n".join(tables)
 
 
-def _phase_rows(phase: Mapping[str, Any]) -> Iterator[dict[str, str]]:
-    for name, entry in ((phase["name"], phase), *((f"  {part}", e) for part, e in phase.get("parts", {}).items())):
-        durations = entry.get("durations_s") or [entry.get("duration_s")]
-        live = {"peak": "cuda_peak_allocated_bytes", "held": "cuda_held_allocated_bytes"}
-        if "cuda_peak_allocated_bytes" not in entry:
-            live = {"peak": "peak_live_bytes", "held": "held_live_bytes"}
-        yield {
-            "phase": name,
-            "allocator": phase["allocator"],
-            "time": "–" if durations[0] is None else format_seconds(statistics.median(durations)),
-            "live peak": _size(entry.get(live["peak"])),
-            "live held": _size(entry.get(live["held"])),
-            "footprint peak": _size(entry.get("peak_footprint_bytes")),
-            "file pages": _size(entry.get("file_end_bytes")),
-        }
+_PHASE_TITLES = {
+    "duration_s": "time",
+    "live_peak_bytes": "live peak",
+    "live_held_bytes": "live held",
+    "footprint_peak_bytes": "footprint peak",
+    "file_pages_bytes": "file pages",
+}
 
 
-def _size(size_bytes: int | None) -> str:
-    return "–" if size_bytes is None else format_bytes(size_bytes)
+def _or_blank(row: Mapping[str, Any], field: str, show: Callable[[float], str]) -> str:
+    """A figure; a dash for a phase that lacks it, nothing for a part, of which memory is taken in one phase only."""
+    return show(row[field]) if row[field] is not None else "" if row["part"] else "–"
+
+
+def _phase_rows(record: Record) -> Iterator[dict[str, Any]]:
+    """A row a phase and a row a part of it; ``None`` is not known."""
+    for process in record.processes:
+        for phase in process["phases"]:
+            for part, entry in ((None, phase), *phase.get("parts", {}).items()):
+                durations = entry.get("durations_s") or [entry.get("duration_s")]
+                on_gpu = "cuda_peak_allocated_bytes" in entry
+                row = {
+                    "duration_s": None if durations[0] is None else statistics.median(durations),
+                    "live_peak_bytes": entry.get("cuda_peak_allocated_bytes" if on_gpu else "peak_live_bytes"),
+                    "live_held_bytes": entry.get("cuda_held_allocated_bytes" if on_gpu else "held_live_bytes"),
+                    "footprint_peak_bytes": entry.get("peak_footprint_bytes"),
+                    "file_pages_bytes": entry.get("file_end_bytes"),
+                }
+                # The meter's own entry for what runs between parts says nothing that is shown here.
+                if part is None or any(value is not None for value in row.values()):
+                    yield {"case": record.id, "repeat": record.repeat, "status": record.status,
+                           "role": process["role"], "rank": process["rank"], "phase": phase["name"], "part": part,
+                           "allocator": phase["allocator"], **row}  # fmt: skip
 
 
 def _worst(repeats: Sequence[Record]) -> Record:
