@@ -141,7 +141,8 @@ def _heading(title: str, form: str) -> str:
     """A table's title, as the format writes one."""
     match form:
         case "latex":
-            return f"\\subsection*{{{title.translate(str.maketrans(tabulate.LATEX_ESCAPE_RULES))}}}"
+            escaped = "".join(tabulate.LATEX_ESCAPE_RULES.get(character, character) for character in title)
+            return f"\\subsection*{{{escaped}}}"
         case "html":
             return f"<h3>{html.escape(title)}</h3>"
     return title
