@@ -113,6 +113,10 @@ class Model(Options):
         """The numbers of the decoder, where they are known without building it."""
         return None
 
+    def check(self) -> str | None:
+        """What is wrong with the options, as far as it can be told without torch (then the suite is refused)."""
+        return None
+
     def prepare(self, progress: Callable[[int, int, str], None]) -> None:
         """Do once, before anything is measured, what needs doing once (train, download)."""
 

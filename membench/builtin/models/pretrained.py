@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pydantic import Field
+
 from membench.plugins import Context, Model
 
 if TYPE_CHECKING:
@@ -20,8 +22,25 @@ class Pretrained(Model):
 
     imports = ("torch", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto")
     quality: ClassVar[bool] = True
-    source: str
+    source: str = Field(min_length=1)
     trust_remote_code: bool = False
+
+    def check(self) -> str | None:
+        said = f"source = '{self.source}'"
+        try:
+            folder = Path(self.source).expanduser()
+            exists, is_folder = folder.exists(), folder.is_dir()
+        except (RuntimeError, OSError) as error:  # ~ of a user that is not known; a name that is too long
+            return f"{said[:80]}: {error.strerror if isinstance(error, OSError) else error}"
+        if is_folder:
+            missing = [name for name in ("config.json", "*.safetensors") if not any(folder.glob(name))]
+            return f"{said}: there is no {missing[0]} in that folder" if missing else None
+        if exists:
+            return f"{said} is a file; name the folder that it lies in"
+        # A hub id is a name, or an organisation and a name.
+        if self.source.startswith((".", "/", "~")) or self.source.count("/") > 1:
+            return f"{said}: there is no such folder"
+        return None
 
     def prepare(self, progress: Callable[[int, int, str], None]) -> None:
         """Download a hub id once, so that no measured phase does."""
