@@ -145,7 +145,7 @@ class Runner:
             reasons=found.reasons,
             obtained=found.obtained,
             processes=(_process(case, outcome),),
-            remarks=tuple(outcome.result.get("remarks", ())),
+            remarks=(*outcome.result.get("remarks", ()), *_unchecked_limits(found, outcome.status, limits)),
             notes=tuple(outcome.result.get("notes", ())),
             broken_limits=_broken_limits(found, limits),
             timeline=outcome.observer.timeline() if outcome.observer else {},
@@ -306,6 +306,18 @@ def _process(case: Case, outcome: _Outcome) -> dict[str, Any]:
         "breakdown_bytes": outcome.result.get("breakdown_bytes"),
         "quality": outcome.result.get("quality"),
     }
+
+
+def _unchecked_limits(found: Figures, status: str, limits: Mapping[str, float]) -> list[str]:
+    """A limit that nothing was held against must not look kept."""
+    if status != "ok":
+        return []
+    return [
+        f"the limit on {METRIC_OF_FIELD[name].name} was not checked: "
+        + found.reasons.get(name, "the case has no such figure")
+        for name in limits
+        if found.metrics.get(name) is None
+    ]
 
 
 def _broken_limits(found: Figures, limits: Mapping[str, float]) -> tuple[str, ...]:

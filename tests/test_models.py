@@ -1,10 +1,16 @@
-"""Published sizes, on the meta device."""
+"""Published sizes, on the meta device; models of one's own."""
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
+
 import pytest
 
-from membench import registry
+import membench
+from membench import plugins, registry
+
+MIB = 2**20
 
 _PUBLISHED = {
     "gpt2-82m": 81_912_576,
@@ -29,3 +35,104 @@ _PUBLISHED = {
 def test_a_model_has_as_many_parameters_as_was_published(name: str) -> None:
     model = registry.create("model", name, {})
     assert sum(parameter.numel() for parameter in model.skeleton().parameters()) == _PUBLISHED[name]
+
+
+_FACTORY = """\
+import torch
+from torch import nn
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(256, 512)
+        self.out = nn.Linear(512, 256)
+
+    def forward(self, ids):
+        return self.out(self.embed(ids))
+
+
+def make():
+    return Plain()
+"""
+
+
+def test_any_module_from_a_function_is_measured_and_what_it_cannot_do_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_models.py").write_text(_FACTORY)
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "own.toml"
+    path.write_text(
+        '[suite]\nname = "own"\n[matrix]\nmodel = ["plain"]\ntechnique = ["none", "int8-weight-only"]\n'
+        'workload = ["forward", "train", "generate"]\n[model.plain]\nuse = "factory"\n'
+        'function = "my_models:make"\n[settings]\nmeasured_steps = 2\n'
+    )
+    records = {record.id: record for record in membench.run(membench.load_suite(path), output=tmp_path).records}
+    forward = {name: records[f"plain/{name}/forward/cpu"] for name in ("none", "int8-weight-only")}
+    assert [record.status for record in forward.values()] == ["ok", "ok"]
+    # Whatever libraries need at their first call is in the baseline and not in a 1 MiB model's figures.
+    assert (forward["none"].metrics["peak_live_bytes"] or 0) < 3 * MIB
+    assert (forward["int8-weight-only"].metrics["peak_live_bytes"] or 0) < 3 * MIB
+    assert (forward["int8-weight-only"].metrics["kl_nats"] or 0) > 0
+    assert records["plain/none/train/cpu"].status == "ok"
+    generated = records["plain/none/generate/cpu"]
+    assert (generated.status, generated.message) == (
+        "skipped",
+        "generating wants a module with a key-value cache: its forward takes no past_key_values",
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_pretrained_model_is_read_from_a_folder(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=8000, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512)  # fmt: skip
+    module = LlamaForCausalLM(config)
+    module.save_pretrained(tmp_path / "model")
+    (tmp_path / "empty").mkdir()
+    path = tmp_path / "pretrained.toml"
+    path.write_text(
+        '[suite]\nname = "pretrained"\n[matrix]\nmodel = ["here", "empty", "hub"]\ntechnique = ["none"]\n'
+        f'workload = ["forward"]\n[model.here]\nuse = "pretrained"\nsource = "{tmp_path}/model"\n'
+        f'[model.empty]\nuse = "pretrained"\nsource = "{tmp_path}/empty"\n'
+        '[model.hub]\nuse = "pretrained"\nsource = "nobody/nothing"\n[settings]\nmeasured_steps = 1\n'
+    )
+    here, empty, hub = membench.run(membench.load_suite(path), output=tmp_path).records
+    assert here.status == "ok"
+    weights_bytes = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    assert here.metrics["weights_bytes"] == weights_bytes
+    # Mapped from the file they would be no live memory, and whatever is converted would seem to cost.
+    (load,) = [phase for phase in here.processes[0]["phases"] if phase["name"] == "load"]
+    assert load["held_live_bytes"] == pytest.approx(weights_bytes, rel=0.05)
+    assert here.metrics["bits_per_byte"] is None
+    assert here.reasons["bits_per_byte"] == "the model has no tokenizer: no text can be put to it"
+    assert empty.status == hub.status == "failed"
+    assert f"source = '{tmp_path}/empty': there is no .safetensors file" in (empty.message or "")
+    assert "source = 'nobody/nothing' is no folder here and cannot be had from the hub" in (hub.message or "")
+
+
+@pytest.mark.parametrize("name", ["gpt2-82m", "qwen-0.5b"])
+@pytest.mark.filterwarnings("ignore")
+def test_other_families_take_tokens_and_give_logits(name: str) -> None:
+    import torch
+
+    model = registry.create("model", name, {})
+    small = model.miniature()
+    context = plugins.Context("cpu", 0, small, lambda _: contextlib.nullcontext(), {}, Path("."))
+    module = small.build(context)
+    assert module(torch.zeros(2, 5, dtype=torch.long)).logits.shape == (2, 5, 512)
+
+
+def test_a_cache_file_that_was_cut_off_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from membench.builtin.models import trained_tiny
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(trained_tiny._RECIPE, "steps", 1)
+    model = trained_tiny.TrainedTiny()
+    model.prepare(lambda done, total, what: None)
+    whole = model.path().read_bytes()
+    model.path().write_bytes(whole[: len(whole) // 2])
+    model.prepare(lambda done, total, what: None)
+    assert model.path().read_bytes() == whole

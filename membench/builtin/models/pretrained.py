@@ -75,14 +75,20 @@ class Pretrained(Model):
         return folder
 
     def build(self, context: Context) -> nn.Module:
+        return self._read(self.folder()).to(context.device)
+
+    def _read(self, folder: Path) -> nn.Module:
         import torch
         from transformers import AutoModelForCausalLM
 
         module: nn.Module = AutoModelForCausalLM.from_pretrained(
-            self.folder(), dtype=torch.float32, use_safetensors=True, trust_remote_code=self.trust_remote_code,
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=self.trust_remote_code,
             local_files_only=True,
         )  # fmt: skip
-        return module.to(context.device)
+        for parameter in module.parameters():
+            # transformers maps the file: the weights would be file pages in the reference and live memory elsewhere.
+            parameter.data = parameter.data.clone()
+        return module
 
     def _config(self) -> Any:
         from transformers import AutoConfig
@@ -135,8 +141,9 @@ class _Shrunk(Pretrained):
             hidden_size=64, intermediate_size=192, num_hidden_layers=1, num_attention_heads=2,
             num_key_value_heads=2, vocab_size=512,
         )  # fmt: skip
-        module: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
-        return module.to(context.device)
+        module: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
+        module.save_pretrained(context.scratch / "shrunk")
+        return self._read(context.scratch / "shrunk").to(context.device)
 
     def encode(self, text: bytes) -> Sequence[int] | None:
         return None
