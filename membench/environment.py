@@ -6,12 +6,27 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-_PACKAGES = ("membench", "torch", "transformers", "torchao", "numpy")
+from membench import nvml
+
+_PACKAGES = (
+    "membench",
+    "torch",
+    "transformers",
+    "torchao",
+    "numpy",
+    "safetensors",
+    "bitsandbytes",
+    "peft",
+    "accelerate",
+    "optimum-quanto",
+)
 _VARIABLES = (
     "OMP_NUM_THREADS",
     "OMP_WAIT_POLICY",
@@ -22,6 +37,15 @@ _VARIABLES = (
     "PYTORCH_CUDA_ALLOC_CONF",
 )
 _CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
+_CPU_INFO = Path("/proc/cpuinfo")
+_PACKAGE = Path(__file__).parent
+# What decides which kernels a language model runs through: x86's flags, then ARM's features.
+_INSTRUCTIONS = (
+    "fma", "f16c", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8",
+    "asimddp", "asimdhp", "bf16", "i8mm", "sve", "sve2",
+)  # fmt: skip
+_SAME_MEMORY = 0.01  # the kernel keeps a little more or less for itself at each start
 
 
 def usable_cores() -> int:
@@ -38,7 +62,7 @@ def usable_cores() -> int:
 
 def _cgroup_folders(controller: str) -> list[Path]:
     """This process's control group and those above it; ``controller`` is '' for version 2."""
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    for line in _OWN_CGROUPS.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controller in controllers.split(","):
             own = _CGROUPS / controller / path.strip("/")
@@ -92,29 +116,68 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
+    """The commit of this package's own checkout; ``None`` where it runs from anywhere else."""
+    root = _PACKAGE.parent
     try:
-        shown = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.TimeoutExpired):
+        if tomllib.loads((root / "pyproject.toml").read_text())["project"]["name"] != "membench":
+            return None
+    except (OSError, ValueError, KeyError):
         return None
-    return shown.stdout.strip() or None if shown.returncode == 0 else None
+    # A hook's or a script's GIT_DIR would lead to another repository.
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), "--no-optional-locks", *arguments],
+            env=clean, capture_output=True, text=True, timeout=5, check=True,
+        ).stdout.strip()  # fmt: skip
 
-def _processor() -> str | None:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
+            return None
+        return git("describe", "--always", "--dirty") or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _cpu_info() -> dict[str, str]:
+    """What the kernel says of the first core."""
+    try:
+        first = _CPU_INFO.read_text().partition("\n\n")[0]
     except OSError:
-        return None
-    return None
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
 
 
-def describe(threads: int) -> dict[str, Any]:
-    """The machine's description that stands in every record."""
+def _cpu() -> dict[str, Any]:
+    """What tells processors of one name apart: generation, and the instructions that kernels are chosen by."""
+    info = _cpu_info()
+    known = set(info.get("flags", info.get("Features", "")).split())
+    return {
+        "vendor": info.get("vendor_id", info.get("CPU implementer")),
+        "family": info.get("cpu family", info.get("CPU architecture")),
+        "model": info.get("model", info.get("CPU part")),
+        "stepping": info.get("stepping", info.get("CPU revision")),
+        "instructions": [name for name in _INSTRUCTIONS if name in known] if known else None,
+    }
+
+
+def _gpus() -> list[dict[str, Any]] | str | None:
+    found, reason = nvml.gpus()
+    return found.describe() if found else reason
+
+
+def describe(threads: int, *, with_gpus: bool = False) -> dict[str, Any]:
+    """The machine's description that stands in every record.
+
+    Args:
+        with_gpus: whether a case runs on one: ``gpus`` then lists them, or is the reason why none can be seen.
+    """
     environment = worker_environment(threads)
     return {
         "system": platform.platform(),
-        "processor": _processor(),
+        "processor": _cpu_info().get("model name"),
+        "cpu": _cpu(),
         "cores": usable_cores(),
         "memory_bytes": psutil.virtual_memory().total,
         "python": platform.python_version(),
@@ -122,10 +185,40 @@ def describe(threads: int) -> dict[str, Any]:
         "commit": _commit(),
         "threads": threads,
         "variables": {name: environment.get(name) for name in _VARIABLES},
+        "gpus": _gpus() if with_gpus else None,
     }
 
 
-def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """In which respects two descriptions are of machines whose figures must not stand in one run."""
-    keys = ("processor", "cores", "memory_bytes", "python", "packages", "threads")
-    return [key for key in keys if first.get(key) != second.get(key)]
+def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """In which respects two descriptions are of machines whose figures must not stand in one run: 'cores: 2, now 4'.
+
+    What one of them does not say (GPUs, where no case ran on one) is no difference.
+    """
+    before, now = _respects(first), _respects(second)
+    found = []
+    for name in before.keys() & now.keys():
+        is_size = name == "memory_bytes" or name.endswith(".memory_bytes")
+        if before[name] != now[name] and not (is_size and _nearly(before[name], now[name])):
+            found.append(f"{name}: {before[name]}, now {now[name]}")
+    return sorted(found)
+
+
+def _respects(machine: Mapping[str, Any]) -> dict[str, Any]:
+    """What figures depend on, flat, by a readable name."""
+    flat = {name: machine[name] for name in ("processor", "cores", "memory_bytes", "python", "threads")
+            if name in machine}  # fmt: skip
+    for table in ("cpu", "packages", "variables"):
+        flat |= {f"{table}.{name}": value for name, value in (machine.get(table) or {}).items()}
+    gpus = machine.get("gpus")
+    if isinstance(gpus, list):
+        # Two cards of one kind are as good as one and the same: their UUIDs do not count.
+        flat["gpus"] = len(gpus)
+        flat |= {f"gpus.{number}.{name}": gpu[name] for number, gpu in enumerate(gpus)
+                 for name in ("name", "memory_bytes", "driver")}  # fmt: skip
+    elif gpus is not None:
+        flat["gpus"] = gpus
+    return flat
+
+
+def _nearly(first: int | None, second: int | None) -> bool:
+    return first is not None and second is not None and abs(first - second) <= _SAME_MEMORY * max(first, second)

@@ -6,7 +6,7 @@ which the worker tells once its CUDA context stands.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,17 +15,22 @@ from typing import Any
 class GpuReading:
     """One look at a device.
 
-    ``process_bytes`` is ``None`` where the driver does not show the processes (containers often hide them), and
-    ``energy_mj``, counted since the driver was loaded, where the device has no counter.
+    ``process_bytes`` is ``None`` where the driver does not show the processes (containers often hide them),
+    ``used_bytes`` where it refuses to say, and ``energy_mj``, counted since the driver was loaded, where the device
+    has no counter. ``refusal`` is what the driver said when it did not tell the used memory.
     """
 
     process_bytes: int | None
-    used_bytes: int
+    used_bytes: int | None
     energy_mj: int | None
+    refusal: str | None = None
 
 
 class Gpus:
     """The machine's NVIDIA GPUs. ``nvml`` is the module ``pynvml``.
+
+    A driver may refuse any single question (a lost device, a virtual GPU, missing rights): what it does not answer is
+    ``None``.
 
     Raises:
         pynvml.NVMLError: if there is no driver.
@@ -34,36 +39,51 @@ class Gpus:
     def __init__(self, nvml: Any) -> None:
         self._nvml = nvml
         nvml.nvmlInit()
-        self._handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+        self._handles = []
+        for index in range(nvml.nvmlDeviceGetCount()):
+            handle, _ = self._ask(nvml.nvmlDeviceGetHandleByIndex, index)
+            if handle is not None:
+                self._handles.append(handle)
+
+    def _ask(self, question: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
+        return _ask(self._nvml, question, *arguments)
 
     def describe(self) -> list[dict[str, Any]]:
-        """Name, UUID, memory and driver of each device, in the order of the PCI bus."""
-        driver = self._nvml.nvmlSystemGetDriverVersion()
-        return [
-            {
-                "name": self._nvml.nvmlDeviceGetName(handle),
-                "uuid": self._nvml.nvmlDeviceGetUUID(handle),
-                "memory_bytes": int(self._nvml.nvmlDeviceGetMemoryInfo(handle).total),
+        """Name, UUID, memory and driver of each device, in the order of the PCI bus; ``refused`` says what of it the
+        driver did not tell, and why.
+        """
+        nvml, devices = self._nvml, []
+        driver = self._ask(nvml.nvmlSystemGetDriverVersion)
+        for handle in self._handles:
+            memory, refusal = self._ask(nvml.nvmlDeviceGetMemoryInfo, handle)
+            answers = {
+                "name": self._ask(nvml.nvmlDeviceGetName, handle),
+                "uuid": self._ask(nvml.nvmlDeviceGetUUID, handle),
+                "memory_bytes": (None if memory is None else int(memory.total), refusal),
                 "driver": driver,
             }
-            for handle in self._handles
-        ]
+            device: dict[str, Any] = {key: answer for key, (answer, _) in answers.items()}
+            refused = {key: reason for key, (_, reason) in answers.items() if reason}
+            devices.append(device | ({"refused": refused} if refused else {}))
+        return devices
 
     def used_bytes(self) -> dict[str, int]:
-        """Used memory of each device by UUID; before a worker starts, its idle level. Never summed."""
-        return {
-            self._nvml.nvmlDeviceGetUUID(handle): int(self._nvml.nvmlDeviceGetMemoryInfo(handle).used)
-            for handle in self._handles
-        }
+        """Used memory by UUID of each device that tells it; before a worker starts, its idle level. Never summed."""
+        used = {}
+        for handle in self._handles:
+            uuid, _ = self._ask(self._nvml.nvmlDeviceGetUUID, handle)
+            memory, _ = self._ask(self._nvml.nvmlDeviceGetMemoryInfo, handle)
+            if uuid is not None and memory is not None:
+                used[uuid] = int(memory.used)
+        return used
 
     def find(self, uuid: str) -> Gpu | None:
         """The device, or slice of one (MIG), of this UUID, with or without its prefix."""
         bare = uuid.removeprefix("GPU-").removeprefix("MIG-")
         for candidate in (f"GPU-{bare}", f"MIG-{bare}"):
-            try:
-                return Gpu(self._nvml, self._nvml.nvmlDeviceGetHandleByUUID(candidate), candidate)
-            except self._nvml.NVMLError:
-                continue
+            handle, _ = self._ask(self._nvml.nvmlDeviceGetHandleByUUID, candidate)
+            if handle is not None:
+                return Gpu(self._nvml, handle, candidate)
         return None
 
 
@@ -77,17 +97,25 @@ class Gpu:
 
     def read(self, pids: Collection[int]) -> GpuReading:
         """What these processes hold on the device together, what is used in all, and the energy counter."""
-        try:
-            processes = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
-        except self._nvml.NVMLError:
-            processes = []
-        shown = [int(p.usedGpuMemory) for p in processes if p.pid in pids and p.usedGpuMemory is not None]
-        try:
-            energy = int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
-        except self._nvml.NVMLError:
-            energy = None
-        used = int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
-        return GpuReading(sum(shown) if shown else None, used, energy)
+        nvml = self._nvml
+        processes, _ = _ask(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, self._handle)
+        shown = [int(p.usedGpuMemory) for p in processes or () if p.pid in pids and p.usedGpuMemory is not None]
+        energy, _ = _ask(nvml, nvml.nvmlDeviceGetTotalEnergyConsumption, self._handle)
+        memory, refusal = _ask(nvml, nvml.nvmlDeviceGetMemoryInfo, self._handle)
+        return GpuReading(
+            sum(shown) if shown else None,
+            None if memory is None else int(memory.used),
+            None if energy is None else int(energy),
+            refusal,
+        )
+
+
+def _ask(nvml: Any, question: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
+    """The driver's answer, or ``None`` and what it said instead."""
+    try:
+        return question(*arguments), None
+    except nvml.NVMLError as error:
+        return None, f"NVML: {error}"
 
 
 def gpus() -> tuple[Gpus | None, str | None]:
