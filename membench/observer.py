@@ -93,9 +93,9 @@ class Observer:
         self._keep(sample)
         return resident + children
 
-    def _above_idle(self, used_bytes: int) -> int | None:
+    def _above_idle(self, used_bytes: int | None) -> int | None:
         idle = self._idle_bytes.get(self._gpu.uuid) if self._gpu else None
-        return None if idle is None else max(0, used_bytes - idle)
+        return None if idle is None or used_bytes is None else max(0, used_bytes - idle)
 
     def begin_phase(self) -> None:
         """A phase begins: look, and collect what is seen from here on."""
@@ -116,6 +116,7 @@ class Observer:
         seen["gpu_energy_j"] = None if begun_mj is None or ended_mj is None else (ended_mj - begun_mj) / 1000
         seen["gpu_process_end_bytes"] = self._reading.process_bytes if self._reading else None
         seen["gpu_used_end_bytes"] = self._above_idle(self._reading.used_bytes) if self._reading else None
+        seen["gpu_unknown"] = self._reading.refusal if self._reading else None
         return seen
 
     def _keep(self, sample: Sample) -> None:

@@ -51,19 +51,29 @@ class _Outcome:
 class Runner:
     """Runs cases with one fork server. Use as a context manager."""
 
-    def __init__(self, cases: tuple[Case, ...], settings: Settings, references: Path, tell: Tell) -> None:
-        """``references``: the folder in which the logits of reference cases are kept."""
+    def __init__(
+        self,
+        cases: tuple[Case, ...],
+        settings: Settings,
+        references: Path,
+        tell: Tell,
+        machine: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Make ready; nothing is started before the first case.
+
+        Args:
+            references: the folder in which the logits of reference cases are kept.
+            machine: its description, if it has been made already.
+        """
         self._references = references
         self._settings = settings
         self._tell = tell
         self._threads = settings.threads or environment.usable_cores()
         self._preload = _modules_of(cases) if settings.isolation == "fork" else []
         self._nursery: Nursery | None = None
-        self.machine = environment.describe(self._threads)
-        self._gpus, self._no_gpus = None, None
-        if any(case.device.startswith("cuda") for case in cases):
-            self._gpus, self._no_gpus = gpus()
-            self.machine["gpus"] = self._gpus.describe() if self._gpus else self._no_gpus
+        on_gpu = any(case.device.startswith("cuda") for case in cases)
+        self.machine = machine or environment.describe(self._threads, with_gpus=on_gpu)
+        self._gpus, self._no_gpus = gpus() if on_gpu else (None, None)
 
     def __enter__(self) -> Runner:
         return self
@@ -236,9 +246,13 @@ class Runner:
                 observer.begin_phase()
                 self._tell("phase", {"phase": message["phase"]})
             case "end":
-                outcome.phases.append({**message["phase"], **observer.end_phase(), "gpu_unknown": outcome.gpu_unknown})
+                seen = observer.end_phase()
+                unknown = outcome.gpu_unknown or seen["gpu_unknown"]
+                outcome.phases.append({**message["phase"], **seen, "gpu_unknown": unknown})
             case "baseline":
                 outcome.baseline = message["baseline"]
+                held = message["baseline"]["anonymous_bytes"] + message["baseline"]["file_bytes"]
+                self._tell("baseline", {"bytes": held})
             case "device":
                 outcome.gpu = {key: value for key, value in message.items() if key != "event"}
                 outcome.gpu_unknown = observer.use_gpu(message["uuid"]) or self._no_gpus
