@@ -1,63 +1,272 @@
-"""Weights as integers and scales."""
+"""Weights as integers or 8-bit floats and scales: the textbook's way, and torchao's."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+import math
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from membench.plugins import LayerWise, Setting
+from membench.builtin.techniques.precision import Bf16
+from membench.builtin.techniques.quantizer import WeightQuantizer, once
+from membench.builtin.techniques.quantizer import as_linear as as_linear
+from membench.plugins import Setting, Unsuitable
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
+_DOUBLE_QUANTIZED = 256
 
-class Int8WeightOnly(LayerWise):
-    """Linear weights as int8 with a scale a row, or a group (torchao); embeddings and output head are left alone."""
 
-    imports = ("torch", "torchao.quantization")
-    acts_on: ClassVar[str] = "weights"
-    group_size: int | None = Field(None, ge=1)
+class RoundToNearest(WeightQuantizer):
+    """The textbook: y = round(x / s) · s, integers of 2 to 8 bits packed without gaps, unpacked for each pass.
+
+    s = max|x| / (2^(bits - 1) - 1), of the whole tensor, of each row ("channel") or of each group of ``group_size``
+    neighbours in a row, in the type that the weights had; so |y - x| ≤ s / 2. Krishnamoorthi, 2018 (arXiv:1806.08342).
+
+    ``embeddings`` and ``head`` take in what is else left alone. There is no kernel for packed integers: a layer's
+    weight is unpacked whole for each pass, which costs time and, for that moment, memory.
+    """
+
+    imports = ("torch", "membench.builtin.layers.packed")
+    bits: int = Field(8, ge=2, le=8)
+    granularity: Literal["tensor", "channel", "group"] = "channel"
+    group_size: int | None = Field(None, ge=2)
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        return f"int{self.bits}"
+
+    def shares(self) -> tuple[str, int] | None:
+        return None if self.group_size is None else ("group_size", self.group_size)
 
     def check(self, setting: Setting) -> str | None:
-        return does_not_divide(self.group_size, setting)
+        if self.granularity == "group" and self.group_size is None:
+            return "granularity = 'group' wants a group_size"
+        if self.granularity != "group" and self.group_size is not None:
+            return f"group_size = {self.group_size} has no meaning with granularity = '{self.granularity}'"
+        return super().check(setting)
 
-    def refuse(self, setting: Setting) -> str | None:
-        return "int8 weights have no gradients: they cannot be trained" if setting.workload.trains else None
+    def nominal_bits(self) -> float | None:
+        return self.bits
+
+    def quantized(self, name: str, layer: nn.Linear | nn.Embedding) -> nn.Module:
+        from torch import nn
+
+        from membench.builtin.layers.packed import PackedEmbedding, PackedLinear, PackedWeight
+
+        weight = layer.weight
+        packed = once(weight, lambda: PackedWeight(*self.rounded(weight.data), self.bits))
+        return PackedEmbedding(packed) if isinstance(layer, nn.Embedding) else PackedLinear(packed, layer.bias)
+
+    def rounded(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Integers (rows, columns), int8, and scales (rows, groups of a row), or (1, 1), of a weight."""
+        rows, columns = weight.shape
+        shape = {"tensor": (1, 1, -1), "channel": (rows, 1, -1), "group": (rows, -1, self.group_size or columns)}
+        blocks = weight.float().reshape(shape[self.granularity])
+        scale = (blocks.abs().amax(-1) / (2 ** (self.bits - 1) - 1)).to(weight.dtype)
+        scale[scale == 0] = 1  # what is all zero, or too small for the type
+        integers = (blocks / scale.float()[:, :, None]).round_().char()
+        return integers.view(rows, columns), scale
+
+
+class _Torchao(WeightQuantizer):
+    """A layer's weight becomes a tensor of torchao's."""
+
+    imports: ClassVar[tuple[str, ...]] = ("torch", "torchao.quantization")
+
+    def config(self, weight: torch.Tensor) -> Any:
+        """torchao's configuration for a weight.
+
+        Raises:
+            Unsuitable: where its kernels do not serve it.
+        """
+        raise NotImplementedError
+
+    def quantized(self, name: str, layer: nn.Linear | nn.Embedding) -> nn.Module:
+        from torchao.quantization import quantize_
+
+        def make() -> torch.Tensor:
+            quantize_(layer, self.config(layer.weight), filter_fn=lambda *_: True)
+            if not hasattr(layer.weight.data, "__tensor_flatten__"):
+                raise Unsuitable(f"torchao leaves '{name}' of {tuple(layer.weight.shape)} as it is")
+            return layer.weight
+
+        layer.weight = once(layer.weight, make)
+        return layer
+
+
+class Int8WeightOnly(_Torchao):
+    """Linear weights as int8 with a scale a row, or a group (torchao); embeddings and output head are left alone.
+
+    s = max|x| / 127.5, q = round(x / s) from -128 to 127; a scale (fp32) and a zero point (int8, always 0) take five
+    bytes a row or group. ``embeddings`` and ``head`` take those in; torchao unpacks the whole table for each look-up.
+    """
+
+    kind = "int8"
+    group_size: int | None = Field(None, ge=1)
+
+    def shares(self) -> tuple[str, int] | None:
+        return None if self.group_size is None else ("group_size", self.group_size)
 
     def nominal_bits(self) -> float | None:
         return 8
 
-    def convert(self, name: str, layer: nn.Module, head: nn.Module | None) -> nn.Module:
-        from torch import nn
-        from torchao.quantization import Int8WeightOnlyConfig, PerGroup, PerRow, quantize_
+    def config(self, weight: torch.Tensor) -> Any:
+        from torchao.quantization import Int8WeightOnlyConfig, PerGroup, PerRow
 
-        layer = as_linear(layer)
-        if not isinstance(layer, nn.Linear) or layer is head:
-            return layer
         granularity = PerRow() if self.group_size is None else PerGroup(self.group_size)
-        quantize_(layer, Int8WeightOnlyConfig(granularity=granularity, set_inductor_config=False))
-        return layer
+        return Int8WeightOnlyConfig(granularity=granularity, set_inductor_config=False)
 
 
-def does_not_divide(group_size: int | None, setting: Setting) -> str | None:
-    """What is wrong with a group size for the model's linear layers, whose inputs are as wide as it is inside."""
-    shape = setting.model.shape
-    if shape is None or group_size is None:
+class Int8Dynamic(_Torchao):
+    """Linear weights as int8 with a scale a row, and inputs rounded to int8 a token as they come (torchao).
+
+    The product is one of integers. It saves what int8-weight-only saves, and loses a little more quality for the
+    rounded inputs. ``embeddings`` and ``head`` take those in.
+    """
+
+    kind = "int8"
+
+    def nominal_bits(self) -> float | None:
+        return 8
+
+    def config(self, weight: torch.Tensor) -> Any:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
+        return Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+
+
+class Int4WeightOnly(_Torchao):
+    """Linear weights as 4-bit integers with a scale and a zero point a group (torchao, tinygemm's layout).
+
+    (max - min) / 15 a group; scale and zero point in bf16 take four bytes a group: 4 + 32 / ``group_size`` bits a
+    weight. The kernels compute in bf16, so the stack needs ``bf16`` before. On a CPU it is torchao's prototype, and
+    rows must come by 16; a GPU needs capability 8.0, and its layout pads rows to multiples of 1,024 columns.
+    """
+
+    imports = ("torch", "torchao.quantization", "torchao.prototype.quantization.int4")
+    kind = "int4"
+    no_embeddings = "torchao cannot look up rows of 4-bit weights"
+    group_size: Literal[32, 64, 128, 256] = 32
+
+    def shares(self) -> tuple[str, int] | None:
+        return "group_size", self.group_size
+
+    def check(self, setting: Setting) -> str | None:
+        if setting.device == "cpu" and self.group_size == 256:
+            return "group_size = 256: on a CPU it is 32, 64 or 128"
+        return super().check(setting)
+
+    def refuse(self, setting: Setting) -> str | None:
+        if not any(isinstance(technique, Bf16) for technique in setting.before):
+            return "the int4 kernels compute in bf16 (in fp32 a CPU takes some 40 times as long): write 'bf16+'"
+        return super().refuse(setting)
+
+    def nominal_bits(self) -> float | None:
+        return 4
+
+    def config(self, weight: torch.Tensor) -> Any:
+        import torch
+
+        if weight.device.type == "cpu":
+            from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+
+            if weight.shape[0] % 16:
+                raise Unsuitable(f"the CPU's int4 kernel wants rows by 16: a layer has {weight.shape[0]}")
+            return PrototypeInt4WeightOnlyConfig(group_size=self.group_size, set_inductor_config=False)
+        from torchao.quantization import Int4WeightOnlyConfig
+        from torchao.quantization.quantize_.workflows import Int4PackingFormat
+
+        if torch.cuda.get_device_capability(weight.device) < (8, 0):
+            raise Unsuitable("int4 kernels need a GPU of capability 8.0 (Ampere) or later")
+        # torchao's plain layout asks for a library that PyPI does not have.
+        return Int4WeightOnlyConfig(
+            group_size=self.group_size,
+            int4_packing_format=Int4PackingFormat.TILE_PACKED_TO_4D,
+            set_inductor_config=False,
+        )
+
+
+class Fp8WeightOnly(_Torchao):
+    """Linear weights as 8-bit floats (e4m3) with a scale a row (torchao); computed in the inputs' type.
+
+    s = max|x| / 448. A CPU has no kernel for it: the weight is converted back for each pass, slowly. ``embeddings``
+    and ``head`` take those in; torchao converts the whole table for each look-up.
+    """
+
+    kind = "fp8"
+
+    def nominal_bits(self) -> float | None:
+        return 8
+
+    def config(self, weight: torch.Tensor) -> Any:
+        from torchao.quantization import Float8WeightOnlyConfig
+
+        return Float8WeightOnlyConfig(set_inductor_config=False)
+
+
+class Fp8Dynamic(_Torchao):
+    """Linear weights and, as they come, inputs as 8-bit floats (e4m3) with a scale a tensor (torchao); GPUs only.
+
+    Needs a GPU of capability 8.9 (Ada, Hopper) or later, and layers whose rows and columns come by 16.
+    """
+
+    devices: ClassVar[tuple[str, ...]] = ("cuda",)
+    kind = "fp8"
+
+    def refuse(self, setting: Setting) -> str | None:
+        return _NO_FP8 if setting.device == "cpu" else super().refuse(setting)
+
+    def nominal_bits(self) -> float | None:
+        return 8
+
+    def config(self, weight: torch.Tensor) -> Any:
+        import torch
+        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig
+
+        if torch.cuda.get_device_capability(weight.device) < (8, 9):
+            raise Unsuitable(_NO_FP8)
+        return Float8DynamicActivationFloat8WeightConfig(set_inductor_config=False)
+
+
+_NO_FP8 = "products of 8-bit floats need a GPU of capability 8.9 (Ada, Hopper) or later"
+
+
+class Nf4(WeightQuantizer):
+    """Linear weights as 4-bit NormalFloat, double quantized (torchao): 16 levels where a normal distribution's mass is.
+
+    Each block of ``block_size`` weights is divided by its largest; these largest are kept as int8, with a scale for
+    256 of them, or for the largest power of two below that divides their number. Dettmers et al., 2023
+    (arXiv:2305.14314). About 4 + 8 / ``block_size`` bits a weight. It is unpacked for each pass, slowly on a CPU.
+    """
+
+    imports = ("torch", "torchao.quantization")
+    kind = "NF4"
+    no_embeddings = "torchao cannot look up rows of NF4 weights"
+    block_size: int = Field(64, ge=2)
+
+    def check(self, setting: Setting) -> str | None:
+        shape = setting.model.shape
+        if (wrong := super().check(setting)) or shape is None:
+            return wrong
+        key_value_width = shape.width // shape.heads * shape.key_value_heads
+        for rows in (shape.width, key_value_width, shape.inner_width, *([shape.vocabulary] if self.head else [])):
+            if rows * shape.width % self.block_size:
+                return f"block_size = {self.block_size} does not divide a layer of {rows} × {shape.width} weights"
         return None
-    wide = [width for width in (shape.width, shape.inner_width) if width % group_size]
-    return f"group_size = {group_size} does not divide the width {wide[0]} of the model's layers" if wide else None
 
+    def nominal_bits(self) -> float | None:
+        return 4
 
-def as_linear(layer: nn.Module) -> nn.Module:
-    """GPT-2 keeps its linear layers transposed in a class of its own, which libraries pass over without a word."""
-    from torch import nn
+    def quantized(self, name: str, layer: nn.Linear | nn.Embedding) -> nn.Module:
+        from torch import nn
+        from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
 
-    if type(layer).__name__ != "Conv1D":
+        weight = layer.weight
+        if weight.numel() % self.block_size:
+            raise Unsuitable(f"block_size = {self.block_size} does not divide the {weight.numel()} weights of '{name}'")
+        scales_share = math.gcd(weight.numel() // self.block_size, _DOUBLE_QUANTIZED)
+        layer.weight = nn.Parameter(to_nf4(weight.data, self.block_size, scales_share), requires_grad=False)
         return layer
-    transposed: Any = layer
-    inputs, outputs = transposed.weight.shape
-    linear = nn.Linear(inputs, outputs, device="meta")
-    linear.weight = nn.Parameter(transposed.weight.data.t().contiguous())
-    linear.bias = transposed.bias
-    return linear
