@@ -58,7 +58,7 @@ class _Saved:
 
 
 class Census:
-    """Watches one step and keeps what held memory at its highest moment.
+    """Watches one step and keeps what held memory at the highest moment of each of its parts.
 
     Looks are taken at the end of each part of the step and whenever a gradient is ready; what a kernel takes for a
     moment between two looks is in no category.
@@ -67,18 +67,23 @@ class Census:
         module: the model.
         inventory: by category, what holds its tensors (optimizer states, key-value cache).
         held_bytes: live memory now, above the baseline.
+        part: the part of the step that runs now, ``None`` between parts.
     """
 
     def __init__(
-        self, module: nn.Module, inventory: Mapping[str, Callable[[], Any]], held_bytes: Callable[[], int]
+        self,
+        module: nn.Module,
+        inventory: Mapping[str, Callable[[], Any]],
+        held_bytes: Callable[[], int],
+        part: Callable[[], str | None],
     ) -> None:
         self._module = module
         self._inventory = inventory
         self._held_bytes = held_bytes
         self._weights = storages(itertools.chain(module.parameters(), module.buffers()))
         self._saved: dict[tuple[str, int], list[int]] = {}
-        self._held_at_most = -1
-        self._found: dict[str, int] = {}
+        self._part = part
+        self._highest: dict[str | None, tuple[int, dict[str, int]]] = {}
 
     def release(self, key: tuple[str, int]) -> None:
         entry = self._saved[key]
@@ -100,11 +105,10 @@ class Census:
         return saved.tensor if isinstance(saved, _Saved) else saved
 
     def look(self, *_: Any) -> None:
-        """Keep the categories if memory has never been higher."""
-        held = self._held_bytes()
-        if held <= self._held_at_most:
+        """Keep the categories if memory has never been higher in this part."""
+        held, part = self._held_bytes(), self._part()
+        if part in self._highest and held <= self._highest[part][0]:
             return
-        self._held_at_most = held
         gradients = storages(p.grad for p in self._module.parameters() if p.grad is not None)
         found = {
             "weights": sum(self._weights.values()),
@@ -116,7 +120,7 @@ class Census:
             own = {key: size for key, size in storages(tensors_in(holder())).items() if key not in counted}
             counted |= own.keys()
             found[category] = sum(own.values())
-        self._found = found
+        self._highest[part] = (held, found)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -132,7 +136,15 @@ class Census:
             for hook in hooks:
                 hook.remove()
 
-    def breakdown(self, peak_live_bytes: int | None) -> dict[str, int]:
-        """Bytes by category; ``other`` is the rest of the peak: temporaries, buffers of libraries, small objects."""
-        whole = self._held_at_most if peak_live_bytes is None else peak_live_bytes
-        return {**self._found, "other": whole - sum(self._found.values())}
+    def breakdown(self, peaks: Mapping[str, int]) -> dict[str, dict[str, int]]:
+        """Bytes by part of the step and category, at the part's highest moment.
+
+        Args:
+            peaks: the exact live peak of each part, as far as they are known. ``other`` is what of it is in no
+                category: temporaries, buffers of libraries, small objects.
+        """
+        return {
+            part: {**found, "other": peaks.get(part, held) - sum(found.values())}
+            for part, (held, found) in self._highest.items()
+            if part is not None
+        }

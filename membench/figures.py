@@ -90,10 +90,11 @@ def figures(
             _live(found, by_name["run"]["parts"][part], f"{part}_peak_live_bytes", on_gpu, pinned, baseline)
     _live(found, by_name["warmup"], "warmup_peak_live_bytes", on_gpu, pinned, baseline)
     found.know("warmup_s", by_name["warmup"]["duration_s"], "monotonic clock, under the pinned allocator")
-    walked = "walk over storages at the highest moment of a step"
+    breakdown = result.get("breakdown_bytes", {})
     for category, name in _CATEGORIES.items():
-        if category in result.get("breakdown_bytes", {}):
-            found.know(name, result["breakdown_bytes"][category], walked)
+        sizes = [of_part[category] for of_part in breakdown.values() if category in of_part]
+        if sizes:
+            found.know(name, max(sizes), "walk over storages at the highest moment of a part of a step")
     for name in ("trained_weights_bytes", "frozen_weights_bytes"):
         if name in result:
             found.know(name, result[name], "walk over parameters")
@@ -241,7 +242,9 @@ def _times(found: Figures, result: Mapping[str, Any], time: Mapping[str, Any], o
         low, _, high = statistics.quantiles(durations, n=4, method="inclusive")
         found.know("step_spread_percent", (high - low) / median * 100, source)
     parts = {
-        name: statistics.median(part["durations_s"]) for name, part in time["parts"].items() if part["durations_s"]
+        name: statistics.median(_by_step(part["durations_s"], len(durations)))
+        for name, part in time["parts"].items()
+        if part["durations_s"]
     }
     if "prefill" in parts:
         found.know("time_to_first_token_s", parts["prefill"], source)
@@ -250,3 +253,9 @@ def _times(found: Figures, result: Mapping[str, Any], time: Mapping[str, Any], o
     for part in ("forward", "backward", "optimizer"):
         if part in parts:
             found.know(f"{part}_s", parts[part], source)
+
+
+def _by_step(durations_s: Sequence[float], steps: int) -> list[float]:
+    """How long a part took in each step: a step of several micro-batches goes through its parts several times."""
+    times = max(1, len(durations_s) // steps)
+    return [sum(durations_s[first : first + times]) for first in range(0, len(durations_s), times)]

@@ -24,6 +24,7 @@ class Meter:
         self.on_gpu = device.startswith("cuda")
         self.memory_in_parts = False
         self.parts: dict[str, dict[str, Any]] = {}
+        self.current_part: str | None = None
         self._look: Callable[[], None] | None = None
         self._device = device
         self._channel = channel
@@ -132,6 +133,7 @@ class Meter:
     def part(self, name: str) -> Iterator[None]:
         """Mark a part of a step: its duration, and in ``run`` its memory."""
         entry = self.parts.setdefault(name, {"durations_s": []})
+        self.current_part = name
         self.synchronize()
         if self.memory_in_parts:
             start = self._begin_memory_of_part()
@@ -141,6 +143,7 @@ class Meter:
         entry["durations_s"].append(time.perf_counter() - began)
         if self._look:
             self._look()
+        self.current_part = None
         if self.memory_in_parts:
             self._end_memory_of_part(entry, start)
 

@@ -318,6 +318,7 @@ def _process(case: Case, outcome: _Outcome) -> dict[str, Any]:
         "corpus": outcome.result.get("corpus"),
         "losses_nats": outcome.result.get("losses_nats"),
         "breakdown_bytes": outcome.result.get("breakdown_bytes"),
+        "peak_part": outcome.result.get("peak_part"),
         "quality": outcome.result.get("quality"),
     }
 

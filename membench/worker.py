@@ -114,12 +114,13 @@ def _measure(request: dict[str, Any], meter: Meter) -> None:
             hear(step())
         meter.memory_in_parts = False
     if case.context.inventory:
-        peak = run.get("cuda_peak_allocated_bytes") if meter.on_gpu else run["peak_live_bytes"] if pinned else None
         with meter.phase("breakdown", "pinned"):
-            watch = census.Census(module, case.context.inventory, meter.held_live_bytes)
+            watch = census.Census(module, case.context.inventory, meter.held_live_bytes, lambda: meter.current_part)
             with watch.watching(), meter.looking(watch.look):
                 hear(step())
-        result["breakdown_bytes"] = watch.breakdown(peak)
+        peaks = _peaks_of_parts(run, meter.on_gpu, pinned)
+        result["breakdown_bytes"] = watch.breakdown(peaks)
+        result["peak_part"] = max(peaks, key=lambda part: peaks[part], default=None)
     allocator.unpin()
     with meter.phase("time", "default") as timed:
         timed["steps"] = settings["warmup_steps"] + settings["measured_steps"]
@@ -155,6 +156,14 @@ def _measure(request: dict[str, Any], meter: Meter) -> None:
     wrong = [(number, loss) for number, loss in enumerate(losses, 1) if not math.isfinite(loss)]
     if wrong:
         raise Diverged(f"the training loss became {wrong[0][1]} in step {wrong[0][0]}")
+
+
+def _peaks_of_parts(run: dict[str, Any], on_gpu: bool, pinned: bool) -> dict[str, int]:
+    """The live peak of each part of a step, where it is known."""
+    if not (on_gpu or pinned):
+        return {}
+    key = "cuda_peak_allocated_bytes" if on_gpu else "peak_live_bytes"
+    return {name: part[key] for name, part in run["parts"].items() if name != "between" and key in part}
 
 
 def _trained_and_frozen(module: Any) -> dict[str, int]:

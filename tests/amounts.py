@@ -62,6 +62,31 @@ class Burst(Workload):
         return step
 
 
+class Apart(Workload):
+    """Takes 200 MiB and gives them back; only then a child holds 64 MiB for a while."""
+
+    def longest_sequence(self) -> int:
+        return 1
+
+    def tokens_per_step(self) -> int:
+        return 1
+
+    def start(self, module: nn.Module, tokens: Tokens, techniques: Sequence[Technique], context: Context) -> Step:
+        import torch
+
+        def step() -> None:
+            torch.ones(200 * MIB // 4)
+            child = os.fork()
+            if child == 0:
+                held = bytearray(b"\1") * (64 * MIB)
+                time.sleep(0.3)
+                del held
+                os._exit(0)
+            os.waitpid(child, 0)
+
+        return step
+
+
 class Ends(Technique):
     """Ends its process in the way it is told to."""
 

@@ -13,6 +13,7 @@ block = tests.amounts:Block
 too-large = tests.amounts:TooLarge
 [membench.workloads]
 known-burst = tests.amounts:Burst
+parent-then-child = tests.amounts:Apart
 [membench.techniques]
 ends = tests.amounts:Ends
 """

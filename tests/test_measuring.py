@@ -110,6 +110,20 @@ def test_a_technique_that_did_nothing_is_named(records: dict[str, Record]) -> No
     assert records["block/bf16"].remarks == ()
 
 
+def test_peaks_of_parent_and_child_that_lie_apart_are_not_added(tmp_path: Path) -> None:
+    path = tmp_path / "apart.toml"
+    path.write_text(
+        '[suite]\nname = "apart"\n[matrix]\nmodel = ["small"]\ntechnique = ["none"]\n'
+        'workload = ["parent-then-child"]\n[model.small]\nuse = "block"\nmib = 1\n'
+        "[settings]\nthreads = 1\nmeasured_steps = 1\n"
+    )
+    (record,) = membench.run(membench.load_suite(path), output=tmp_path).records
+    assert record.metrics["peak_live_bytes"] == pytest.approx(201 * MIB, rel=0.005)
+    how = record.obtained["peak_live_bytes"]
+    assert (how["bound"], how["children"]) == ("at least", True)
+    assert how["at_most_bytes"] == pytest.approx(265 * MIB, rel=0.02)
+
+
 def _gone(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"

@@ -117,7 +117,7 @@ def test_the_front_leaves_out_whatever_another_one_beats() -> None:
 
 
 def test_an_explanation_shows_every_metric_and_what_held_the_memory() -> None:
-    process = {"breakdown_bytes": {"weights": 30 * MIB, "other": MIB}}
+    process = {"breakdown_bytes": {"run": {"weights": 30 * MIB, "other": MIB}}, "peak_part": "run"}
     stack = dataclasses.replace(_STACK[3], processes=(process,))
     assert text.explanation([*_STACK[:3], stack]).split("\n\n")[-1] == (
         "metric                none       a                a+b              together\n"

@@ -38,6 +38,43 @@ def test_adamw_training_holds_weights_gradients_and_two_states(records: dict[str
     assert 5 < (record.metrics["final_loss_nats"] or 0) < 11
 
 
+def test_what_is_held_after_a_generation_is_the_weights_alone(records: dict[str, Record]) -> None:
+    # Products in fp32 leave packing buffers of libraries behind; these are no memory of the model's.
+    metrics = records["llama-15m/none/generate/cpu"].metrics
+    assert metrics["held_live_bytes"] == pytest.approx(metrics["weights_bytes"], rel=0.005)
+
+
+def test_the_cache_is_two_tensors_a_layer_for_every_token_but_the_last(records: dict[str, Record]) -> None:
+    tokens = 128 + 32 - 1
+    assert records["llama-15m/none/generate/cpu"].metrics["cache_bytes"] == 2 * 6 * 288 * tokens * 4
+
+
+def test_the_breakdown_of_training_agrees_with_arithmetic(records: dict[str, Record]) -> None:
+    record = records["llama-15m/none/train/cpu"]
+    found = record.processes[0]["breakdown_bytes"]
+    weights = 4 * _LLAMA_15M_PARAMETERS
+    for part in ("forward", "backward", "optimizer"):
+        assert found[part]["weights"] == pytest.approx(weights, rel=0.001)
+        assert found[part]["optimizer"] == pytest.approx(2 * weights, rel=0.001)
+        assert sum(found[part].values()) == record.metrics[f"{part}_peak_live_bytes"]
+    assert [found["forward"]["gradients"], found["optimizer"]["activations"]] == [0, 0]
+    assert found["optimizer"]["gradients"] == pytest.approx(weights, rel=0.001)
+    # AdamW works on one parameter after the other, with two temporaries of the largest, the embedding; and the
+    # packing buffers of the matrix library stay until things settle.
+    temporaries = 2 * 4 * 32000 * 288
+    assert temporaries < found["optimizer"]["other"] < temporaries + 16 * 2**20
+    # Logits and their logarithm alone are 2 × 128 tokens × 32,000 words × 4 bytes each.
+    assert found["forward"]["activations"] > 2 * 2 * 127 * 32000 * 4
+    assert record.metrics["optimizer_state_bytes"] == found["optimizer"]["optimizer"]
+
+
+def test_a_training_keeps_its_loss_curve_and_learns(records: dict[str, Record]) -> None:
+    losses = records["llama-15m/none/train/cpu"].processes[0]["losses_nats"]
+    # One step to warm up, three for memory, one for the breakdown, one more to warm up, two for times.
+    assert len(losses) == 8
+    assert losses[-1] < losses[0]
+
+
 def test_what_cannot_be_trained_is_skipped_with_the_reason(records: dict[str, Record]) -> None:
     record = records["llama-15m/int8-weight-only/train/cpu"]
     assert record.status == "skipped"

@@ -184,7 +184,8 @@ def _breakdown(found: Comparison, group: Group, chain: Sequence[str]) -> dict[st
     for technique in chain:
         for record in found.repeats(group, technique)[:1]:
             for process in record.processes:
-                for category, size in (process.get("breakdown_bytes") or {}).items():
+                parts = process.get("breakdown_bytes") or {}
+                for category, size in parts.get(process.get("peak_part"), {}).items():
                     categories.setdefault(category, {})[technique] = format_bytes(size)
     return categories
 
