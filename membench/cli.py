@@ -30,7 +30,12 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(do=_run)
 
     listing = verbs.add_parser("list", help="what there is: models, techniques, workloads, suites, a suite's cases")
-    listing.add_argument("suite", nargs="?")
+    listing.add_argument(
+        "what",
+        nargs="?",
+        help="models, techniques, workloads or suites; a suite's name or path, for its cases;"
+        " the name of a model, technique or workload, for its options",
+    )
     listing.set_defaults(do=_list)
 
     show = verbs.add_parser("show", help="the table of a run, the newest if none is named")
@@ -103,21 +108,18 @@ def _print(run: object, form: str) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    import membench
-    from membench import registry
-    from membench.suite import suites
+    from membench import listing
+    from membench.suite import is_suite, load_suite
 
-    if arguments.suite:
-        for case in membench.load_suite(arguments.suite).cases:
-            print(case.id)
-        return EXIT_OK
-    for kind in registry.KINDS:
-        print(f"{kind}s")
-        for name, line in registry.names(kind):
-            print(f"  {name:<20} {line}")
-    print("suites")
-    for name in suites():
-        print(f"  {name}")
+    # A kind first, then a suite, then a plug-in: what a name means must not hang on what is installed.
+    if arguments.what is None or arguments.what in listing.KINDS:
+        lines = listing.overview((arguments.what,) if arguments.what else listing.KINDS)
+    elif is_suite(arguments.what):
+        lines = iter([case.id for case in load_suite(arguments.what).cases])
+    else:
+        lines = listing.details(arguments.what)
+    for line in lines:
+        print(line)
     return EXIT_OK
 
 

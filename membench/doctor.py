@@ -54,8 +54,6 @@ mib = 1
 [workload.still]
 use = "burst"
 mib = 0
-[workload.burst]
-use = "burst"
 [workload.child]
 use = "burst"
 mib = 64

@@ -11,10 +11,24 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 
+def one_line(text: str) -> str:
+    """``text`` with what would break a line or steer a terminal written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def summary(error: BaseException) -> str:
+    """What somebody else's error says, in one line: its type and its message's first line."""
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
 class MembenchError(Exception):
-    """A message meant for the user, in one line, with the exit code it leads to."""
+    """A message meant for the user, always one line, with the exit code it leads to."""
 
     exit_code = EXIT_BAD_INPUT
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class SuiteError(MembenchError):
@@ -29,10 +43,26 @@ class ResultsError(MembenchError):
     """A results file that cannot be read or continued."""
 
 
+_MOST_NAMES = 10
+_LONGEST_NAME = 80  # comparing takes time by the square of it
+
+
+def nearest(wrong: str, known: Iterable[str]) -> str | None:
+    """The known name that a misspelt one was probably meant to be, whatever its case."""
+    by_lower = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(wrong[:_LONGEST_NAME].lower(), sorted(by_lower), n=1, cutoff=0.55)
+    return by_lower[near[0]] if near else None
+
+
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt name: the nearest known one, else all that are known."""
-    names = sorted(known)
-    near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.55)
-    if near:
-        return f"did you mean '{near[0]}'?"
-    return "known: " + ", ".join(names) if names else "none is known"
+    """A hint for a misspelt name: the nearest known one, else those that are known, the ten nearest of many."""
+    names = sorted(set(known))
+    near = nearest(wrong, names)
+    if near is not None:
+        return f"did you mean '{near}'?"
+    if not names:
+        return "none is known"
+    if len(names) <= _MOST_NAMES:
+        return "known: " + ", ".join(names)
+    some = difflib.get_close_matches(wrong[:_LONGEST_NAME], names, n=_MOST_NAMES, cutoff=0)
+    return f"known, among {len(names)}: " + ", ".join(sorted(some))

@@ -2,82 +2,104 @@
 
 from __future__ import annotations
 
-import fnmatch
-import itertools
-import re
+import math
+import os
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from membench import registry, units
-from membench.errors import PluginError, SuiteError, did_you_mean
-from membench.plugins import Setting
-from membench.record import METRICS, REFERENCE, Case, Plugin
+from membench import units
+from membench.errors import SuiteError, did_you_mean, nearest, one_line
+from membench.expansion import expand
+from membench.names import checked_device, checked_name, checked_stack, parts
+from membench.record import METRICS, REFERENCE, Case, Metric
+from membench.validation import problem, shown
 
 _BESIDE_PACKAGE = Path(__file__).parent / "suites"
 _IN_CHECKOUT = Path(__file__).parent.parent / "suites"
+_LARGEST_SEED = 2**63 - 1  # TOML's own largest number; torch takes twice as much, techniques add to it
 
 
 class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-Names = Annotated[list[str], Field(min_length=1)]
-
-
 def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Patterns = Annotated[list[str], BeforeValidator(_listed)]
+Name = Annotated[str, AfterValidator(checked_name)]
+Names = Annotated[list[Name], Field(min_length=1)]
+Stacks = Annotated[list[Annotated[str, AfterValidator(checked_stack)]], Field(min_length=1)]
+Devices = Annotated[list[Annotated[str, AfterValidator(checked_device)]], Field(min_length=1)]
+Patterns = Annotated[list[str], Field(min_length=1), BeforeValidator(_listed)]
+_OneOrMore = BeforeValidator(_listed)
 
 
 class Head(_Table):
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: Name
     description: str = ""
 
 
 class Matrix(_Table):
     model: Names
-    technique: Names
+    technique: Stacks
     workload: Names
-    device: Names = ["cpu"]
+    device: Devices = ["cpu"]
 
 
 class Selection(_Table):
+    """Patterns of what to leave out; what is not named fits all."""
+
     model: Patterns | None = None
     technique: Patterns | None = None
     workload: Patterns | None = None
     device: Patterns | None = None
 
+    @property
+    def axes(self) -> tuple[list[str] | None, ...]:
+        """The patterns in the order in which the id of a case has the names."""
+        return (self.model, self.technique, self.workload, self.device)
+
+
+class Addition(_Table):
+    """Names of what to add. ``device`` of ``None``: those of the matrix."""
+
+    model: Annotated[Names, _OneOrMore]
+    technique: Annotated[Stacks, _OneOrMore]
+    workload: Annotated[Names, _OneOrMore]
+    device: Annotated[Devices, _OneOrMore] | None = None
+
 
 class Settings(_Table):
-    """How cases are run. ``threads`` of None: as many as the cores this process may use."""
+    """How cases are run. ``threads`` of ``None``: as many as the cores this process may use."""
 
-    repeats: int = Field(1, ge=1)
-    warmup_steps: int = Field(1, ge=1)
-    measured_steps: int = Field(5, ge=1)
-    seed: int = 0
-    threads: int | None = Field(None, ge=1)
-    timeout_s: float = Field(600, gt=0, strict=False)
-    sampling_interval_s: float = Field(0.02, ge=0.001, le=10, strict=False)
+    repeats: int = Field(1, ge=1, le=1000)
+    warmup_steps: int = Field(1, ge=1, le=1_000_000)
+    measured_steps: int = Field(5, ge=1, le=1_000_000)
+    seed: int = Field(0, ge=0, le=_LARGEST_SEED)
+    threads: int | None = Field(None, ge=1, le=1024)
+    timeout_s: float = Field(600, gt=0, le=7 * 24 * 3600)
+    sampling_interval_s: float = Field(0.02, ge=0.001, le=10)
     isolation: Literal["fork", "spawn"] = "fork"
 
 
-class _File(_Table):
+class Contents(_Table):
+    """A suite file as it is written, its keys and values checked one by one."""
+
     suite: Head
     matrix: Matrix
     exclude: list[Selection] = []
-    include: list[Selection] = []
+    include: list[Addition] = []
     model: dict[str, dict[str, Any]] = {}
     technique: dict[str, dict[str, Any]] = {}
     workload: dict[str, dict[str, Any]] = {}
     settings: Settings = Settings.model_validate({})
-    limits: dict[str, str | int | float] = {}
+    limits: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -93,10 +115,12 @@ class Suite:
     text: str
 
     def select(self, keep: Callable[[str], bool]) -> tuple[Case, ...]:
-        """The cases whose id is kept, and the references that their ratios need."""
-        kept = [case for case in self.cases if keep(case.id)]
-        groups = {case.group for case in kept}
-        return tuple(c for c in self.cases if c in kept or (c.technique == REFERENCE and c.group in groups))
+        """The cases whose id is kept, and what they are compared with: references, and the parts of stacks."""
+        wanted = set()
+        for case in self.cases:
+            if keep(case.id):
+                wanted |= {(case.group, t) for t in (case.technique, REFERENCE, *parts(case.technique))}
+        return tuple(case for case in self.cases if (case.group, case.technique) in wanted)
 
 
 def suites() -> dict[str, Path]:
@@ -108,157 +132,151 @@ def suites() -> dict[str, Path]:
     return found
 
 
+def is_suite(name: str) -> bool:
+    """Whether a name can only mean a suite: it is one's name, or a path."""
+    return _is_path(name) or name in suites()
+
+
+def _is_path(name: str) -> bool:
+    return os.sep in name or name.endswith(".toml")
+
+
+def description(path: Path) -> str:
+    """What a suite says of itself, in one line; nothing but the file is looked at.
+
+    Raises:
+        SuiteError: if it cannot be read.
+    """
+    head = _parsed(path, _read(path)).get("suite")
+    said = head.get("description", "") if isinstance(head, dict) else ""
+    return one_line(str(said).strip().partition("\n")[0])
+
+
 def load_suite(name: str | Path, devices: list[str] | None = None) -> Suite:
     """Read and check a suite.
 
     Args:
-        name: a path, or the name of a suite that comes with membench or lies in ./suites.
+        name: the name of a suite that comes with membench or lies in ./suites, or a path.
         devices: in place of the suite's own devices.
 
     Raises:
         SuiteError: in one line: file, key, value and what would be right.
     """
-    path = Path(name)
-    if not path.is_file():
-        known = suites()
-        if str(name) not in known:
-            raise SuiteError(f"no suite '{name}': no such file, and {did_you_mean(str(name), known)}")
-        path = known[str(name)]
+    for device in devices or ():
+        try:
+            checked_device(device)
+        except ValueError as error:
+            raise SuiteError(f"--device {shown(device)}: {error}") from None
+    path = _found(name)
+    text = _read(path)
+    parsed = _parsed(path, text)
     try:
-        text = path.read_text(encoding="utf-8")
-        parsed = tomllib.loads(text)
-    except OSError as error:
-        raise SuiteError(f"{path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SuiteError(f"{path}: not valid TOML: {error}") from None
-    try:
-        file = _File.model_validate(parsed)
+        contents = Contents.model_validate(parsed)
     except ValidationError as error:
-        raise SuiteError(f"{path}: {_explain(error)}") from None
+        raise SuiteError(f"{path}: {problem(error, Contents, parsed).sentence()}") from None
     try:
-        cases = _expand(file, devices)
-        limits = dict(_limit(key, value) for key, value in file.limits.items())
-    except (PluginError, SuiteError) as error:
+        cases = expand(contents, devices)
+        limits = dict(_limit(key, value) for key, value in contents.limits.items())
+    except SuiteError as error:
         raise SuiteError(f"{path}: {error}") from None
-    return Suite(path, file.suite.name, file.suite.description, cases, file.settings, limits, text)
+    return Suite(path, contents.suite.name, contents.suite.description, cases, contents.settings, limits, text)
 
 
-def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "missing":
-        return f"'{key}' is missing"
-    if first["type"] == "extra_forbidden":
-        table: Any = _File
-        for part in first["loc"][:-1]:
-            if isinstance(part, str):
-                annotation = table.model_fields[part].annotation
-                table = Selection if part in ("include", "exclude") else annotation
-        return f"unknown key '{key}'; {did_you_mean(str(first['loc'][-1]), table.model_fields)}"
-    return f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+def _found(name: str | Path) -> Path:
+    """The file that a suite's name or path means."""
+    path, known = Path(name), suites()
+    is_path = _is_path(str(name))
+    if not is_path and str(name) in known:
+        return known[str(name)]
+    try:
+        if path.is_file():
+            return path
+        is_folder, exists = path.is_dir(), path.exists()
+        neighbours = {str(other) for other in path.parent.glob("*.toml")} if path.parent.is_dir() else set()
+    except OSError as error:
+        raise SuiteError(f"{shown(str(path))}: {error.strerror}") from None
+    if is_folder and is_path:
+        raise SuiteError(f"{path} is a folder; name the .toml file of a suite")
+    if exists and is_path:
+        raise SuiteError(f"{path} is no file that a suite can be read from")
+    if not is_path:
+        hint = f"did you mean '{path}.toml'?" if f"{path}.toml" in neighbours else did_you_mean(str(name), known)
+        raise SuiteError(f"no suite is named {shown(str(name))}; {hint}")
+    near = nearest(str(path), neighbours)
+    if os.sep not in str(name) and path.stem in known:
+        hint = f"; for the suite of that name write '{path.stem}'"
+    else:
+        hint = f"; did you mean '{near}'?" if near else ""
+    raise SuiteError(f"{shown(str(path))}: there is no such file{hint}")
 
 
-def _limit(key: str, value: str | int | float) -> tuple[str, float]:
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise SuiteError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise SuiteError(
+            f"{path}: not UTF-8, as TOML must be: byte 0x{error.object[error.start]:02x} in line {line}"
+        ) from None
+
+
+def _parsed(path: Path, text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise SuiteError(f"{path}: not valid TOML: nested too deeply") from None
+    except ValueError as error:  # a number may be too long even to be read
+        raise SuiteError(f"{path}: not valid TOML: {error}") from None
+
+
+def _limit(key: str, value: Any) -> tuple[str, float]:
     metric = next((m for m in METRICS if m.name == key), None)
     if metric is None:
         raise SuiteError(f"limits.{key}: no such metric; {did_you_mean(key, (m.name for m in METRICS))}")
-    if not metric.field.endswith("_bytes"):
-        if isinstance(value, str):
-            raise SuiteError(f"limits.{key} = {value!r}: a number is wanted")
-        return metric.field, float(value)
     try:
-        return metric.field, units.parse_bytes(str(value))
-    except ValueError as error:
-        raise SuiteError(f"limits.{key}: {error}") from None
+        limit = _amount(metric, value)
+    except (ValueError, OverflowError):
+        raise SuiteError(f"limits.{key} = {shown(value)}: write {_wanted(metric)}") from None
+    if limit < 0 and metric.format is not units.format_difference:
+        raise SuiteError(f"limits.{key} = {shown(value)}: a limit must not be negative")
+    return metric.field, limit
 
 
-def _resolve(kind: str, name: str, variants: Mapping[str, Mapping[str, Any]]) -> Plugin:
-    if kind == "technique" and name == REFERENCE and name in variants:
-        raise SuiteError(f"technique.{REFERENCE}: every ratio is against it, so it cannot be a variant")
-    if name in variants:
-        options = dict(variants[name])
-        use = options.pop("use", None)
-        if not isinstance(use, str):
-            raise SuiteError(f"{kind}.{name}.use is missing: name the {kind} that this is a variant of")
-    else:
-        use, options = name, {}
-    try:
-        plugin = registry.create(kind, use, options)
-    except PluginError as error:
-        where = f"{kind}.{name}" if name in variants else f"matrix.{kind}"
-        hint = ""
-        if variants and name not in variants and str(error).startswith("no "):
-            near = did_you_mean(name, variants)
-            hint = f" ({near})" if near.startswith("did") and "did you mean" not in str(error) else ""
-        raise SuiteError(f"{where}: {error}{hint}") from None
-    return Plugin(use, plugin.model_dump(mode="json", exclude_unset=True) | options)
+def _amount(metric: Metric, value: Any) -> float:
+    """A limit in the unit of its metric's field; sizes must say their unit, durations may.
+
+    Raises:
+        ValueError: if it is none.
+        OverflowError: if it is more than a number holds.
+    """
+    if isinstance(value, str) and metric.field.endswith("_bytes"):
+        return units.parse_bytes(value)
+    if isinstance(value, str) and _is_duration(metric):
+        return units.parse_seconds(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or metric.field.endswith("_bytes") or not math.isfinite(value):
+        raise ValueError
+    return float(value)
 
 
-def _case(file: _File, model: str, technique: str, workload: str, device: str) -> Case:
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise SuiteError(f"matrix.device = '{device}': write cpu, cuda or cuda:0")
-    members = technique.split("+")
-    if len(members) > 1 and REFERENCE in members:
-        raise SuiteError(f"matrix.technique = '{technique}': '{REFERENCE}' has no place in a stack")
-    case = Case(
-        model,
-        technique,
-        workload,
-        device,
-        _resolve("model", model, file.model),
-        tuple(_resolve("technique", member, file.technique) for member in members),
-        _resolve("workload", workload, file.workload),
-    )
-    case_model = registry.create("model", case.model_plugin.use, case.model_plugin.options)
-    case_workload = registry.create("workload", case.workload_plugin.use, case.workload_plugin.options)
-    techniques = tuple(registry.create("technique", plugin.use, plugin.options) for plugin in case.technique_plugins)
-    longest, needed = case_model.max_tokens(), case_workload.longest_sequence()
-    if longest is not None and needed > longest:
-        raise SuiteError(f"workload '{workload}' needs {needed} tokens; model '{model}' takes {longest} at most")
-    for position, (name, member) in enumerate(zip(members, techniques, strict=True)):
-        setting = Setting(case_model, case_workload, device, techniques[:position], techniques[position + 1 :])
-        wrong = member.check(setting)
-        if wrong:
-            raise SuiteError(f"technique '{name}' on model '{model}' with workload '{workload}': {wrong}")
-    return case
+def _is_duration(metric: Metric) -> bool:
+    return metric.field.endswith("_s") and not metric.field.endswith("_per_s")
 
 
-def _matches(selection: Selection, case: Case) -> bool:
-    return all(
-        patterns is None or any(fnmatch.fnmatchcase(getattr(case, key), pattern) for pattern in patterns)
-        for key, patterns in selection.model_dump().items()
-    )
-
-
-def _expand(file: _File, devices: list[str] | None) -> tuple[Case, ...]:
-    matrix = file.matrix
-    devices = devices or matrix.device
-    cases: dict[str, Case] = {}
-
-    def add(model: str, technique: str, workload: str, device: str) -> None:
-        case = _case(file, model, technique, workload, device)
-        cases.setdefault(case.id, case)
-
-    for combination in itertools.product(matrix.model, matrix.technique, matrix.workload, devices):
-        add(*combination)
-    for number, selection in enumerate(file.exclude):
-        gone = [id for id, case in cases.items() if _matches(selection, case)]
-        if not gone:
-            raise SuiteError(f"exclude.{number} = {selection.model_dump(exclude_none=True)} matches no case")
-        for id in gone:
-            del cases[id]
-    for number, selection in enumerate(file.include):
-        for key in ("model", "technique", "workload"):
-            if getattr(selection, key) is None:
-                raise SuiteError(f"include.{number}.{key} is missing")
-        combinations = itertools.product(
-            selection.model or [], selection.technique or [], selection.workload or [], selection.device or devices
-        )
-        for combination in combinations:
-            add(*combination)
-    if not cases:
-        raise SuiteError("no case is left after [[exclude]]")
-    for model, workload, device in list(dict.fromkeys(case.group for case in cases.values())):
-        add(model, REFERENCE, workload, device)
-    groups = list(dict.fromkeys(case.group for case in cases.values()))
-    return tuple(sorted(cases.values(), key=lambda case: (groups.index(case.group), case.technique != REFERENCE)))
+def _wanted(metric: Metric) -> str:
+    if metric.field.endswith("_bytes"):
+        return "a size in B, KiB, MiB, GiB or TiB, such as '2 GiB'"
+    if _is_duration(metric):
+        return "a duration in µs, ms, s, min or h, such as '200 ms'; a bare number is seconds"
+    units_by_end = {
+        "tokens_per_s": "tokens a second",
+        "_percent": "percent",
+        "_nats": "nats a token",
+        "_j": "joules",
+        "bits_per_byte": "bits per byte",
+        "bits_per_byte_standard_error": "bits per byte",
+    }
+    unit = next((unit for end, unit in units_by_end.items() if metric.field.endswith(end)), None)
+    return f"a bare number of {unit}" if unit else "a bare number, without a unit"

@@ -6,7 +6,9 @@ import math
 import re
 
 _STEPS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_SECONDS = {"µs": 1e-6, "us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B)\s*")
+_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(µs|us|ms|s|min|h)\s*")
 
 
 def parse_bytes(text: str) -> int:
@@ -18,7 +20,25 @@ def parse_bytes(text: str) -> int:
     match = _SIZE.fullmatch(text)
     if match is None:
         raise ValueError(f"'{text}' is no size; write a number and B, KiB, MiB, GiB or TiB, such as '2 GiB'")
-    return round(float(match[1]) * _STEPS[match[2]])
+    size_bytes = float(match[1]) * _STEPS[match[2]]
+    if not math.isfinite(size_bytes):
+        raise ValueError(f"'{text}' is more than can be counted")
+    return round(size_bytes)
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds in a duration such as '200 ms', '5 s' or '1.5 min'.
+
+    Raises:
+        ValueError: if the text is no duration; units are µs (or us), ms, s, min and h.
+    """
+    match = _DURATION.fullmatch(text)
+    if match is None:
+        raise ValueError(f"'{text}' is no duration; write a number and µs, ms, s, min or h, such as '200 ms'")
+    seconds = float(match[1]) * _SECONDS[match[2]]
+    if not math.isfinite(seconds):
+        raise ValueError(f"'{text}' is more than can be counted")
+    return seconds
 
 
 def _fixed(value: float, digits: int) -> str:

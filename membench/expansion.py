@@ -1,0 +1,203 @@
+"""From what a suite names to its cases: variants, matrix, exclusions, additions, parts of stacks, references."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from membench import registry
+from membench.errors import PluginError, SuiteError, did_you_mean, summary
+from membench.names import checked_name, members, parts
+from membench.plugins import Setting
+from membench.record import REFERENCE, Case, Plugin
+from membench.validation import shown
+
+if TYPE_CHECKING:
+    from membench.suite import Addition, Contents, Matrix, Selection
+
+
+class _Combination(NamedTuple):
+    model: str
+    technique: str
+    workload: str
+    device: str
+
+    @property
+    def group(self) -> tuple[str, str, str]:
+        return (self.model, self.workload, self.device)
+
+    def parts(self) -> list[_Combination]:
+        return [self._replace(technique=part) for part in parts(self.technique)]
+
+
+def expand(contents: Contents, devices: Sequence[str] | None) -> tuple[Case, ...]:
+    """The cases of a suite: each group's reference first, the parts of a stack before it.
+
+    Parts of a stack that the suite does not name are added, so that what each member adds can be told. Exclusions
+    apply to what the matrix makes and to added parts, not to [[include]]; references come back while their group has
+    another case. An added part that its own ``check`` turns down is left out.
+
+    Args:
+        devices: in place of those that the suite names.
+
+    Raises:
+        SuiteError: in one line: key, value and what would be right.
+    """
+    plugins = _Plugins(contents)
+    product, included = _written(contents, devices)
+    written = dict.fromkeys([*(each for each in product if not _excluded(each, contents.exclude)), *included])
+    wanted: dict[_Combination, None] = {}
+    for each in written:
+        added = (p for p in each.parts() if p not in written and not _excluded(p, contents.exclude))
+        wanted |= dict.fromkeys([*added, each])
+    if not wanted:
+        raise SuiteError("no case is left after [[exclude]]")
+    groups = list(dict.fromkeys(each.group for each in wanted))
+    wanted |= dict.fromkeys(_Combination(model, REFERENCE, workload, device) for model, workload, device in groups)
+    # The suite's own devices too, so that what --device leaves out does not make an exclusion idle.
+    named = [each for chosen in (devices, None) for some in _written(contents, chosen) for each in some]
+    named += [part for each in named for part in each.parts()]
+    _refuse_idle_exclusions(contents.exclude, named, wanted)
+
+    ordered = sorted(wanted, key=lambda each: (groups.index(each.group), each.technique != REFERENCE))
+    cases = []
+    for each in ordered:
+        wrong = plugins.misfit(each)
+        if wrong is None:
+            cases.append(plugins.case(each))
+        elif each in written:
+            raise SuiteError(wrong)
+    return tuple(cases)
+
+
+def _written(contents: Contents, devices: Sequence[str] | None) -> tuple[list[_Combination], list[_Combination]]:
+    """What [matrix] and what [[include]] name."""
+
+    def product(axes: Matrix | Addition) -> list[_Combination]:
+        chosen = devices or axes.device or contents.matrix.device
+        return [_Combination(*names) for names in itertools.product(axes.model, axes.technique, axes.workload, chosen)]
+
+    return product(contents.matrix), [each for more in contents.include for each in product(more)]
+
+
+def _matches(selection: Selection, each: _Combination) -> bool:
+    return all(
+        patterns is None or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        for patterns, name in zip(selection.axes, each, strict=True)
+    )
+
+
+def _excluded(each: _Combination, exclude: Iterable[Selection]) -> bool:
+    return any(_matches(selection, each) for selection in exclude)
+
+
+def _refuse_idle_exclusions(
+    exclude: Sequence[Selection], candidates: Sequence[_Combination], wanted: Iterable[_Combination]
+) -> None:
+    """An exclusion that excludes nothing is a mistake that would be paid for in hours of running."""
+    for number, selection in enumerate(exclude):
+        if all(patterns is None for patterns in selection.axes):
+            raise SuiteError(f"exclude.{number} names nothing: it would exclude every case")
+        matched = [each for each in candidates if _matches(selection, each)]
+        if matched and all(each.technique == REFERENCE and each in wanted for each in matched):
+            raise SuiteError(f"exclude.{number} fits only the reference '{REFERENCE}', which every ratio is against")
+        if matched:
+            continue
+        for position, (axis, patterns) in enumerate(zip(_Combination._fields, selection.axes, strict=True)):
+            known = {each[position] for each in candidates}
+            for pattern in patterns or ():
+                if not any(fnmatch.fnmatchcase(name, pattern) for name in known):
+                    hint = did_you_mean(pattern, known)
+                    raise SuiteError(f"exclude.{number}.{axis} = {shown(pattern)} fits no {axis} of the suite; {hint}")
+        raise SuiteError(f"exclude.{number} = {shown(selection.model_dump(exclude_none=True))} fits no case")
+
+
+class _Plugins:
+    """What the names of a suite stand for. Every variant is made once, whether or not a case uses it."""
+
+    def __init__(self, contents: Contents) -> None:
+        self._variants: dict[str, Mapping[str, Mapping[str, Any]]] = {
+            "model": contents.model,
+            "technique": contents.technique,
+            "workload": contents.workload,
+        }
+        self._made: dict[tuple[str, str], tuple[Plugin, Any]] = {}
+        for kind, variants in self._variants.items():
+            for name, table in variants.items():
+                self._made[kind, name] = self._variant(kind, name, table)
+        self._made["technique", REFERENCE] = self._make("technique", REFERENCE, {}, "matrix.technique")
+        self._look_up("matrix", contents.matrix)
+        for number, more in enumerate(contents.include):
+            self._look_up(f"include.{number}", more)
+
+    def _variant(self, kind: str, name: str, table: Mapping[str, Any]) -> tuple[Plugin, Any]:
+        where = f"{kind}.{name}"
+        try:
+            checked_name(name)
+        except ValueError as error:
+            raise SuiteError(f"{kind}.{shown(name)}: {error}") from None
+        if kind == "technique" and name == REFERENCE:
+            raise SuiteError(f"{where}: every ratio is against it, so it cannot be a variant")
+        if registry.is_taken(kind, name):
+            raise SuiteError(f"{where}: there is a {kind} of that name already; give the variant another one")
+        options = dict(table)
+        use = options.pop("use", None)
+        if use is None:
+            raise SuiteError(f"'{where}.use' is missing: name the {kind} that this is a variant of")
+        if not isinstance(use, str):
+            raise SuiteError(f"{where}.use = {shown(use)}: the name of a {kind} is wanted")
+        if use in self._variants[kind]:
+            raise SuiteError(f"{where}.use = {shown(use)}: that is a variant itself; name the {kind} that it is one of")
+        return self._make(kind, use, options, where)
+
+    def _make(self, kind: str, use: str, options: Mapping[str, Any], where: str) -> tuple[Plugin, Any]:
+        try:
+            made = registry.create(kind, use, options, also=self._variants[kind])
+        except PluginError as error:
+            hint = f"; give it in [{kind}.NAME] with use = '{use}'" if str(error).endswith(" is missing") else ""
+            raise SuiteError(f"{where}: {error}{hint if not options else ''}") from None
+        wrong = made.check() if kind == "model" else None
+        if wrong:
+            raise SuiteError(f"{where}: {wrong}")
+        return Plugin(use, made.model_dump(mode="json", exclude_unset=True)), made
+
+    def _look_up(self, where: str, axes: Matrix | Addition) -> None:
+        techniques = [member for stack in axes.technique for member in members(stack)]
+        for kind, names in (("model", axes.model), ("technique", techniques), ("workload", axes.workload)):
+            for name in names:
+                if (kind, name) not in self._made:
+                    self._made[kind, name] = self._make(kind, name, {}, f"{where}.{kind}")
+        for stack in axes.technique:
+            seen: dict[tuple[str, str], str] = {}
+            for member in members(stack):
+                plugin, _ = self._made["technique", member]
+                same = seen.setdefault((plugin.use, str(plugin.options)), member)
+                if same != member:
+                    raise SuiteError(f"{where}.technique = {shown(stack)}: '{same}' and '{member}' are the same")
+
+    def case(self, each: _Combination) -> Case:
+        techniques = tuple(self._plugin("technique", member) for member in members(each.technique))
+        return Case(*each, self._plugin("model", each.model), techniques, self._plugin("workload", each.workload))
+
+    def _plugin(self, kind: str, name: str) -> Plugin:
+        return self._made[kind, name][0]
+
+    def misfit(self, each: _Combination) -> str | None:
+        """Why the model, techniques and workload of a case do not fit each other, or ``None``."""
+        (_, model), (_, workload) = self._made["model", each.model], self._made["workload", each.workload]
+        names = members(each.technique)
+        techniques = tuple(self._made["technique", name][1] for name in names)
+        try:
+            longest, needed = model.max_tokens(), workload.longest_sequence()
+            if longest is not None and needed > longest:
+                return f"workload '{each.workload}' needs {needed} tokens; model '{each.model}' takes {longest} at most"
+            for position, (name, technique) in enumerate(zip(names, techniques, strict=True)):
+                setting = Setting(model, workload, each.device, techniques[:position], techniques[position + 1 :])
+                wrong = technique.check(setting)
+                if wrong:
+                    return f"technique '{name}' on model '{each.model}' with workload '{each.workload}': {wrong}"
+        except Exception as error:
+            return f"{'/'.join(each)} cannot be checked: a plug-in ended in {summary(error)}"
+        return None

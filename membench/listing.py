@@ -1,0 +1,157 @@
+"""What there is: models, techniques, workloads and suites, in lines of text. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from membench import registry
+from membench.errors import SuiteError, did_you_mean, one_line
+from membench.plugins import Options, Technique
+from membench.suite import description, suites
+
+KINDS = ("models", "techniques", "workloads", "suites")
+"""What can be listed by itself, in the order in which all of it is."""
+
+_TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
+_BOUNDS = {
+    "minimum": "at least {}",
+    "exclusiveMinimum": "more than {}",
+    "maximum": "at most {}",
+    "exclusiveMaximum": "less than {}",
+    "multipleOf": "a multiple of {}",
+    "minLength": "at least {} long",
+}
+
+
+def overview(kinds: tuple[str, ...] = KINDS) -> Iterator[str]:
+    """A line for each model, technique, workload and suite; broken ones say what is wrong with them."""
+    for kind in kinds:
+        yield kind
+        yield from _columns(list(_suites() if kind == "suites" else _families(kind.removesuffix("s"))))
+
+
+def _suites() -> Iterator[tuple[str, ...]]:
+    for name, path in suites().items():
+        try:
+            yield name, description(path)
+        except SuiteError as error:
+            yield name, f"broken: {error}"
+
+
+def _families(kind: str) -> Iterator[tuple[str, ...]]:
+    for family in registry.families(kind):
+        if family.loaded is None:
+            yield family.name, f"broken: {family.error}"
+            continue
+        presets = f"-{{{','.join(family.loaded.presets)}}}" if family.loaded.presets else ""
+        first = _doc(family.loaded).partition("\n")[0]
+        if issubclass(family.loaded, Technique):
+            devices = ", ".join(family.loaded.devices)
+            yield family.name + presets, f"on {family.loaded.acts_on}", f"runs on {devices}", first
+        else:
+            yield family.name + presets, first
+
+
+def _columns(rows: list[tuple[str, ...]]) -> Iterator[str]:
+    """Rows whose columns, the last one excepted, are as wide as their widest entry."""
+    lengths = {len(row) for row in rows}
+    widths = {
+        (length, column): max(len(row[column]) for row in rows if len(row) == length or column == 0)
+        for length in lengths
+        for column in range(length - 1)
+    }
+    for row in rows:
+        padded = [cell.ljust(widths[len(row), column]) for column, cell in enumerate(row[:-1])]
+        yield one_line("  " + "  ".join([*padded, row[-1]])).rstrip()
+
+
+def details(name: str) -> Iterator[str]:
+    """Docstring and options of the plug-ins of a name, of whatever kind.
+
+    Raises:
+        PluginError: if one of that name is broken.
+        SuiteError: if there is none, nor anything else of that name, with the nearest name that there is.
+    """
+    kinds = [kind for kind in registry.KINDS if registry.is_taken(kind, name)]
+    if not kinds:
+        known = [*KINDS, *suites(), *(found for kind in registry.KINDS for found in registry.names(kind))]
+        raise SuiteError(f"nothing is named '{name}'; {did_you_mean(name, known)}")
+    for number, kind in enumerate(kinds):
+        loaded, preset = registry.find(kind, name)
+        if number:
+            yield ""
+        yield f"{kind} {name}"
+        yield ""
+        yield from (f"  {line}".rstrip() for line in _doc(loaded).splitlines())
+        yield ""
+        if issubclass(loaded, Technique):
+            yield f"  acts on  {loaded.acts_on}"
+            yield f"  runs on  {', '.join(loaded.devices)}"
+            for module, distribution in loaded.needs.items():
+                there = "installed" if importlib.util.find_spec(module) else f"pip install '{distribution}'"
+                yield f"  needs    {module}: {there}"
+        yield from _options(loaded, preset)
+
+
+def _options(loaded: type[Options], preset: dict[str, Any]) -> Iterator[str]:
+    schema = loaded.model_json_schema()
+    wanted, explained = set(schema.get("required", ())), _explanations(loaded)
+    rows: list[tuple[str, ...]] = []
+    for option, form in schema.get("properties", {}).items():
+        if option in preset:
+            value = f"{_written(preset[option])}, by its name"
+        elif option in wanted:
+            value = "must be given"
+        else:
+            value = f"default {_written(form.get('default'))}"
+        rows.append((option, _type(form, schema.get("$defs", {})), value, explained.get(option, "")))
+    yield "  options" if rows else "  no options"
+    yield from (f"  {line}" for line in _columns(rows))
+
+
+def _type(form: dict[str, Any], shared: dict[str, Any]) -> str:
+    """A JSON schema in words: 'whole number, at least 1'."""
+    if "$ref" in form:
+        form = {**shared[form["$ref"].rpartition("/")[2]], **form}
+    if "enum" in form or "const" in form:
+        return " or ".join(_written(value) for value in form.get("enum", [form.get("const")]))
+    if "anyOf" in form:
+        return " or ".join(_type(inner, shared) for inner in form["anyOf"] if inner.get("type") != "null")
+    if form.get("type") == "array":
+        return f"list of {_type(form.get('items', {}), shared)}"
+    bounds = [text.format(form[key]) for key, text in _BOUNDS.items() if key in form]
+    return ", ".join([_TYPES.get(form.get("type", ""), "any value"), *bounds])
+
+
+def _written(value: Any) -> str:
+    if value is None:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _doc(loaded: type[Options]) -> str:
+    # Its own alone: what it would inherit is the contract's.
+    return inspect.cleandoc(loaded.__dict__.get("__doc__") or "")
+
+
+def _explanations(loaded: type[Options]) -> dict[str, str]:
+    """The strings below the options in the source of a class and of those that it is derived from."""
+    found: dict[str, str] = {}
+    for owner in reversed(loaded.__mro__):
+        if not (issubclass(owner, Options) and owner is not Options):
+            continue
+        try:
+            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        except (OSError, TypeError, SyntaxError):  # made at run time, or its source is not there
+            continue
+        assert isinstance(tree, ast.ClassDef)
+        for field, below in zip(tree.body, tree.body[1:], strict=False):
+            match field, below:
+                case ast.AnnAssign(target=ast.Name(id=option)), ast.Expr(value=ast.Constant(value=str(text))):
+                    found[option] = " ".join(text.split())
+    return found

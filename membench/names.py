@@ -1,0 +1,72 @@
+"""What the names in a suite may look like, and what a stack of techniques is made of."""
+
+from __future__ import annotations
+
+import re
+
+from membench.record import REFERENCE
+
+_LONGEST_NAME_BYTES = 64  # model, workload and device together name a file
+_DEVICE = re.compile(r"cpu|cuda(:(0|[1-9][0-9]{0,2}))?")
+
+
+def checked_name(name: str) -> str:
+    """``name``, if it can stand in the id of a case.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    if any(character in name for character in "*?["):
+        raise ValueError("write whole names here; patterns are for [[exclude]]")
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise ValueError("a name has letters, digits, '.', '_' and '-' and nothing else")
+    if len(name.encode()) > _LONGEST_NAME_BYTES:
+        raise ValueError(f"a name has {_LONGEST_NAME_BYTES} bytes at most")
+    return name
+
+
+def checked_stack(stack: str) -> str:
+    """``stack``, if it is a technique's name or several joined by '+'.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    names = members(stack)
+    if not all(names):
+        raise ValueError("a stack is written 'first+second'; one of its members has no name")
+    if len(names) > 1 and " " in stack:
+        raise ValueError(f"a stack is written without spaces: '{''.join(stack.split())}'")
+    for name in names:
+        checked_name(name)
+    if len(names) > 1 and REFERENCE in names:
+        raise ValueError(f"'{REFERENCE}' has no place in a stack")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"'{twice}' is in the stack twice")
+    return stack
+
+
+def checked_device(device: str) -> str:
+    """``device``, if it is one.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if not _DEVICE.fullmatch(device):
+        raise ValueError("write cpu, cuda or cuda:0")
+    return device
+
+
+def members(stack: str) -> list[str]:
+    """The techniques of a stack in order."""
+    return stack.split("+")
+
+
+def parts(stack: str) -> list[str]:
+    """What a stack is compared with: all that its first members make, and each member alone.
+
+    ``a+b+c`` has the parts ``a``, ``a+b``, ``b`` and ``c``; a single technique has none.
+    """
+    names = members(stack)
+    prefixes = ["+".join(names[:count]) for count in range(1, len(names))]
+    return [*prefixes, *names[1:]] if prefixes else []
