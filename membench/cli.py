@@ -115,7 +115,7 @@ def _list(arguments: argparse.Namespace) -> int:
     if arguments.what is None or arguments.what in listing.KINDS:
         lines = listing.overview((arguments.what,) if arguments.what else listing.KINDS)
     elif is_suite(arguments.what):
-        lines = iter([case.id for case in load_suite(arguments.what).cases])
+        lines = (case.id for case in load_suite(arguments.what).cases)
     else:
         lines = listing.details(arguments.what)
     for line in lines:

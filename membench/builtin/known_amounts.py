@@ -22,7 +22,7 @@ class Ballast(Model):
     """A module of one tensor of known size: touched, never touched, or mapped from a file."""
 
     gives_logits: ClassVar[bool] = False
-    mib: int = Field(64, ge=1)
+    mib: int = Field(64, ge=1, le=1_048_576)
     kind: Literal["touched", "untouched", "mapped"] = "touched"
 
     def build(self, context: Context) -> nn.Module:
@@ -50,8 +50,8 @@ class Ballast(Model):
 class Burst(Workload):
     """Allocates and touches a known amount, in this process or in a child, holds it for a while and lets it go."""
 
-    mib: int = Field(300, ge=0)
-    hold_s: float = Field(0.001, ge=0)
+    mib: int = Field(300, ge=0, le=1_048_576)
+    hold_s: float = Field(0.001, ge=0, le=3600)
     in_child: bool = False
 
     def longest_sequence(self) -> int:

@@ -25,13 +25,13 @@ class Factory(Model):
     The function is called without arguments after torch's seed is set, in the folder the run was started in.
     """
 
-    function: str = Field(pattern=r"^[\w.]+:\w+$")
-    vocabulary_size: int = Field(256, ge=2)
+    function: str
+    vocabulary_size: int = Field(256, ge=2, le=16_777_216)
 
     def check(self) -> str | None:
         where, _, name = self.function.partition(":")
-        reason = _not_there(where, name)
-        return f"function = '{self.function}': {reason}" if reason else None
+        reason = _not_there(where, name) if where and name.isidentifier() else "write 'package.module:function'"
+        return f"function = {self.function!r}: {reason}" if reason else None
 
     def build(self, context: Context) -> nn.Module:
         import torch
@@ -70,7 +70,7 @@ def _not_there(where: str, name: str) -> str | None:
     for count, part in enumerate(parts, start=1):
         module, parent = ".".join(parts[:count]), ".".join(parts[: count - 1])
         if not part.isidentifier():
-            return f"'{where}' is no module's name"
+            return f"{where!r} is no module's name"
         if spec is not None and spec.submodule_search_locations is None:
             return f"there is no module '{module}': '{parent}' is no package"
         spec = _spec(module, None if spec is None else list(spec.submodule_search_locations or ()))

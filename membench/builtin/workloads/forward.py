@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class Forward(Workload):
     """One forward pass (prefill) over batch × sequence tokens, without gradients."""
 
-    batch_size: int = Field(1, ge=1)
-    sequence_length: int = Field(256, ge=1)
+    batch_size: int = Field(1, ge=1, le=65_536)
+    sequence_length: int = Field(256, ge=1, le=1_048_576)
 
     def longest_sequence(self) -> int:
         return self.sequence_length

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 class Generate(Workload):
     """Greedy generation with a key-value cache: parts prefill (time to first token) and decode."""
 
-    batch_size: int = Field(1, ge=1)
-    prompt_length: int = Field(128, ge=1)
-    new_tokens: int = Field(32, ge=2)
+    batch_size: int = Field(1, ge=1, le=65_536)
+    prompt_length: int = Field(128, ge=1, le=1_048_576)
+    new_tokens: int = Field(32, ge=2, le=1_048_576)
 
     def longest_sequence(self) -> int:
         return self.prompt_length + self.new_tokens

@@ -18,8 +18,8 @@ class Train(Workload):
     """Training steps (next-token loss): parts forward, backward and optimizer."""
 
     trains: ClassVar[bool] = True
-    batch_size: int = Field(2, ge=1)
-    sequence_length: int = Field(128, ge=2)
+    batch_size: int = Field(2, ge=1, le=65_536)
+    sequence_length: int = Field(128, ge=2, le=1_048_576)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(1e-4, gt=0)
 
