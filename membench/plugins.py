@@ -91,9 +91,13 @@ class TrainingStep:
     """The pieces of a training step, each replaceable by a technique.
 
     Attributes:
-        loss: of (module, batch of token ids (B, T)): the mean cross entropy of the next tokens, a scalar.
+        split: of a step's batch of token ids (B, T): the runs of its rows that forward and backward go through one
+            after the other, their gradients adding up.
+        loss: of (module, such rows): the mean cross entropy of their next tokens, a scalar.
+        backward: of the loss, weighted by the rows' share of the batch.
     """
 
+    split: Callable[[torch.Tensor], Sequence[torch.Tensor]]
     loss: Callable[[nn.Module, torch.Tensor], torch.Tensor]
     backward: Callable[[torch.Tensor], None]
     step: Callable[[], None]
@@ -168,6 +172,9 @@ class Technique(Options):
     applies_rest: ClassVar[bool] = False
     """``load`` returns the module as the later members of the stack make it; they are not applied again."""
 
+    needs_all_gradients: ClassVar[bool] = False
+    """Whether its step wants the gradients of all parameters at once: to add them up, to unscale or to clip them."""
+
     def check(self, setting: Setting) -> str | None:
         """What is wrong with the options for this model or workload (then the suite is refused), or ``None``."""
         return None
@@ -211,6 +218,10 @@ class Technique(Options):
     def generate_options(self, options: dict[str, Any], context: Context) -> dict[str, Any]:
         """Keyword arguments of the module's forward pass while generating."""
         return options
+
+    def remark(self, module: nn.Module, context: Context) -> str | None:
+        """What went wrong without an error, known once steps have run: a compiler fell back, say."""
+        return None
 
 
 class LayerWise(Technique):

@@ -33,8 +33,32 @@ def weight_bytes(module: nn.Module) -> int:
 
 
 def fingerprint(module: nn.Module) -> list[tuple[object, ...]]:
-    """What a technique would change if it did anything: modules, and the kind, shape and place of their tensors."""
+    """What a technique would change if it did anything.
+
+    Modules, their settings and their configuration's (which attention, whether activations are kept), and the kind,
+    shape and place of their tensors.
+    """
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    return [(name, type(child)) for name, child in module.named_modules()] + [
-        (name, type(t), t.dtype, tuple(t.shape), t.requires_grad, t._version) for name, t in tensors
+    modules = list(module.named_modules())
+    configurations = {id(child.config): child.config for _, child in modules if hasattr(child, "config")}
+    return [
+        *((name, type(child), _settings(child)) for name, child in modules),
+        *(("", type(configuration), _settings(configuration)) for configuration in configurations.values()),
+        *((name, type(t), t.dtype, tuple(t.shape), t.requires_grad, t._version) for name, t in tensors),
     ]
+
+
+def _settings(holder: object) -> int:
+    """A hash of an object's plain attributes, of how many hooks and parts it has, and of what kind the others are.
+
+    Whether it is in training mode is left out: the workload settles that.
+    """
+    kept: list[tuple[str, object]] = []
+    for name, value in getattr(holder, "__dict__", {}).items():
+        if name == "training":
+            continue
+        if isinstance(value, bool | int | float | str):
+            kept.append((name, value))
+        else:
+            kept.append((name, len(value) if isinstance(value, dict) else type(value)))
+    return hash(tuple(kept))

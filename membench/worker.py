@@ -121,6 +121,9 @@ def _measure(request: dict[str, Any], meter: Meter) -> None:
         peaks = _peaks_of_parts(run, meter.on_gpu, pinned)
         result["breakdown_bytes"] = watch.breakdown(peaks)
         result["peak_part"] = max(peaks, key=lambda part: peaks[part], default=None)
+    for name, technique in zip(case.names, case.techniques, strict=True):
+        if remark := technique.remark(module, case.context):
+            result["remarks"].append(f"'{name}' {remark}")
     allocator.unpin()
     with meter.phase("time", "default") as timed:
         timed["steps"] = settings["warmup_steps"] + settings["measured_steps"]

@@ -41,6 +41,7 @@ class Train(Workload):
             optimizer = technique.optimizer(optimizer, module, context)
         context.inventory["optimizer"] = lambda: optimizer.state
         pieces = TrainingStep(
+            lambda batch: [batch],
             next_token_loss,
             lambda value: value.backward(),
             lambda: optimizer.step(),
@@ -53,13 +54,17 @@ class Train(Workload):
             # Gradients are dropped first, so that what is held after a step is what training holds: all of it.
             pieces.zero_grad()
             batch = tokens(self.tokens_per_step()).view(self.batch_size, self.sequence_length).to(context.device)
-            with context.part("forward"), stepping(techniques, context):
-                value = pieces.loss(module, batch)
-            with context.part("backward"):
-                pieces.backward(value)
+            whole = torch.zeros((), device=context.device)
+            for rows in pieces.split(batch):
+                share = len(rows) / len(batch)
+                with context.part("forward"), stepping(techniques, context):
+                    value = pieces.loss(module, rows) * share
+                with context.part("backward"):
+                    pieces.backward(value)
+                whole += value.detach()
             with context.part("optimizer"):
                 pieces.step()
-            return value.detach()
+            return whole
 
         return step
 
