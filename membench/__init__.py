@@ -1,6 +1,7 @@
 """Measure what memory-saving techniques for language models really save, and what they cost.
 
-``load_suite`` reads a suite, ``run`` measures it, ``read_run`` reads what was kept. Nothing here imports torch.
+``load_suite`` reads a suite, ``run`` measures it, ``read_run`` reads what was kept; whatever a user can set right is
+raised as a ``MembenchError``, in one line. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -9,17 +10,39 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from membench.session import run
-    from membench.store import Run, read_run
+    from membench.errors import MembenchError, PluginError, ResultsError, SuiteError
+    from membench.record import Record
+    from membench.session import resumable, run
+    from membench.store import Run, newest_run, read_run
     from membench.suite import Suite, load_suite
 
-__all__ = ["Run", "Suite", "load_suite", "read_run", "run"]
+__all__ = [
+    "MembenchError",
+    "PluginError",
+    "Record",
+    "ResultsError",
+    "Run",
+    "Suite",
+    "SuiteError",
+    "load_suite",
+    "newest_run",
+    "read_run",
+    "resumable",
+    "run",
+]
 
 _HOMES = {
+    "MembenchError": "membench.errors",
+    "PluginError": "membench.errors",
+    "ResultsError": "membench.errors",
+    "SuiteError": "membench.errors",
+    "Record": "membench.record",
     "Run": "membench.store",
+    "newest_run": "membench.store",
     "read_run": "membench.store",
     "Suite": "membench.suite",
     "load_suite": "membench.suite",
+    "resumable": "membench.session",
     "run": "membench.session",
 }
 

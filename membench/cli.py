@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
+import importlib.metadata
+import shlex
 import shutil
-import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from membench.errors import EXIT_CASES_FAILED, EXIT_INTERRUPTED, EXIT_OK, MembenchError
+from membench import console
+from membench.errors import EXIT_CASES_FAILED, EXIT_INTERRUPTED, EXIT_OK, MembenchError, ResultsError
+
+if TYPE_CHECKING:
+    from membench import Run, Suite
+
+# Whatever reads these must find nothing else in the output.
+_FOR_MACHINES = ("csv", "json", "latex", "html")
+_RESULTS = Path("results")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="membench", description="Measure what memory-saving techniques really save.")
+    version = importlib.metadata.version("membench")
+    parser.add_argument("--version", action="version", version=f"membench {version}")
     verbs = parser.add_subparsers(dest="verb", required=True)
     formats = ("simple", "github", "csv", "json", "latex", "html", "plain", "grid")
 
@@ -23,10 +34,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("suite", nargs="+", help="a suite's name or path")
     run.add_argument("-k", dest="expression", help="only cases whose id fits, such as 'int8 and not train'")
     run.add_argument("--device", action="append", help="in place of the suite's devices: cpu, cuda, cuda:0")
-    run.add_argument("--resume", action="store_true", help="go on with the newest run of this suite")
-    run.add_argument("--output", type=Path, default=Path("results"), help="folder of the run's file")
+    run.add_argument("--resume", action="store_true", help="go on with the newest run of the suite")
+    run.add_argument("--output", type=Path, default=_RESULTS, help="folder of the run's file")
     run.add_argument("--dry-run", action="store_true", help="print the cases and measure nothing")
-    run.add_argument("--format", choices=formats, default="simple")
+    run.add_argument("--format", choices=formats, default=formats[0])
     run.set_defaults(do=_run)
 
     listing = verbs.add_parser("list", help="what there is: models, techniques, workloads, suites, a suite's cases")
@@ -40,15 +51,15 @@ def _parser() -> argparse.ArgumentParser:
 
     show = verbs.add_parser("show", help="the table of a run, the newest if none is named")
     show.add_argument("run", nargs="?", type=Path)
-    show.add_argument("--output", type=Path, default=Path("results"), help="folder to look for the newest run in")
+    show.add_argument("--output", type=Path, default=_RESULTS, help="folder to look for the newest run in")
     show.add_argument("--phases", action="store_true", help="what each phase of each case took")
     show.add_argument("-k", dest="expression", help="only cases whose id fits, such as 'int8 and not train'")
-    show.add_argument("--format", choices=formats, default="simple")
+    show.add_argument("--format", choices=formats, default=formats[0])
     show.set_defaults(do=_show)
 
     doctor = verbs.add_parser("doctor", help="prove on known amounts what can be measured on this machine")
     doctor.add_argument("--full", action="store_true", help="also measure what the harness promises (some minutes)")
-    doctor.add_argument("--format", choices=formats[:2], default="simple")
+    doctor.add_argument("--format", choices=formats[:2], default=formats[0])
     doctor.set_defaults(do=_doctor)
     return parser
 
@@ -62,49 +73,99 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     import membench
     from membench import selection
-    from membench.progress import Display
-    from membench.session import dry_run
 
-    suites = [membench.load_suite(name, arguments.device) for name in arguments.suite]
     keep = selection.parse(arguments.expression) if arguments.expression else lambda _: True
-    planned = dry_run(suites, keep)
-    if not planned:
+    # What is typed and what it stands for; a suite of which -k leaves nothing is left out.
+    chosen: dict[str, Suite] = {}
+    for name in arguments.suite:
+        suite = membench.load_suite(name, arguments.device)
+        if suite.select(keep):
+            chosen[name] = suite
+        else:
+            print(f"membench: {name} is left out: -k '{arguments.expression}' fits none of its cases", file=sys.stderr)
+    if not chosen:
         raise MembenchError(f"-k '{arguments.expression}' fits no case; 'membench list SUITE' names them")
     if arguments.dry_run:
-        print("\n".join(case.id for case in planned))
+        print("\n".join(case.id for suite in chosen.values() for case in suite.select(keep)))
         return EXIT_OK
     from rich.console import Console
 
-    code = EXIT_OK
-    for suite in suites:
-        try:
-            with Display(Console(stderr=True)) as display:
-                run = membench.run(suite, keep=keep, output=arguments.output, resume=arguments.resume, tell=display)
-        except KeyboardInterrupt:
-            print(
-                f"interrupted; what is done is kept. To go on: membench run {suite.path} --resume"
-                f" --output {arguments.output}",
-                file=sys.stderr,
-            )
-            return EXIT_INTERRUPTED
-        _print(run, arguments.format)
-        if any(record.broken_limits or record.status not in ("ok", "skipped") for record in run.records):
-            code = EXIT_CASES_FAILED
+    from membench.progress import Display
+
+    resumed = _resumed(list(chosen.values()), arguments.output) if arguments.resume else [False] * len(chosen)
+    code, left, has_begun = EXIT_OK, list(chosen), False
+    try:
+        for suite, resume in zip(chosen.values(), resumed, strict=True):
+            # The library takes FORCE_COLOR for a terminal, which a log in a file is not.
+            with Display(Console(stderr=True, force_terminal=sys.stderr.isatty())) as display:
+
+                def tell(event: str, details: Mapping[str, Any], display: Display = display) -> None:
+                    nonlocal has_begun
+                    has_begun = has_begun or event == "start"
+                    display(event, details)
+
+                run = membench.run(suite, keep=keep, output=arguments.output, resume=resume, tell=tell)
+            _print(run, arguments.format)
+            if any(record.broken_limits or record.status not in ("ok", "skipped") for record in run.records):
+                code = EXIT_CASES_FAILED
+            left, has_begun = left[1:], False
+    except KeyboardInterrupt:
+        if not left:
+            raise
+        command = _command(arguments, left, has_begun or bool(resumed[len(chosen) - len(left)]))
+        print(f"interrupted; what is done is kept. To go on: {command}", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return code
 
 
-def _print(run: object, form: str) -> None:
-    from membench.report import text
-    from membench.store import Run
+def _resumed(suites: Sequence[Suite], output: Path) -> list[bool | Path]:
+    """The run to go on with of each suite; ``False`` for one that is to be begun.
 
-    assert isinstance(run, Run)
+    A command takes its suites in order: one that it had begun is of a later time than the first.
+    """
+    import membench
+
+    first = membench.resumable(suites[0], output)
+    if first is None:
+        raise ResultsError(f"{output}: no run of suite '{suites[0].name}' there to go on with")
+    since = membench.read_run(first).header.get("started_at", "")
+    return [first, *(membench.resumable(suite, output, since) or False for suite in suites[1:])]
+
+
+def _command(arguments: argparse.Namespace, suites: Sequence[str], resume: bool) -> str:
+    """The command that does what is left of this one."""
+    is_on_path = Path(sys.argv[0]).name == "membench"
+    words = ["membench"] if is_on_path else [sys.executable, "-m", "membench"]
+    words += ["run", *suites]
+    if arguments.expression:
+        words += ["-k", arguments.expression]
+    for device in arguments.device or ():
+        words += ["--device", device]
+    if resume:
+        words.append("--resume")
+    if arguments.output != _RESULTS:
+        words += ["--output", str(arguments.output)]
+    if arguments.format != "simple":
+        words += ["--format", arguments.format]
+    return shlex.join(words)
+
+
+def _print(run: Run, form: str) -> None:
+    from membench.report import text
+
     # In a terminal a table must fit; whatever reads a pipe or a Markdown table wants whole rows.
     fits = sys.stdout.isatty() and form in ("simple", "plain", "grid")
     print(text.comparison(run.records, form, shutil.get_terminal_size().columns if fits else None))
-    if form not in ("csv", "json"):
+    if form not in _FOR_MACHINES:
         print()
-        for line in (*text.remarks(run.records), *text.verdicts(run.records), f"kept in {run.path}"):
-            print(line)
+    for line in (*text.remarks(run.records), *text.verdicts(run.records), *_nothing(run), f"kept in {run.path}"):
+        print(line, file=sys.stderr if form in _FOR_MACHINES else sys.stdout)
+
+
+def _nothing(run: Run) -> list[str]:
+    if any(record.status != "skipped" for record in run.records):
+        return []
+    return ["nothing was measured: " + ("every case was skipped" if run.records else "no case was begun")]
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -127,12 +188,13 @@ def _show(arguments: argparse.Namespace) -> int:
     import membench
     from membench import selection
     from membench.report import text
-    from membench.store import newest_run
 
-    run = membench.read_run(arguments.run or newest_run(arguments.output))
+    run = membench.read_run(arguments.run or membench.newest_run(arguments.output))
     if arguments.expression:
         keep = selection.parse(arguments.expression)
         run = dataclasses.replace(run, records=tuple(record for record in run.records if keep(record.id)))
+        if not run.records:
+            raise MembenchError(f"-k '{arguments.expression}' fits no case in {run.path}")
     if arguments.phases:
         print(text.phases(run.records, arguments.format))
     else:
@@ -140,27 +202,15 @@ def _show(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _interrupt(signal_number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; its exit code: 0 fine, 1 a case failed or broke a limit, 2 bad input, 130 interrupted."""
-    arguments = _parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
+
+    def work() -> int:
+        arguments = _parser().parse_args(argv)
         code: int = arguments.do(arguments)
-    except MembenchError as error:
-        print(f"membench: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("membench: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read the output has left; what was measured is kept.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
-    return code
+        return code
+
+    return console.main(work)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """A clean process that has imported what cases need and forks one worker at a time.
 
 It speaks JSON, a message a packet, over the socket on its standard input. It watches that socket: when the runner
-dies, however it dies, the worker and all its descendants are killed and the scratch folder is removed.
+dies, however it dies, the worker and all its descendants are killed and the scratch folder, which the runner made, is
+removed.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import traceback
+from pathlib import Path
 
-from membench import allocator, procfs
+from membench import allocator, procfs, scratch
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _WORKER_FAILED = 70
@@ -92,9 +93,9 @@ def _spawn_worker(request: dict[str, object], pipe: int, output: int) -> int:
 
 
 class _Server:
-    def __init__(self, server: socket.socket, scratch: str) -> None:
+    def __init__(self, server: socket.socket, folder: Path) -> None:
         self._server = server
-        self._scratch = scratch
+        self._folder = folder
         self._worker = 0
         # A pipe turns the signal of a dead child into something that select sees.
         self._wake, wake_end = os.pipe()
@@ -121,8 +122,7 @@ class _Server:
                 if ended[0] == self._worker:
                     self._worker = 0
                     _kill_descendants()
-                    shutil.rmtree(self._scratch, ignore_errors=True)
-                    os.makedirs(self._scratch, exist_ok=True)
+                    scratch.empty(self._folder)
                     self._tell(exited=ended[1])
 
     def _obey(self) -> bool:
@@ -135,7 +135,7 @@ class _Server:
             if self._worker:
                 _kill([*procfs.children(self._worker), self._worker])
             return True
-        request["scratch"] = self._scratch
+        request["scratch"] = str(self._folder)
         pipe, output = descriptors
         if request["isolation"] == "spawn":
             self._worker = _spawn_worker(request, pipe, output)
@@ -147,8 +147,12 @@ class _Server:
         return True
 
 
-def serve(preload: list[str]) -> None:
-    """Import ``preload``, then serve requests until the runner closes the socket."""
+def serve(folder: Path, preload: list[str]) -> None:
+    """Import ``preload``, then serve requests until the runner closes the socket.
+
+    Args:
+        folder: the workers' scratch folder; emptied after each, removed at the end.
+    """
     server = socket.socket(fileno=os.dup(0))
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     for name in preload:
@@ -157,15 +161,14 @@ def serve(preload: list[str]) -> None:
             importlib.import_module(name)
     allocator.settle()
     gc.freeze()
-    scratch = tempfile.mkdtemp(prefix="membench-")
     try:
-        _Server(server, scratch).serve()
+        _Server(server, folder).serve()
     except (BrokenPipeError, ConnectionResetError):
         pass
     finally:
         _kill_descendants()
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1:])
+    serve(Path(sys.argv[1]), sys.argv[2:])

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import select
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from membench import environment
 from membench.errors import MembenchError
+from membench.scratch import Scratch
 
 _START_TIMEOUT_S = 300
 _ANSWER_TIMEOUT_S = 60
+_END_TIMEOUT_S = 5
 _LARGEST_MESSAGE_BYTES = 65536
 
 
@@ -24,21 +31,34 @@ class NurseryLost(MembenchError):
 
 
 class Nursery:
-    """A fork server and the socket to it. It starts importing at once; ``wait_until_ready`` waits for it."""
+    """A fork server and the socket to it. It starts importing at once; ``wait_until_ready`` waits for it.
+
+    Raises:
+        MembenchError: if there is no room for the workers' files.
+        NurseryLost: if the fork server cannot be started.
+    """
 
     def __init__(self, preload: Sequence[str], threads: int) -> None:
+        self._scratch = Scratch()
         # Packets, so that two messages never run together.
         self._socket, child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115, closed with the nursery
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "membench.forkserver", *preload],
-            stdin=child.fileno(),
-            stdout=subprocess.DEVNULL,
-            stderr=self._errors,
-            env=environment.worker_environment(threads),
-            start_new_session=True,  # a Ctrl-C in the terminal is for the runner alone
-        )
-        child.close()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "membench.forkserver", str(self._scratch.path), *preload],
+                stdin=child.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=self._errors,
+                env=environment.worker_environment(threads),
+                start_new_session=True,  # a Ctrl-C in the terminal is for the runner alone
+            )
+        except OSError as error:
+            self._socket.close()
+            self._errors.close()
+            self._scratch.remove()
+            raise NurseryLost(f"the fork server cannot be started: {error.strerror}") from None
+        finally:
+            child.close()
         self._ready = False
 
     def wait_until_ready(self) -> None:
@@ -88,11 +108,36 @@ class Nursery:
             self._socket.sendall(b'{"kill": true}')
 
     def close(self) -> None:
-        """End the fork server, and with it whatever still runs."""
+        """End the fork server, and with it whatever still runs; remove the workers' files."""
         self._socket.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(5)
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
+        pid = self._process.pid
+        # It is not reaped before the end: as long as its id is taken, no other process can get it.
+        with open(os.pidfd_open(pid), "rb", buffering=0) as ended:
+            # One that is still importing hears nothing, and has nothing to put away.
+            if not select.select([ended], [], [], _END_TIMEOUT_S if self._ready else 0)[0]:
+                _kill(pid)
+        # A fork server that was killed has left its workers' children behind.
+        deadline = time.monotonic() + _END_TIMEOUT_S
+        while (left := _in_session(pid)) and time.monotonic() < deadline:
+            for member in left:
+                _kill(member)
+            time.sleep(0.002)
+        self._process.wait()
         self._errors.close()
+        self._scratch.remove()
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _in_session(leader: int) -> list[int]:
+    """The living processes of a leader's session or process group."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            state, _, group, session = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:4]
+            if leader in (int(group), int(session)) and state not in "ZX":
+                found.append(int(pid))
+    return found

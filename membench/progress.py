@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, ConsoleOptions
+from rich.live import Live
+from rich.text import Text
 
 from membench.units import format_bytes, format_seconds
 
 _REFRESH_S = 0.5
+_PLAIN_EVERY_S = 10
+_BAR_WIDTH = 20
 
 
 class Display:
@@ -19,40 +23,117 @@ class Display:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(),
-            TimeElapsedColumn(), TimeRemainingColumn(),
-            console=console, auto_refresh=False, transient=True, disable=not console.is_terminal,
-        )  # fmt: skip
-        self._task = self._progress.add_task("starting", total=None)
-        self._case, self._phase, self._peak_bytes, self._drawn_at = "", "", 0, 0.0
+        self._is_live = console.is_terminal and not console.is_dumb_terminal
+        self._live = Live(self, console=console, auto_refresh=False, transient=True)
+        self._began_at = self._drawn_at = self._said_at = time.monotonic()
+        self._doing = "starting"
+        self._case: str | None = None
+        self._case_began_at = 0.0
+        self._number, self._of = 0, 0
+        self._phase: str | None = None
+        self._baseline_bytes: int | None = None
+        self._peak_bytes: int | None = None
+        self._work: tuple[int, int] | None = None
+        self._work_began_at = 0.0
+        self._durations_s: list[float] = []
 
     def __enter__(self) -> Display:
-        self._progress.start()
+        if self._is_live:
+            self._live.start(refresh=True)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        self._live.stop()
 
     def __call__(self, event: str, details: Mapping[str, Any]) -> None:
+        now = time.monotonic()
         match event:
+            case "start":
+                self._of = details["of"]
             case "case":
-                self._case, self._phase, self._peak_bytes = details["id"], "starting", 0
-                self._progress.update(self._task, completed=details["number"] - 1, total=details["of"])
-            case "phase":
-                self._phase = details["phase"]
-            case "memory":
-                self._peak_bytes = max(self._peak_bytes, details["bytes"])
+                self._case, self._case_began_at = details["id"], now
+                self._number, self._of = details["number"], details["of"]
+                self._phase = self._work = self._baseline_bytes = self._peak_bytes = None
             case "progress":
-                self._case, self._phase = details["what"], ""
-                self._progress.update(self._task, completed=details["done"], total=details["total"])
-                if not self._console.is_terminal and details["done"] % 200 == 0:
-                    self._console.print(f"{details['what']} {details['done']}/{details['total']}", highlight=False)
+                if self._work is None:
+                    self._work_began_at = self._said_at = now
+                self._doing, self._work = details["what"], (details["done"], details["total"])
+                if not self._is_live and now - self._said_at > _PLAIN_EVERY_S:
+                    self._said_at = now
+                    self._print(f"{details['what']} {details['done']}/{details['total']}")
+            case "baseline":
+                self._baseline_bytes, self._peak_bytes = details["bytes"], 0
+            case "phase":
+                self._phase, self._work = details["phase"], None
+            case "memory":
+                if self._baseline_bytes is not None:
+                    held_bytes = details["bytes"] - self._baseline_bytes
+                    self._peak_bytes = max(self._peak_bytes or 0, held_bytes)
             case "record":
-                line = f"{details['status']:<14} {details['id']}  {format_seconds(details['duration_s'])}"
-                self._console.print(line, highlight=False, soft_wrap=True)
+                self._durations_s.append(details["duration_s"])
+                self._print(f"{details['status']:<14} {details['id']}  {format_seconds(details['duration_s'])}")
         # Nothing is drawn while steps are timed: it would take their cores.
-        if self._console.is_terminal and self._phase != "time" and time.monotonic() - self._drawn_at > _REFRESH_S:
-            self._drawn_at = time.monotonic()
-            text = f"{self._case} · {self._phase} · {format_bytes(self._peak_bytes)}" if self._phase else self._case
-            self._progress.update(self._task, description=text, refresh=True)
+        is_news = event in ("start", "case", "phase", "record")
+        if self._is_live and (is_news or (self._phase != "time" and now - self._drawn_at > _REFRESH_S)):
+            self._drawn_at = now
+            self._live.refresh()
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        yield Text(self.line(options.max_width), no_wrap=True, overflow="crop")
+
+    def line(self, width: int) -> str:
+        """What is shown, in so many characters: if they are few the bar goes first, then the time gone by, then the
+        middle of the case's name.
+        """
+        now = time.monotonic()
+        name = self._doing if self._work or not self._case else self._case
+        facts = []
+        if self._work:
+            done, total = self._work
+            left_s = (now - self._work_began_at) / done * (total - done) if done else None
+        else:
+            done, total = max(0, self._number - 1), self._of
+            left_s = self._left_s(now)
+            if self._case:
+                facts.append(self._phase or "starting")
+            if self._peak_bytes is not None:
+                # On a GPU this is the lesser part: what the process holds of the machine's own memory.
+                of_host = " of host" if self._case and "/cuda" in self._case else ""
+                facts.append(format_bytes(self._peak_bytes) + of_host)
+        if total:
+            facts.append(f"{done}/{total}")
+        facts.append(f"left {_clock(left_s) if left_s is not None else '?'}")
+        gone = _clock(now - self._began_at)
+        share = done / total if total else 0.0
+        bar = "━" * round(share * _BAR_WIDTH) + "─" * (_BAR_WIDTH - round(share * _BAR_WIDTH))
+        for optional in ([gone, bar], [gone], []):
+            shown = " · ".join([name, *facts, *optional])
+            if len(shown) <= width:
+                return shown
+        room = width - len(" · ".join(["", *facts]))
+        return " · ".join([_shortened(name, max(room, 1)), *facts])
+
+    def _left_s(self, now: float) -> float | None:
+        """An estimate from the cases that are done; ``None`` before the first."""
+        if not self._durations_s:
+            return None
+        typical_s = statistics.fmean(self._durations_s)
+        this_s = max(0.0, typical_s - (now - self._case_began_at))
+        return this_s + typical_s * (self._of - self._number)
+
+
+def _shortened(name: str, width: int) -> str:
+    """A name without its middle, in so many characters."""
+    if len(name) <= width:
+        return name
+    tail = (width - 1) // 2
+    return name[: width - 1 - tail] + "…" + name[len(name) - tail :]
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

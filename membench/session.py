@@ -1,18 +1,17 @@
-"""A whole run: the cases of some suites, in order, into one file."""
+"""A whole run: the cases of a suite, in order, into one file."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from membench import environment
 from membench.errors import ResultsError
-from membench.record import Case
 from membench.runner import Runner
-from membench.store import Run, RunFile, drop_torn_line, newest_run, read_run
+from membench.store import Run, RunFile, find_run, read_run
 from membench.suite import Suite
 
 
@@ -21,16 +20,12 @@ def silent(event: str, details: Mapping[str, Any]) -> None:
     del event, details
 
 
-def _fingerprint(suite: Suite) -> str:
-    return hashlib.sha256(suite.text.encode()).hexdigest()
-
-
 def run(
     suite: Suite,
     *,
     keep: Callable[[str], bool] = lambda _: True,
     output: str | Path = "results",
-    resume: bool = False,
+    resume: bool | Path = False,
     tell: Callable[[str, Mapping[str, Any]], None] = silent,
 ) -> Run:
     """Run a suite's cases and keep a record of each.
@@ -39,56 +34,102 @@ def run(
         suite: what ``load_suite`` returned.
         keep: says which case ids to run; the references that they need are kept too.
         output: the folder for the run's file.
-        resume: go on with the newest run of this suite in that folder.
-        tell: hears what happens: ``case``, ``phase``, ``memory``, ``progress``, ``record``.
+        resume: go on with a run: the newest of this suite in that folder, or the one whose file is given.
+        tell: hears what happens, as a name and details. It is called between two looks at the measured process, so it
+            should be quick:
+
+            ========  ==========================================================================================
+            start     ``path`` of the run's file, ``of``: how many cases are to be measured
+            case      ``id``, ``number`` (from 1), ``of``: a case begins
+            progress  ``what``, ``done``, ``total``: a model is made ready, once, before its first case
+            baseline  ``bytes`` resident in the worker before anything of the case; figures count from there
+            phase     ``phase``: one begins
+            memory    ``bytes`` resident in the worker and its children now, the baseline included
+            record    ``id``, ``status``, ``duration_s``: a case has ended and its record is on the disk
+            ========  ==========================================================================================
 
     Raises:
-        ResultsError: if there is nothing to resume, the suite has changed since, or the machine is another.
+        ResultsError: if there is nothing to resume, the suite, its devices or the machine have changed since, or the
+            run's file cannot be written; the records written before are kept.
     """
     cases = suite.select(keep)
-    folder = Path(output)
-    machine = environment.describe(suite.settings.threads or environment.usable_cores())
+    machine = _machine(suite)
+    with _file(suite, Path(output), resume, machine) as file:
+        done = {(record.id, record.repeat) for record in read_run(file.path).records}
+        todo = [(case, r) for r in range(suite.settings.repeats) for case in cases if (case.id, r) not in done]
+        tell("start", {"path": str(file.path), "of": len(todo)})
+        with Runner(cases, suite.settings, file.path.with_suffix(".references"), tell, machine) as runner:
+            prepared: dict[str, str | None] = {}
+            for number, (case, repeat) in enumerate(todo, 1):
+                tell("case", {"id": case.id, "number": number, "of": len(todo)})
+                if case.model not in prepared:
+                    prepared[case.model] = runner.prepare(case)
+                record = runner.run_case(case, repeat, suite.limits, prepared[case.model])
+                file.append(record)
+                tell("record", {"id": case.id, "status": record.status, "duration_s": record.duration_s})
+    return read_run(file.path)
+
+
+def resumable(suite: Suite, output: str | Path, since: str = "") -> Path | None:
+    """The newest run of a suite in a folder, begun at ``since`` (ISO, UTC) or later; ``None`` if there is none.
+
+    Raises:
+        ResultsError: if what would be measured now does not belong into it.
+    """
+    found = find_run(Path(output), suite.name, since)
+    if found is not None:
+        _refuse_what_differs(found, suite, _machine(suite))
+    return found
+
+
+def _machine(suite: Suite) -> dict[str, Any]:
+    threads = suite.settings.threads or environment.usable_cores()
+    return environment.describe(threads, with_gpus=any(case.device.startswith("cuda") for case in suite.cases))
+
+
+def _file(suite: Suite, folder: Path, resume: bool | Path, machine: Mapping[str, Any]) -> RunFile:
     if resume:
-        path = newest_run(folder, suite.name)
-        drop_torn_line(path)
-        header = read_run(path).header
-        if header["suite"] != suite.name or header["suite_sha256"] != _fingerprint(suite):
-            raise ResultsError(
-                f"{path}: its suite '{header['suite']}' is not '{suite.name}' as it is now; run it afresh"
-            )
-        unlike = environment.differences(header["machine"], machine)
-        if unlike:
-            raise ResultsError(f"{path}: began on a machine of another {unlike[0]}; figures of two do not go together")
-        file = RunFile(path)
-    else:
-        started = datetime.now(UTC)
-        path = folder / f"{suite.name}-{started:%Y%m%dT%H%M%S%fZ}.jsonl"
-        file = RunFile.create(
-            path,
-            {
-                "run": path.stem,
-                "suite": suite.name,
-                "suite_sha256": _fingerprint(suite),
-                "suite_text": suite.text,
-                "machine": machine,
-                "started_at": started.isoformat(timespec="seconds"),
-            },
+        path = find_run(folder, suite.name) if resume is True else resume
+        if path is None:
+            raise ResultsError(f"{folder}: no run of suite '{suite.name}' there to go on with")
+        _refuse_what_differs(path, suite, machine)
+        return RunFile.reopen(path)
+    started = datetime.now(UTC)
+    path = folder / f"{suite.name}-{started:%Y%m%dT%H%M%S%fZ}.jsonl"
+    return RunFile.create(
+        path,
+        {
+            "run": path.stem,
+            "suite": suite.name,
+            "suite_sha256": _fingerprint(suite),
+            "suite_text": suite.text,
+            "devices": _devices(suite),
+            "machine": machine,
+            "started_at": started.isoformat(timespec="microseconds"),
+        },
+    )
+
+
+def _refuse_what_differs(path: Path, suite: Suite, machine: Mapping[str, Any]) -> None:
+    header = read_run(path).header
+    if header.get("suite") != suite.name or header.get("suite_sha256") != _fingerprint(suite):
+        raise ResultsError(
+            f"{path}: its suite '{header.get('suite')}' is not '{suite.name}' as it is now; run it afresh"
         )
-    tell("start", {"path": str(path)})
-    done = {(record.id, record.repeat) for record in read_run(path).records}
-    todo = [(case, r) for r in range(suite.settings.repeats) for case in cases if (case.id, r) not in done]
-    with Runner(cases, suite.settings, path.with_suffix(".references"), tell) as runner:
-        prepared: dict[str, str | None] = {}
-        for number, (case, repeat) in enumerate(todo):
-            tell("case", {"id": case.id, "number": number + 1, "of": len(todo)})
-            if case.model not in prepared:
-                prepared[case.model] = runner.prepare(case)
-            record = runner.run_case(case, repeat, suite.limits, prepared[case.model])
-            file.append(record)
-            tell("record", {"id": case.id, "status": record.status, "duration_s": record.duration_s})
-    return read_run(path)
+    devices = header.get("devices", _devices(suite))
+    if devices != _devices(suite):
+        raise ResultsError(
+            f"{path}: is a run on {' and '.join(devices)}, not on {' and '.join(_devices(suite))};"
+            " give the same --device, or run it afresh"
+        )
+    unlike = environment.differences(header.get("machine", {}), machine)
+    if unlike:
+        raise ResultsError(f"{path}: began on another machine ({unlike[0]}); figures of two do not go together")
 
 
-def dry_run(suites: Sequence[Suite], keep: Callable[[str], bool]) -> list[Case]:
-    """The cases that a run would measure, in order."""
-    return [case for suite in suites for case in suite.select(keep)]
+def _fingerprint(suite: Suite) -> str:
+    return hashlib.sha256(suite.text.encode()).hexdigest()
+
+
+def _devices(suite: Suite) -> list[str]:
+    return list(dict.fromkeys(case.device for case in suite.cases))

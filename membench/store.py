@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from membench.errors import ResultsError
@@ -23,38 +27,98 @@ class Run:
 
 
 class RunFile:
-    """Appends records to a run's file."""
+    """Appends records to a run's file, which no other runner may write to meanwhile. Use as a context manager."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, flags: int) -> None:
+        """Open the file, and lock it.
+
+        Raises:
+            ResultsError: if it cannot be written to, or another runner does so now.
+        """
         self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o666)
+        except OSError as error:
+            raise ResultsError(f"{path}: cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._close()
+            raise ResultsError(f"{path}: another run is writing to it") from None
+        except OSError as error:
+            # Some network file systems know no locks; a run there is as safe as its user is careful.
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                self._close()
+                raise ResultsError(f"{path}: cannot be locked: {error.strerror}") from None
 
     @classmethod
     def create(cls, path: Path, header: dict[str, Any]) -> RunFile:
+        """Begin a run's file.
+
+        Raises:
+            ResultsError: if the header cannot be written; no file is left then.
+        """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ResultsError(f"{path.parent}: no folder for results: {error.strerror}") from None
-        created = cls(path)
-        created._write({"schema": SCHEMA_VERSION, **header})
+        created = cls(path, os.O_CREAT | os.O_EXCL)
+        try:
+            created._write({"schema": SCHEMA_VERSION, **header})
+        except ResultsError:
+            created._close()
+            path.unlink(missing_ok=True)
+            raise
         return created
 
+    @classmethod
+    def reopen(cls, path: Path) -> RunFile:
+        """Go on with a run's file; a last line that a kill left half written is cut off.
+
+        Raises:
+            ResultsError: if it cannot be written to, or another runner does so now.
+        """
+        reopened = cls(path, 0)
+        try:
+            content = path.read_bytes()
+            if not content.endswith(b"\n"):
+                os.truncate(reopened._descriptor, content.rfind(b"\n") + 1)
+        except OSError as error:
+            reopened._close()
+            raise ResultsError(f"{path}: cannot be mended: {error.strerror}") from None
+        return reopened
+
+    def __enter__(self) -> RunFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._close()
+
     def append(self, record: Record) -> None:
-        """Write a record and wait until it is on the disk."""
-        self._write(dataclasses.asdict(record))
+        """Write a record and wait until it is on the disk.
+
+        Raises:
+            ResultsError: if that fails; the file then ends with the record before.
+        """
+        try:
+            self._write(dataclasses.asdict(record))
+        except ResultsError as error:
+            raise ResultsError(f"{error}; what was finished before is kept") from None
+
+    def _close(self) -> None:
+        os.close(self._descriptor)
 
     def _write(self, entry: dict[str, Any]) -> None:
-        line = json.dumps(entry, allow_nan=False, separators=(",", ":")).encode() + b"\n"
-        with open(self.path, "ab") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def drop_torn_line(path: Path) -> None:
-    """Cut off a last line that a kill left half written."""
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
+        line = memoryview(json.dumps(entry, allow_nan=False, separators=(",", ":")).encode() + b"\n")
+        before = os.lseek(self._descriptor, 0, os.SEEK_END)
+        try:
+            while line:
+                line = line[os.write(self._descriptor, line) :]
+            os.fsync(self._descriptor)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self._descriptor, before)
+            raise ResultsError(f"{self.path}: cannot be written: {error.strerror}") from None
 
 
 def read_run(path: str | Path) -> Run:
@@ -94,13 +158,37 @@ def _record(entry: dict[str, Any]) -> Record:
     return Record(**{"notes": (), **fields})
 
 
-def newest_run(folder: Path, suite: str = "*") -> Path:
-    """The run written last in a folder, of one suite or of any.
+def newest_run(folder: str | Path) -> Path:
+    """The run written last in a folder.
 
     Raises:
         ResultsError: if there is none.
     """
-    runs = sorted(folder.glob(f"{suite}-*.jsonl" if suite != "*" else "*.jsonl"), key=lambda path: path.stat().st_mtime)
-    if not runs:
+    found = find_run(Path(folder))
+    if found is None:
         raise ResultsError(f"{folder}: no run there; 'membench run quickstart' makes one")
-    return runs[-1]
+    return found
+
+
+def find_run(folder: Path, suite: str | None = None, since: str = "") -> Path | None:
+    """The run written last in a folder, of one suite or of any, and begun at ``since`` (ISO, UTC) or later."""
+    newest: tuple[int, Path] | None = None
+    for path in sorted(folder.glob("*.jsonl")):
+        header = _header(path)
+        if header is None or suite not in (None, header.get("suite")) or header.get("started_at", "") < since:
+            continue
+        with contextlib.suppress(OSError):  # removed meanwhile
+            written_at = path.stat().st_mtime_ns
+            if newest is None or written_at >= newest[0]:
+                newest = written_at, path
+    return newest[1] if newest else None
+
+
+def _header(path: Path) -> dict[str, Any] | None:
+    """A run's first line, or ``None`` if the file is no run."""
+    try:
+        with open(path, "rb") as file:
+            header = json.loads(file.readline())
+    except (OSError, ValueError):
+        return None
+    return header if isinstance(header, dict) and "run" in header else None

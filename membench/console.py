@@ -1,0 +1,61 @@
+"""What a program of membench does around its work: encodings, signals, errors to exit codes."""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+from membench.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, MembenchError
+
+# How the signs in our own output are written where the encoding has none.
+_PLAIN = {"×": "x", "·": "|", "–": "-", "±": "+-", "µ": "u", "…": "...", "●": "*", "━": "=", "─": "-"}
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def main(do: Callable[[], int]) -> int:
+    """Do a program's work; its exit code: what ``do`` returns, 2 after a ``MembenchError``, 130 if interrupted."""
+    codecs.register_error("membench-plain", _plainly)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="membench-plain")
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = do()
+        sys.stdout.flush()
+    except MembenchError as error:
+        print(f"membench: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("membench: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has left; what was measured is kept.
+        _write_to_nothing()
+        return EXIT_OK
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        _write_to_nothing()
+        print(f"membench: the output cannot be written: {error.strerror}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    return code
+
+
+def _interrupt(signal_number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _write_to_nothing() -> None:
+    """Let what is still to be flushed go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _plainly(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(_PLAIN.get(sign, "?") for sign in error.object[error.start : error.end]), error.end

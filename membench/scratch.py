@@ -1,0 +1,89 @@
+"""The folder for files that a run's workers need for a while, and what runners that died have left of theirs."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from membench.errors import MembenchError
+
+_NAME = re.compile(r"membench-(\d+)-\w+")
+
+
+class Scratch:
+    """A new folder. As long as its maker lives it is locked, so that no other runner takes it for a leftover."""
+
+    def __init__(self) -> None:
+        """Make the folder, and remove those of runners that are dead.
+
+        Raises:
+            MembenchError: if it cannot be made.
+        """
+        try:
+            sweep(Path(tempfile.gettempdir()))
+            self.path = Path(tempfile.mkdtemp(prefix=f"membench-{os.getpid()}-"))
+        except OSError as error:
+            raise MembenchError(f"no folder for passing files: {error}") from None
+        self._held = _locked(self.path)
+
+    def remove(self) -> None:
+        """Remove the folder and all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
+
+def empty(folder: Path) -> None:
+    """Remove what is in a folder, but not the folder."""
+    with contextlib.suppress(OSError):
+        for entry in list(folder.iterdir()):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+
+
+def sweep(where: Path) -> None:
+    """Remove scratch folders of this user whose runner, named in them, is dead.
+
+    The process id alone does not say so: a container with ids of its own may share the folder, and ids are used again.
+    So the lock must be free, too.
+    """
+    for folder in where.glob("membench-*"):
+        named = _NAME.fullmatch(folder.name)
+        with contextlib.suppress(OSError):
+            if named is None or folder.is_symlink() or not folder.is_dir() or folder.stat().st_uid != os.getuid():
+                continue
+            if _lives(int(named[1])):
+                continue
+            held = _locked(folder)
+            if held is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(held)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+def _locked(folder: Path) -> int | None:
+    """A descriptor that holds a folder's lock, or ``None`` where another process holds it or there are no locks."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
