@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -19,11 +19,47 @@ def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield tensor
 
 
+_DEEPEST = 3
+
+
+def own_tensors(layer: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors that a layer itself keeps, by name: parameters, buffers, and what lies beside them.
+
+    bitsandbytes keeps its scales in attributes of parameters and in objects of layers, torch's pruning a second mask in
+    a hook: neither ``parameters()`` nor ``buffers()`` finds them.
+    """
+    for name, tensor in [*layer._parameters.items(), *layer._buffers.items()]:
+        if tensor is not None:
+            yield name, tensor
+            yield from _beside(vars(tensor), _DEEPEST)
+    listed = ("_parameters", "_buffers", "_modules")
+    yield from _beside({name: value for name, value in vars(layer).items() if name not in listed}, _DEEPEST)
+
+
+def _beside(attributes: Mapping[Any, Any], depth: int) -> Iterator[tuple[str, torch.Tensor]]:
+    import torch
+
+    for name, value in attributes.items():
+        if isinstance(value, torch.Tensor):
+            yield str(name), value
+        elif not depth or isinstance(value, torch.nn.Module | type):
+            continue
+        elif isinstance(value, Mapping):
+            yield from _beside(value, depth - 1)
+        elif hasattr(value, "__dict__"):
+            yield from _beside(vars(value), depth - 1)
+
+
+def kept_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Every tensor that a module and its layers keep; the same one may come twice."""
+    return (tensor for layer in module.modules() for _, tensor in own_tensors(layer))
+
+
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes of parameters and buffers, each storage counted once and whole."""
+    """Bytes of parameters, buffers and what is kept beside them, each storage counted once and whole."""
     storages: dict[tuple[str, int], int] = {}
-    for tensor in [*module.parameters(), *module.buffers()]:
-        for plain in plain_tensors(tensor.data):
+    for tensor in kept_tensors(module):
+        for plain in plain_tensors(tensor):
             storage = plain.untyped_storage()
             if plain.device.type == "meta":
                 storages[("meta", id(tensor))] = plain.nbytes
