@@ -50,7 +50,7 @@ _LONGEST_NAME = 80  # comparing takes time by the square of it
 def nearest(wrong: str, known: Iterable[str]) -> str | None:
     """The known name that a misspelt one was probably meant to be, whatever its case."""
     by_lower = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(wrong[:_LONGEST_NAME].lower(), sorted(by_lower), n=1, cutoff=0.55)
+    near = difflib.get_close_matches(wrong[:_LONGEST_NAME].lower(), sorted(by_lower), n=1, cutoff=0.6)
     return by_lower[near[0]] if near else None
 
 

@@ -59,6 +59,7 @@ def expand(contents: Contents, devices: Sequence[str] | None) -> tuple[Case, ...
     # The suite's own devices too, so that what --device leaves out does not make an exclusion idle.
     named = [each for chosen in (devices, None) for some in _written(contents, chosen) for each in some]
     named += [part for each in named for part in each.parts()]
+    named += [each._replace(technique=REFERENCE) for each in named]
     _refuse_idle_exclusions(contents.exclude, named, wanted)
 
     ordered = sorted(wanted, key=lambda each: (groups.index(each.group), each.technique != REFERENCE))
@@ -98,8 +99,6 @@ def _refuse_idle_exclusions(
 ) -> None:
     """An exclusion that excludes nothing is a mistake that would be paid for in hours of running."""
     for number, selection in enumerate(exclude):
-        if all(patterns is None for patterns in selection.axes):
-            raise SuiteError(f"exclude.{number} names nothing: it would exclude every case")
         matched = [each for each in candidates if _matches(selection, each)]
         if matched and all(each.technique == REFERENCE and each in wanted for each in matched):
             raise SuiteError(f"exclude.{number} fits only the reference '{REFERENCE}', which every ratio is against")
@@ -156,8 +155,7 @@ class _Plugins:
         try:
             made = registry.create(kind, use, options, also=self._variants[kind])
         except PluginError as error:
-            hint = f"; give it in [{kind}.NAME] with use = '{use}'" if str(error).endswith(" is missing") else ""
-            raise SuiteError(f"{where}: {error}{hint if not options else ''}") from None
+            raise SuiteError(f"{where}: {error}") from None
         wrong = made.check() if kind == "model" else None
         if wrong:
             raise SuiteError(f"{where}: {wrong}")
@@ -167,8 +165,14 @@ class _Plugins:
         techniques = [member for stack in axes.technique for member in members(stack)]
         for kind, names in (("model", axes.model), ("technique", techniques), ("workload", axes.workload)):
             for name in names:
-                if (kind, name) not in self._made:
+                if (kind, name) in self._made:
+                    continue
+                try:
                     self._made[kind, name] = self._make(kind, name, {}, f"{where}.{kind}")
+                except SuiteError as error:
+                    if not str(error).endswith(" is missing"):
+                        raise
+                    raise SuiteError(f"{error}; give it in [{kind}.NAME] with use = '{name}'") from None
         for stack in axes.technique:
             seen: dict[tuple[str, str], str] = {}
             for member in members(stack):

@@ -87,7 +87,7 @@ def details(name: str) -> Iterator[str]:
             yield ""
         yield f"{kind} {name}"
         yield ""
-        yield from (f"  {line}".rstrip() for line in _doc(loaded).splitlines())
+        yield from (one_line(f"  {line}").rstrip() for line in _doc(loaded).split("\n"))
         yield ""
         if issubclass(loaded, Technique):
             yield f"  acts on  {loaded.acts_on}"

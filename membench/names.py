@@ -16,9 +16,9 @@ def checked_name(name: str) -> str:
     Raises:
         ValueError: if it cannot.
     """
-    if any(character in name for character in "*?["):
-        raise ValueError("write whole names here; patterns are for [[exclude]]")
     if not re.fullmatch(r"[\w.-]+", name):
+        if re.fullmatch(r"[\w.*?\[\]!-]+", name):
+            raise ValueError("write whole names here; patterns are for [[exclude]]")
         raise ValueError("a name has letters, digits, '.', '_' and '-' and nothing else")
     if len(name.encode()) > _LONGEST_NAME_BYTES:
         raise ValueError(f"a name has {_LONGEST_NAME_BYTES} bytes at most")
@@ -32,7 +32,7 @@ def checked_stack(stack: str) -> str:
         ValueError: if it is not.
     """
     names = members(stack)
-    if not all(names):
+    if len(names) > 1 and not all(names):
         raise ValueError("a stack is written 'first+second'; one of its members has no name")
     if len(names) > 1 and " " in stack:
         raise ValueError(f"a stack is written without spaces: '{''.join(stack.split())}'")

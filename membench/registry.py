@@ -70,8 +70,9 @@ def _load(kind: str, name: str, entries: list[EntryPoint]) -> type[Options]:
         loaded = entry.load()
     except (Exception, SystemExit) as error:
         raise PluginError(f"{whose} cannot be loaded: {summary(error)}") from error
-    if "torch" in sys.modules and not had_torch:
-        _importing_torch.add(entry.module)
+    finally:
+        if "torch" in sys.modules and not had_torch:
+            _importing_torch.add(entry.module)
     if entry.module in _importing_torch:
         raise PluginError(f"{whose} imports torch when it is loaded; it must do so in its methods")
     if not (isinstance(loaded, type) and issubclass(loaded, CONTRACT[kind])):

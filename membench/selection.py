@@ -9,6 +9,8 @@ from membench.errors import SuiteError
 
 Predicate = Callable[[str], bool]
 
+_DEEPEST = 100
+
 
 def parse(expression: str) -> Predicate:
     """A function that says whether a case id is meant.
@@ -30,27 +32,29 @@ def parse(expression: str) -> Predicate:
         position += 1
         return word
 
-    def either() -> Predicate:
-        left = both()
+    def either(depth: int) -> Predicate:
+        choices = [both(depth)]
         while peek() == "or":
             take()
-            left = _or(left, both())
-        return left
+            choices.append(both(depth))
+        return lambda id: any(choice(id) for choice in choices)
 
-    def both() -> Predicate:
-        left = single()
+    def both(depth: int) -> Predicate:
+        demands = [single(depth)]
         while peek() == "and":
             take()
-            left = _and(left, single())
-        return left
+            demands.append(single(depth))
+        return lambda id: all(demand(id) for demand in demands)
 
-    def single() -> Predicate:
+    def single(depth: int) -> Predicate:
+        if depth > _DEEPEST:
+            raise SuiteError(f"-k: more than {_DEEPEST} brackets and 'not' within each other")
         word = take()
         if word == "not":
-            inner = single()
+            inner = single(depth + 1)
             return lambda id: not inner(id)
         if word == "(":
-            inner = either()
+            inner = either(depth + 1)
             if take() != ")":
                 raise SuiteError(f"-k '{expression}': ')' is missing")
             return inner
@@ -58,15 +62,7 @@ def parse(expression: str) -> Predicate:
             raise SuiteError(f"-k '{expression}': '{word}' stands where a part of an id belongs")
         return lambda id: word in id
 
-    predicate = either()
+    predicate = either(0)
     if peek() is not None:
         raise SuiteError(f"-k '{expression}': '{peek()}' stands where 'and' or 'or' belongs")
     return predicate
-
-
-def _and(left: Predicate, right: Predicate) -> Predicate:
-    return lambda id: left(id) and right(id)
-
-
-def _or(left: Predicate, right: Predicate) -> Predicate:
-    return lambda id: left(id) or right(id)

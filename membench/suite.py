@@ -8,9 +8,9 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from membench import units
 from membench.errors import SuiteError, did_you_mean, nearest, one_line
@@ -29,6 +29,8 @@ class _Table(BaseModel):
 
 
 def _listed(value: Any) -> Any:
+    if not isinstance(value, str | list):
+        raise ValueError("text or a list of it is wanted")
     return [value] if isinstance(value, str) else value
 
 
@@ -59,6 +61,12 @@ class Selection(_Table):
     technique: Patterns | None = None
     workload: Patterns | None = None
     device: Patterns | None = None
+
+    @model_validator(mode="after")
+    def _name_something(self) -> Self:
+        if not any(self.axes):
+            raise ValueError("it would exclude every case; name a model, technique, workload or device")
+        return self
 
     @property
     def axes(self) -> tuple[list[str] | None, ...]:
@@ -192,21 +200,21 @@ def _found(name: str | Path) -> Path:
         if path.is_file():
             return path
         is_folder, exists = path.is_dir(), path.exists()
-        neighbours = {str(other) for other in path.parent.glob("*.toml")} if path.parent.is_dir() else set()
-    except OSError as error:
+        neighbours = {other.stem for other in path.parent.glob("*.toml")} if path.parent.is_dir() else set()
+    except OSError as error:  # the name is too long, or the folder is not for this user to see
         raise SuiteError(f"{shown(str(path))}: {error.strerror}") from None
-    if is_folder and is_path:
-        raise SuiteError(f"{path} is a folder; name the .toml file of a suite")
-    if exists and is_path:
-        raise SuiteError(f"{path} is no file that a suite can be read from")
     if not is_path:
-        hint = f"did you mean '{path}.toml'?" if f"{path}.toml" in neighbours else did_you_mean(str(name), known)
+        hint = f"did you mean '{path}.toml'?" if path.name in neighbours else did_you_mean(str(name), known)
         raise SuiteError(f"no suite is named {shown(str(name))}; {hint}")
-    near = nearest(str(path), neighbours)
+    if is_folder:
+        raise SuiteError(f"{path} is a folder; name the .toml file of a suite")
+    if exists:
+        raise SuiteError(f"{path} is no file that a suite can be read from")
+    near = nearest(path.stem, neighbours - {path.stem})
     if os.sep not in str(name) and path.stem in known:
         hint = f"; for the suite of that name write '{path.stem}'"
     else:
-        hint = f"; did you mean '{near}'?" if near else ""
+        hint = f"; did you mean '{path.with_name(f'{near}.toml')}'?" if near else ""
     raise SuiteError(f"{shown(str(path))}: there is no such file{hint}")
 
 
@@ -227,8 +235,10 @@ def _parsed(path: Path, text: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except RecursionError:
         raise SuiteError(f"{path}: not valid TOML: nested too deeply") from None
-    except ValueError as error:  # a number may be too long even to be read
+    except tomllib.TOMLDecodeError as error:
         raise SuiteError(f"{path}: not valid TOML: {error}") from None
+    except ValueError:  # of Python's own limit
+        raise SuiteError(f"{path}: not valid TOML: a number has thousands of digits") from None
 
 
 def _limit(key: str, value: Any) -> tuple[str, float]:

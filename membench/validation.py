@@ -91,6 +91,8 @@ def problem(error: ValidationError, schema: type[BaseModel], given: Mapping[str,
 def shown(value: Any) -> str:
     """A value as TOML writes it, on one line and shortened."""
     text = _written(value)
+    if isinstance(value, str) and len(text) > _LONGEST_VALUE:
+        return repr(value[: _LONGEST_VALUE - 3] + "…")
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
 
 
@@ -117,10 +119,11 @@ def _place(path: Sequence[str | int], given: Any) -> tuple[str | int, ...]:
     """As much of an error's path as is in the input itself; the rest are pydantic's names for branches of unions."""
     place: list[str | int] = []
     for part in path:
-        try:
-            given = given[part]
-        except (KeyError, IndexError, TypeError):
+        inside = isinstance(given, dict) and part in given
+        inside |= isinstance(given, list) and isinstance(part, int) and part < len(given)
+        if not inside:
             break
+        given = given[part]
         place.append(part)
     return tuple(place)
 
@@ -146,10 +149,13 @@ def _table_in(annotation: Any) -> type[BaseModel] | None:
 
 def _remedy(error: Any) -> str:
     kind, context = error["type"], error.get("ctx", {})
+    if kind == "list_type" and isinstance(error["input"], str):
+        return f"a list is wanted: [{shown(error['input'])}]"
     if kind in _WANTED:
         return f"{_WANTED[kind]} is wanted"
     if kind in _BOUNDS:
-        return f"must be {_BOUNDS[kind].format(**context)}"
+        whole = {key: int(v) if isinstance(v, float) and v.is_integer() else v for key, v in context.items()}
+        return f"must be {_BOUNDS[kind].format(**whole)}"
     if kind in _COUNTS:
         bound, key, one, many = _COUNTS[kind]
         return f"must have {bound} {context[key]} {one if context[key] == 1 else many}"

@@ -65,6 +65,8 @@ def _not_there(where: str, name: str) -> str | None:
 
     Nothing is imported, so that whatever the module imports (torch) stays away from the runner.
     """
+    if where in sys.modules and where != "__main__":
+        return None
     spec: ModuleSpec | None = None
     parts = where.split(".")
     for count, part in enumerate(parts, start=1):
@@ -75,7 +77,7 @@ def _not_there(where: str, name: str) -> str | None:
             return f"there is no module '{module}': '{parent}' is no package"
         spec = _spec(module, None if spec is None else list(spec.submodule_search_locations or ()))
         if spec is None:
-            folders = "the current folder and on Python's path" if count == 1 else f"package '{parent}'"
+            folders = "the current folder or on Python's path" if count == 1 else f"package '{parent}'"
             return f"there is no module '{module}' in {folders}"
     if spec is None or not spec.origin or not spec.origin.endswith(".py"):
         return None
