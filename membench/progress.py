@@ -34,7 +34,7 @@ class Display:
         self._baseline_bytes: int | None = None
         self._peak_bytes: int | None = None
         self._work: tuple[int, int] | None = None
-        self._work_began_at = 0.0
+        self._work_began_at = self._worked_at = 0.0
         self._durations_s: list[float] = []
 
     def __enter__(self) -> Display:
@@ -57,7 +57,7 @@ class Display:
             case "progress":
                 if self._work is None:
                     self._work_began_at = self._said_at = now
-                self._doing, self._work = details["what"], (details["done"], details["total"])
+                self._doing, self._work, self._worked_at = details["what"], (details["done"], details["total"]), now
                 if not self._is_live and now - self._said_at > _PLAIN_EVERY_S:
                     self._said_at = now
                     self._print(f"{details['what']} {details['done']}/{details['total']}")
@@ -93,7 +93,8 @@ class Display:
         facts = []
         if self._work:
             done, total = self._work
-            left_s = (now - self._work_began_at) / done * (total - done) if done else None
+            each_s = (self._worked_at - self._work_began_at) / done if done else None
+            left_s = max(0.0, each_s * (total - done) - (now - self._worked_at)) if each_s is not None else None
         else:
             done, total = max(0, self._number - 1), self._of
             left_s = self._left_s(now)
