@@ -27,11 +27,10 @@ class Family:
     """A plug-in as it is registered, whether or not it can be loaded.
 
     Attributes:
-        loaded: its class, or ``None`` if it is broken; ``error`` then says in what way.
+        loaded: its class, or ``None`` if it is broken; ``error`` then says in what way, and of which distribution.
     """
 
     name: str
-    distribution: str
     loaded: type[Options] | None
     error: str | None
 
@@ -55,6 +54,10 @@ def _two(kind: str, name: str, entries: list[EntryPoint]) -> PluginError:
     return PluginError(f"{len(entries)} plug-ins are named {kind} '{name}': of {whose}; keep one of them installed")
 
 
+def _broken(kind: str, entry: EntryPoint, how: str) -> PluginError:
+    return PluginError(f"{kind} '{entry.name}' of {_distribution(entry)} ({entry.value}) {how}")
+
+
 def _load(kind: str, name: str, entries: list[EntryPoint]) -> type[Options]:
     """Import the plug-in of a name and check it against its contract.
 
@@ -64,30 +67,28 @@ def _load(kind: str, name: str, entries: list[EntryPoint]) -> type[Options]:
     if len(entries) > 1:
         raise _two(kind, name, entries)
     (entry,) = entries
-    whose = f"{kind} '{name}' of {_distribution(entry)} ({entry.value})"
     had_torch = "torch" in sys.modules
     try:
         loaded = entry.load()
     except (Exception, SystemExit) as error:
-        raise PluginError(f"{whose} cannot be loaded: {summary(error)}") from error
+        raise _broken(kind, entry, f"cannot be loaded: {summary(error)}") from error
     finally:
         if "torch" in sys.modules and not had_torch:
             _importing_torch.add(entry.module)
     if entry.module in _importing_torch:
-        raise PluginError(f"{whose} imports torch when it is loaded; it must do so in its methods")
+        raise _broken(kind, entry, "imports torch when it is loaded; it must do so in its methods")
     if not (isinstance(loaded, type) and issubclass(loaded, CONTRACT[kind])):
-        raise PluginError(f"{whose} is no subclass of membench.plugins.{kind.title()}")
+        raise _broken(kind, entry, f"is no subclass of membench.plugins.{kind.title()}")
     return loaded
 
 
 def families(kind: str) -> Iterator[Family]:
     """Every plug-in of a kind, broken ones too, by name."""
     for name, entries in sorted(_registered(kind).items()):
-        distribution = " and ".join(map(_distribution, entries))
         try:
-            yield Family(name, distribution, _load(kind, name, entries), None)
+            yield Family(name, _load(kind, name, entries), None)
         except PluginError as error:
-            yield Family(name, distribution, None, str(error))
+            yield Family(name, None, str(error))
 
 
 def names(kind: str) -> list[str]:

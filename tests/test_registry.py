@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -116,9 +117,7 @@ def test_a_broken_plug_in_that_is_asked_for_is_an_error(site: Path, capsys: pyte
 
 def test_two_plug_ins_of_one_name_are_an_error_that_names_both(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     install(site, "other", "[membench.models]\nllama = others:Llama\nllama-15m = others:Llama\n", {})
-    own = registry.families("model")
-    version = next(family.distribution for family in own if family.name == "gpt2")
-    mine = f"{version} (membench.builtin.models.transformer:Llama)"
+    mine = f"membench {version('membench')} (membench.builtin.models.transformer:Llama)"
     ends = "; keep one of them installed"
     whose = {f"other 1.0 (others:Llama) and {mine}", f"{mine} and other 1.0 (others:Llama)"}
     said = {f"2 plug-ins are named model 'llama': of {each}{ends}" for each in whose}
