@@ -199,7 +199,7 @@ class _Llama:
         self.config.num_key_value_heads = attention.k_proj.out_features // attention.head_dim
 
     def keep_blocks(self, kept: Sequence[int]) -> None:
-        self._body.layers = _renumbered(self._body.layers, kept, lambda block: block.self_attn)
+        _keep_blocks(self._body.layers, kept, lambda block: block.self_attn)
         self.config.num_hidden_layers = len(kept)
         if getattr(self.config, "layer_types", None):
             self.config.layer_types = [self.config.layer_types[position] for position in kept]
@@ -238,7 +238,7 @@ class _Gpt2:
         self.config.n_head = self._body.h[0].attn.num_heads
 
     def keep_blocks(self, kept: Sequence[int]) -> None:
-        self._body.h = _renumbered(self._body.h, kept, lambda block: block.attn)
+        _keep_blocks(self._body.h, kept, lambda block: block.attn)
         self.config.n_layer = len(kept)
 
 
@@ -277,11 +277,10 @@ def _keep(side: Slice, kept: Sequence[int]) -> None:
     setattr(layer, sizes[0 if side.of_inputs else 1], len(indices))
 
 
-def _renumbered(blocks: Sequence[Any], kept: Sequence[int], attention: Callable[[Any], Any]) -> nn.ModuleList:
-    """Some of the blocks; each attention layer's place in the key-value cache is its place among them."""
-    from torch import nn
-
-    left = [blocks[position] for position in kept]
-    for position, block in enumerate(left):
+def _keep_blocks(blocks: nn.ModuleList, kept: Sequence[int], attention: Callable[[Any], Any]) -> None:
+    """Take out the other blocks; each attention layer's place in the key-value cache is its place among those left."""
+    for position in reversed(range(len(blocks))):
+        if position not in kept:
+            del blocks[position]
+    for position, block in enumerate(blocks):
         attention(block).layer_idx = position
-    return nn.ModuleList(left)
