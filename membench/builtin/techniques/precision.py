@@ -1,10 +1,16 @@
-"""Weights in half precision."""
+"""Weights in half precision, and half precision for the arithmetic alone."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+import dataclasses
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from membench.plugins import LayerWise
+from pydantic import PrivateAttr
+
+from membench.plugins import Context, LayerWise, Technique, TrainingStep, Unsuitable
 
 if TYPE_CHECKING:
     import torch
@@ -14,32 +20,137 @@ if TYPE_CHECKING:
 class _Cast(LayerWise):
     """Casts each layer's own parameters and buffers; buffers of layers without parameters (rotary angles) stay fp32."""
 
-    acts_on: ClassVar[str] = "weights, activations"
+    acts_on: ClassVar[str] = "weights, activations, gradients, optimizer, cache"
+    dtype: ClassVar[str]
 
     def nominal_bits(self) -> float | None:
         return 16
 
-    def dtype(self) -> torch.dtype:
-        raise NotImplementedError
-
     def convert(self, name: str, layer: nn.Module, head: nn.Module | None) -> nn.Module:
-        dtype = self.dtype()
+        import torch
+
+        dtype = getattr(torch, self.dtype)
         return layer._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, recurse=False)
 
 
 class Bf16(_Cast):
-    """Weights and activations in bfloat16: 2 bytes a weight, fp32's range, 8 bits of precision."""
+    """Weights and activations in bfloat16: 2 bytes a weight, fp32's range, 8 bits of precision.
 
-    def dtype(self) -> torch.dtype:
-        import torch
+    A training keeps gradients and AdamW's states in bfloat16 too. It does not diverge, but a step below 1/512 of its
+    weight is rounded away: near the end of a training most steps are. ``adamw-bf16-stochastic-rounding`` and
+    ``master-weights`` are the two remedies.
+    """
 
-        return torch.bfloat16
+    dtype = "bfloat16"
 
 
 class Fp16(_Cast):
-    """Weights and activations in float16: 2 bytes a weight, 11 bits of precision, overflows above 65,504."""
+    """Weights and activations in float16: 2 bytes a weight, 11 bits of precision, overflows above 65,504.
 
-    def dtype(self) -> torch.dtype:
+    Fit to run a model, not to train it: AdamW's states are in float16 too, where the square of a gradient below
+    2.4e-4 is zero and so is AdamW's ε of 1e-8. The update then divides by zero, and the training ends as ``diverged``
+    after a step or two. ``autocast-fp16`` keeps weights and states in fp32 and scales the loss. On a CPU without
+    float16 instructions it is several times slower than fp32.
+    """
+
+    dtype = "float16"
+
+
+class _Autocast(Technique):
+    acts_on: ClassVar[str] = "activations, time"
+    dtype: ClassVar[str]
+
+    def step_context(self, context: Context) -> AbstractContextManager[Any]:
         import torch
 
-        return torch.float16
+        return torch.autocast(_device_type(context), dtype=getattr(torch, self.dtype))
+
+
+class AutocastBf16(_Autocast):
+    """Matrix products in bfloat16 and losses in fp32, the weights left in fp32 (torch.autocast).
+
+    torch has a list for each kind of device of the operations that run in 16 bits, and of those that run in fp32;
+    softmax is in the second on a GPU alone. Gradients and optimizer states stay fp32. Every weight that a matrix
+    product uses is cast once a forward pass, and the copy is kept till its end, in training till it went backward: 2
+    bytes a weight on top of fp32's 4. So memory falls only where activations outweigh these copies; the key-value
+    cache of a model that rotates its keys stays fp32. What is won is time, on hardware that has bfloat16. Source: https://docs.pytorch.org/docs/stable/amp.html.
+    """
+
+    dtype = "bfloat16"
+
+
+class AutocastFp16(_Autocast):
+    """Matrix products in float16, weights left in fp32 (torch.autocast); training scales its gradients.
+
+    As ``autocast-bf16``, but float16 ends at 6e-8 below and 65,504 above. In training the loss is therefore multiplied
+    by a scale, at first 65,536, before the backward pass, and the gradients are divided by it before the optimizer's
+    step (torch.amp.GradScaler; Micikevicius et al., 2018, arXiv:1710.03740). A step whose gradients are not finite is
+    left out and the scale halved; after 2,000 good steps it is doubled. Scaling needs weights, and so gradients, in
+    fp32 or bf16, and all gradients at once. On a CPU without float16 instructions it is many times slower than fp32.
+    """
+
+    needs_all_gradients: ClassVar[bool] = True
+    dtype = "float16"
+    _module: weakref.ref[nn.Module] | None = PrivateAttr(None)
+    _steps: _ScaledSteps | None = PrivateAttr(None)
+
+    def optimizer(self, optimizer: torch.optim.Optimizer, module: nn.Module, context: Context) -> torch.optim.Optimizer:
+        import torch
+
+        if any(parameter.dtype == torch.float16 for parameter in module.parameters() if parameter.requires_grad):
+            raise Unsuitable(
+                "gradients of float16 weights cannot be scaled back: scaling wants weights in fp32 or bf16"
+            )
+        # Weakly: the technique outlives the rehearsal, whose module must not stay.
+        self._module = weakref.ref(module)
+        return optimizer
+
+    def training_step(self, step: TrainingStep, context: Context) -> TrainingStep:
+        assert self._module is not None
+        self._steps = steps = _ScaledSteps(self._module, step.step, _device_type(context))
+        return dataclasses.replace(step, backward=lambda loss: step.backward(steps.scaled(loss)), step=steps.take)
+
+    def remark(self, module: nn.Module, context: Context) -> str | None:
+        if self._steps is None or self._steps.tried == self._steps.taken:
+            return None
+        left_out = self._steps.tried - self._steps.taken
+        return f"left out {left_out} of the first {self._steps.tried} training steps: the scaled gradients overflowed"
+
+
+class _ScaledSteps:
+    """Scales losses, and takes the step only if the gradients are finite once they are scaled back.
+
+    It stands in for the optimizer before the gradient scaler, which looks at ``param_groups`` and may call ``step``:
+    the workload's optimizer may come from a later member of the stack.
+    """
+
+    def __init__(self, module: weakref.ref[nn.Module], step: Callable[[], None], device_type: str) -> None:
+        import torch
+
+        self._module = module
+        self._step = step
+        self._scaler: Any = torch.amp.GradScaler(device_type)
+        self.tried = self.taken = 0
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        module = self._module()
+        assert module is not None
+        return [{"params": list(module.parameters())}]
+
+    def step(self) -> None:
+        self.taken += 1
+        self._step()
+
+    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        scaled: torch.Tensor = self._scaler.scale(loss)
+        return scaled
+
+    def take(self) -> None:
+        self.tried += 1
+        self._scaler.step(self)
+        self._scaler.update()
+
+
+def _device_type(context: Context) -> str:
+    return context.device.partition(":")[0]
