@@ -33,12 +33,25 @@ class NVMLError(Exception):
 
 @dataclass
 class FakeNvml:
-    """Two devices in the order of the PCI bus; ``processes``, ``used`` and ``energy_mj`` are theirs by UUID."""
+    """Two devices in the order of the PCI bus; ``processes``, ``used`` and ``energy_mj`` are theirs by UUID.
+
+    It refuses the calls named in ``refused``.
+    """
 
     processes: dict[str, list[_Process]] = field(default_factory=dict)
     used: dict[str, int] = field(default_factory=lambda: {"GPU-aa": 500 * MIB, "GPU-bb": 300 * MIB})
     energy_mj: int | None = 1000
+    refused: tuple[str, ...] = ()
     NVMLError: type[Exception] = NVMLError
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("nvml") and name in self.refused:
+
+            def refuse(*_: object) -> None:
+                raise NVMLError("Insufficient Permissions")
+
+            return refuse
+        return super().__getattribute__(name)
 
     def nvmlInit(self) -> None: ...
 
@@ -55,6 +68,12 @@ class FakeNvml:
 
     def nvmlDeviceGetUUID(self, handle: str) -> str:
         return handle
+
+    def nvmlDeviceGetName(self, handle: str) -> str:
+        return "Accelerator"
+
+    def nvmlSystemGetDriverVersion(self) -> str:
+        return "550.54"
 
     def nvmlDeviceGetMemoryInfo(self, handle: str) -> _Memory:
         return _Memory(80 * 2**30, self.used[handle])
@@ -102,6 +121,60 @@ def test_use_above_the_idle_level_stands_in_for_hidden_processes() -> None:
 
 def test_a_device_without_an_energy_counter_has_no_energy() -> None:
     assert _observed(FakeNvml(energy_mj=None))["gpu_energy_j"] is None
+
+
+_QUESTIONS = sorted(name for name in vars(FakeNvml) if name.startswith("nvml"))
+
+
+@pytest.mark.parametrize("refused", [*((name,) for name in _QUESTIONS), tuple(_QUESTIONS[1:])], ids=str)
+def test_whatever_a_driver_refuses_nothing_is_thrown_and_the_rest_is_told(refused: tuple[str, ...]) -> None:
+    nvml = FakeNvml({"GPU-bb": [_Process(os.getpid(), 0)]})
+    whole = Gpus(nvml).describe()
+    nvml.refused = refused
+    try:
+        gpus = Gpus(nvml)
+    except NVMLError:
+        assert set(refused) & {"nvmlInit", "nvmlDeviceGetCount"}  # without these there is no driver
+        return
+    if "nvmlDeviceGetHandleByIndex" in refused:
+        assert gpus.describe() == []
+        return
+    keys = {"nvmlDeviceGetName": "name", "nvmlDeviceGetUUID": "uuid", "nvmlDeviceGetMemoryInfo": "memory_bytes",
+            "nvmlSystemGetDriverVersion": "driver"}  # fmt: skip
+    untold = {keys[name] for name in refused if name in keys}
+    for device, known in zip(gpus.describe(), whole, strict=True):
+        assert device.pop("refused", {}) == dict.fromkeys(untold, "NVML: Insufficient Permissions")
+        assert device == {key: None if key in untold else value for key, value in known.items()}
+    assert bool(gpus.used_bytes()) == (not untold & {"uuid", "memory_bytes"})
+    found = gpus.find("bb")
+    assert (found is None) == ("nvmlDeviceGetHandleByUUID" in refused)
+    if found is not None:
+        reading = found.read({os.getpid()})
+        assert (reading.process_bytes is None) == ("nvmlDeviceGetComputeRunningProcesses" in refused)
+        assert (reading.used_bytes is None) == ("nvmlDeviceGetMemoryInfo" in refused)
+        assert (reading.energy_mj is None) == ("nvmlDeviceGetTotalEnergyConsumption" in refused)
+
+
+def test_a_device_that_refuses_its_memory_is_observed_without_and_says_so() -> None:
+    seen = _observed(FakeNvml(refused=("nvmlDeviceGetMemoryInfo",)))
+    assert (seen["gpu_process_peak_bytes"], seen["gpu_used_peak_bytes"], seen["gpu_used_end_bytes"]) == (None,) * 3
+    assert seen["gpu_energy_j"] == 2.5
+    found = _gpu_case(**{key: seen[key] for key in ("gpu_unknown", "gpu_process_peak_bytes", "gpu_used_peak_bytes")})
+    assert found.metrics["peak_footprint_bytes"] is None
+    assert found.reasons["peak_footprint_bytes"] == "NVML: Insufficient Permissions"
+
+
+def test_a_device_that_refuses_its_memory_only_once_keeps_what_was_seen() -> None:
+    nvml = FakeNvml()
+    gpus = Gpus(nvml)
+    observer = Observer(os.getpid(), gpus, gpus.used_bytes())
+    assert observer.use_gpu("bb") is None
+    observer.begin_phase()
+    nvml.used["GPU-bb"] += 7 * MIB
+    observer.look()
+    nvml.refused = ("nvmlDeviceGetMemoryInfo",)
+    seen = observer.end_phase()
+    assert (seen["gpu_used_peak_bytes"], seen["gpu_used_end_bytes"]) == (7 * MIB, None)
 
 
 def test_an_unknown_device_is_named() -> None:
