@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+_UNSUITABLE = 3
+"""How a process that prepares ends where a technique cannot serve the case."""
+
+
 class DoesNotFit(Exception):
     """Arithmetic says that the model needs more memory than there is."""
 
@@ -77,7 +81,7 @@ class Assembly:
 
     @property
     def applied(self) -> list[tuple[str, plugins.Technique]]:
-        """The members whose ``apply`` is called: those after one that ``applies_rest`` have been."""
+        """The members whose ``load`` and ``apply`` are called: those after one that ``applies_rest`` have been."""
         found = []
         for name, technique in zip(self.names, self.techniques, strict=True):
             found.append((name, technique))
@@ -87,7 +91,7 @@ class Assembly:
 
     def load(self) -> nn.Module:
         build: Callable[[], nn.Module] = functools.partial(self.model.build, self.context)
-        for position, technique in enumerate(self.techniques):
+        for position, (_, technique) in enumerate(self.applied):
             build = functools.partial(technique.load, build, self.techniques[position + 1 :], self.context)
         return build()
 
@@ -119,18 +123,35 @@ class Assembly:
 
         Raises:
             RuntimeError: if that process did not end well, with the last line it had to say.
+            plugins.Unsuitable: if the technique said so.
         """
-        for position, technique in enumerate(self.techniques):
+        # From the last to the first: who prepares the rest of the stack needs what the rest has prepared.
+        for position, technique in reversed(list(enumerate(self.techniques))):
             if type(technique).prepare is not plugins.Technique.prepare:
-                rest = self.techniques[position + 1 :] if technique.applies_rest else ()
+                rest = self.techniques[position + 1 :] if technique.prepares_rest else ()
                 _in_a_process_of_its_own(functools.partial(self._prepare_one, technique, rest))
 
     def _prepare_one(self, technique: plugins.Technique, rest: Sequence[plugins.Technique]) -> None:
-        for assembly in (self.rehearsed(), self):
-            if assembly is not None:
-                names = tuple(map(str, range(len(rest))))
-                made = dataclasses.replace(assembly, techniques=tuple(rest), names=names)
-                technique.prepare(made.make, assembly.context)
+        import torch
+
+        def prepare(assembly: Assembly) -> None:
+            names = tuple(map(str, range(len(rest))))
+            made = dataclasses.replace(assembly, techniques=tuple(rest), names=names)
+            technique.prepare(made.make, assembly.context)
+
+        rehearsed = self.rehearsed()
+        if rehearsed is not None:
+            with contextlib.suppress(Exception):  # as in rehearse
+                prepare(rehearsed)
+        torch.manual_seed(self.context.seed)  # as the measured process does before it loads
+        prepare(self)
+
+    def plain_weight_bytes(self) -> int | None:
+        """Bytes of the model's weights in fp32 before any technique, by its shapes; ``None`` where it has none."""
+        try:
+            return sum(parameter.numel() * 4 for parameter in self.model.skeleton().parameters())
+        except Exception:  # a model that cannot be made of shapes alone
+            return None
 
     def rehearse(self) -> None:
         """Go through the case on a miniature of its model, so that what is set up once is there before the baseline.
@@ -185,20 +206,25 @@ def _in_a_process_of_its_own(work: Callable[[], None]) -> None:
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
-        said = b""
+        said, code = b"", 0
         try:
             os.close(read_end)
             work()
+        except plugins.Unsuitable as error:
+            said, code = str(error).encode()[:4096], _UNSUITABLE
         except BaseException as error:
-            said = f"{type(error).__name__}: {error}".encode()[:4096] or b"failed without a word"
+            said = f"{type(error).__name__}: {error}".encode()[:4096]
+            code = 1
         finally:
             with os.fdopen(write_end, "wb") as pipe:
                 pipe.write(said)
-            os._exit(1 if said else 0)
+            os._exit(code)
     os.close(write_end)
     with os.fdopen(read_end, "rb") as pipe:
         said = pipe.read()
     _, status = os.waitpid(child, 0)
-    if status:
-        code = os.waitstatus_to_exitcode(status)
+    code = os.waitstatus_to_exitcode(status)
+    if code == _UNSUITABLE:
+        raise plugins.Unsuitable(said.decode(errors="replace"))
+    if code:
         raise RuntimeError(said.decode(errors="replace") or f"preparing the case ended with {code}")

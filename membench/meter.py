@@ -29,7 +29,8 @@ class Meter:
         self._device = device
         self._channel = channel
         self._answers = channel.makefile("rb")
-        self._baseline = procfs.resident()
+        self._baseline = self._stretch_start = procfs.resident()
+        self._highest: dict[str, int] = {}
 
     def tell(self, **message: Any) -> None:
         """Send the runner a message; it never waits for an answer."""
@@ -89,17 +90,18 @@ class Meter:
 
             torch.cuda.reset_peak_memory_stats(self._device)
         self._acknowledged(event="begin", phase=name)
-        start = procfs.resident()
-        procfs.reset_peak()
+        start = self._begin_stretch()
         began = time.perf_counter()
         measured: dict[str, Any] = {"name": name, "allocator": allocator_name}
         yield measured
         self.synchronize()
         measured["duration_s"] = time.perf_counter() - began
-        end = procfs.resident()
-        # Parts reset the kernel's peak as they begin and end: the phase's own is the highest of them all.
-        in_parts = [part["peak_rss_bytes"] for part in self.parts.values() if "peak_rss_bytes" in part]
-        measured |= self._peaks(start, end, max([end.peak_bytes, *in_parts]))
+        end, _ = self._end_stretch()
+        measured |= self._highest | {
+            "file_start_bytes": start.file_bytes - self._baseline.file_bytes,
+            "file_end_bytes": end.file_bytes - self._baseline.file_bytes,
+        }
+        self._highest = {}
         if self.on_gpu:
             self._raise_gpu_peaks(measured)
             for part in self.parts.values():
@@ -116,27 +118,36 @@ class Meter:
         self.parts = {}
         self._acknowledged(event="end", phase=measured)
 
-    def _peaks(self, start: procfs.Resident, end: procfs.Resident, peak_rss_bytes: int) -> dict[str, int]:
-        """The kernel knows the peak of all pages; less the file pages at the two ends brackets the live part."""
-        base = self._baseline
+    def _begin_stretch(self) -> procfs.Resident:
+        """Begin what lies between two boundaries, be they of phases or of parts; how it begins."""
+        self._stretch_start = procfs.resident()
+        procfs.reset_peak()
+        return self._stretch_start
+
+    def _end_stretch(self) -> tuple[procfs.Resident, dict[str, int]]:
+        """How the stretch ends, and its peaks; the phase's are the highest of its stretches.
+
+        The kernel knows the peak of all pages; less the file pages at the stretch's two ends brackets the live part.
+        """
+        base, start, end = self._baseline, self._stretch_start, procfs.resident()
         fewest, most = sorted((start.file_bytes, end.file_bytes))
-        lowest = max(peak_rss_bytes - most, start.anonymous_bytes, end.anonymous_bytes)
-        return {
-            "peak_live_bytes": max(peak_rss_bytes - fewest, lowest) - base.anonymous_bytes,
+        lowest = max(end.peak_bytes - most, start.anonymous_bytes, end.anonymous_bytes)
+        peaks = {
+            "peak_live_bytes": max(end.peak_bytes - fewest, lowest) - base.anonymous_bytes,
             "peak_live_at_least_bytes": lowest - base.anonymous_bytes,
-            "peak_footprint_bytes": max(peak_rss_bytes, start.total_bytes, end.total_bytes) - base.total_bytes,
-            "file_start_bytes": start.file_bytes - base.file_bytes,
-            "file_end_bytes": end.file_bytes - base.file_bytes,
+            "peak_footprint_bytes": max(end.peak_bytes, start.total_bytes, end.total_bytes) - base.total_bytes,
         }
+        self._highest = {key: max(value, self._highest.get(key, value)) for key, value in peaks.items()}
+        return end, peaks
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Mark a part of a step: its duration, and in ``run`` its memory."""
+        """Mark a part of a step: its duration, and in ``load`` and ``run`` its memory."""
         entry = self.parts.setdefault(name, {"durations_s": []})
         self.current_part = name
         self.synchronize()
         if self.memory_in_parts:
-            start = self._begin_memory_of_part()
+            self._begin_memory_of_part()
         began = time.perf_counter()
         yield
         self.synchronize()
@@ -145,24 +156,21 @@ class Meter:
             self._look()
         self.current_part = None
         if self.memory_in_parts:
-            self._end_memory_of_part(entry, start)
+            self._end_memory_of_part(entry)
 
-    def _begin_memory_of_part(self) -> procfs.Resident:
-        start = procfs.resident()
-        # The peak since the last boundary belongs to what ran between the parts.
-        between = self.parts.setdefault("between", {"durations_s": []})
-        between["peak_rss_bytes"] = max(start.peak_bytes, between.get("peak_rss_bytes", 0))
+    def _begin_memory_of_part(self) -> None:
+        self._end_stretch()
         if self.on_gpu:
-            self._raise_gpu_peaks(between)
-        procfs.reset_peak()
-        return start
+            # The peak since the last boundary belongs to what ran between the parts.
+            self._raise_gpu_peaks(self.parts.setdefault("between", {"durations_s": []}))
+        self._begin_stretch()
 
-    def _end_memory_of_part(self, entry: dict[str, Any], start: procfs.Resident) -> None:
-        end = procfs.resident()
-        if end.peak_bytes >= entry.get("peak_rss_bytes", 0):
-            entry |= self._peaks(start, end, end.peak_bytes) | {"peak_rss_bytes": end.peak_bytes}
+    def _end_memory_of_part(self, entry: dict[str, Any]) -> None:
+        end, peaks = self._end_stretch()
+        if "peak_live_bytes" not in entry or peaks["peak_live_bytes"] > entry["peak_live_bytes"]:
+            entry |= peaks | {"file_end_bytes": end.file_bytes - self._baseline.file_bytes}
         entry["held_live_bytes"] = end.anonymous_bytes - self._baseline.anonymous_bytes
-        procfs.reset_peak()
+        self._begin_stretch()
         if self.on_gpu:
             import torch
 

@@ -18,18 +18,18 @@ _WORTH_A_NOTE = 0.2
 _SCALES = ("scale", "zero", "absmax", "offset", "code", "quant_map")
 
 
-def on_weights(module: nn.Module, techniques: Sequence[Technique], loaded_bytes: int) -> list[str]:
+def on_weights(module: nn.Module, techniques: Sequence[Technique], plain_bytes: int | None) -> list[str]:
     """A note if the weights are more than 20% away from what the stack is known for.
 
     Args:
-        loaded_bytes: the weights as they were loaded, in fp32.
+        plain_bytes: the weights in fp32 before any technique; ``None`` where that is not known, and then no note.
     """
     bits = [stated for technique in techniques if (stated := technique.nominal_bits()) is not None]
     share = 1.0
     for technique in techniques:
         share *= technique.nominal_share()
     nominal = (bits[-1] / 32 if bits else 1.0) * share
-    measured = weight_bytes(module) / loaded_bytes if loaded_bytes else nominal
+    measured = weight_bytes(module) / plain_bytes if plain_bytes else nominal
     if abs(measured / nominal - 1) <= _WORTH_A_NOTE:
         return []
     causes = sorted(_causes(module, bits[-1] if bits else 32).items(), key=lambda cause: -cause[1])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 
@@ -170,7 +170,9 @@ class Technique(Options):
     needs: ClassVar[Mapping[str, str]] = {}
     """Modules that not everyone has, each with what to install for it: {'peft': 'membench[adapters]'}."""
     applies_rest: ClassVar[bool] = False
-    """``load`` returns the module as the later members of the stack make it; they are not applied again."""
+    """``load`` returns the module as the later members of the stack make it: they neither load nor apply it again."""
+    prepares_rest: ClassVar[bool] = False
+    """What ``prepare`` makes has the later members applied to it."""
 
     needs_all_gradients: ClassVar[bool] = False
     """Whether its step wants the gradients of all parameters at once: to add them up, to unscale or to clip them."""
@@ -195,7 +197,10 @@ class Technique(Options):
         """Run in a process of its own before anything is measured; leave files in ``context.scratch`` for ``load``.
 
         Args:
-            make: builds the model; where the technique ``applies_rest``, with the later members applied.
+            make: builds the model; where the technique ``prepares_rest``, with the later members applied.
+
+        Raises:
+            Unsuitable: where it cannot be prepared; the case is then skipped with this reason.
         """
 
     def load(self, build: Callable[[], nn.Module], rest: Sequence[Technique], context: Context) -> nn.Module:
@@ -237,10 +242,14 @@ class LayerWise(Technique):
         """
         raise NotImplementedError
 
+    def for_rehearsal(self, context: Context) -> Self:
+        """This technique, or in a rehearsal one of the same kind whose options fit the miniature."""
+        return self
+
     def apply(self, module: nn.Module, context: Context) -> nn.Module:
-        head = output_head(module)
+        head, technique = output_head(module), self.for_rehearsal(context)
         for name, layer in [(n, child) for n, child in module.named_modules() if child._parameters]:
-            module = replaced(module, name, self.convert(name, layer, head))
+            module = replaced(module, name, technique.convert(name, layer, head))
         return module
 
 
@@ -276,6 +285,14 @@ class Workload(Options):
     def decoded_tokens_per_step(self) -> int | None:
         """Tokens that the part ``decode`` of a step brings forth, if it has one."""
         return None
+
+    def logits(
+        self, module: nn.Module, ids: torch.Tensor, techniques: Sequence[Technique], context: Context
+    ) -> torch.Tensor:
+        """Logits (T, vocabulary) of held-out token ids (T,), read as this workload has the module read them."""
+        output = module(ids[None])
+        logits: torch.Tensor = getattr(output, "logits", output)[0]
+        return logits
 
     def start(self, module: nn.Module, tokens: Tokens, techniques: Sequence[Technique], context: Context) -> Step:
         """Prepare (optimizer, batch) and return the step, which enters ``stepping`` around each forward pass."""

@@ -14,7 +14,7 @@ from membench import corpus
 if TYPE_CHECKING:
     from torch import nn
 
-    from membench.plugins import Context, Technique
+    from membench.plugins import Context, Technique, Workload
 
 _PIECE_TOKENS = 256
 _LARGEST_REFERENCE_BYTES = 32 * 2**20
@@ -54,6 +54,7 @@ def evaluate(
     model: Any,
     module: nn.Module,
     techniques: Sequence[Technique],
+    workload: Workload,
     context: Context,
     reference: Path,
     is_reference: bool,
@@ -61,6 +62,7 @@ def evaluate(
     """Held-out loss, and where the reference's logits are kept, how far this module's are from them.
 
     Args:
+        workload: says how the module reads the text: through a key-value cache, perhaps.
         reference: the file of the reference's logits (tokens, vocabulary), fp32; written if this is the reference.
 
     Returns:
@@ -87,9 +89,9 @@ def evaluate(
         for piece in held_out:
             ids = torch.tensor(piece.ids, dtype=torch.long, device=context.device)
             with stepping(techniques, context):
-                output = module(ids[None, :-1])
+                read = workload.logits(module, ids[:-1], techniques, context)
             # Half-precision losses would shift more than the quantization that is measured.
-            logits = getattr(output, "logits", output)[0].float()
+            logits = read.float()
             own = logits.log_softmax(-1)
             nats.append(-own.gather(1, ids[1:, None]).sum().item())
             rows = slice(position, position + len(ids) - 1)

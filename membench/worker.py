@@ -78,14 +78,19 @@ def _measure(request: dict[str, Any], meter: Meter) -> None:
     case.rehearse()
     if meter.on_gpu:
         _announce_gpu(meter, device)
+    loads_converted = any(technique.applies_rest for technique in case.techniques)
+    plain_bytes = case.plain_weight_bytes() if loads_converted else None
     meter.set_baseline()
 
     result: dict[str, Any] = {"pinned": pinned, "remarks": [], "corpus": corpus.digest(),
                               "is_trained": case.model.quality}  # fmt: skip
     torch.manual_seed(settings["seed"])
     with meter.phase("load", "pinned"):
+        meter.memory_in_parts = True
         module = case.load()
-    loaded_bytes = weight_bytes(module)
+        meter.memory_in_parts = False
+    if not loads_converted:
+        plain_bytes = weight_bytes(module)
     with meter.phase("apply", "pinned"):
         for name, technique in case.applied:
             before = fingerprint(module)
@@ -94,7 +99,7 @@ def _measure(request: dict[str, Any], meter: Meter) -> None:
                 result["remarks"].append(f"'{name}' changed nothing in the model")
     result["weights_bytes"] = weight_bytes(module)
     result["parameters"] = sum(parameter.numel() for parameter in module.parameters())
-    result["notes"] = notes.on_weights(module, case.techniques, loaded_bytes)
+    result["notes"] = notes.on_weights(module, case.techniques, plain_bytes)
     module.train(case.workload.trains)
 
     losses: list[float] = []
@@ -147,7 +152,13 @@ def _measure(request: dict[str, Any], meter: Meter) -> None:
             module.eval()
             reference = Path(request["reference"]["path"])
             result["quality"] = quality.evaluate(
-                case.model, module, case.techniques, case.context, reference, request["reference"]["is_this"]
+                case.model,
+                module,
+                case.techniques,
+                case.workload,
+                case.context,
+                reference,
+                request["reference"]["is_this"],
             )
     result["tokens_per_step"] = case.workload.tokens_per_step()
     result["decoded_tokens"] = case.workload.decoded_tokens_per_step()

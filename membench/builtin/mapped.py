@@ -1,0 +1,202 @@
+"""A checkpoint as a memory-mapped file: its tensors are pages of the file until they are taken over."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import shutil
+from collections.abc import Callable, Iterable, MutableMapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from membench.plugins import Model, Unsuitable
+from membench.units import format_bytes
+from membench.weights import plain_tensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Part: TypeAlias = Callable[[str], AbstractContextManager[None]]
+"""As ``Context.part``."""
+
+_BLOCK_BYTES, _MOST_BLOCKS = 2**20, 32
+_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+
+
+@dataclass
+class Held:
+    """A tensor that a module holds, once for all the places that share it, named by the first of them."""
+
+    name: str
+    tensor: torch.Tensor
+    places: list[tuple[MutableMapping[str, Any], str]] = field(default_factory=list)
+
+    def fill(self, tensor: torch.Tensor) -> None:
+        """Put a tensor in all of its places: a parameter where one was."""
+        from torch import nn
+
+        if isinstance(self.tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=self.tensor.requires_grad)
+        for holder, key in self.places:
+            holder[key] = tensor
+
+
+def held_by(module: nn.Module) -> list[Held]:
+    """Every tensor of a module: parameters, buffers (those too that no state dict has), and plain attributes.
+
+    A skeleton on the meta device has no data in any of them, rotary angles included, which no checkpoint brings.
+    """
+    import torch
+
+    found: dict[int, Held] = {}
+    for path, child in module.named_modules():
+        for holder in (child._parameters, child._buffers, vars(child)):
+            for key, tensor in holder.items():
+                if isinstance(tensor, torch.Tensor):
+                    name = f"{path}.{key}" if path else key
+                    found.setdefault(id(tensor), Held(name, tensor)).places.append((holder, key))
+    return list(found.values())
+
+
+def write(module: nn.Module, path: Path) -> None:
+    """Keep every tensor of a module in a safetensors file, each once.
+
+    Raises:
+        Unsuitable: where there is no room for it.
+    """
+    import safetensors.torch
+
+    tensors = {held.name: held.tensor.detach().contiguous() for held in held_by(module)}
+    needs_room(sum(tensor.nbytes for tensor in tensors.values()), path.parent)
+    safetensors.torch.save_file(tensors, str(path))
+
+
+def needs_room(size_bytes: int, folder: Path) -> None:
+    """Refuse the case if a folder has no room for a file.
+
+    Raises:
+        Unsuitable: with what is wanted and what is free.
+    """
+    free_bytes = shutil.disk_usage(folder).free
+    if size_bytes > free_bytes:
+        wanted, free = format_bytes(size_bytes), format_bytes(free_bytes)
+        raise Unsuitable(f"the checkpoint takes {wanted}, and {free} are free in {folder}")
+
+
+class MappedCheckpoint:
+    """Reads what ``write`` wrote. The mapping is private: what is written to it goes to anonymous pages."""
+
+    def __init__(self, path: Path) -> None:
+        import torch
+
+        with path.open("rb") as file:
+            self._mapping = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        header_bytes = int.from_bytes(self._mapping[:8], "little")
+        self._entries: dict[str, Any] = json.loads(self._mapping[8 : 8 + header_bytes])
+        self._entries.pop("__metadata__", None)
+        self._data_start = 8 + header_bytes
+        whole = torch.frombuffer(self._mapping, dtype=torch.uint8)
+        self._first_byte = whole.data_ptr()
+
+    def skeleton(self, model: Model) -> nn.Module:
+        """The model on the meta device, to be filled with what is here.
+
+        Raises:
+            Unsuitable: where it has no skeleton, or one that holds other tensors than the model that was built.
+        """
+        try:
+            module = model.skeleton()
+        except NotImplementedError as error:
+            raise Unsuitable(str(error)) from None
+        unlike = {held.name for held in held_by(module)} ^ self._entries.keys()
+        if unlike:
+            raise Unsuitable(f"the model and its skeleton on the meta device differ in '{min(unlike)}'")
+        return module
+
+    def mapped(self, name: str) -> torch.Tensor:
+        """A tensor whose data are the file's pages, which come as they are read."""
+        import torch
+
+        entry = self._entries[name]
+        start, end = entry["data_offsets"]
+        dtype = getattr(torch, _DTYPES[entry["dtype"]])
+        if start == end:
+            return torch.empty(entry["shape"], dtype=dtype)
+        flat = torch.frombuffer(
+            self._mapping, dtype=dtype, count=(end - start) // dtype.itemsize, offset=self._data_start + start
+        )
+        return flat.view(entry["shape"]).data  # a view would keep the mapping wherever its data go
+
+    def touched(self, name: str, part: Part) -> torch.Tensor:
+        """A mapped tensor with all its pages there, so that file pages do not grow while something reads them.
+
+        Resident memory alone does not say what of its peak is live and what are pages that the file lends. Where these
+        come and go a block at a time, each a part of its own (``map``, ``unmap``), it says so to a block.
+        """
+        tensor = self.mapped(name)
+        for block in _blocks(tensor):
+            with part("map"):
+                block[:: mmap.PAGESIZE].sum()
+        return tensor
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor in anonymous memory; no more than a block of it is there twice at any moment."""
+        tensor = self.mapped(name)
+        self.take_over(tensor)
+        return tensor
+
+    def take_over(self, tensor: torch.Tensor) -> None:
+        """Give a tensor whose data are mapped memory of its own; each block's pages go back once it is copied.
+
+        A quantized tensor is opened. One that is not mapped stays as it is.
+        """
+        import torch
+
+        if hasattr(tensor, "__tensor_flatten__"):
+            for plain in plain_tensors(tensor):
+                self.take_over(plain)
+            return
+        source = tensor.data
+        if source.device.type != "cpu" or not 0 <= source.data_ptr() - self._first_byte < len(self._mapping):
+            return
+        own = torch.empty_like(source)
+        if source.is_contiguous():
+            for block, into in zip(_blocks(source), _blocks(own), strict=True):
+                into.copy_(block)
+                self._drop_pages_within(block)
+        else:
+            own.copy_(source)
+        tensor.data = own
+
+    def _drop_pages_within(self, block: torch.Tensor) -> None:
+        """Pages at the edges stay: a neighbour may have been written to, and live there alone."""
+        start = block.data_ptr() - self._first_byte
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = (start + block.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > first:
+            self._mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def drop_pages(self, names: Iterable[str], part: Part) -> None:
+        """Give all pages back, those of some tensors block by block.
+
+        What still refers to them reads the file again, without what was written to it.
+        """
+        for name in names:
+            for block in _blocks(self.mapped(name)):
+                with part("unmap"):
+                    self._drop_pages_within(block)
+        self._mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def _blocks(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A contiguous tensor's bytes in blocks of 1 MiB, and in 32 blocks where it is larger than 32 MiB."""
+    import torch
+
+    step = max(_BLOCK_BYTES, -(-tensor.nbytes // _MOST_BLOCKS // mmap.PAGESIZE) * mmap.PAGESIZE)
+    return tensor.view(-1).view(torch.uint8).split(step)
