@@ -213,17 +213,20 @@ def _gpu_footprint(found: Figures, by_name: Mapping[str, Mapping[str, Any]], int
         source = "NVML: used memory of the device above its idle level, sampled; the driver hides the process"
         peak, held, end = used, time["gpu_used_end_bytes"], run["gpu_used_end_bytes"]
     else:
-        for name in ("peak_footprint_bytes", "held_footprint_bytes", "context_overhead_bytes", "energy_j"):
-            found.miss(name, time.get("gpu_unknown") or "NVML shows neither the process nor the device")
-        return
-    found.know("peak_footprint_bytes", peak, source, "at least", interval_s=interval_s)
-    found.know("held_footprint_bytes", held, source.replace(", sampled", ""))
-    if end is None:
-        found.miss("context_overhead_bytes", "NVML did not show the process at the end of the phase run")
-    else:
-        found.know("context_overhead_bytes", end - run["cuda_held_reserved_bytes"], f"{source}, less torch's reserved")
+        source, peak, held, end = "", None, None, None
+    neither, unseen = "NVML shows neither the process nor the device", "NVML did not show the process at the end of {}"
+    overhead = None if end is None else end - run["cuda_held_reserved_bytes"]
+    for name, value, how, otherwise in (
+        ("peak_footprint_bytes", peak, {"source": source, "bound": "at least", "interval_s": interval_s}, neither),
+        ("held_footprint_bytes", held, {"source": source.replace(", sampled", "")}, unseen.format("the phase time")),
+        ("context_overhead_bytes", overhead, {"source": f"{source}, less torch's reserved"}, unseen.format("the run")),
+    ):
+        if value is None:
+            found.miss(name, time.get("gpu_unknown") or (neither if peak is None else otherwise))
+        else:
+            found.know(name, value, **how)
     if time["gpu_energy_j"] is None:
-        found.miss("energy_j", "the device has no energy counter")
+        found.miss("energy_j", time.get("gpu_unknown") or "the device has no energy counter")
     else:
         found.know("energy_j", time["gpu_energy_j"] / time["steps"], "NVML's counter over the phase time, whole device")
 
