@@ -159,9 +159,10 @@ def test_a_device_that_refuses_its_memory_is_observed_without_and_says_so() -> N
     seen = _observed(FakeNvml(refused=("nvmlDeviceGetMemoryInfo",)))
     assert (seen["gpu_process_peak_bytes"], seen["gpu_used_peak_bytes"], seen["gpu_used_end_bytes"]) == (None,) * 3
     assert seen["gpu_energy_j"] == 2.5
-    found = _gpu_case(**{key: seen[key] for key in ("gpu_unknown", "gpu_process_peak_bytes", "gpu_used_peak_bytes")})
-    assert found.metrics["peak_footprint_bytes"] is None
-    assert found.reasons["peak_footprint_bytes"] == "NVML: Insufficient Permissions"
+    found = _gpu_case(**{key: value for key, value in seen.items() if key.startswith("gpu_")})
+    for name in ("peak_footprint_bytes", "held_footprint_bytes", "context_overhead_bytes"):
+        assert (found.metrics[name], found.reasons[name]) == (None, "NVML: Insufficient Permissions")
+    assert found.metrics["energy_j"] == 2.5 / 5
 
 
 def test_a_device_that_refuses_its_memory_only_once_keeps_what_was_seen() -> None:
@@ -175,6 +176,10 @@ def test_a_device_that_refuses_its_memory_only_once_keeps_what_was_seen() -> Non
     nvml.refused = ("nvmlDeviceGetMemoryInfo",)
     seen = observer.end_phase()
     assert (seen["gpu_used_peak_bytes"], seen["gpu_used_end_bytes"]) == (7 * MIB, None)
+    found = _gpu_case(**{key: value for key, value in seen.items() if key.startswith("gpu_")})
+    assert found.metrics["peak_footprint_bytes"] == 7 * MIB
+    for name in ("held_footprint_bytes", "context_overhead_bytes"):
+        assert (found.metrics[name], found.reasons[name]) == (None, "NVML: Insufficient Permissions")
 
 
 def test_an_unknown_device_is_named() -> None:
