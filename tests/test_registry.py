@@ -36,6 +36,7 @@ class Halved(Technique):
     only: tuple[str, ...] = ()
     name: str
     quick: bool = False
+    layers: int | Literal["all"] = "all"
 """
 
 
@@ -198,6 +199,7 @@ def test_a_technique_s_options_are_listed_with_types_defaults_and_bounds(
         "    only     list of text                         default []\n"
         "    name     text                                 must be given\n"
         "    quick    true or false                        default false\n"
+        "    layers   whole number or 'all'                default 'all'\n"
     )
     assert "    depth    whole number, at least 1, at most 9  8, by its name" in _listed(capsys, "halved-deep")
 
@@ -253,4 +255,5 @@ def test_options_are_taken_as_json_has_them(site: Path) -> None:
     assert create(quick=1) == "option 'quick' = 1: true or false is wanted"
     assert create(name=True) == "option 'name' = true: text is wanted"
     assert create(storage="CSR") == "option 'storage' = 'CSR': did you mean 'csr'?"
+    assert create(layers="most") == "option 'layers' = 'most': a whole number is wanted or write 'all'"
     assert create(stroage="csr") == "unknown option 'stroage'; did you mean 'storage'?"

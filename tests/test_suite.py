@@ -341,8 +341,9 @@ def test_the_parts_of_a_stack_are_added_before_it(suite_file: Path) -> None:
 def test_exclusions_reach_the_parts_of_a_stack_but_not_what_is_included(suite_file: Path) -> None:
     text = _with(technique='["bf16+int8-weight-only", "fp16"]') + '[[exclude]]\ntechnique = ["int8*", "fp16"]\n'
     assert _techniques(suite_file, text) == ["none", "bf16", "bf16+int8-weight-only"]
-    text += '[[include]]\nmodel = "llama-60m"\ntechnique = "fp16+int8-weight-only"\nworkload = "forward"\n'
-    assert _techniques(suite_file, text) == ["none", "bf16", "bf16+int8-weight-only", "fp16+int8-weight-only"]
+    text += '[[include]]\nmodel = "llama-60m"\ntechnique = ["fp16", "nf4+fp16"]\nworkload = "forward"\n'
+    text += '[[exclude]]\ntechnique = "nf4"\n'
+    assert _techniques(suite_file, text) == ["none", "bf16", "bf16+int8-weight-only", "fp16", "nf4+fp16"]
 
 
 def test_a_group_that_is_excluded_whole_takes_its_reference_with_it(suite_file: Path) -> None:
