@@ -214,7 +214,8 @@ def _gpu_footprint(found: Figures, by_name: Mapping[str, Mapping[str, Any]], int
         peak, held, end = used, time["gpu_used_end_bytes"], run["gpu_used_end_bytes"]
     else:
         source, peak, held, end = "", None, None, None
-    neither, unseen = "NVML shows neither the process nor the device", "NVML did not show the process at the end of phase {}"
+    neither = "NVML shows neither the process nor the device"
+    unseen = "NVML did not show the process at the end of phase {}"
     overhead = None if end is None else end - run["cuda_held_reserved_bytes"]
     for name, value, how, otherwise in (
         ("peak_footprint_bytes", peak, {"source": source, "bound": "at least", "interval_s": interval_s}, neither),
