@@ -68,8 +68,8 @@ def _measure(request: dict[str, Any], meter: Meter) -> None:
     case = Assembly.of(request, meter.part)
     import torch
 
-    if meter.on_gpu and not torch.cuda.is_available():
-        raise plugins.Unsuitable("no CUDA device here, or a torch build without CUDA")
+    if meter.on_gpu:
+        _refuse_missing_gpu(device)
     case.read_text()
     case.prepare()
     pinned = allocator.pin()
@@ -185,6 +185,16 @@ def _trained_and_frozen(module: Any) -> dict[str, int]:
     trained = census.storages(p for p in module.parameters() if p.requires_grad)
     frozen = census.storages(p for p in module.parameters() if not p.requires_grad)
     return {"trained_weights_bytes": sum(trained.values()), "frozen_weights_bytes": sum(frozen.values())}
+
+
+def _refuse_missing_gpu(device: str) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise plugins.Unsuitable("no CUDA device here, or a torch build without CUDA")
+    if (torch.device(device).index or 0) >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise plugins.Unsuitable(f"there is no {device} here: the last is cuda:{last}")
 
 
 def _announce_gpu(meter: Meter, device: str) -> None:
