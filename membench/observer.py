@@ -126,7 +126,7 @@ class Observer:
             return
         self._samples.append(self._pending)
         self._pending = None
-        if len(self._samples) > _MOST_SAMPLES:
+        if len(self._samples) >= _MOST_SAMPLES:
             self._per_sample *= 2
             odd = self._samples[len(self._samples) // 2 * 2 :]
             self._samples = [*map(_higher, self._samples[::2], self._samples[1::2]), *odd]
