@@ -27,18 +27,26 @@ def on_weights(module: nn.Module, techniques: Sequence[Technique], plain_bytes: 
     bits = [stated for technique in techniques if (stated := technique.nominal_bits()) is not None]
     share = 1.0
     for technique in techniques:
-        share *= technique.nominal_share()
+        left = technique.nominal_share()
+        if left is None:
+            return []
+        share *= left
     nominal = (bits[-1] / 32 if bits else 1.0) * share
     measured = weight_bytes(module) / plain_bytes if plain_bytes else nominal
     if abs(measured / nominal - 1) <= _WORTH_A_NOTE:
         return []
-    causes = sorted(_causes(module, bits[-1] if bits else 32).items(), key=lambda cause: -cause[1])
+    adapted = any(technique.trains_adapters for technique in techniques)
+    causes = sorted(_causes(module, bits[-1] if bits else 32, adapted).items(), key=lambda cause: -cause[1])
     named = ", ".join(f"{format_bytes(size)} {cause}" for cause, size in causes if size) or "no cause was found"
     return [f"weights are {format_ratio(measured)} where {format_ratio(nominal)} is the nominal factor: {named}"]
 
 
-def _causes(module: nn.Module, bits: float) -> dict[str, int]:
-    """Bytes by what keeps them above ``bits`` a weight; each storage counts once."""
+def _causes(module: nn.Module, bits: float, adapted: bool) -> dict[str, int]:
+    """Bytes by what keeps them above ``bits`` a weight; each storage counts once.
+
+    Args:
+        adapted: what can be trained came on top of the weights.
+    """
     head = getattr(module, "get_output_embeddings", lambda: None)()
     found: dict[str, int] = {}
     seen: set[tuple[str, int]] = set()
@@ -52,6 +60,8 @@ def _causes(module: nn.Module, bits: float) -> dict[str, int]:
                     continue
                 seen.add(key)
                 cause = _cause(child, child is head, name, inner, tensor, plain, bits)
+                if adapted and tensor.requires_grad:
+                    cause = f"of adapters in {str(plain.dtype).removeprefix('torch.')}"
                 if cause:
                     found[cause] = found.get(cause, 0) + storage.nbytes()
     return found

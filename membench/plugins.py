@@ -173,7 +173,8 @@ class Technique(Options):
     """``load`` returns the module as the later members of the stack make it: they neither load nor apply it again."""
     prepares_rest: ClassVar[bool] = False
     """What ``prepare`` makes has the later members applied to it."""
-
+    trains_adapters: ClassVar[bool] = False
+    """Whether it freezes the weights and trains parameters of its own beside them."""
     needs_all_gradients: ClassVar[bool] = False
     """Whether its step wants the gradients of all parameters at once: to add them up, to unscale or to clip them."""
 
@@ -189,8 +190,8 @@ class Technique(Options):
         """Bits a weight that the technique is known for, or ``None`` where it leaves their type alone."""
         return None
 
-    def nominal_share(self) -> float:
-        """The share of the weights that the technique is known to leave."""
+    def nominal_share(self) -> float | None:
+        """The share of the weights that the technique is known to leave; ``None`` where it follows from the model."""
         return 1.0
 
     def prepare(self, make: Callable[[], nn.Module], context: Context) -> None:

@@ -1,0 +1,173 @@
+"""Small matrices trained beside frozen weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from membench.builtin.techniques.bitsandbytes import BnbNf4
+from membench.plugins import Context, LayerWise, Setting, Unsuitable
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# Attention's and the feed-forward network's projections, as Llama and Qwen name them, and GPT-2.
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "c_attn", "c_proj", "c_fc")
+
+
+class Lora(LayerWise):
+    """Weights frozen, and beside each projection two small matrices of a low rank that are trained (peft).
+
+    y = W·x + α/r · B·A·x, with A (r, inputs) drawn and B (outputs, r) zero, so that nothing is changed at the start:
+    r · (inputs + outputs) trained parameters a projection. Gradients and optimizer states (AdamW: 8 bytes a parameter)
+    are there for these alone; activations are kept as ever, with A·x and a copy of the dropped-out x on top.
+    Hu et al., 2021 (arXiv:2106.09685).
+
+    Adapters are in fp32 whatever the weights are in. Quantized weights may lie beneath ('int8-weight-only+lora'), if a
+    gradient passes through them. ``targets`` are last parts of layers' names; by default the projections of attention
+    and of the feed-forward network. Limits: a checkpoint holds the frozen weights too, where a user would keep the
+    adapters alone; adapters stay beside the weights and are not merged into them.
+    """
+
+    imports: ClassVar[tuple[str, ...]] = ("torch", "peft.tuners.lora")
+    acts_on: ClassVar[str] = "gradients, optimizer"
+    needs: ClassVar[Mapping[str, str]] = {"peft": "membench[adapters]"}
+    trains_adapters: ClassVar[bool] = True
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: tuple[str, ...] = Field(_PROJECTIONS, min_length=1)
+
+    def check(self, setting: Setting) -> str | None:
+        shape = setting.model.shape
+        if shape and self.rank > shape.width:
+            return f"rank = {self.rank} is more than the model's width {shape.width}: no low rank"
+        return None
+
+    def refuse(self, setting: Setting) -> str | None:
+        if any(technique.trains_adapters for technique in setting.before):
+            return "there are adapters already"
+        return None
+
+    def convert(self, name: str, layer: nn.Module, head: nn.Module | None) -> nn.Module:
+        for parameter in layer._parameters.values():
+            if parameter is not None:
+                parameter.requires_grad_(False)
+        return self._adapted(name, layer) if name.rpartition(".")[2] in self.targets else layer
+
+    def _adapted(self, name: str, layer: nn.Module) -> nn.Module:
+        import torch
+        from peft import LoraConfig, inject_adapter_in_model
+        from torch import nn
+
+        holder = nn.ModuleDict({"layer": layer})
+        device = _device(layer)
+        holder.hf_device_map = {"": device}  # peft asks the parameters, which a layer of packed weights has not
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # a factor as any other
+            lora_dropout=self.dropout,
+            target_modules=["layer"],
+            fan_in_fan_out=type(layer).__name__ == "Conv1D",
+        )
+        with warnings.catch_warnings():
+            # torchao's layers cannot be merged with their adapters, which nobody is about to do.
+            warnings.filterwarnings("ignore", message=".*was instantiated without `get_apply_tensor_subclass`")
+            try:
+                inject_adapter_in_model(config, holder)
+            except (ValueError, TypeError) as error:
+                kind = type(layer).__name__
+                raise Unsuitable(f"peft has no adapters for '{name}', a {kind}: {str(error)[:100]}") from None
+        for parameter in holder.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(device, torch.float32)
+        return holder["layer"]
+
+    def optimizer(self, optimizer: torch.optim.Optimizer, module: nn.Module, context: Context) -> torch.optim.Optimizer:
+        """Leave it as it is, but look whether a gradient passes through what lies beneath the adapters.
+
+        Raises:
+            Unsuitable: if none does: rounded inputs have none, and all layers below would learn nothing, unnoticed.
+        """
+        kinds: dict[tuple[type, type], Any] = {}
+        for _, layer in _adapted_layers(module):
+            base = layer.get_base_layer()
+            kinds.setdefault((type(base), type(getattr(base, "weight", None))), base)
+        for base in kinds.values():
+            if not _passes_gradients(base):
+                kind = type(base.weight.data).__name__
+                raise Unsuitable(f"no gradient passes through {kind} weights: adapters of layers below would not learn")
+        return optimizer
+
+    def remark(self, module: nn.Module, context: Context) -> str | None:
+        if self.targets == _PROJECTIONS:
+            missing = [] if any(True for _ in _adapted_layers(module)) else ["projections"]
+        else:
+            adapted = {name.rpartition(".")[2] for name, _ in _adapted_layers(module)}
+            missing = [target for target in self.targets if target not in adapted]
+        return f"no layer is named {', '.join(missing)}: it has no adapters" if missing else None
+
+
+class QLora(Lora):
+    """Weights as 4-bit NormalFloat, frozen, with adapters beside the projections (bitsandbytes and peft).
+
+    'bnb-nf4+lora' as one: 4 + 8.1 / ``block_size`` bits a weight of every linear layer but the output head, double
+    quantization included, and ``lora`` on top. A layer's weight is unpacked for each pass, forward and backward.
+    Dettmers et al., 2023 (arXiv:2305.14314).
+
+    Limits: the paper's paged optimizer states, which a GPU can do without when short of memory, are not part of it.
+    """
+
+    imports: ClassVar[tuple[str, ...]] = (*Lora.imports, *BnbNf4.imports)
+    acts_on: ClassVar[str] = "weights, gradients, optimizer"
+    needs: ClassVar[Mapping[str, str]] = {**Lora.needs, **BnbNf4.needs}
+    block_size: Literal[32, 64, 128, 256, 512, 1024] = 64
+
+    @property
+    def base(self) -> BnbNf4:
+        """What quantizes the frozen weights."""
+        return BnbNf4(block_size=self.block_size)
+
+    def check(self, setting: Setting) -> str | None:
+        return super().check(setting) or self.base.check(setting)
+
+    def refuse(self, setting: Setting) -> str | None:
+        return super().refuse(setting) or self.base.refuse(dataclasses.replace(setting, after=(self, *setting.after)))
+
+    def nominal_bits(self) -> float | None:
+        return self.base.nominal_bits()
+
+    def convert(self, name: str, layer: nn.Module, head: nn.Module | None) -> nn.Module:
+        return super().convert(name, self.base.convert(name, layer, head), head)
+
+
+def _adapted_layers(module: nn.Module) -> list[tuple[str, Any]]:
+    """peft's layers, by path."""
+    from peft.tuners.lora import LoraLayer
+
+    return [(name, child) for name, child in module.named_modules() if isinstance(child, LoraLayer)]
+
+
+def _passes_gradients(base: Any) -> bool:
+    """Whether a row of ones through a frozen linear layer has a gradient."""
+    import torch
+
+    held = [tensor for tensor in (*base.parameters(), *base.buffers()) if tensor.is_floating_point()]
+    dtype = held[0].dtype if held else torch.float32
+    with torch.enable_grad():
+        row = torch.ones(1, 1, base.in_features, dtype=dtype, device=_device(base), requires_grad=True)
+        product = base(row).sum()
+        if not product.requires_grad:
+            return False
+        gradient = torch.autograd.grad(product, row, allow_unused=True)[0]
+    return gradient is not None and bool(gradient.any())
+
+
+def _device(layer: nn.Module) -> torch.device:
+    return next(itertools.chain(layer.parameters(), layer.buffers())).device

@@ -1,0 +1,267 @@
+"""A smaller student in the model's place, taught by it or trained alone."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from membench import registry
+from membench.builtin.tuning import tune
+from membench.builtin.workloads.train import next_token_loss
+from membench.errors import PluginError
+from membench.plugins import Context, Model, Setting, Shape, Technique, Unsuitable
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+class _Student(Technique):
+    """What ``distill`` and ``from-scratch`` share: with equal options, the same student and the same batches."""
+
+    imports = ("torch", "transformers.models.auto.modeling_auto")
+    acts_on: ClassVar[str] = "weights, activations, cache"
+    layers: int | None = Field(None, ge=1)
+    """Layers of the student. With neither layers, width nor student: half of the teacher's."""
+    width: float = Field(1.0, gt=0, le=1)
+    """Share of the teacher's width, rounded to whole heads of the teacher's size; the inner width follows."""
+    student: str | None = None
+    """A model of membench with the teacher's vocabulary, such as 'llama-15m', in place of layers and width."""
+    steps: int = Field(300, ge=1)
+    learning_rate: float = Field(2e-3, gt=0)
+    text_tokens: int | None = Field(None, ge=256)
+    """How much of the training text there is to learn from; all of it by default."""
+    seed: int = Field(0, ge=0)
+    """Of the first weights and of the batches, added to the suite's own."""
+
+    def check(self, setting: Setting) -> str | None:
+        teacher = setting.model.shape
+        if self.student is not None:
+            if self.layers is not None or self.width < 1:
+                return f"student = '{self.student}' has layers and width of its own: leave those options out"
+            try:
+                named = self._named(self.student)
+            except PluginError as error:
+                return f"student: {error}"
+            if teacher and named.shape and named.shape.vocabulary != teacher.vocabulary:
+                return _other_vocabulary(self.student, named.shape.vocabulary, teacher.vocabulary)
+            return None
+        if teacher is None:
+            return None
+        if self.layers is not None and self.layers > teacher.layers:
+            return f"layers = {self.layers}: the teacher has {teacher.layers}"
+        if self.reduced(teacher) == teacher:
+            return "the student would be as large as its teacher: give fewer layers or less width"
+        return None
+
+    def nominal_share(self) -> float | None:
+        return None
+
+    def prepare(self, make: Callable[[], nn.Module], context: Context) -> None:
+        if self.student is not None:
+            self._named(self.student).prepare(lambda done, total, what: None)
+
+    def reduced(self, teacher: Shape) -> Shape:
+        """The student's shape: heads stay as large as they are, groups of query heads stay even."""
+        heads = max(1, round(teacher.heads * self.width))
+        wanted = max(1, round(teacher.key_value_heads * self.width))
+        key_value_heads = max(count for count in range(1, wanted + 1) if heads % count == 0)
+        layers = self.layers
+        if layers is None:
+            layers = teacher.layers if self.width < 1 else (teacher.layers + 1) // 2
+        return teacher._replace(
+            width=teacher.width // teacher.heads * heads,
+            layers=min(layers, teacher.layers),
+            heads=heads,
+            key_value_heads=key_value_heads,
+            inner_width=max(1, round(teacher.inner_width * self.width)),
+        )
+
+    def untrained(self, teacher: nn.Module, context: Context) -> nn.Module:
+        """The student with seeded weights, in fp32.
+
+        Raises:
+            Unsuitable: if the teacher has no configuration to derive it from, or another vocabulary.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        context = self.seeded(context)
+        if self.student is not None:
+            named = self._named(self.student)
+            if context.rehearsal:
+                named = named.miniature() or named
+            module = named.build(context)
+            vocabularies = named.vocabulary(module), context.model.vocabulary(teacher)
+            if vocabularies[0] != vocabularies[1]:
+                raise Unsuitable(_other_vocabulary(self.student, *vocabularies))
+            return module
+        torch.manual_seed(context.seed)
+        with torch.device(context.device):
+            return AutoModelForCausalLM.from_config(self._config(teacher, context), dtype=torch.float32)
+
+    def seeded(self, context: Context) -> Context:
+        return dataclasses.replace(context, seed=context.seed + self.seed)
+
+    def _config(self, teacher: nn.Module, context: Context) -> Any:
+        if not hasattr(getattr(teacher, "config", None), "num_hidden_layers"):
+            raise Unsuitable("a student is derived from a transformers configuration, which this model has not")
+        config: Any = copy.deepcopy(teacher.config)
+        shape = _shape_of(config)
+        student = self.reduced(shape)
+        if not context.rehearsal and (student == shape or (self.layers or 1) > shape.layers):
+            raise Unsuitable(f"the student would be no smaller than its teacher of {shape.layers} layers")
+        named = {
+            "hidden_size": student.width,
+            "num_hidden_layers": student.layers,
+            "num_attention_heads": student.heads,
+            "num_key_value_heads": student.key_value_heads,
+            "intermediate_size": student.inner_width,
+            "n_inner": student.inner_width,
+        }
+        for name, value in named.items():
+            if getattr(config, name, None) is not None:
+                setattr(config, name, value)
+        if getattr(config, "layer_types", None):
+            config.layer_types = [config.layer_types[place] for place in _kept(shape.layers, student.layers)]
+        return config
+
+    @staticmethod
+    def _named(name: str) -> Model:
+        found: Model = registry.create("model", name, {})
+        return found
+
+
+class Distill(_Student):
+    """A smaller student in the model's place, taught by it: softened KL and hard loss mixed (Hinton et al., 2015).
+
+    loss = α · τ² · KL(teacher ‖ student), both softened by the temperature τ, + (1 - α) · cross entropy of the next
+    tokens; means over tokens, in fp32. AdamW, 8 sequences of 128 tokens a step, the rate falling linearly to zero.
+    The phase ``apply`` holds teacher, student, gradients and states; afterwards the teacher is gone. ``from-scratch``
+    with the same options is what the student would have been without a teacher.
+
+    Limits: the student is in fp32 whatever the teacher is in. It gains where training text is scarce; with text enough
+    and few steps the hard loss alone does as well. The teacher is run anew for each batch.
+    """
+
+    temperature: float = Field(1.0, gt=0)
+    alpha: float = Field(0.9, ge=0, le=1)
+    """Share of the softened KL in the loss; the rest is the hard loss."""
+    start: Literal["seed", "teacher"] = "seed"
+    """'teacher': embeddings, norms and evenly chosen layers are copied, where only layers are left out."""
+
+    def check(self, setting: Setting) -> str | None:
+        if self.start == "teacher" and (self.student is not None or self.width < 1):
+            return "start = 'teacher' copies whole layers: it goes with layers, not with width or student"
+        return super().check(setting)
+
+    def apply(self, module: nn.Module, context: Context) -> nn.Module:
+        import torch
+
+        student = self.untrained(module, context)
+        if self.start == "teacher":
+            _copy_layers(module, student)
+        was_training = module.training
+        module.eval()
+
+        def loss(learner: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                taught = _logits(module(batch))
+            learned = _logits(learner(batch))
+            hard = torch.nn.functional.cross_entropy(learned.flatten(0, 1), batch[:, 1:].flatten())
+            return self.alpha * softened_kl(learned, taught, self.temperature) + (1 - self.alpha) * hard
+
+        tune(student, self.seeded(context), self.steps, self.learning_rate, loss, self.text_tokens)
+        return student.train(was_training)
+
+
+class FromScratch(_Student):
+    """The student of 'distill' trained alone, for as many steps on the same batches: what distilling is held against.
+
+    loss = cross entropy of the next tokens. The model itself is not needed: its memory is given back before training.
+    """
+
+    def refuse(self, setting: Setting) -> str | None:
+        if any(type(technique).apply is not Technique.apply for technique in setting.before):
+            return "'from-scratch' replaces the model: what comes before it in the stack is lost"
+        return None
+
+    def apply(self, module: nn.Module, context: Context) -> nn.Module:
+        student = self.untrained(module, context)
+        was_training = module.training
+        module.to("meta")
+        tune(student, self.seeded(context), self.steps, self.learning_rate, next_token_loss, self.text_tokens)
+        return student.train(was_training)
+
+
+def softened_kl(learned: torch.Tensor, taught: torch.Tensor, temperature: float) -> torch.Tensor:
+    """τ² · KL(taught ‖ learned) of logits (..., vocabulary), both softened by τ: the mean over all places.
+
+    Gradients of softened logits shrink with 1/τ²; the factor keeps their share in a mixed loss.
+    """
+    import torch
+
+    own = (learned / temperature).log_softmax(-1).flatten(0, -2)
+    theirs = (taught / temperature).log_softmax(-1).flatten(0, -2)
+    divergence = torch.nn.functional.kl_div(own, theirs, log_target=True, reduction="batchmean")
+    return divergence * temperature**2
+
+
+def _logits(output: Any) -> torch.Tensor:
+    """In fp32, of the places that have a next token: (B, T - 1, vocabulary)."""
+    return getattr(output, "logits", output)[:, :-1].float()
+
+
+def _shape_of(config: Any) -> Shape:
+    heads = config.num_attention_heads
+    width = config.hidden_size
+    inner_width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
+    return Shape(
+        width=width,
+        layers=config.num_hidden_layers,
+        heads=heads,
+        key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+        inner_width=inner_width,
+        vocabulary=config.vocab_size,
+        longest=config.max_position_embeddings,
+        tied=config.tie_word_embeddings,
+    )
+
+
+def _kept(teacher_layers: int, student_layers: int) -> list[int]:
+    """The layers of the teacher that a student of fewer begins with: evenly spread, the first always among them."""
+    return [place * teacher_layers // student_layers for place in range(student_layers)]
+
+
+def _copy_layers(teacher: nn.Module, student: nn.Module) -> None:
+    """Copy into every tensor of the student what the teacher has in its place.
+
+    Raises:
+        Unsuitable: if an earlier technique has changed the teacher's tensors or their names.
+    """
+    (where, theirs), (_, own) = _layer_list(teacher), _layer_list(student)
+    kept = _kept(len(theirs), len(own))
+    source = teacher.state_dict()
+    for name, tensor in student.state_dict().items():
+        place, _, rest = name.removeprefix(f"{where}.").partition(".")
+        found = source.get(f"{where}.{kept[int(place)]}.{rest}" if name.startswith(f"{where}.") else name)
+        if found is None or found.shape != tensor.shape or hasattr(found, "__tensor_flatten__"):
+            raise Unsuitable(f"start = 'teacher' copies plain weights; an earlier technique has changed '{name}'")
+        tensor.copy_(found)
+
+
+def _layer_list(module: Any) -> tuple[str, nn.ModuleList]:
+    from torch import nn
+
+    for name, child in module.named_modules():
+        if isinstance(child, nn.ModuleList) and len(child) == module.config.num_hidden_layers:
+            return name, child
+    raise Unsuitable("start = 'teacher' wants a model that keeps its layers in a list")
+
+
+def _other_vocabulary(name: str, own: int, wanted: int) -> str:
+    return f"student = '{name}' knows {own} token ids, the teacher {wanted}"
