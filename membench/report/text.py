@@ -205,7 +205,7 @@ def phases(records: Sequence[Record], form: str = "simple") -> str:
         known = [field for field in _PHASE_TITLES if any(row[field] is not None for row in rows)]
         shown = [
             {
-                "phase": f"  {row['part']}" if row["part"] else row["phase"],
+                "phase": f"· {row['part']}" if row["part"] else row["phase"],
                 "allocator": row["allocator"],
                 **{_PHASE_TITLES[field]: _or_blank(row, field, formats[field]) for field in known},
             }
