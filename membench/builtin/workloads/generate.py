@@ -11,7 +11,10 @@ from pydantic import Field
 from membench.plugins import Context, Step, Technique, Tokens, Unsuitable, Workload, stepping
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
+
+_TOKENS_AT_ONCE = 16
 
 
 class Generate(Workload):
@@ -30,6 +33,25 @@ class Generate(Workload):
     def decoded_tokens_per_step(self) -> int | None:
         return self.batch_size * (self.new_tokens - 1)  # the first comes out of the prefill
 
+    def logits(
+        self, module: nn.Module, ids: torch.Tensor, techniques: Sequence[Technique], context: Context
+    ) -> torch.Tensor:
+        """As while generating, so that what a technique's cache loses shows: some tokens at a time, through the cache.
+
+        Where no technique touches the cache, one pass over all tokens gives the same.
+        """
+        import torch
+
+        if all(type(technique).generate_options is Technique.generate_options for technique in techniques):
+            return super().logits(module, ids, techniques, context)
+        options = _options(techniques, context)
+        read = []
+        for some in ids.split(_TOKENS_AT_ONCE):
+            output = module(some[None], **options)
+            options["past_key_values"] = output.past_key_values
+            read.append(output.logits[0])
+        return torch.cat(read)
+
     def start(self, module: nn.Module, tokens: Tokens, techniques: Sequence[Technique], context: Context) -> Step:
         import torch
 
@@ -43,10 +65,7 @@ class Generate(Workload):
 
         def step() -> None:
             with torch.no_grad(), stepping(techniques, context):
-                # Asked for anew each time: a cache that a technique brings serves one generation.
-                options: dict[str, Any] = {"use_cache": True}
-                for technique in techniques:
-                    options = technique.generate_options(options, context)
+                options = _options(techniques, context)
                 with context.part("prefill"):
                     output = module(prompt, **options)
                     token = output.logits[:, -1:].argmax(-1)
@@ -62,3 +81,11 @@ class Generate(Workload):
                 cache.clear()
 
         return step
+
+
+def _options(techniques: Sequence[Technique], context: Context) -> dict[str, Any]:
+    """What the module's forward pass is given. To be asked for anew: a technique's cache serves one generation."""
+    options: dict[str, Any] = {"use_cache": True}
+    for technique in techniques:
+        options = technique.generate_options(options, context)
+    return options
