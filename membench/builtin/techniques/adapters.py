@@ -66,7 +66,7 @@ class Lora(LayerWise):
         from peft import LoraConfig, inject_adapter_in_model
         from torch import nn
 
-        holder = nn.ModuleDict({"layer": layer})
+        holder: Any = nn.ModuleDict({"layer": layer})
         device = _device(layer)
         holder.hf_device_map = {"": device}  # peft asks the parameters, which a layer of packed weights has not
         config = LoraConfig(
