@@ -28,7 +28,7 @@ technique = ["none", "fp16", "autocast-bf16", "autocast-fp16", "fp16+autocast-fp
 workload = ["finetune"]
 [[include]]
 model = "trained-tiny"
-technique = ["none", "bf16", "autocast-bf16"]
+technique = ["none", "autocast-bf16"]
 workload = "answer"
 [workload.finetune]
 use = "train"
@@ -238,12 +238,11 @@ def test_autocast_keeps_fp32_weights_and_states_and_activations_in_half(records:
         assert 0.5 < _figure(record, "activations_bytes") / _figure(plain, "activations_bytes") < 0.9
 
 
-def test_autocast_leaves_a_llamas_cache_in_fp32_where_bf16_weights_halve_it(records: dict[str, Record]) -> None:
+def test_autocast_leaves_a_llamas_cache_in_fp32(records: dict[str, Record]) -> None:
     whole = 2 * 2 * 64 * 65 * 4  # keys and values, layers, width, tokens, bytes
-    cache = {name: records[f"trained-tiny/{name}/answer/cpu"].metrics["cache_bytes"]
-             for name in ("none", "bf16", "autocast-bf16")}  # fmt: skip
     # Keys are rotated in fp32, and values are kept as keys are.
-    assert cache == {"none": whole, "bf16": whole / 2, "autocast-bf16": whole}
+    for name in ("none", "autocast-bf16"):
+        assert records[f"trained-tiny/{name}/answer/cpu"].metrics["cache_bytes"] == whole
 
 
 def test_scaling_over_float16_weights_is_skipped_with_the_reason(records: dict[str, Record]) -> None:
