@@ -101,6 +101,11 @@ class PackedLinear(nn.Linear):
         self.register_parameter("bias", bias)
         self.packed = packed
 
+    @property
+    def qweight(self) -> torch.Tensor:
+        """The packed bytes, by the name under which peft looks for a quantized layer's device."""
+        return self.packed.packed
+
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return _Product.apply(inputs, self.packed, self.bias)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from membench.builtin.techniques.quantizer import WeightQuantizer
+from membench.builtin.techniques.quantizer import LayerQuantizer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _OUTLIER = 6.0
 
 
-class _BitsAndBytes(WeightQuantizer):
+class _BitsAndBytes(LayerQuantizer):
     imports: ClassVar[tuple[str, ...]] = ("torch", "bitsandbytes")
     needs: ClassVar[Mapping[str, str]] = {"bitsandbytes": "membench[bitsandbytes]"}
     no_embeddings = "bitsandbytes cannot save a quantized embedding"

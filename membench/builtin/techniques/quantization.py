@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from membench.builtin.techniques.precision import Bf16
-from membench.builtin.techniques.quantizer import WeightQuantizer, once
-from membench.builtin.techniques.quantizer import as_linear as as_linear
+from membench.builtin.techniques.quantizer import LayerQuantizer, once
 from membench.plugins import Setting, Unsuitable
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 _DOUBLE_QUANTIZED = 256
 
 
-class RoundToNearest(WeightQuantizer):
+class RoundToNearest(LayerQuantizer):
     """The textbook: y = round(x / s) · s, integers of 2 to 8 bits packed without gaps, unpacked for each pass.
 
     s = max|x| / (2^(bits - 1) - 1), of the whole tensor, of each row ("channel") or of each group of ``group_size``
@@ -65,13 +64,14 @@ class RoundToNearest(WeightQuantizer):
         rows, columns = weight.shape
         shape = {"tensor": (1, 1, -1), "channel": (rows, 1, -1), "group": (rows, -1, self.group_size or columns)}
         blocks = weight.float().reshape(shape[self.granularity])
-        scale = (blocks.abs().amax(-1) / (2 ** (self.bits - 1) - 1)).to(weight.dtype)
+        most = 2 ** (self.bits - 1) - 1
+        scale = (blocks.abs().amax(-1) / most).to(weight.dtype)
         scale[scale == 0] = 1  # what is all zero, or too small for the type
-        integers = (blocks / scale.float()[:, :, None]).round_().char()
+        integers = (blocks / scale.float()[:, :, None]).round_().clamp_(-most, most).char()
         return integers.view(rows, columns), scale
 
 
-class _Torchao(WeightQuantizer):
+class _Torchao(LayerQuantizer):
     """A layer's weight becomes a tensor of torchao's."""
 
     imports: ClassVar[tuple[str, ...]] = ("torch", "torchao.quantization")
@@ -102,6 +102,7 @@ class Int8WeightOnly(_Torchao):
 
     s = max|x| / 127.5, q = round(x / s) from -128 to 127; a scale (fp32) and a zero point (int8, always 0) take five
     bytes a row or group. ``embeddings`` and ``head`` take those in; torchao unpacks the whole table for each look-up.
+    Under adapters, autograd keeps each weight as it was unpacked until the backward pass: there it saves nothing then.
     """
 
     kind = "int8"
@@ -128,6 +129,7 @@ class Int8Dynamic(_Torchao):
     """
 
     kind = "int8"
+    no_gradients = "no gradient passes through inputs rounded to int8"
 
     def nominal_bits(self) -> float | None:
         return 8
@@ -149,6 +151,7 @@ class Int4WeightOnly(_Torchao):
     imports = ("torch", "torchao.quantization", "torchao.prototype.quantization.int4")
     kind = "int4"
     no_embeddings = "torchao cannot look up rows of 4-bit weights"
+    no_gradients = "torchao's int4 kernels have no derivative"
     group_size: Literal[32, 64, 128, 256] = 32
 
     def shares(self) -> tuple[str, int] | None:
@@ -161,7 +164,7 @@ class Int4WeightOnly(_Torchao):
 
     def refuse(self, setting: Setting) -> str | None:
         if not any(isinstance(technique, Bf16) for technique in setting.before):
-            return "the int4 kernels compute in bf16 (in fp32 a CPU takes some 40 times as long): write 'bf16+'"
+            return "int4 kernels compute in bf16 (in fp32 a CPU takes some 40 times as long): put 'bf16' before it"
         return super().refuse(setting)
 
     def nominal_bits(self) -> float | None:
@@ -193,7 +196,8 @@ class Fp8WeightOnly(_Torchao):
     """Linear weights as 8-bit floats (e4m3) with a scale a row (torchao); computed in the inputs' type.
 
     s = max|x| / 448. A CPU has no kernel for it: the weight is converted back for each pass, slowly. ``embeddings``
-    and ``head`` take those in; torchao converts the whole table for each look-up.
+    and ``head`` take those in; torchao converts the whole table for each look-up. Under adapters, autograd keeps each
+    weight as it was converted until the backward pass.
     """
 
     kind = "fp8"
@@ -215,6 +219,7 @@ class Fp8Dynamic(_Torchao):
 
     devices: ClassVar[tuple[str, ...]] = ("cuda",)
     kind = "fp8"
+    no_gradients = "no gradient passes through inputs rounded to fp8"
 
     def refuse(self, setting: Setting) -> str | None:
         return _NO_FP8 if setting.device == "cpu" else super().refuse(setting)
@@ -234,7 +239,7 @@ class Fp8Dynamic(_Torchao):
 _NO_FP8 = "products of 8-bit floats need a GPU of capability 8.9 (Ada, Hopper) or later"
 
 
-class Nf4(WeightQuantizer):
+class Nf4(LayerQuantizer):
     """Linear weights as 4-bit NormalFloat, double quantized (torchao): 16 levels where a normal distribution's mass is.
 
     Each block of ``block_size`` weights is divided by its largest; these largest are kept as int8, with a scale for

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
-from membench.plugins import LayerWise, Setting, Unsuitable
+from membench.plugins import Context, LayerWise, Setting, Technique, Unsuitable
 
 if TYPE_CHECKING:
     import torch
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 _Made = TypeVar("_Made")
 
 
-class WeightQuantizer(LayerWise):
+_SMALL = 32  # divides the layers of every model that a case is rehearsed on
+
+
+class WeightQuantizer(Technique):
     """Quantizes linear layers; embedding tables and the output head where asked to."""
 
     acts_on: ClassVar[str] = "weights"
@@ -22,6 +25,8 @@ class WeightQuantizer(LayerWise):
     """What the weights become, as in 'int8 weights have no gradients'."""
     no_embeddings: ClassVar[str | None] = None
     """Why embedding tables cannot be quantized; ``None`` where they can."""
+    no_gradients: ClassVar[str | None] = None
+    """Why no gradient passes through a quantized layer, so that adapters below would not learn."""
     embeddings: bool = False
     head: bool = False
 
@@ -46,11 +51,25 @@ class WeightQuantizer(LayerWise):
     def refuse(self, setting: Setting) -> str | None:
         if any(isinstance(technique, WeightQuantizer) for technique in setting.before):
             return "the weights are quantized already"
-        if setting.workload.trains and not any(getattr(t, "trains_adapters", False) for t in setting.after):
-            return f"{self.kind} weights have no gradients: they cannot be trained"
-        return None
+        if not setting.workload.trains:
+            return None
+        if any(getattr(technique, "trains_adapters", False) for technique in setting.after):
+            return self.no_gradients
+        return f"{self.kind} weights have no gradients: they cannot be trained"
 
-    def convert(self, name: str, layer: nn.Module, head: nn.Module | None) -> nn.Module:
+    def for_rehearsal(self, context: Context) -> Self:
+        """This quantizer, with groups that fit the miniature where the case is rehearsed on one."""
+        share = self.shares()
+        if context.rehearsal and share is not None and share[1] != _SMALL:
+            return self.model_copy(update={share[0]: _SMALL})
+        return self
+
+    def chosen(self, name: str, layer: nn.Module, head: nn.Module | None) -> nn.Linear | nn.Embedding | None:
+        """The layer, as one that libraries know, if it is to be quantized.
+
+        Raises:
+            Unsuitable: if its weight cannot be.
+        """
         import torch
         from torch import nn
 
@@ -58,17 +77,25 @@ class WeightQuantizer(LayerWise):
             if head is not None and getattr(head, "weight", None) is layer.weight and self.embeddings != self.head:
                 raise Unsuitable(_ONE_TABLE)
             if not self.embeddings:
-                return layer
+                return None
         else:
             layer = as_linear(layer)
             if not isinstance(layer, nn.Linear) or (layer is head and not self.head):
-                return layer
+                return None
         weight = layer._parameters.get("weight")
         if weight is None or weight.layout is not torch.strided or hasattr(weight.data, "__tensor_flatten__"):
             raise Unsuitable(f"'{name}' has no plain weight left that could be quantized")
         if (share := self.shares()) is not None and weight.shape[1] % share[1]:
             raise Unsuitable(f"{share[0]} = {share[1]} does not divide the {weight.shape[1]} columns of '{name}'")
-        return self.quantized(name, layer)
+        return layer
+
+
+class LayerQuantizer(WeightQuantizer, LayerWise):
+    """Quantizes each layer by itself, so that it can be streamed."""
+
+    def convert(self, name: str, layer: nn.Module, head: nn.Module | None) -> nn.Module:
+        chosen = self.chosen(name, layer, head)
+        return layer if chosen is None else self.quantized(name, chosen)
 
     def quantized(self, name: str, layer: nn.Linear | nn.Embedding) -> nn.Module:
         """What takes the place of a layer that is to be quantized."""
