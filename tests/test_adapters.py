@@ -233,17 +233,26 @@ def test_it_is_still_the_model_that_its_family_knows() -> None:
 def test_weights_that_no_gradient_passes_through_are_refused_when_training_starts() -> None:
     stack = (_technique("int8-dynamic"), _technique("lora"))
     module = _built("llama, no groups", *stack).train()
-    with pytest.raises(Unsuitable, match="no gradient passes through Int8Tensor weights"):
+    with pytest.raises(Unsuitable, match="no gradient passes through a Linear with a Int8Tensor as its weight"):
         _training().start(module, lambda count: _ids(count)[0], stack, _context("llama, no groups"))
 
 
 def test_a_target_that_no_layer_has_is_remarked() -> None:
     technique = _technique("lora", targets=["q_proj", "qproj"])
     module = _built("llama", technique)
-    assert technique.remark(module, _context("llama")) == "no layer is named qproj: it has no adapters"
+    assert technique.remark(module, _context("llama")) == "no layer is named qproj: there are no adapters for it"
     for technique in (_technique("lora"), _technique("lora", targets=["q_proj"])):
         module = _built("llama", technique)
         assert technique.remark(module, _context("llama")) is None
+
+
+def test_qlora_is_rehearsed_in_blocks_that_fit_a_miniature() -> None:
+    import dataclasses
+
+    technique = cast(Any, _technique("qlora", block_size=1024))
+    context = dataclasses.replace(_context("llama, no groups"), rehearsal=True)
+    module = technique.apply(_MODELS["llama, no groups"].build(context), context)
+    assert technique.remark(module, context) is None
 
 
 def test_adapters_upon_adapters_are_refused() -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -98,20 +98,22 @@ class Lora(LayerWise):
         kinds: dict[tuple[type, type], Any] = {}
         for _, layer in _adapted_layers(module):
             base = layer.get_base_layer()
-            kinds.setdefault((type(base), type(getattr(base, "weight", None))), base)
-        for base in kinds.values():
+            weight = getattr(base, "weight", None)
+            kinds.setdefault((type(base), type(weight if weight is None else weight.data)), base)
+        for (layer_type, weight_type), base in kinds.items():
             if not _passes_gradients(base):
-                kind = type(base.weight.data).__name__
-                raise Unsuitable(f"no gradient passes through {kind} weights: adapters of layers below would not learn")
+                raise Unsuitable(
+                    f"no gradient passes through a {layer_type.__name__} with a {weight_type.__name__} as its weight: "
+                    "adapters of layers below it would not learn"
+                )
         return optimizer
 
     def remark(self, module: nn.Module, context: Context) -> str | None:
-        if self.targets == _PROJECTIONS:
-            missing = [] if any(True for _ in _adapted_layers(module)) else ["projections"]
-        else:
-            adapted = {name.rpartition(".")[2] for name, _ in _adapted_layers(module)}
-            missing = [target for target in self.targets if target not in adapted]
-        return f"no layer is named {', '.join(missing)}: it has no adapters" if missing else None
+        adapted = {name.rpartition(".")[2] for name, _ in _adapted_layers(module)}
+        missing = [target for target in self.targets if target not in adapted]
+        if not missing or (adapted and self.targets == _PROJECTIONS):
+            return None
+        return f"no layer is named {', '.join(missing)}: there are no adapters for it"
 
 
 class QLora(Lora):
@@ -139,6 +141,9 @@ class QLora(Lora):
 
     def refuse(self, setting: Setting) -> str | None:
         return super().refuse(setting) or self.base.refuse(dataclasses.replace(setting, after=(self, *setting.after)))
+
+    def for_rehearsal(self, context: Context) -> Self:
+        return self.model_copy(update={"block_size": self.base.for_rehearsal(context).block_size})
 
     def nominal_bits(self) -> float | None:
         return self.base.nominal_bits()
