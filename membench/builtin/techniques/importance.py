@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from membench.plugins import Context
 
-_CALIBRATION_BATCHES = 8
+_PIECES, _ROWS = 32, 2
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def magnitudes(part: Part) -> torch.Tensor:
 
 
 def taylor(parts: Sequence[Part], module: nn.Module, context: Context) -> list[torch.Tensor]:
-    """Σ |w·∂L/∂w| over each group's parameters, mean over batches of calibration text: (groups,) for each part.
+    """Σ |w·∂L/∂w| over each group's parameters, mean over pieces of calibration text: (groups,) for each part.
 
     What the loss would change by to first order, if each of the group's parameters became zero, taken without signs
     (Molchanov et al., 2019, arXiv:1906.10771). Only the parameters that are scored want gradients meanwhile, and each
@@ -92,18 +92,21 @@ def taylor(parts: Sequence[Part], module: nn.Module, context: Context) -> list[t
                     parameter.requires_grad_(True)
                     listen(score, side, parameter, axis)
         count = 0
-        for batch in _calibration(module, context):
-            next_token_loss(module, batch).backward()
+        for piece in _calibration(module, context):
+            next_token_loss(module, piece).backward()
             count += 1
         for handle in handles:
             handle.remove()
     return [score / count for score in scores]
 
 
-def influences(blocks: Sequence[nn.Module], module: nn.Module, context: Context) -> list[float]:
+def influences(blocks: Sequence[nn.Module], body: nn.Module, context: Context) -> list[float]:
     """What each block changes: 1 − cos(its input, its output), mean over the tokens of calibration text.
 
     Block influence of Men et al., 2024 (ShortGPT, arXiv:2403.03853).
+
+    Args:
+        body: the model without its output head, which has no part in it.
     """
     import torch
 
@@ -118,18 +121,19 @@ def influences(blocks: Sequence[nn.Module], module: nn.Module, context: Context)
         return hear
 
     handles = [block.register_forward_hook(listen(position)) for position, block in enumerate(blocks)]
-    with _at_rest(module), torch.no_grad():
-        for batch in _calibration(module, context):
-            module(batch)
-            tokens += batch.numel()
+    with _at_rest(body), torch.no_grad():
+        for piece in _calibration(body, context):
+            body(piece)
+            tokens += piece.numel()
     for handle in handles:
         handle.remove()
     return [1 - cosine / tokens for cosine in similar]
 
 
 def _calibration(module: nn.Module, context: Context) -> Iterator[torch.Tensor]:
-    batches = 1 if context.rehearsal else _CALIBRATION_BATCHES
-    return itertools.islice(windows(module, context, context.seed), batches)
+    """Pieces of the training text, small ones: the logits of whole batches would make the peak."""
+    pieces = (piece for batch in windows(module, context, context.seed) for piece in batch.split(_ROWS))
+    return itertools.islice(pieces, 1 if context.rehearsal else _PIECES)
 
 
 @contextmanager

@@ -109,7 +109,7 @@ class MagnitudePrune(_Unstructured):
             return _NO_HALF
         return super().refuse(setting)
 
-    def nominal_share(self) -> float:
+    def nominal_share(self) -> float | None:
         return 1 - self.sparsity
 
     def masks(self, module: nn.Module, names: Sequence[str]) -> Iterator[torch.Tensor]:
@@ -158,7 +158,7 @@ class SemiStructured(_Unstructured):
             return "2:4 sparse weights cannot be converted further: let it come last"
         return super().refuse(setting)
 
-    def nominal_share(self) -> float:
+    def nominal_share(self) -> float | None:
         return 0.5
 
     def prunes(self, layer: nn.Module) -> bool:

@@ -30,9 +30,6 @@ class _Structured(Pruning):
         shape = setting.model.shape
         return self._wrong(self.unit_count(shape)) if shape else None
 
-    def nominal_share(self) -> float:
-        return 1 - self.share
-
     def kept(self, scores: Sequence[float], context: Context) -> list[int]:
         """Positions of the units that stay, in order: the share with the lowest scores goes.
 
@@ -59,6 +56,9 @@ class _Structured(Pruning):
 class _Sliced(_Structured):
     importance: Literal["magnitude", "taylor"] = "magnitude"
 
+    def nominal_share(self) -> float | None:
+        return None  # what the share is of is a share of the weights that differs from model to model
+
     def score(self, parts: Sequence[Part], module: nn.Module, context: Context) -> list[list[float]]:
         """By part the importance of each of its groups."""
         if self.importance == "taylor":
@@ -79,7 +79,7 @@ class PruneFfn(_Sliced):
     A channel is a row of the matrices that lead into the inner width and a column of the one that leads out. Each
     layer loses the same share, so that the configuration (``intermediate_size``, GPT-2's ``n_inner``) still describes
     the model. ``importance = "magnitude"`` is the Euclidean norm of a channel's weights, ``"taylor"`` is Σ |w·∂L/∂w|
-    over them on 8 batches of 8 × 128 tokens of the training text (Molchanov et al., 2019, arXiv:1906.10771).
+    over them on 32 pieces of 2 × 128 tokens of the training text (Molchanov et al., 2019, arXiv:1906.10771).
 
     Limits: Llama, Qwen2 and GPT-2. Embeddings and attention stay whole, so the model loses less than the share.
     """
@@ -131,8 +131,8 @@ class PruneHeads(_Sliced):
 class DropLayers(_Structured):
     """Takes out the layers that change least what passes through them, measured on text.
 
-    Block influence (Men et al., 2024, ShortGPT, arXiv:2403.03853): 1 − cos(input, output), mean over 8 batches of
-    8 × 128 tokens of the training text. The layers with the least go; all are measured before any is gone. The others
+    Block influence (Men et al., 2024, ShortGPT, arXiv:2403.03853): 1 − cos(input, output), mean over 32 pieces of
+    2 × 128 tokens of the training text. The layers with the least go; all are measured before any is gone. The others
     are numbered anew, so that the key-value cache has no holes.
 
     Limits: Llama, Qwen2 and GPT-2. Embeddings stay whole, so the model loses less than the share.
@@ -145,12 +145,15 @@ class DropLayers(_Structured):
     def unit_count(shape: Shape) -> int:
         return shape.layers
 
+    def nominal_share(self) -> float | None:
+        return 1 - self.share
+
     def refuse(self, setting: Setting) -> str | None:
         return super().refuse(setting) if self.recover_steps else None
 
     def apply(self, module: nn.Module, context: Context) -> nn.Module:
         decoder = _decoder(module)
-        decoder.keep_blocks(self.kept(influences(decoder.blocks, module, context), context))
+        decoder.keep_blocks(self.kept(influences(decoder.blocks, decoder.body, context), context))
         self.recover(module, context)
         return module
 
@@ -160,11 +163,11 @@ class _Llama:
 
     def __init__(self, module: Any) -> None:
         self.config = module.config
-        self._body = module.model
+        self.body = module.model
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        return list(self._body.layers)
+        return list(self.body.layers)
 
     def channels(self, block: Any) -> Part:
         mlp = block.mlp
@@ -188,18 +191,18 @@ class _Llama:
         ]
 
     def describe_channels(self) -> None:
-        for block in self._body.layers:
+        for block in self.body.layers:
             block.mlp.intermediate_size = block.mlp.down_proj.in_features
-        self.config.intermediate_size = self._body.layers[0].mlp.intermediate_size
+        self.config.intermediate_size = self.body.layers[0].mlp.intermediate_size
 
     def describe_heads(self) -> None:
-        attention = self._body.layers[0].self_attn
+        attention = self.body.layers[0].self_attn
         self.config.head_dim = attention.head_dim  # else it would be read as width / heads
         self.config.num_attention_heads = attention.q_proj.out_features // attention.head_dim
         self.config.num_key_value_heads = attention.k_proj.out_features // attention.head_dim
 
     def keep_blocks(self, kept: Sequence[int]) -> None:
-        _keep_blocks(self._body.layers, kept, lambda block: block.self_attn)
+        _keep_blocks(self.body.layers, kept, lambda block: block.self_attn)
         self.config.num_hidden_layers = len(kept)
         if getattr(self.config, "layer_types", None):
             self.config.layer_types = [self.config.layer_types[position] for position in kept]
@@ -210,11 +213,11 @@ class _Gpt2:
 
     def __init__(self, module: Any) -> None:
         self.config = module.config
-        self._body = module.transformer
+        self.body = module.transformer
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        return list(self._body.h)
+        return list(self.body.h)
 
     def channels(self, block: Any) -> Part:
         one_each = _groups(block.mlp.c_fc.nf, 1)
@@ -229,16 +232,16 @@ class _Gpt2:
         return [Slice(attention.c_attn, False, fused), Slice(attention.c_proj, True, _groups(count, size))]
 
     def describe_channels(self) -> None:
-        self.config.n_inner = self._body.h[0].mlp.c_fc.nf
+        self.config.n_inner = self.body.h[0].mlp.c_fc.nf
 
     def describe_heads(self) -> None:
-        for block in self._body.h:
+        for block in self.body.h:
             block.attn.split_size = block.attn.c_proj.nx
             block.attn.num_heads = block.attn.split_size // block.attn.head_dim
-        self.config.n_head = self._body.h[0].attn.num_heads
+        self.config.n_head = self.body.h[0].attn.num_heads
 
     def keep_blocks(self, kept: Sequence[int]) -> None:
-        _keep_blocks(self._body.h, kept, lambda block: block.attn)
+        _keep_blocks(self.body.h, kept, lambda block: block.attn)
         self.config.n_layer = len(kept)
 
 
