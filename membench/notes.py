@@ -36,16 +36,17 @@ def on_weights(module: nn.Module, techniques: Sequence[Technique], plain_bytes: 
     if abs(measured / nominal - 1) <= _WORTH_A_NOTE:
         return []
     adapted = any(technique.trains_adapters for technique in techniques)
-    causes = sorted(_causes(module, bits[-1] if bits else 32, adapted).items(), key=lambda cause: -cause[1])
+    causes = sorted(_causes(module, bits[-1] if bits else 32, adapted, share < 1).items(), key=lambda cause: -cause[1])
     named = ", ".join(f"{format_bytes(size)} {cause}" for cause, size in causes if size) or "no cause was found"
     return [f"weights are {format_ratio(measured)} where {format_ratio(nominal)} is the nominal factor: {named}"]
 
 
-def _causes(module: nn.Module, bits: float, adapted: bool) -> dict[str, int]:
+def _causes(module: nn.Module, bits: float, adapted: bool, pruned: bool) -> dict[str, int]:
     """Bytes by what keeps them above ``bits`` a weight; each storage counts once.
 
     Args:
         adapted: what can be trained came on top of the weights.
+        pruned: weights were to go, so what was left whole is a cause, and so are zeros.
     """
     head = getattr(module, "get_output_embeddings", lambda: None)()
     found: dict[str, int] = {}
@@ -59,12 +60,22 @@ def _causes(module: nn.Module, bits: float, adapted: bool) -> dict[str, int]:
                 if plain.device.type == "meta" or key in seen:
                     continue
                 seen.add(key)
-                cause = _cause(child, child is head, name, inner, tensor, plain, bits)
+                cause = _cause(child, child is head, name, inner, tensor, plain, bits, pruned)
+                if pruned and cause is None and (zeros := _zero_bytes(plain)):
+                    kind = f"of zeros in {str(plain.dtype).removeprefix('torch.')}"
+                    found[kind] = found.get(kind, 0) + zeros
                 if adapted and tensor.requires_grad:
                     cause = f"of adapters in {str(plain.dtype).removeprefix('torch.')}"
                 if cause:
                     found[cause] = found.get(cause, 0) + storage.nbytes()
     return found
+
+
+def _zero_bytes(plain: torch.Tensor) -> int:
+    """Bytes of the zeros in a matrix of plain numbers."""
+    if plain.ndim < 2 or not plain.is_floating_point() or plain.element_size() < 2:
+        return 0
+    return (plain.numel() - int(plain.count_nonzero())) * plain.element_size()
 
 
 def _named_plain(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
@@ -75,10 +86,17 @@ def _named_plain(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tenso
 
 
 def _cause(
-    layer: nn.Module, is_head: bool, name: str, inner: str, tensor: torch.Tensor, plain: torch.Tensor, bits: float
+    layer: nn.Module,
+    is_head: bool,
+    name: str,
+    inner: str,
+    tensor: torch.Tensor,
+    plain: torch.Tensor,
+    bits: float,
+    pruned: bool,
 ) -> str | None:
     type_name = str(plain.dtype).removeprefix("torch.")
-    if name.endswith("_mask"):
+    if name == "mask" or name.endswith("_mask"):
         return f"masks in {type_name}"
     if name.endswith("_orig"):
         return f"originals kept beside the masked weights in {type_name}"
@@ -89,7 +107,7 @@ def _cause(
     stored_bits = plain.element_size() * 8
     if inner != name and bits < 8 and stored_bits == 8 and plain.numel() >= tensor.numel():
         return f"of {bits:g}-bit weights stored a byte each"
-    if stored_bits <= bits:
+    if stored_bits <= bits and not pruned:
         return None
     if is_head:
         return f"of the output head left in {type_name}"
@@ -97,4 +115,4 @@ def _cause(
         return f"of embeddings left in {type_name}"
     if "norm" in type(layer).__name__.lower():
         return f"of norms left in {type_name}"
-    return f"of {type(layer).__name__} layers left in {type_name}"
+    return None if stored_bits <= bits else f"of {type(layer).__name__} layers left in {type_name}"
