@@ -769,6 +769,17 @@ def test_converting_to_sparse_needs_no_more_than_a_layer_at_a_time(records: dict
     assert peak < loaded + 12 * 2**20
 
 
+def test_a_note_names_what_keeps_pruned_weights_large(records: dict[str, Record]) -> None:
+    (dense,) = records["trained-tiny/prune/forward/cpu"].notes
+    # Half of the 106,496 linear weights, and 256 · 64 of the table.
+    assert "208.0 KiB of zeros in float32, 64.00 KiB of embeddings left in float32" in dense
+    (masked,) = (note for note in records["llama-15m/magnitude-prune/forward/cpu"].notes if "nominal" in note)
+    assert "45.56 MiB masks in float32" in masked
+    assert "22.78 MiB originals kept beside the masked weights in float32" in masked
+    (sparse,) = records["llama-15m/sparse/forward/cpu"].notes
+    assert "35.16 MiB of embeddings left in float32, 2.346 MiB indices of sparse values in int32" in sparse
+
+
 def test_two_of_four_is_skipped_on_a_cpu_with_the_reason(records: dict[str, Record]) -> None:
     record = records["trained-tiny/semi-structured-2-4/forward/cpu"]
     assert record.status == "skipped"
