@@ -216,6 +216,7 @@ def test_rounding_to_nearest_is_the_textbooks_and_off_by_half_a_step_at_most(bit
     off = (dequantized - weight).abs().view_as(expected)
     assert (off <= step / 2 * (1 + 1e-5)).all()
     assert off.max() > 0.4 * step.max()
+    assert (found.packed.scale > 0).all()
 
 
 def _rounded(x: torch.Tensor, steps: float, least: int, most: int) -> torch.Tensor:
@@ -315,6 +316,19 @@ def test_a_table_that_is_also_the_head_is_quantized_once_for_both(
     tables = [(512, 128), *([(128, 128)] if family is Gpt2 else [])]
     table_bytes = sum(rows * columns * 4 for rows, columns in tables)
     assert before - weight_bytes(all_of_it) > 0.7 * table_bytes
+
+
+@pytest.mark.parametrize("quantizer", [_rtn(3, embeddings=True, head=True), _rtn(4, 32, embeddings=True, head=True)])
+def test_a_packed_table_gives_the_rows_it_is_asked_for(quantizer: RoundToNearest) -> None:
+    import torch
+    from torch import nn
+
+    table = nn.Embedding(40, 64)
+    table.weight.data *= torch.arange(1, 41)[:, None]
+    ids = torch.tensor([[39, 0, 7], [7, 12, 1]])
+    found: Any = quantizer.convert("table", table, None)
+    assert torch.equal(found(ids), found.packed.dequantized()[ids])
+    assert _distance(found(ids), table(ids)) < 0.3
 
 
 @pytest.mark.parametrize("quantizer", [_rtn(8), _made(Int8WeightOnly), _made(Nf4), BnbInt8(), BnbNf4()], ids=_name)
