@@ -78,8 +78,8 @@ class MagnitudePrune(_Unstructured):
 
     Global and unstructured: of the n weights of all linear layers, the round(sparsity·n) of least magnitude become
     zero. ``torch.nn.utils.prune.global_unstructured`` with ``L1Unstructured`` takes as many, and the same ones but
-    where magnitudes at the threshold are equal. It puts all weights in one vector and sorts that, which peaks at some
-    ten times the model; here the threshold is found by counting, piece by piece, and masks are made layer by layer.
+    where magnitudes at the threshold are equal. It puts all weights in one vector and sorts that, which peaked at
+    twelve times their bytes; here the threshold is found by counting, piece by piece, and masks are made layer by layer.
     Embeddings and the output head are left alone.
 
     - ``storage = "mask"`` is what ``torch.nn.utils.prune`` leaves: the original, the mask as a buffer, the masked
