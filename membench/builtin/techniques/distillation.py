@@ -78,7 +78,7 @@ class _Student(Technique):
             layers=min(layers, teacher.layers),
             heads=heads,
             key_value_heads=key_value_heads,
-            inner_width=max(1, round(teacher.inner_width * self.width)),
+            inner_width=max(1, round(teacher.inner_width * heads / teacher.heads)),
         )
 
     def untrained(self, teacher: nn.Module, context: Context) -> nn.Module:

@@ -1,0 +1,350 @@
+"""Students: the shape they are asked for, the loss written out, what is gained where text is scarce, what is held."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import warnings
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+import membench
+from membench import registry
+from membench.builtin.models.transformer import Gpt2, Llama, Qwen
+from membench.errors import SuiteError
+from membench.plugins import Context, Model, Setting, Shape, Technique, Unsuitable, Workload
+from membench.record import Record
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_SHAPE = Shape(width=48, layers=4, heads=6, key_value_heads=3, inner_width=80, vocabulary=256, longest=160, tied=True)
+_MODELS: dict[str, Model] = {
+    "llama": Llama.of_shape(_SHAPE),
+    "qwen": Qwen.of_shape(_SHAPE),
+    "gpt2": Gpt2.of_shape(_SHAPE._replace(key_value_heads=6)),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _undisturbed() -> Iterator[None]:
+    """On one thread; what libraries warn of while they are imported is not ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import transformers.models.auto.modeling_auto
+        import transformers.models.gpt2.modeling_gpt2
+        import transformers.models.llama.modeling_llama
+        import transformers.models.qwen2.modeling_qwen2  # noqa: F401
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _context(model: str = "llama", seed: int = 0) -> Context:
+    return Context("cpu", seed, _MODELS[model], lambda name: contextlib.nullcontext(), {}, Path())
+
+
+def _technique(name: str, **options: Any) -> Any:
+    return registry.create("technique", name, options)
+
+
+def _student(technique: str, model: str = "llama", seed: int = 0, **options: Any) -> Any:
+    context = _context(model, seed)
+    return _technique(technique, **{"steps": 1, **options}).apply(context.model.build(_context(model)), context)
+
+
+def _weights(module: nn.Module) -> torch.Tensor:
+    import torch
+
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+
+def _shape(student: Any) -> tuple[int, ...]:
+    """(layers, width, heads, key-value heads, inner width), read from the tensors and the configuration."""
+    config = student.config
+    if config.model_type == "gpt2":
+        layer = student.transformer.h[0]
+        width, inner_width = layer.mlp.c_fc.weight.shape
+        heads = layer.attn.num_heads
+        return len(student.transformer.h), width, heads, heads, inner_width
+    layer = student.model.layers[0]
+    inner_width, width = layer.mlp.gate_proj.weight.shape
+    size = layer.self_attn.head_dim
+    queries, keys = (projection.weight.shape[0] for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj))
+    return len(student.model.layers), width, queries // size, keys // size, inner_width
+
+
+@pytest.mark.parametrize("technique", ["distill", "from-scratch"])
+@pytest.mark.parametrize(
+    ("model", "options", "shape"),
+    [
+        ("llama", {}, (2, 48, 6, 3, 80)),
+        ("llama", {"layers": 3}, (3, 48, 6, 3, 80)),
+        ("llama", {"width": 0.5}, (4, 24, 3, 1, 40)),
+        ("llama", {"width": 0.3, "layers": 1}, (1, 16, 2, 1, 27)),
+        ("qwen", {"width": 0.7}, (4, 32, 4, 2, 53)),
+        ("qwen", {"layers": 1}, (1, 48, 6, 3, 80)),
+        ("gpt2", {"width": 0.5, "layers": 2}, (2, 24, 3, 3, 40)),
+    ],
+)
+def test_a_student_has_the_layers_and_the_share_of_heads_and_width_asked_for(
+    technique: str, model: str, options: dict[str, Any], shape: tuple[int, ...]
+) -> None:
+    student = _student(technique, model, **options)
+    assert _shape(student) == shape
+    assert student.get_input_embeddings().weight.shape == (256, shape[1])
+
+
+def test_a_student_is_in_fp32_whatever_the_teacher_is_in() -> None:
+    import torch
+
+    teacher = _MODELS["llama"].build(_context()).to(torch.bfloat16)
+    student = _technique("distill", steps=1).apply(teacher, _context())
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+
+
+def test_softened_kl_is_the_mean_of_the_divergences_from_the_teacher_times_the_square_of_the_temperature() -> None:
+    import torch
+
+    from membench.builtin.techniques.distillation import softened_kl
+
+    learned, taught = torch.randn(2, 5, 7, dtype=torch.float64), torch.randn(2, 5, 7, dtype=torch.float64)
+    total = 0.0
+    for own, theirs in zip(learned.view(10, 7), taught.view(10, 7), strict=True):
+        ours, wanted = (own / 3).exp() / (own / 3).exp().sum(), (theirs / 3).exp() / (theirs / 3).exp().sum()
+        total += sum(float(w * (w / o).log()) for o, w in zip(ours, wanted, strict=True))
+    assert softened_kl(learned, taught, 3.0).item() == pytest.approx(9 * total / 10)
+
+
+def test_a_step_of_distilling_is_one_of_adamw_on_both_losses_mixed() -> None:
+    import torch
+
+    from membench.builtin.tuning import windows
+
+    options: dict[str, Any] = {"layers": 1, "temperature": 2.0, "alpha": 0.7, "learning_rate": 1e-2, "seed": 5}
+    student = _student("distill", steps=1, **options)
+
+    teacher = _MODELS["llama"].build(_context()).eval()
+    technique = _technique("distill", **options)
+    expected = technique.untrained(teacher, _context()).train()
+    optimizer = torch.optim.AdamW(expected.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
+    batch = next(windows(expected, _context(), 5))
+    with torch.no_grad():
+        soft = (teacher(batch).logits[:, :-1] / 2).softmax(-1)
+    logits = expected(batch).logits[:, :-1]
+    divergence = (soft * (soft.log() - (logits / 2).log_softmax(-1))).sum(-1).mean()
+    hard = -logits.log_softmax(-1).gather(-1, batch[:, 1:, None]).mean()
+    (0.7 * 4 * divergence + 0.3 * hard).backward()
+    optimizer.step()
+
+    torch.testing.assert_close(_weights(student), _weights(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_distilling_by_the_hard_loss_alone_is_training_from_scratch() -> None:
+    import torch
+
+    alone = _student("from-scratch", steps=3, layers=1)
+    assert torch.equal(_weights(_student("distill", steps=3, layers=1, alpha=0.0)), _weights(alone))
+    assert not torch.equal(_weights(_student("distill", steps=3, layers=1, alpha=0.5)), _weights(alone))
+
+
+def test_a_seed_of_the_technique_or_of_the_suite_gives_another_student_and_the_same_seed_the_same() -> None:
+    import torch
+
+    first = _weights(_student("from-scratch"))
+    assert torch.equal(_weights(_student("from-scratch")), first)
+    assert not torch.equal(_weights(_student("from-scratch", seed=1)), first)
+    assert not torch.equal(_weights(_technique("from-scratch", steps=1, seed=1).apply(
+        _MODELS["llama"].build(_context()), _context())), first)  # fmt: skip
+
+
+def test_a_student_that_starts_from_the_teacher_has_its_embeddings_and_evenly_chosen_layers() -> None:
+    import torch
+
+    teacher: Any = _MODELS["llama"].build(_context())
+    student = _technique("distill", layers=2, start="teacher", steps=1, learning_rate=1e-12).apply(teacher, _context())
+    for own, theirs in ((0, 0), (1, 2)):
+        for mine, kept in zip(
+            student.model.layers[own].parameters(), teacher.model.layers[theirs].parameters(), strict=True
+        ):
+            torch.testing.assert_close(mine, kept)
+    torch.testing.assert_close(student.lm_head.weight, teacher.lm_head.weight)
+    torch.testing.assert_close(student.model.norm.weight, teacher.model.norm.weight)
+
+
+def test_a_teacher_whose_weights_are_changed_cannot_be_copied_from() -> None:
+    teacher = _technique("magnitude-prune", storage="mask").apply(_MODELS["llama"].build(_context()), _context())
+    with pytest.raises(Unsuitable, match="an earlier technique has changed"):
+        _technique("distill", start="teacher", steps=1).apply(teacher, _context())
+
+
+@pytest.mark.parametrize("technique", ["distill", "from-scratch"])
+def test_the_teacher_is_gone_afterwards(technique: str) -> None:
+    teacher = _MODELS["llama"].build(_context())
+    weights = weakref.ref(next(teacher.parameters()))
+    student = _technique(technique, steps=2).apply(teacher, _context())
+    del teacher
+    gc.collect()
+    assert weights() is None
+    assert all(parameter.grad is None for parameter in student.parameters())
+
+
+def test_training_from_scratch_gives_the_models_memory_back_before_it_begins() -> None:
+    teacher = _MODELS["llama"].build(_context())
+    _technique("from-scratch", steps=1).apply(teacher, _context())
+    assert {parameter.device.type for parameter in teacher.parameters()} == {"meta"}
+
+
+def test_a_named_model_can_be_the_student() -> None:
+    teacher = Llama.of_shape(_SHAPE._replace(vocabulary=32000))
+    context = Context("cpu", 0, teacher, lambda name: contextlib.nullcontext(), {}, Path())
+    student: Any = _technique("distill", student="llama-15m", steps=1).untrained(teacher.build(context), context)
+    assert sum(parameter.numel() for parameter in student.parameters()) == 15_191_712
+
+
+def test_what_has_no_configuration_of_transformers_has_no_student() -> None:
+    import torch
+
+    with pytest.raises(Unsuitable, match="a transformers configuration, which this model has not"):
+        _technique("distill").apply(torch.nn.Embedding(256, 8), _context())
+
+
+def test_what_comes_before_from_scratch_in_a_stack_would_be_lost() -> None:
+    def reason(name: str, before: str) -> str | None:
+        workload: Workload = registry.create("workload", "forward", {})
+        setting = Setting(_MODELS["llama"], workload, "cpu", (_technique(before),), ())
+        return cast(Technique, _technique(name)).refuse(setting)
+
+    assert (
+        reason("from-scratch", "bf16") == "'from-scratch' replaces the model: what comes before it in the stack is lost"
+    )
+    assert reason("distill", "bf16") is None
+    assert reason("from-scratch", "plain-load") is None
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("layers = 0", "must be at least 1"),
+        ("layers = 7", "layers = 7: the teacher has 6"),
+        ("layers = 6", "as large as its teacher"),
+        ("width = 0.95", "as large as its teacher"),
+        ("width = 1.5", "must be at most 1"),
+        ("temperature = 0", "must be more than 0"),
+        ("alpha = 1.5", "must be at most 1"),
+        ("steps = 0", "must be at least 1"),
+        ("text_tokens = 10", "must be at least 256"),
+        ('student = "llama-15"', "did you mean 'llama-15m'"),
+        ('student = "gpt2-82m"', "student = 'gpt2-82m' knows 50257 token ids, the teacher 32000"),
+        ('student = "llama-15m"\nlayers = 2', "leave those options out"),
+        ('start = "teacher"\nwidth = 0.5', "it goes with layers, not with width or student"),
+    ],
+)
+def test_options_that_fit_nothing_refuse_the_suite(option: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(
+        '[suite]\nname = "bad"\n[matrix]\nmodel = ["llama-15m"]\ntechnique = ["d"]\nworkload = ["forward"]\n'
+        f'[technique.d]\nuse = "distill"\n{option}\n'
+    )
+    with pytest.raises(SuiteError, match=message):
+        membench.load_suite(path)
+
+
+_WIDE = _SHAPE._replace(width=512, heads=8, key_value_heads=8, inner_width=1376, vocabulary=2048)
+_LAYER_BYTES = 4 * (4 * 512 * 512 + 3 * 512 * 1376 + 2 * 512)
+_OTHER_BYTES = 4 * (2048 * 512 + 512)
+
+
+def four_wide_layers() -> nn.Module:
+    """A teacher large enough for its bytes to show."""
+    return Llama.of_shape(_WIDE)._construct()
+
+
+_STUDENT = "layers = 1\nlearning_rate = 2e-3\n"
+_SUITE = f"""
+[suite]
+name = "distillation"
+[matrix]
+model = ["trained-tiny"]
+technique = ["taught", "alone"]
+workload = ["forward"]
+[[include]]
+model = "wide"
+technique = ["taught-briefly", "alone-briefly"]
+workload = "forward"
+[model.wide]
+use = "factory"
+function = "tests.test_distillation:four_wide_layers"
+vocabulary_size = 2048
+[technique.taught]
+use = "distill"
+steps = 150
+seed = 1
+text_tokens = 15000
+{_STUDENT}
+[technique.alone]
+use = "from-scratch"
+steps = 150
+seed = 1
+text_tokens = 15000
+{_STUDENT}
+[technique.taught-briefly]
+use = "distill"
+steps = 1
+{_STUDENT}
+[technique.alone-briefly]
+use = "from-scratch"
+steps = 1
+{_STUDENT}
+[settings]
+measured_steps = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
+    folder = tmp_path_factory.mktemp("distillation")
+    path = folder / "distillation.toml"
+    path.write_text(_SUITE)
+    found = membench.run(membench.load_suite(path), output=folder).records
+    assert {record.status for record in found} == {"ok"}
+    return {f"{record.case['model']}/{record.technique}": record for record in found}
+
+
+def test_where_text_is_scarce_a_taught_student_beats_the_one_that_learnt_alone(records: dict[str, Record]) -> None:
+    teacher, taught, alone = (
+        records[f"trained-tiny/{name}"].metrics["bits_per_byte"] or 0 for name in ("none", "taught", "alone")
+    )
+    assert teacher < taught < alone - 0.03
+
+
+def test_only_the_student_is_held_when_it_is_done(records: dict[str, Record]) -> None:
+    student, teacher = _OTHER_BYTES + _LAYER_BYTES, _OTHER_BYTES + 4 * _LAYER_BYTES
+    assert records["wide/none"].metrics["weights_bytes"] == pytest.approx(teacher, rel=0.001)
+    for name in ("taught-briefly", "alone-briefly"):
+        metrics = records[f"wide/{name}"].metrics
+        assert metrics["weights_bytes"] == pytest.approx(student, rel=0.001)
+        # This teacher has no miniature to rehearse on: some 10 MiB that libraries set up once are in the figure.
+        assert student < (metrics["held_live_bytes"] or 0) < student + 16 * 2**20 < teacher
+
+
+def test_distilling_costs_teacher_student_gradients_and_states_at_once(records: dict[str, Record]) -> None:
+    student, teacher = _OTHER_BYTES + _LAYER_BYTES, _OTHER_BYTES + 4 * _LAYER_BYTES
+    taught, alone = (
+        records[f"wide/{name}-briefly"].metrics["apply_peak_live_bytes"] or 0 for name in ("taught", "alone")
+    )
+    assert taught > teacher + 4 * student
+    # While the student is made the model is still there; while it is trained, no more.
+    assert 4 * student < alone < taught - 0.5 * teacher
+
+
+def test_a_students_share_of_the_weights_is_no_missed_saving(records: dict[str, Record]) -> None:
+    assert not [note for record in records.values() for note in record.notes]
