@@ -23,6 +23,7 @@ from rich.console import Console
 
 import membench
 from membench import progress
+from membench.report import text
 
 _SUITE = """\
 [suite]
@@ -114,6 +115,15 @@ def test_phases_are_shown_on_request_without_rows_and_columns_of_dashes(measured
     parts = [row for row in rows.splitlines() if row.startswith("· ")]
     assert [row.count("iB") >= 3 for row in parts] == [False, False, True, True, False, False, False, False]
     assert "–" not in shown
+
+
+def test_a_part_of_which_nothing_is_known_is_not_shown(measured: Path) -> None:
+    (path,) = (measured / "results").glob("*.jsonl")
+    record = membench.read_run(path).records[0]
+    shown = text.phases([record])
+    for phase in record.processes[0]["phases"]:
+        phase["parts"]["between"] = {"durations_s": [], "peak_rss_bytes": 1}
+    assert text.phases([record]) == shown
 
 
 def test_phases_as_csv_and_json_are_numbers_that_a_program_reads(measured: Path) -> None:
