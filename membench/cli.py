@@ -28,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     version = importlib.metadata.version("membench")
     parser.add_argument("--version", action="version", version=f"membench {version}")
     verbs = parser.add_subparsers(dest="verb", required=True)
+    explain = "every metric of every case, member by member of a stack (csv and json hold every metric anyway)"
     formats = ("simple", "github", "csv", "json", "latex", "html", "plain", "grid")
 
     run = verbs.add_parser("run", help="measure the cases of a suite and print a table")
@@ -37,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", action="store_true", help="go on with the newest run of the suite")
     run.add_argument("--output", type=Path, default=_RESULTS, help="folder of the run's file")
     run.add_argument("--dry-run", action="store_true", help="print the cases and measure nothing")
+    run.add_argument("--explain", action="store_true", help=explain)
     run.add_argument("--format", choices=formats, default=formats[0])
     run.set_defaults(do=_run)
 
@@ -53,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("run", nargs="?", type=Path)
     show.add_argument("--output", type=Path, default=_RESULTS, help="folder to look for the newest run in")
     show.add_argument("--phases", action="store_true", help="what each phase of each case took")
+    show.add_argument("--explain", action="store_true", help=explain)
     show.add_argument("-k", dest="expression", help="only cases whose id fits, such as 'int8 and not train'")
     show.add_argument("--format", choices=formats, default=formats[0])
     show.set_defaults(do=_show)
@@ -105,7 +108,7 @@ def _run(arguments: argparse.Namespace) -> int:
                     display(event, details)
 
                 run = membench.run(suite, keep=keep, output=arguments.output, resume=resume, tell=tell)
-            _print(run, arguments.format)
+            _print(run, arguments.format, arguments.explain)
             if any(record.broken_limits or record.status not in ("ok", "skipped") for record in run.records):
                 code = EXIT_CASES_FAILED
             left, has_begun = left[1:], False
@@ -145,17 +148,21 @@ def _command(arguments: argparse.Namespace, suites: Sequence[str], resume: bool)
         words.append("--resume")
     if arguments.output != _RESULTS:
         words += ["--output", str(arguments.output)]
+    if arguments.explain:
+        words.append("--explain")
     if arguments.format != "simple":
         words += ["--format", arguments.format]
     return shlex.join(words)
 
 
-def _print(run: Run, form: str) -> None:
+def _print(run: Run, form: str, explain: bool) -> None:
     from membench.report import text
 
     # In a terminal a table must fit; whatever reads a pipe or a Markdown table wants whole rows.
     fits = sys.stdout.isatty() and form in ("simple", "plain", "grid")
     print(text.comparison(run.records, form, shutil.get_terminal_size().columns if fits else None))
+    if explain and form not in ("csv", "json"):
+        print(f"\n{text.explanation(run.records, form)}")
     if form not in _FOR_MACHINES:
         print()
     for line in (*text.remarks(run.records), *text.verdicts(run.records), *_nothing(run), f"kept in {run.path}"):
@@ -198,7 +205,7 @@ def _show(arguments: argparse.Namespace) -> int:
     if arguments.phases:
         print(text.phases(run.records, arguments.format))
     else:
-        _print(run, arguments.format)
+        _print(run, arguments.format, arguments.explain)
     return EXIT_OK
 
 
