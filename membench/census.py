@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from membench.weights import plain_tensors
+from membench.weights import kept_tensors, plain_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +37,8 @@ def storages(tensors: Iterable[torch.Tensor]) -> dict[tuple[str, int], int]:
     """Bytes by storage (device, address), each once, quantized tensors opened."""
     found: dict[tuple[str, int], int] = {}
     for tensor in tensors:
-        for plain in plain_tensors(tensor.detach()):
+        # Not detached first: a detached copy may hold tables of its own, gone before they are counted.
+        for plain in plain_tensors(tensor):
             if plain.device.type != "meta":
                 storage = plain.untyped_storage()
                 found[(str(plain.device), storage.data_ptr())] = storage.nbytes()
@@ -80,7 +80,7 @@ class Census:
         self._module = module
         self._inventory = inventory
         self._held_bytes = held_bytes
-        self._weights = storages(itertools.chain(module.parameters(), module.buffers()))
+        self._weights = storages(kept_tensors(module))
         self._saved: dict[tuple[str, int], list[int]] = {}
         self._part = part
         self._highest: dict[str | None, tuple[int, dict[str, int]]] = {}

@@ -131,7 +131,7 @@ def _quality(found: Figures, quality: Mapping[str, Any], is_trained: bool) -> No
     for name in ("kl_nats", "top1_agreement_percent"):
         if name in quality:
             if quality[name] is None:
-                found.miss(name, "the logits are not finite")
+                found.miss(name, quality.get("unknown", "the logits are not finite"))
             else:
                 found.know(name, quality[name], against)
     if is_trained and all_bytes and "reference_nats" in quality and None not in (*nats, *quality["reference_nats"]):

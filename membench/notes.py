@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from membench.units import format_bytes, format_ratio
-from membench.weights import plain_tensors, weight_bytes
+from membench.weights import own_tensors, plain_tensors, weight_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from membench.plugins import Technique
 
 _WORTH_A_NOTE = 0.2
-_SCALES = ("scale", "zero", "absmax", "offset", "code", "quant_map")
+_SCALES = ("scale", "zero", "absmax", "offset", "code", "quant_map", "factor", "nf4", "SCB")
 
 
 def on_weights(module: nn.Module, techniques: Sequence[Technique], plain_bytes: int | None) -> list[str]:
@@ -52,8 +52,7 @@ def _causes(module: nn.Module, bits: float, adapted: bool, pruned: bool) -> dict
     found: dict[str, int] = {}
     seen: set[tuple[str, int]] = set()
     for _, child in module.named_modules():
-        tensors = [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]
-        for name, tensor in tensors:
+        for name, tensor in own_tensors(child):
             for inner, plain in _named_plain(name, tensor):
                 storage = plain.untyped_storage()
                 key = (str(plain.device), storage.data_ptr())
@@ -95,18 +94,24 @@ def _cause(
     bits: float,
     pruned: bool,
 ) -> str | None:
+    import torch
+
     type_name = str(plain.dtype).removeprefix("torch.")
     if name == "mask" or name.endswith("_mask"):
         return f"masks in {type_name}"
     if name.endswith("_orig"):
         return f"originals kept beside the masked weights in {type_name}"
-    if any(word in inner for word in _SCALES) and plain.numel() < tensor.numel():
+    if any(word in inner for word in _SCALES) and (
+        plain.numel() < tensor.numel() or not isinstance(tensor, torch.nn.Parameter)
+    ):
         return f"scales and zero points in {type_name}"
     if "indices" in inner:
         return f"indices of sparse values in {type_name}"
     stored_bits = plain.element_size() * 8
-    if inner != name and bits < 8 and stored_bits == 8 and plain.numel() >= tensor.numel():
-        return f"of {bits:g}-bit weights stored a byte each"
+    if bits < 8 and plain.dtype in (torch.int8, torch.uint8):
+        # Packed codes are fewer than the weights, or lie in a plain tensor.
+        packed = inner == name or plain.numel() < tensor.numel()
+        return None if packed else f"of {bits:g}-bit weights stored a byte each"
     if stored_bits <= bits and not pruned:
         return None
     if is_head:

@@ -111,11 +111,14 @@ def evaluate(
         "tokens": [len(piece.ids) - 1 for piece in held_out],
         "bytes": [piece.bytes for piece in held_out],
     }
+    if not is_reference and logits_kept is None:
+        found |= {"kl_nats": None, "top1_agreement_percent": None, "unknown": "the reference's logits are not there"}
     if reference_nats:
         found |= {
             "reference_nats": reference_nats,
             "kl_nats": divergence / count,
-            "top1_agreement_percent": agreed / count * 100,
+            # The largest of logits that are no numbers is the first, which the reference may happen to predict.
+            "top1_agreement_percent": agreed / count * 100 if math.isfinite(divergence) else math.nan,
         }
     return {key: _finite(value) for key, value in found.items()}
 

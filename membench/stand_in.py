@@ -14,10 +14,18 @@ class StandIn(Model):
     """An embedding and two linear layers: token ids (B, T) to logits (B, T, 256)."""
 
     def build(self, context: Context) -> nn.Module:
+        return self._layers().to(context.device)
+
+    def skeleton(self) -> nn.Module:
+        import torch
+
+        with torch.device("meta"):
+            return self._layers()
+
+    def _layers(self) -> nn.Module:
         from torch import nn
 
-        layers = nn.Sequential(nn.Embedding(256, 64), nn.Linear(64, 64), nn.Linear(64, 256))
-        return layers.to(context.device)
+        return nn.Sequential(nn.Embedding(256, 64), nn.Linear(64, 64), nn.Linear(64, 256))
 
     def vocabulary(self, module: nn.Module) -> int:
         return 256

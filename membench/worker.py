@@ -14,12 +14,16 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from membench import allocator, census, checkpoint, corpus, notes, plugins, quality, registry
 from membench.assembly import Assembly, DoesNotFit
 from membench.meter import Meter
 from membench.weights import fingerprint, weight_bytes
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 # The kernel counts pages per core and may read some 0.1 MiB low; the highest of three steps comes close to the truth.
 _STEPS_FOR_MEMORY = 3
@@ -64,112 +68,151 @@ def _prepare(request: dict[str, Any], meter: Meter) -> None:
 
 
 def _measure(request: dict[str, Any], meter: Meter) -> None:
-    device, settings = request["device"], request["settings"]
-    case = Assembly.of(request, meter.part)
-    import torch
-
-    if meter.on_gpu:
-        _refuse_missing_gpu(device)
-    case.read_text()
-    case.prepare()
-    pinned = allocator.pin()
-    torch.set_num_threads(request["threads"])
-    case.refuse_what_cannot_fit()
-    case.rehearse()
-    if meter.on_gpu:
-        _announce_gpu(meter, device)
-    loads_converted = any(technique.applies_rest for technique in case.techniques)
-    plain_bytes = case.plain_weight_bytes() if loads_converted else None
-    meter.set_baseline()
-
-    result: dict[str, Any] = {"pinned": pinned, "remarks": [], "corpus": corpus.digest(),
-                              "is_trained": case.model.quality}  # fmt: skip
-    torch.manual_seed(settings["seed"])
-    with meter.phase("load", "pinned"):
-        meter.memory_in_parts = True
-        module = case.load()
-        meter.memory_in_parts = False
-    if not loads_converted:
-        plain_bytes = weight_bytes(module)
-    with meter.phase("apply", "pinned"):
-        for name, technique in case.applied:
-            before = fingerprint(module)
-            module = technique.apply(module, case.context)
-            if type(technique).apply is not plugins.Technique.apply and fingerprint(module) == before:
-                result["remarks"].append(f"'{name}' changed nothing in the model")
-    result["weights_bytes"] = weight_bytes(module)
-    result["parameters"] = sum(parameter.numel() for parameter in module.parameters())
-    result["notes"] = notes.on_weights(module, case.techniques, plain_bytes)
-    module.train(case.workload.trains)
-
-    losses: list[float] = []
-
-    def hear(loss: torch.Tensor | None) -> None:
-        if loss is not None:
-            losses.append(loss.item())
-
-    with meter.phase("warmup", "pinned"):
-        step = case.workload.start(module, case.tokens(module), case.techniques, case.context)
-        hear(step())
-    if case.workload.trains:
-        result |= _trained_and_frozen(module)
-    with meter.phase("run", "pinned") as run:
-        meter.memory_in_parts = True
-        for _ in range(_STEPS_FOR_MEMORY):
-            hear(step())
-        meter.memory_in_parts = False
-    if case.context.inventory:
-        with meter.phase("breakdown", "pinned"):
-            watch = census.Census(module, case.context.inventory, meter.held_live_bytes, lambda: meter.current_part)
-            with watch.watching(), meter.looking(watch.look):
-                hear(step())
-        peaks = _peaks_of_parts(run, meter.on_gpu, pinned)
-        result["breakdown_bytes"] = watch.breakdown(peaks)
-        result["peak_part"] = max(peaks, key=lambda part: peaks[part], default=None)
-    for name, technique in zip(case.names, case.techniques, strict=True):
-        if remark := technique.remark(module, case.context):
-            result["remarks"].append(f"'{name}' {remark}")
-    allocator.unpin()
-    with meter.phase("time", "default") as timed:
-        timed["steps"] = settings["warmup_steps"] + settings["measured_steps"]
-        for _ in range(settings["warmup_steps"]):
-            hear(step())
-        meter.parts.clear()
-        result["durations_s"] = []
-        for _ in range(settings["measured_steps"]):
-            meter.synchronize()
-            began = time.perf_counter()
-            loss = step()
-            meter.synchronize()
-            result["durations_s"].append(time.perf_counter() - began)
-            hear(loss)
-    allocator.pin()
-    del step
-    case.context.inventory.clear()
-    result["losses_nats"] = [loss if math.isfinite(loss) else None for loss in losses]
-    if case.model.gives_logits:
-        with meter.phase("evaluate", "pinned"):
-            module.eval()
-            reference = Path(request["reference"]["path"])
-            result["quality"] = quality.evaluate(
-                case.model,
-                module,
-                case.techniques,
-                case.workload,
-                case.context,
-                reference,
-                request["reference"]["is_this"],
-            )
-    result["tokens_per_step"] = case.workload.tokens_per_step()
-    result["decoded_tokens"] = case.workload.decoded_tokens_per_step()
-    # Told before the checkpoint is written, so that a full disk costs no other figure.
-    meter.tell(event="result", result={**result, "disk_bytes": None, "disk_format": "the checkpoint was not saved"})
-    with meter.phase("save", "pinned"):
-        result["disk_bytes"], result["disk_format"] = checkpoint.save(module, Path(request["scratch"]))
-    meter.tell(event="result", result=result)
-    wrong = [(number, loss) for number, loss in enumerate(losses, 1) if not math.isfinite(loss)]
+    """The life of a case, phase by phase; what is known is told before whatever may still fail."""
+    work = _Work(request, meter)
+    module = work.load_and_apply(work.make_ready())
+    step = work.run_for_memory(module)
+    work.run_for_time(step)
+    del step  # and with it the optimizer
+    work.case.context.inventory.clear()
+    work.evaluate(module)
+    work.save(module)
+    wrong = [(number, loss) for number, loss in enumerate(work.losses, 1) if not math.isfinite(loss)]
     if wrong:
         raise Diverged(f"the training loss became {wrong[0][1]} in step {wrong[0][0]}")
+
+
+class _Work:
+    """A case under way: what it measures gathers in ``result``."""
+
+    def __init__(self, request: dict[str, Any], meter: Meter) -> None:
+        self.case = Assembly.of(request, meter.part)
+        self.losses: list[float] = []
+        self._request = request
+        self._settings = request["settings"]
+        self._meter = meter
+        self._result: dict[str, Any] = {"remarks": [], "corpus": corpus.digest(), "is_trained": self.case.model.quality}
+
+    def make_ready(self) -> int | None:
+        """Do all that must not be measured, up to the baseline; bytes of the plain weights, if they are known."""
+        import torch
+
+        case, device = self.case, self._request["device"]
+        if self._meter.on_gpu:
+            _refuse_missing_gpu(device)
+        case.read_text()
+        case.prepare()
+        self._result["pinned"] = allocator.pin()
+        torch.set_num_threads(self._request["threads"])
+        case.refuse_what_cannot_fit()
+        case.rehearse()
+        if self._meter.on_gpu:
+            _announce_gpu(self._meter, device)
+        converted = any(technique.applies_rest for technique in case.techniques)
+        plain_bytes = case.plain_weight_bytes() if converted else None
+        self._meter.set_baseline()
+        torch.manual_seed(self._settings["seed"])
+        return plain_bytes
+
+    def load_and_apply(self, plain_bytes: int | None) -> nn.Module:
+        """Phases ``load`` and ``apply``; ``plain_bytes``: of the weights in fp32, where loading already converts."""
+        with self._meter.phase("load", "pinned"):
+            self._meter.memory_in_parts = True
+            module = self.case.load()
+            self._meter.memory_in_parts = False
+        self._plain_bytes = weight_bytes(module) if plain_bytes is None else plain_bytes
+        with self._meter.phase("apply", "pinned"):
+            for name, technique in self.case.applied:
+                before = fingerprint(module)
+                module = technique.apply(module, self.case.context)
+                if type(technique).apply is not plugins.Technique.apply and fingerprint(module) == before:
+                    self._result["remarks"].append(f"'{name}' changed nothing in the model")
+        self._result["parameters"] = sum(parameter.numel() for parameter in module.parameters())
+        module.train(self.case.workload.trains)
+        return module
+
+    def _hear(self, loss: torch.Tensor | None) -> None:
+        if loss is not None:
+            self.losses.append(loss.item())
+
+    def run_for_memory(self, module: nn.Module) -> plugins.Step:
+        """Phases ``warmup``, ``run`` and ``breakdown``, under the pinned allocator; the step that they run."""
+        case, meter, result = self.case, self._meter, self._result
+        with meter.phase("warmup", "pinned"):
+            step = case.workload.start(module, case.tokens(module), case.techniques, case.context)
+            self._hear(step())
+        if case.workload.trains:
+            result |= _trained_and_frozen(module)
+        with meter.phase("run", "pinned") as run:
+            meter.memory_in_parts = True
+            for _ in range(_STEPS_FOR_MEMORY):
+                self._hear(step())
+            meter.memory_in_parts = False
+        # Counted only now: some libraries pack weights anew in their first pass.
+        result["weights_bytes"] = weight_bytes(module)
+        result["notes"] = notes.on_weights(module, case.techniques, self._plain_bytes)
+        if case.context.inventory:
+            with meter.phase("breakdown", "pinned"):
+                watch = census.Census(module, case.context.inventory, meter.held_live_bytes, lambda: meter.current_part)
+                with watch.watching(), meter.looking(watch.look):
+                    self._hear(step())
+            peaks = _peaks_of_parts(run, meter.on_gpu, result["pinned"])
+            result["breakdown_bytes"] = watch.breakdown(peaks)
+            result["peak_part"] = max(peaks, key=lambda part: peaks[part], default=None)
+        for name, technique in zip(case.names, case.techniques, strict=True):
+            if remark := technique.remark(module, case.context):
+                result["remarks"].append(f"'{name}' {remark}")
+        return step
+
+    def run_for_time(self, step: plugins.Step) -> None:
+        """Phase ``time``, under the default allocator."""
+        meter, warmups, measured = self._meter, self._settings["warmup_steps"], self._settings["measured_steps"]
+        durations_s: list[float] = []
+        allocator.unpin()
+        with meter.phase("time", "default") as timed:
+            timed["steps"] = warmups + measured
+            for _ in range(warmups):
+                self._hear(step())
+            meter.parts.clear()
+            for _ in range(measured):
+                meter.synchronize()
+                began = time.perf_counter()
+                loss = step()
+                meter.synchronize()
+                durations_s.append(time.perf_counter() - began)
+                self._hear(loss)
+        allocator.pin()
+        self._result |= {
+            "durations_s": durations_s,
+            "losses_nats": [loss if math.isfinite(loss) else None for loss in self.losses],
+            "tokens_per_step": self.case.workload.tokens_per_step(),
+            "decoded_tokens": self.case.workload.decoded_tokens_per_step(),
+        }
+        self._tell("the case ended before the checkpoint was saved")
+
+    def _tell(self, not_saved: str | None = None) -> None:
+        disk = {} if not_saved is None else {"disk_bytes": None, "disk_format": not_saved}
+        self._meter.tell(event="result", result={**self._result, **disk})
+
+    def evaluate(self, module: nn.Module) -> None:
+        """Phase ``evaluate``, where the model gives logits."""
+        if not self.case.model.gives_logits:
+            return
+        case, reference = self.case, self._request["reference"]
+        with self._meter.phase("evaluate", "pinned"):
+            module.eval()
+            self._result["quality"] = quality.evaluate(
+                case.model, module, case.techniques, case.workload, case.context,
+                Path(reference["path"]), reference["is_this"],
+            )  # fmt: skip
+        self._tell("the checkpoint was not saved")
+
+    def save(self, module: nn.Module) -> None:
+        """Phase ``save``."""
+        with self._meter.phase("save", "pinned"):
+            size_bytes, how = checkpoint.save(module, Path(self._request["scratch"]))
+        self._result |= {"disk_bytes": size_bytes, "disk_format": how}
+        self._tell()
 
 
 def _peaks_of_parts(run: dict[str, Any], on_gpu: bool, pinned: bool) -> dict[str, int]:
