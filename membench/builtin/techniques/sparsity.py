@@ -79,8 +79,8 @@ class MagnitudePrune(_Unstructured):
     Global and unstructured: of the n weights of all linear layers, the round(sparsity·n) of least magnitude become
     zero. ``torch.nn.utils.prune.global_unstructured`` with ``L1Unstructured`` takes as many, and the same ones but
     where magnitudes at the threshold are equal. It puts all weights in one vector and sorts that, which peaked at
-    twelve times their bytes; here the threshold is found by counting, piece by piece, and masks are made layer by layer.
-    Embeddings and the output head are left alone.
+    twelve times their bytes; here the threshold is found by counting, piece by piece, and masks are made one layer at
+    a time. Embeddings and the output head are left alone.
 
     - ``storage = "mask"`` is what ``torch.nn.utils.prune`` leaves: the original, the mask as a buffer, the masked
       weight, and the mask once more in the hook: 16 bytes for each weight of 4.
