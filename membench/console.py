@@ -19,6 +19,9 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def main(do: Callable[[], int]) -> int:
     """Do a program's work; its exit code: what ``do`` returns, 2 after a ``MembenchError``, 130 if interrupted."""
+    # A stream that was closed before we began is None: what would go there goes nowhere.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, open as long as the program runs
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     codecs.register_error("membench-plain", _plainly)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

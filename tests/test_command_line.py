@@ -275,6 +275,12 @@ def test_output_for_which_there_is_no_room_is_one_line(measured: Path) -> None:
     assert shown.stderr == "membench: the output cannot be written: No space left on device\n"
 
 
+def test_an_output_that_is_closed_is_no_error(measured: Path) -> None:
+    shown = subprocess.run(["bash", "-c", f"{sys.executable} -m membench show >&-"], cwd=measured, capture_output=True,
+                           text=True)  # fmt: skip
+    assert (shown.returncode, shown.stderr) == (0, "")
+
+
 def test_a_suite_of_which_nothing_is_chosen_is_left_out_and_leaves_no_file(folder: Path) -> None:
     (folder / "other.toml").write_text(_SUITE.replace('"small"', '"other"').replace('"bf16"', '"fp16"'))
     ran = _membench("run", "other.toml", "small.toml", "-k", "bf16", folder=folder)
