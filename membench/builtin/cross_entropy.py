@@ -79,6 +79,7 @@ def _functions() -> _Functions:
                 _become_softmax(softmax, of)
                 _become_gradient(softmax, of)
                 into.copy_(softmax.mul_(times))
+                del softmax
             return gradient, None, None
 
     class Fused(torch.autograd.Function):
@@ -119,6 +120,7 @@ def _functions() -> _Functions:
                         of_weight.addmm_(of_logits.t(), taken)
                     elif of_weight is not None:
                         of_weight += of_logits.t() @ taken
+                    del of_logits  # before the next chunk's logits are there
             # Through save_for_backward, so that whoever counts or moves what is kept for the backward pass sees it.
             ctx.save_for_backward(of_hidden, of_weight, of_bias)
             ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -58,10 +58,10 @@ class Checkpointing(_Training):
         for number, layer in enumerate(layers):
             if number % self.every_k == 0:
                 layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, again
-        # The model around them makes a key-value cache unless it is told.
+        # A key-value cache would keep keys and values, and be written twice; transformers warns of it and drops it.
         for child in module.modules():
-            if hasattr(child, "gradient_checkpointing") and child not in layers:
-                child.gradient_checkpointing = True
+            if hasattr(getattr(child, "config", None), "use_cache"):
+                child.config.use_cache = False
         return module
 
 
@@ -114,7 +114,7 @@ class Accumulate(_Training):
     """
 
     acts_on: ClassVar[str] = "activations"
-    presets = {str(k): {"k": k} for k in (2, 4, 8)}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {str(k): {"k": k} for k in (2, 4, 8)}
     needs_all_gradients: ClassVar[bool] = True
     k: int = Field(4, ge=2)
 
@@ -146,7 +146,7 @@ class StepInBackward(_Training):
 
     def refuse(self, setting: Setting) -> str | None:
         if any(technique.needs_all_gradients for technique in (*setting.before, *setting.after)):
-            return "a member of the stack needs the gradients of the whole step, and here they are gone by then"
+            return "a member of the stack needs all gradients of a step, and here they are freed"
         if any(type(technique).optimizer is not Technique.optimizer for technique in setting.after):
             return "a member after it brings an optimizer: it must come before"
         return super().refuse(setting)
