@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_TOKENS_AT_ONCE = 16
+_TOKENS_AT_ONCE = 32
 
 
 class Generate(Workload):
