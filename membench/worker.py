@@ -120,7 +120,8 @@ class _Work:
             self._meter.memory_in_parts = True
             module = self.case.load()
             self._meter.memory_in_parts = False
-        self._plain_bytes = weight_bytes(module) if plain_bytes is None else plain_bytes
+        converted = any(technique.applies_rest for technique in self.case.techniques)
+        self._plain_bytes = plain_bytes if converted else weight_bytes(module)
         with self._meter.phase("apply", "pinned"):
             for name, technique in self.case.applied:
                 before = fingerprint(module)
