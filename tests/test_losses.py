@@ -1,0 +1,238 @@
+"""Cross entropy in chunks and fused with the output head: the plain loss and its gradients, without whole logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import membench
+from membench import plugins, registry
+from membench.builtin import cross_entropy
+from membench.builtin.models.transformer import Gpt2, Llama, Qwen
+from membench.plugins import Shape
+from membench.record import Record
+from tests.training import context, train
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_SHAPE = Shape(64, 2, 4, 2, 128, 300, 64, True)
+_MODELS = {
+    "llama, tied": Llama.of_shape(_SHAPE),
+    "llama": Llama.of_shape(_SHAPE._replace(tied=False)),
+    "qwen, tied": Qwen.of_shape(_SHAPE),
+    "gpt2, tied": Gpt2.of_shape(_SHAPE._replace(key_value_heads=4)),
+}
+_CHUNK = 10  # does not divide the 124 or 128 tokens of a step
+_BOTH = ("chunked-cross-entropy", "fused-linear-cross-entropy")
+
+
+def _technique(name: str, **options: Any) -> Any:
+    return registry.create("technique", name, options)
+
+
+@pytest.mark.parametrize("name", _BOTH)
+@pytest.mark.parametrize("model", _MODELS)
+def test_it_trains_as_the_plain_loss_does(model: str, name: str) -> None:
+    plain = train(_MODELS[model])
+    chunked = train(_MODELS[model], [_technique(name, chunk_tokens=_CHUNK)])
+    assert chunked.losses == pytest.approx(plain.losses, abs=2e-6)
+    assert chunked.largest_difference(plain) < 1e-5
+    assert plain.largest_difference(train(_MODELS[model], learning_rate=0.505)) > 1e-4  # what 1% of a gradient is
+
+
+def test_it_trains_alike_under_micro_batches_and_checkpointing() -> None:
+    model = _MODELS["llama, tied"]
+    names = ("checkpointing", "fused-linear-cross-entropy", "accumulate-2")
+    for order in (names, names[::-1]):
+        stacked = train(model, [_technique(name) for name in order])
+        assert stacked.largest_difference(train(model)) < 1e-5
+
+
+@pytest.mark.parametrize("head", ["frozen", "trained alone"])
+def test_a_frozen_part_gets_no_gradient_and_the_other_its_own(head: str) -> None:
+    model = _MODELS["llama"]
+    names = [name for name, _ in model.build(context(model)).named_parameters()]
+    frozen = [name for name in names if (name == "lm_head.weight") == (head == "frozen")]
+    plain = train(model, frozen=frozen)
+    fused = train(model, [_technique("fused-linear-cross-entropy", chunk_tokens=_CHUNK)], frozen=frozen)
+    assert fused.largest_difference(plain) < 1e-5
+    trained = {name for name, parameter in fused.module.named_parameters() if parameter.grad is not None}
+    assert trained == set(names) - set(frozen)
+
+
+def _tensors(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states (37, 16), weight (53, 16), bias (53,) and targets (37,)."""
+    import torch
+
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(37, 16), torch.randn(53, 16) * 0.3, torch.randn(53)
+    wanted = (tensor.to(dtype).requires_grad_() for tensor in (hidden, weight, bias))
+    return (*wanted, torch.randint(0, 53, (37,)))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_fused_gradients_are_the_exact_ones(with_bias: bool) -> None:
+    import torch
+
+    hidden, weight, bias, targets = _tensors(torch.float64)
+    inputs = [hidden, weight, bias] if with_bias else [hidden, weight]
+    logits = torch.nn.functional.linear(hidden, weight, bias if with_bias else None)
+    plain = torch.nn.functional.cross_entropy(logits, targets)
+    fused = cross_entropy.fused(hidden, weight, bias if with_bias else None, targets, _CHUNK)
+    assert fused.item() == pytest.approx(plain.item(), rel=1e-13)
+    for own, exact in zip(torch.autograd.grad(fused * 3, inputs), torch.autograd.grad(plain * 3, inputs), strict=True):
+        assert torch.allclose(own, exact, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_in_half_precision_fused_gradients_are_as_close_as_the_plain_loss_gives_them(dtype: str) -> None:
+    import torch
+
+    *inputs, targets = _tensors(getattr(torch, dtype))
+    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    exact = torch.autograd.grad(
+        torch.nn.functional.cross_entropy(torch.nn.functional.linear(*exact_inputs), targets), exact_inputs
+    )
+    plain = torch.nn.functional.cross_entropy(torch.nn.functional.linear(*inputs).float(), targets)
+    fused = cross_entropy.fused(*inputs, targets, 4)
+    for own, theirs, right in zip(
+        torch.autograd.grad(fused, inputs), torch.autograd.grad(plain, inputs), exact, strict=True
+    ):
+        assert own.dtype == theirs.dtype
+        assert (own - right).norm() < 1.5 * (theirs - right).norm()
+
+
+def test_small_gradients_survive_float16_where_the_loss_is_scaled() -> None:
+    import torch
+
+    *inputs, _ = _tensors(torch.float16)
+    many = [inputs[0].detach().repeat(200, 1).requires_grad_(), *inputs[1:]]
+    targets = torch.randint(0, 53, (len(many[0]),))
+    scale = 2.0**12
+    plain = torch.nn.functional.cross_entropy(torch.nn.functional.linear(*many).float(), targets)
+    fused = cross_entropy.fused(*many, targets, 64)
+    (own,), (theirs,) = (torch.autograd.grad(loss * scale, many[:1]) for loss in (fused, plain))
+    assert (own.double() - theirs.double()).norm() < 2e-3 * theirs.double().norm()
+
+
+def test_under_autocast_the_products_are_in_its_type() -> None:
+    import torch
+
+    *inputs, targets = _tensors(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = torch.nn.functional.cross_entropy(torch.nn.functional.linear(*inputs).float(), targets)
+        fused = cross_entropy.fused(*inputs, targets, _CHUNK)
+    assert fused.item() == pytest.approx(plain.item(), abs=1e-5)
+    assert fused.item() != pytest.approx(cross_entropy.fused(*inputs, targets, _CHUNK).item(), abs=1e-6)
+    for own, theirs in zip(torch.autograd.grad(fused, inputs), torch.autograd.grad(plain, inputs), strict=True):
+        assert own.dtype == torch.float32
+        assert (own - theirs).norm() < 0.01 * theirs.norm()
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_chunked_gradients_are_the_plain_ones_and_tokens_without_target_have_none(dtype: str) -> None:
+    import torch
+
+    torch.manual_seed(0)
+    logits = (5 * torch.randn(37, 53)).to(getattr(torch, dtype)).requires_grad_()
+    targets = torch.randint(0, 53, (37,))
+    targets[::5] = cross_entropy.NOTHING
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    plain = torch.nn.functional.cross_entropy(logits.to(precise), targets)
+    chunked = cross_entropy.chunked(logits, targets, _CHUNK)
+    assert chunked.item() == pytest.approx(plain.item(), rel=1e-6)
+    (own,), (theirs,) = torch.autograd.grad(chunked * 3, logits), torch.autograd.grad(plain * 3, logits)
+    assert own.dtype == logits.dtype
+    assert torch.allclose(own, theirs, rtol=torch.finfo(logits.dtype).eps, atol=1e-7)
+    assert not own[::5].any()
+
+
+def test_fused_gradients_can_be_asked_for_once() -> None:
+    import torch
+
+    *inputs, targets = _tensors(torch.float32)
+    loss = cross_entropy.fused(*inputs, targets, _CHUNK)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def _capped(module: nn.Module) -> nn.Module:
+    """The module with its logits bent to ±30, as Gemma 2 bends them."""
+    module.register_forward_hook(lambda layer, given, output: _cap(output))
+    return module
+
+
+def _cap(output: Any) -> Any:
+    output.logits = 30 * (output.logits / 30).tanh()
+    return output
+
+
+def _with_head_in_a_class_of_its_own(module: nn.Module) -> nn.Module:
+    import torch
+
+    class Quantized(torch.nn.Linear):
+        pass
+
+    module.lm_head = Quantized(64, 300, bias=False)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_capped, "LlamaForCausalLM does more to its logits than its output head"),
+        (_with_head_in_a_class_of_its_own, "the output head is a Quantized: only a plain linear layer can be fused"),
+        (lambda module: module.model, "the model does not say what its decoder and its output head are"),
+    ],
+)
+def test_a_model_that_cannot_be_taken_apart_is_not_served(change: Any, reason: str) -> None:
+    model = _MODELS["llama"]
+    with pytest.raises(plugins.Unsuitable, match=reason):
+        train(model, [_technique("fused-linear-cross-entropy")], module=change(model.build(context(model))))
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
+    folder = tmp_path_factory.mktemp("losses")
+    path = folder / "losses.toml"
+    path.write_text(
+        '[suite]\nname = "losses"\n[matrix]\nmodel = ["llama-15m"]\nworkload = ["steps"]\n'
+        'technique = ["none", "fused-linear-cross-entropy", "chunked-cross-entropy"]\n'
+        '[workload.steps]\nuse = "train"\nbatch_size = 4\nsequence_length = 256\n[settings]\nmeasured_steps = 1\n'
+    )
+    found = membench.run(membench.load_suite(path), output=Path(folder)).records
+    return {record.technique: record for record in found}
+
+
+_LOGITS = 4 * 4 * 255 * 32000  # bytes in fp32: 131 MB
+_HEAD = 4 * 32000 * 288
+
+
+def _beyond_what_is_kept(record: Record, part: str) -> float:
+    """The live peak of a part above weights, optimizer states and what autograd kept from forward to backward."""
+    figures = record.metrics
+    kept = [figures[name] or 0 for name in ("weights_bytes", "optimizer_state_bytes", "activations_bytes")]
+    return (figures[f"{part}_peak_live_bytes"] or 0) - sum(kept)
+
+
+def test_fused_logits_are_never_whole(records: dict[str, Record]) -> None:
+    plain, fused = records["none"], records["fused-linear-cross-entropy"]
+    # Logits and the copy that cutting off the last token takes, beside the log-softmax that is kept.
+    assert _beyond_what_is_kept(plain, "forward") > 1.9 * _LOGITS
+    assert _beyond_what_is_kept(fused, "forward") < 0.3 * _LOGITS
+    kept = [record.metrics["activations_bytes"] or 0 for record in (plain, fused)]
+    # The gradient of the head waits in place of the log-softmax, that of the head's input in place of the input.
+    assert kept[0] - kept[1] == pytest.approx(_LOGITS - _HEAD, rel=0.01)
+
+
+def test_chunked_logits_are_whole_once_and_their_gradient_beside_them(records: dict[str, Record]) -> None:
+    plain, chunked = records["none"], records["chunked-cross-entropy"]
+    assert _beyond_what_is_kept(chunked, "forward") < 0.3 * _LOGITS
+    assert _beyond_what_is_kept(chunked, "backward") == pytest.approx(1.15 * _LOGITS, rel=0.15)
+    kept = [record.metrics["activations_bytes"] or 0 for record in (plain, chunked)]
+    assert kept[0] == pytest.approx(kept[1], rel=0.01)
