@@ -23,6 +23,7 @@ from rich.console import Console
 
 import membench
 from membench import progress
+from membench.nvml import gpus
 from membench.report import text
 
 _SUITE = """\
@@ -299,13 +300,15 @@ def test_a_run_of_skipped_cases_alone_says_that_nothing_was_measured(folder: Pat
     assert "\nnothing was measured: every case was skipped\n" in ran.stdout
     run = membench.read_run(next((folder / "results").glob("*.jsonl")))
     assert [record.status for record in run.records] == ["skipped", "skipped"]
-    assert all("CUDA" in (r.message or "") or "cuda:9" in (r.message or "") for r in run.records)
+    if gpus()[0] is None:
+        assert {record.message for record in run.records} == {"no CUDA device here, or a torch build without CUDA"}
 
 
 def test_a_training_that_diverged_makes_the_exit_code_one(folder: Path) -> None:
     (folder / "small.toml").write_text(
         '[suite]\nname = "small"\n[matrix]\nmodel = ["llama-15m"]\ntechnique = ["none"]\nworkload = ["wild"]\n'
-        '[workload.wild]\nuse = "train"\nsequence_length = 8\nlearning_rate = 1e30\n[settings]\nmeasured_steps = 1\n'
+        '[workload.wild]\nuse = "train"\noptimizer = "sgd"\nsequence_length = 8\nlearning_rate = 1e30\n'
+        "[settings]\nmeasured_steps = 1\n"
     )
     ran = _membench("run", "small.toml", folder=folder)
     assert "llama-15m/none/wild/cpu: diverged in save: the training loss became nan in step " in ran.stdout

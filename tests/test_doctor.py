@@ -135,18 +135,6 @@ def test_live_memory_on_a_gpu_is_exact(tmp_path: Path) -> None:
     assert record.metrics["peak_footprint_bytes"] is not None
 
 
-def test_without_a_gpu_a_cuda_case_is_skipped_with_the_reason(tmp_path: Path) -> None:
-    if gpus()[0] is not None:
-        pytest.skip("there is a GPU here")
-    path = tmp_path / "none.toml"
-    path.write_text(
-        '[suite]\nname = "none"\n[matrix]\nmodel = ["ballast"]\ntechnique = ["none"]\nworkload = ["burst"]\n'
-        'device = ["cuda"]\n'
-    )
-    (record,) = membench.run(membench.load_suite(path), output=tmp_path).records
-    assert (record.status, record.message) == ("skipped", "no CUDA device here, or a torch build without CUDA")
-
-
 def test_the_doctor_called_as_a_module_can_be_interrupted() -> None:
     doctor = subprocess.Popen([sys.executable, "-m", "membench.doctor"], stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE, text=True)  # fmt: skip

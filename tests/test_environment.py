@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-import membench
 from membench import environment, nvml
 from tests.test_observing_gpus import FakeNvml
 
@@ -120,17 +119,6 @@ def test_gpus_are_described_where_they_are_asked_for(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(nvml, "gpus", lambda: (None, "NVML: no driver"))
     assert environment.describe(2, with_gpus=True)["gpus"] == "NVML: no driver"
     assert environment.describe(2)["gpus"] is None
-
-
-def test_a_record_holds_the_machine_that_the_header_names(tmp_path: Path) -> None:
-    path = tmp_path / "s.toml"
-    path.write_text(
-        '[suite]\nname = "s"\n[matrix]\nmodel = ["small"]\ntechnique = ["none"]\nworkload = ["burst"]\n'
-        '[model.small]\nuse = "ballast"\nmib = 1\n[settings]\nthreads = 1\nmeasured_steps = 1\n'
-    )
-    run = membench.run(membench.load_suite(path), output=tmp_path)
-    assert run.records[0].machine == run.header["machine"]
-    assert {"cpu", "gpus", "commit", "variables"} <= run.header["machine"].keys()
 
 
 def _git(folder: Path, *arguments: str) -> None:

@@ -67,6 +67,7 @@ def test_a_run_goes_on_after_its_last_whole_record(tmp_path: Path) -> None:
     assert run.path == first.path
     assert _techniques(run) == ["none", "bf16"]
     assert run.records[0] == first.records[0]
+    assert run.records[1].machine == run.header["machine"]
     assert [id for event, id in heard if event == "case"] == ["small/bf16/still/cpu"]
     assert run.path.read_bytes().count(b"\n") == 3
 
