@@ -10,7 +10,6 @@ import pytest
 import membench
 from membench import plugins, registry
 from membench.builtin.models.transformer import Gpt2, Llama, Qwen
-from membench.builtin.techniques.activations import Checkpointing
 from membench.errors import SuiteError
 from membench.plugins import Shape
 from membench.record import Record
@@ -39,19 +38,48 @@ def _technique(name: str, **options: Any) -> Any:
         [_technique("checkpointing", every_k=2)],
         [_technique("step-in-backward")],
         [_technique("checkpointing"), _technique("step-in-backward")],
+        [_technique("offload-activations")],
+        [_technique("offload-activations"), _technique("checkpointing")],
     ],
-    ids=["checkpointing", "every-2nd", "step-in-backward", "both"],
+    ids=["checkpointing", "every-2nd", "step-in-backward", "both", "offload", "offload-checkpoints"],
 )
-def test_computing_again_or_stepping_early_changes_no_bit(model: str, techniques: list[plugins.Technique]) -> None:
+def test_neither_computing_again_nor_stepping_early_nor_moving_changes_a_bit(
+    model: str, techniques: list[plugins.Technique]
+) -> None:
     plain, saving = train(_MODELS[model]), train(_MODELS[model], techniques)
     assert len(plain.losses) == STEPS
     assert saving.losses == plain.losses
     assert saving.largest_difference(plain) == 0.0
 
 
+def test_offloading_moves_activations_and_leaves_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    moved: list[int] = []
+
+    class Watched(torch.autograd.graph.save_on_cpu):
+        def __init__(self, pin_memory: bool) -> None:
+            assert pin_memory
+            super().__init__(pin_memory=True)
+            move = self.pack_hook
+
+            def watched(tensor: torch.Tensor) -> Any:
+                moved.append(tensor.untyped_storage().data_ptr())
+                return move(tensor)
+
+            self.pack_hook = watched
+
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", Watched)
+    module = train(_MODELS["llama"], [_technique("offload-activations")]).module
+    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    assert not set(moved) & weights
+    # At the least each layer's seven products and two norms have kept their inputs.
+    assert len(moved) > STEPS * _SHAPE.layers * 9
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_stepping_in_the_backward_pass_works_with_each_optimizer(optimizer: str) -> None:
-    options = {"optimizer": optimizer, "learning_rate": 1e-2}
+    options: dict[str, Any] = {"optimizer": optimizer, "learning_rate": 1e-2}
     plain = train(_MODELS["llama"], **options)
     early = train(_MODELS["llama"], [_technique("step-in-backward")], **options)
     assert early.largest_difference(plain) == 0.0
@@ -74,8 +102,12 @@ def test_micro_batches_add_up_to_the_whole_batch(model: str, k: int) -> None:
 
 
 def test_two_splits_multiply() -> None:
-    plain, parts = train(_MODELS["llama"]), train(_MODELS["llama"], [_technique("accumulate-2")] * 2)
+    twice = [_technique("accumulate-2")] * 2
+    plain, parts = train(_MODELS["llama"]), train(_MODELS["llama"], twice)
     assert parts.largest_difference(plain) < 1e-5
+    for batch_size, wrong in ((4, None), (2, "4 micro-batches do not divide the batch size 2")):
+        workload = registry.create("workload", "train", {"batch_size": batch_size})
+        assert twice[1].check(plugins.Setting(_MODELS["llama"], workload, "cpu", (twice[0],), ())) == wrong
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager-attention"])
@@ -96,7 +128,7 @@ def test_every_second_layer_is_checkpointed() -> None:
 def test_a_model_without_transformers_layers_is_not_served() -> None:
     import torch
 
-    for technique in (Checkpointing(), _technique("sdpa")):
+    for technique in (_technique("checkpointing"), _technique("sdpa")):
         with pytest.raises(plugins.Unsuitable, match="transformers"):
             technique.apply(torch.nn.Sequential(torch.nn.Linear(2, 2)), context(_MODELS["llama"]))
 
@@ -107,7 +139,7 @@ def test_a_model_without_transformers_layers_is_not_served() -> None:
         ("checkpointing", "every_k = 0", "must be at least 1"),
         ("checkpointing", "every_k = 7", "every_k = 7 is more than the model's 6 layers"),
         ("accumulate", "k = 1", "must be at least 2"),
-        ("accumulate", "k = 3", "k = 3 does not divide the batch size 4"),
+        ("accumulate", "k = 3", "3 micro-batches do not divide the batch size 4"),
         ("chunked-cross-entropy", "chunk_tokens = 0", "must be at least 1"),
         ("fused-linear-cross-entropy", "chunk_tokens = -1", "must be at least 1"),
         ("offload-activations", "pin = true", "unknown option 'pin'"),

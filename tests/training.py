@@ -68,7 +68,8 @@ def train(
         return torch.randint(0, vocabulary, (count,), generator=random)
 
     torch.manual_seed(2)  # dropout draws from it
-    workload = Train(**{"batch_size": 4, "sequence_length": 32, "optimizer": "sgd", "learning_rate": 0.5} | options)
+    defaults = {"batch_size": 4, "sequence_length": 32, "optimizer": "sgd", "learning_rate": 0.5}
+    workload = Train.model_validate(defaults | options)
     step = workload.start(built, tokens, techniques, surroundings)
     losses = [loss.item() for _ in range(STEPS) if (loss := step()) is not None]
     return Trained(built, losses, surroundings.inventory["optimizer"]())

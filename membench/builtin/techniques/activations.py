@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -59,9 +60,10 @@ class Checkpointing(_Training):
             if number % self.every_k == 0:
                 layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, again
         # A key-value cache would keep keys and values, and be written twice; transformers warns of it and drops it.
-        for child in module.modules():
-            if hasattr(getattr(child, "config", None), "use_cache"):
-                child.config.use_cache = False
+        configurations: list[Any] = [getattr(child, "config", None) for child in module.modules()]
+        for configuration in configurations:
+            if hasattr(configuration, "use_cache"):
+                configuration.use_cache = False
         return module
 
 
@@ -120,13 +122,17 @@ class Accumulate(_Training):
 
     def check(self, setting: Setting) -> str | None:
         batch_size = getattr(setting.workload, "batch_size", None)
-        if not setting.workload.trains or batch_size is None or batch_size % self.k == 0:
+        if not setting.workload.trains or batch_size is None:
             return None
-        return f"k = {self.k} does not divide the batch size {batch_size}"
+        parts = self.k * math.prod(member.k for member in setting.before if isinstance(member, Accumulate))
+        return f"{parts} micro-batches do not divide the batch size {batch_size}" if batch_size % parts else None
 
     def training_step(self, step: TrainingStep, context: Context) -> TrainingStep:
         def split(batch: torch.Tensor) -> Sequence[torch.Tensor]:
-            return [rows for part in step.split(batch) for rows in part.tensor_split(self.k)]
+            parts = step.split(batch)
+            if any(len(part) % self.k for part in parts):
+                raise Unsuitable(f"{self.k} micro-batches do not divide {len(parts[0])} rows")
+            return [rows for part in parts for rows in part.tensor_split(self.k)]
 
         return dataclasses.replace(step, split=split)
 
@@ -139,7 +145,7 @@ class StepInBackward(_Training):
 
     Source: Lv et al. 2023, Full Parameter Fine-tuning with Limited Resources (LOMO), with any optimizer that updates
     each parameter by itself. Limits: what needs all gradients at once (accumulation, loss scaling, clipping) cannot be
-    had with it; the largest gradient, mostly the embedding's, stays.
+    had with it; the largest gradient, mostly the embedding's, stays; of a compiled model all come at the same moment.
     """
 
     acts_on: ClassVar[str] = "gradients"

@@ -24,8 +24,9 @@ class Compile(Technique):
     Compiling happens in the first step: its time and memory, those of the C++ compiler's processes included, are
     ``warmup``'s. It starts from an empty cache, as on a machine that never saw the model, and goes on in the worker
     alone: no pool of compiling processes stays beside the measured steps. A model of transformers is compiled without
-    its output head, one matrix product, so that losses that take the head apart run compiled, too. Limits: a change
-    of shape compiles anew; what cannot be traced runs as it is, and the record says so.
+    its output head, one matrix product, so that losses that take the head apart run compiled, too. Limits: what the
+    compiler keeps in the process, 20 to 50 MiB, counts as live memory on a CPU; a change of shape compiles anew, as in
+    ``evaluate``; what cannot be traced runs as it is, and the record says so.
     """
 
     imports = ("torch", "torch._dynamo", "torch._inductor")
