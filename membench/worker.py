@@ -225,10 +225,9 @@ def _peaks_of_parts(run: dict[str, Any], on_gpu: bool, pinned: bool) -> dict[str
 
 
 def _trained_and_frozen(module: Any) -> dict[str, int]:
-    """Bytes of parameters that the optimizer trains, and of those that it leaves alone."""
-    trained = census.storages(p for p in module.parameters() if p.requires_grad)
-    frozen = census.storages(p for p in module.parameters() if not p.requires_grad)
-    return {"trained_weights_bytes": sum(trained.values()), "frozen_weights_bytes": sum(frozen.values())}
+    """Bytes of parameters that the optimizer trains, and of all other weights: packed ones are no parameters."""
+    trained = sum(census.storages(p for p in module.parameters() if p.requires_grad).values())
+    return {"trained_weights_bytes": trained, "frozen_weights_bytes": weight_bytes(module) - trained}
 
 
 def _refuse_missing_gpu(device: str) -> None:

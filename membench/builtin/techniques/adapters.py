@@ -31,8 +31,11 @@ class Lora(LayerWise):
 
     Adapters are in fp32 whatever the weights are in. Quantized weights may lie beneath ('int8-weight-only+lora'), if a
     gradient passes through them. ``targets`` are last parts of layers' names; by default the projections of attention
-    and of the feed-forward network. Limits: a checkpoint holds the frozen weights too, where a user would keep the
-    adapters alone; adapters stay beside the weights and are not merged into them.
+    and of the feed-forward network.
+
+    Limits: a checkpoint holds the frozen weights too, where a user would keep the adapters alone; adapters stay beside
+    the weights and are not merged into them. torchao's int8 and fp8 weights are kept unpacked from the forward to the
+    backward pass, so that they save nothing at the peak of training; 4-bit ones and packed integers are not.
     """
 
     imports: ClassVar[tuple[str, ...]] = ("torch", "peft.tuners.lora")
