@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-# The kernel counts pages per core and may read some 0.1 MiB low; the highest of three steps comes close to the truth.
-_STEPS_FOR_MEMORY = 3
+# The kernel counts pages per core and may read some 0.1 MiB low; the highest of five steps comes close to the truth.
+_STEPS_FOR_MEMORY = 5
 
 
 class Diverged(Exception):

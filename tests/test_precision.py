@@ -213,7 +213,8 @@ def test_training_in_bare_float16_diverges_and_is_a_record_with_all_its_figures(
     record = records["trained-tiny/fp16/finetune/cpu"]
     assert record.status == "diverged"
     assert record.message == "the training loss became nan in step 2"
-    assert record.metrics["bits_per_byte"] is None
+    for name in ("bits_per_byte", "kl_nats", "top1_agreement_percent"):
+        assert record.metrics[name] is None
     assert record.reasons["bits_per_byte"] == record.reasons["final_loss_nats"] == "it is not finite"
     for name in ("peak_live_bytes", "optimizer_state_bytes", "step_median_s"):
         assert _figure(record, name) > 0

@@ -151,3 +151,9 @@ def test_a_verdict_names_what_was_saved_and_what_it_cost(elsewhere_s: float, lin
         _record("half", "train", weights_bytes=32, step_median_s=elsewhere_s),
     )
     assert text.verdicts(records) == [line]
+
+
+@pytest.mark.parametrize(("lost", "cost"), [(0.00001, "nothing"), (0.0123, "+0.0123 bits/byte")])
+def test_a_verdict_names_the_loss_of_quality_where_there_is_one(lost: float, cost: str) -> None:
+    records = (_record("none", weights_bytes=64), _record("half", weights_bytes=32, lost_bits_per_byte=lost))
+    assert text.verdicts(records) == [f"half: saved weights ×0.50; cost {cost}"]

@@ -317,7 +317,8 @@ def verdicts(records: Sequence[Record]) -> list[str]:
                 said[kind].append(f"{metric.title} {shown}")
         if technique in losses:
             lost = dict.fromkeys(f"{value:+.4f}" for value in (min(losses[technique]), max(losses[technique])))
-            said["cost"].append(f"{' to '.join(lost)} bits/byte")
+            if lost.keys() - {"+0.0000", "-0.0000"}:
+                said["cost"].append(f"{' to '.join(lost)} bits/byte")
         mixed = f"; depends on the case: {', '.join(said['mixed'])}" if said["mixed"] else ""
         saved, cost = (", ".join(said[kind]) or "nothing" for kind in ("saved", "cost"))
         lines.append(f"{technique}: saved {saved}; cost {cost}{mixed}")

@@ -63,7 +63,7 @@ class Compile(Technique):
             return f"compiled nothing, and the model ran as without it{why}"
         skipped = counters["frames"]["total"] - counters["frames"]["ok"]
         if reasons or skipped:
-            return f"left parts of the model as they were, at {max(len(reasons), skipped)} places{why}"
+            return f"did not compile the whole model; places left out: {max(len(reasons), skipped)}{why}"
         return None
 
 
