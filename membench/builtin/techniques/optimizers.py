@@ -59,8 +59,8 @@ class AdamW8bit(_TorchaoAdamW):
     (dynamic quantization; Dettmers et al., 2021, arXiv:2110.02861). The step itself is computed in fp32. Tensors of
     fewer than 4,096 values, or that the block does not divide, keep fp32 moments. torchao compiles a kernel for each
     shape of tensor at the first step, 10 to 30 s on a CPU when its cache is empty: in ``warmup``, not in timed steps.
-    It wants a compiler. What compiling leaves in memory, some 5 MiB, is counted. While a tensor is stepped, the CPU's
-    kernel holds 9 bytes for each of its values.
+    It wants a compiler. What compiling leaves in memory is counted: some 6 MiB, or 12 where the cache did not have the
+    kernels yet. While a tensor is stepped, the CPU's kernel holds 9 bytes for each of its values.
     """
 
     kind = "AdamW8bit"
