@@ -22,7 +22,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from membench import allocator, procfs, scratch
+from membench import allocator, corpus, procfs, scratch
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _WORKER_FAILED = 70
@@ -159,6 +159,8 @@ def serve(folder: Path, preload: list[str]) -> None:
         # What cannot be imported here fails again in the worker that needs it, and is told there.
         with contextlib.suppress(Exception):
             importlib.import_module(name)
+    if preload:
+        corpus.read()  # some 40 ms that no case has to take
     allocator.settle()
     gc.freeze()
     try:
