@@ -75,7 +75,8 @@ def test_compiled_gradients_are_the_plain_ones_and_what_was_left_out_is_told(cas
     module = _layers(_stop if case == "broken" else lambda given: given)
     plain = [gradient.clone() for gradient in _gradients(module)]
     if case == "untraceable":
-        module.forward = torch._dynamo.disable(module.forward)  # type: ignore[method-assign]
+        disable: Any = torch._dynamo.disable
+        module.forward = disable(module.forward)
     compiled = Compile().apply(module, _SURROUNDINGS)
     for own, expected in zip(_gradients(compiled), plain, strict=True):
         assert torch.allclose(own, expected, rtol=1e-5, atol=1e-6)

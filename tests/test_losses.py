@@ -115,14 +115,15 @@ def test_in_half_precision_fused_gradients_are_as_close_as_the_plain_loss_gives_
 def test_small_gradients_survive_float16_where_the_loss_is_scaled() -> None:
     import torch
 
-    inputs, _ = _tensors(torch.float16)
-    many = [inputs[0].detach().repeat(200, 1).requires_grad_(), *inputs[1:]]
-    targets = torch.randint(0, 53, (len(many[0]),))
-    scale = 2.0**12
-    plain = torch.nn.functional.cross_entropy(torch.nn.functional.linear(*many).float(), targets)
-    fused = _fused(many, targets, 64)
-    (own,), (theirs,) = (torch.autograd.grad(loss * scale, many[:1]) for loss in (fused, plain))
-    assert (own.double() - theirs.double()).norm() < 2e-3 * theirs.double().norm()
+    # Hidden states of zero make every token's probability 1/V; divided by N that is below what float16 can hold.
+    count, vocabulary, scale = 2**15, 2**10, 2.0**16
+    torch.manual_seed(0)
+    hidden = torch.zeros(count, 4, dtype=torch.float16, requires_grad=True)
+    weight = (1 + torch.randn(vocabulary, 4) / 8).half()
+    targets = torch.randint(0, vocabulary, (count,))
+    expected = (weight.double().mean(0) - weight.double()[targets]) * scale / count
+    (own,) = torch.autograd.grad(cross_entropy.fused(hidden, weight, None, targets, 256) * scale, hidden)
+    assert (own - expected).norm() < 0.01 * expected.norm()
 
 
 def test_under_autocast_the_products_are_in_its_type() -> None:
