@@ -1,0 +1,46 @@
+"""What the README says, held against the program."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+import membench
+from membench.record import METRICS
+from membench.report import text
+
+_ROOT = Path(__file__).parent.parent
+_README = (_ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("block", re.findall(r"```toml\n(.*?)```", _README, re.DOTALL))
+def test_every_suite_in_it_can_be_read(block: str, suite_file: Path) -> None:
+    suite_file.write_text(block)
+    assert membench.load_suite(suite_file).cases
+
+
+def test_its_table_is_that_of_the_kept_run() -> None:
+    (kept,) = (_ROOT / "results").glob("quickstart@*.jsonl")
+    assert text.comparison(membench.read_run(kept).records, "github") in _README
+
+
+def test_it_explains_every_column_of_the_table() -> None:
+    titles = {metric.title for metric in METRICS if metric.in_table} | {"Pareto", "together"}
+    explained = {
+        name for row in re.findall(r"^\| ([^|]+) \| [^|]+ \|$", _README, re.MULTILINE) for name in row.split(", ")
+    }
+    assert titles <= explained
+
+
+def test_every_technique_stands_in_it() -> None:
+    named = set(re.findall(r"`([\w-]+?)(?:\+…)?`", _README))
+    registered = {entry.name for entry in entry_points(group="membench.techniques") if "membench." in entry.value}
+    assert registered - named <= {"accumulate"}  # written with its k
+
+
+def test_every_example_of_python_compiles() -> None:
+    for block in re.findall(r"```python\n(.*?)```", _README, re.DOTALL):
+        compile(block, "README.md", "exec")
