@@ -122,7 +122,8 @@ def test_imports_go_in_the_directions_that_the_table_allows(path: Path) -> None:
     allowed = _MAY_IMPORT[_group(_name(path))]
     strayed = {name: _group(name) for name in _own(_imported(path)) if _group(name) not in allowed}
     if _name(path) == "forkserver":
-        assert _own(_imported_at_load(path)) == {"allocator", "corpus", "procfs", "scratch"}  # the worker comes after the fork
+        # The worker comes after the fork.
+        assert _own(_imported_at_load(path)) == {"allocator", "corpus", "procfs", "scratch"}
     assert strayed == {}
 
 
