@@ -222,7 +222,7 @@ class Technique(Options):
         return step
 
     def generate_options(self, options: dict[str, Any], context: Context) -> dict[str, Any]:
-        """Keyword arguments of the module's forward pass while generating."""
+        """Keyword arguments of the forward pass while generating; a cache goes under ``past_key_values``."""
         return options
 
     def remark(self, module: nn.Module, context: Context) -> str | None:

@@ -239,11 +239,12 @@ def test_autocast_keeps_fp32_weights_and_states_and_activations_in_half(records:
         assert 0.5 < _figure(record, "activations_bytes") / _figure(plain, "activations_bytes") < 0.9
 
 
-def test_autocast_leaves_a_llamas_cache_in_fp32(records: dict[str, Record]) -> None:
+def test_autocast_leaves_the_keys_of_a_llamas_cache_in_fp32(records: dict[str, Record]) -> None:
     whole = 2 * 2 * 64 * 65 * 4  # keys and values, layers, width, tokens, bytes
-    # Keys are rotated in fp32, and values are kept as keys are.
-    for name in ("none", "autocast-bf16"):
-        assert records[f"trained-tiny/{name}/answer/cpu"].metrics["cache_bytes"] == whole
+    assert records["trained-tiny/none/answer/cpu"].metrics["cache_bytes"] == whole
+    # Keys are rotated in fp32; values are kept as keys are before transformers 5.24, and as they come from there on.
+    autocast = records["trained-tiny/autocast-bf16/answer/cpu"].metrics["cache_bytes"]
+    assert autocast in (whole, whole * 3 // 4)
 
 
 def test_scaling_over_float16_weights_is_skipped_with_the_reason(records: dict[str, Record]) -> None:

@@ -44,20 +44,19 @@ class Generate(Workload):
 
         if all(type(technique).generate_options is Technique.generate_options for technique in techniques):
             return super().logits(module, ids, techniques, context)
-        options = _options(techniques, context)
+        name = _name_of_cache(module)
+        options = _options(techniques, context, name)
         read = []
         for some in ids.split(_TOKENS_AT_ONCE):
             output = module(some[None], **options)
-            options["past_key_values"] = output.past_key_values
+            options[name] = getattr(output, name)
             read.append(output.logits[0])
         return torch.cat(read)
 
     def start(self, module: nn.Module, tokens: Tokens, techniques: Sequence[Technique], context: Context) -> Step:
         import torch
 
-        taken = inspect.signature(module.forward).parameters
-        if "past_key_values" not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
-            raise Unsuitable("generating wants a module with a key-value cache: its forward takes no past_key_values")
+        name = _name_of_cache(module)
         prompt = tokens(self.batch_size * self.prompt_length).view(self.batch_size, self.prompt_length)
         prompt = prompt.to(context.device)
         cache: list[Any] = []
@@ -65,17 +64,17 @@ class Generate(Workload):
 
         def step() -> None:
             with torch.no_grad(), stepping(techniques, context):
-                options = _options(techniques, context)
+                options = _options(techniques, context, name)
                 with context.part("prefill"):
                     output = module(prompt, **options)
                     token = output.logits[:, -1:].argmax(-1)
-                    cache[:] = [output.past_key_values]
+                    cache[:] = [getattr(output, name)]
                     del output
                 with context.part("decode"):
                     for _ in range(self.new_tokens - 1):
-                        decoded = module(token, **{**options, "past_key_values": cache[0]})
+                        decoded = module(token, **{**options, name: cache[0]})
                         token = decoded.logits[:, -1:].argmax(-1)
-                        cache[:] = [decoded.past_key_values]
+                        cache[:] = [getattr(decoded, name)]
                     del decoded
                 options.clear()
                 cache.clear()
@@ -83,9 +82,28 @@ class Generate(Workload):
         return step
 
 
-def _options(techniques: Sequence[Technique], context: Context) -> dict[str, Any]:
-    """What the module's forward pass is given. To be asked for anew: a technique's cache serves one generation."""
+def _name_of_cache(module: nn.Module) -> str:
+    """What the module's forward pass calls its key-value cache; transformers renamed it in 5.24.
+
+    Raises:
+        Unsuitable: if it takes none.
+    """
+    taken = inspect.signature(module.forward).parameters
+    if "cache" in taken:
+        return "cache"
+    if "past_key_values" not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        raise Unsuitable("generating wants a module with a key-value cache: its forward takes no past_key_values")
+    return "past_key_values"
+
+
+def _options(techniques: Sequence[Technique], context: Context, name: str) -> dict[str, Any]:
+    """What the module's forward pass is given, its cache under its own name for it.
+
+    To be asked for anew: a technique's cache serves one generation.
+    """
     options: dict[str, Any] = {"use_cache": True}
     for technique in techniques:
         options = technique.generate_options(options, context)
+    if "past_key_values" in options:
+        options[name] = options.pop("past_key_values")
     return options
