@@ -40,4 +40,4 @@ def test_the_wheel_runs_a_suite_by_name_outside_the_checkout(tmp_path: Path) -> 
         cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}, capture_output=True, text=True,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.splitlines()[1].startswith("llama-60m/none/forward/cpu,ok,232")
+    assert ran.stdout.splitlines()[1].startswith("llama-60m/none/forward/cpu,ok,,232")
