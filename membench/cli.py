@@ -194,14 +194,16 @@ def _list(arguments: argparse.Namespace) -> int:
 def _show(arguments: argparse.Namespace) -> int:
     import membench
     from membench import selection
+    from membench.compare import with_compared
     from membench.report import text
 
     run = membench.read_run(arguments.run or membench.newest_run(arguments.output))
     if arguments.expression:
         keep = selection.parse(arguments.expression)
-        run = dataclasses.replace(run, records=tuple(record for record in run.records if keep(record.id)))
-        if not run.records:
+        kept = tuple(record for record in run.records if keep(record.id))
+        if not kept:
             raise MembenchError(f"-k '{arguments.expression}' fits no case in {run.path}")
+        run = dataclasses.replace(run, records=kept if arguments.phases else with_compared(run.records, kept))
     if arguments.phases:
         print(text.phases(run.records, arguments.format))
     else:

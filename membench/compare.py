@@ -84,5 +84,15 @@ def prefixes(stack: str) -> list[str]:
     return ["+".join(members[: count + 1]) for count in range(len(members))]
 
 
+def with_compared(records: Sequence[Record], kept: Sequence[Record]) -> tuple[Record, ...]:
+    """The kept records and those that their ratios and the rows of their stacks are made of, in their order."""
+    wanted = {
+        (record.group, name)
+        for record in kept
+        for name in (record.technique, REFERENCE, *prefixes(record.technique), *record.technique.split("+"))
+    }
+    return tuple(record for record in records if (record.group, record.technique) in wanted)
+
+
 def _beats(first: tuple[float, ...], second: tuple[float, ...]) -> bool:
     return first != second and all(a <= b for a, b in zip(first, second, strict=True))

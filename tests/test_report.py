@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from membench.compare import Comparison
+from membench.compare import Comparison, with_compared
 from membench.record import Record
 from membench.report import text
 
@@ -157,3 +157,11 @@ def test_a_verdict_names_what_was_saved_and_what_it_cost(elsewhere_s: float, lin
 def test_a_verdict_names_the_loss_of_quality_where_there_is_one(lost: float, cost: str) -> None:
     records = (_record("none", weights_bytes=64), _record("half", weights_bytes=32, lost_bits_per_byte=lost))
     assert text.verdicts(records) == [f"half: saved weights ×0.50; cost {cost}"]
+
+
+def test_a_kept_stack_brings_along_what_it_is_compared_with_and_no_more() -> None:
+    other = _record("c", weights_bytes=1)
+    kept = with_compared([*_STACK, other, _record("none", "train")], [_STACK[3]])
+    assert [(record.technique, record.case["workload"]) for record in kept] == [
+        (name, "forward") for name in ("none", "a", "b", "a+b")
+    ]
