@@ -93,7 +93,7 @@ class AutocastFp16(_Autocast):
     needs_all_gradients: ClassVar[bool] = True
     dtype = "float16"
     _module: weakref.ref[nn.Module] | None = PrivateAttr(None)
-    _steps: _ScaledSteps | None = PrivateAttr(None)
+    _count: _Count | None = PrivateAttr(None)
 
     def optimizer(self, optimizer: torch.optim.Optimizer, module: nn.Module, context: Context) -> torch.optim.Optimizer:
         import torch
@@ -102,20 +102,30 @@ class AutocastFp16(_Autocast):
             raise Unsuitable(
                 "gradients of float16 weights cannot be scaled back: scaling wants weights in fp32 or bf16"
             )
-        # Weakly: the technique outlives the rehearsal, whose module must not stay.
+        # Weakly: the technique outlives the rehearsal, of whose module and optimizer nothing must stay.
         self._module = weakref.ref(module)
         return optimizer
 
     def training_step(self, step: TrainingStep, context: Context) -> TrainingStep:
         assert self._module is not None
-        self._steps = steps = _ScaledSteps(self._module, step.step, _device_type(context))
+        self._count = _Count()
+        steps = _ScaledSteps(self._module, step.step, _device_type(context), self._count)
         return dataclasses.replace(step, backward=lambda loss: step.backward(steps.scaled(loss)), step=steps.take)
 
     def remark(self, module: nn.Module, context: Context) -> str | None:
-        if self._steps is None or self._steps.tried == self._steps.taken:
+        count = self._count
+        if count is None or count.tried == count.taken:
             return None
-        left_out = self._steps.tried - self._steps.taken
-        return f"left out {left_out} of the first {self._steps.tried} training steps: the scaled gradients overflowed"
+        left_out = count.tried - count.taken
+        return f"left out {left_out} of the first {count.tried} training steps: the scaled gradients overflowed"
+
+
+@dataclasses.dataclass
+class _Count:
+    """Steps that gradients were there for, and those that were taken."""
+
+    tried: int = 0
+    taken: int = 0
 
 
 class _ScaledSteps:
@@ -125,13 +135,15 @@ class _ScaledSteps:
     the workload's optimizer may come from a later member of the stack.
     """
 
-    def __init__(self, module: weakref.ref[nn.Module], step: Callable[[], None], device_type: str) -> None:
+    def __init__(
+        self, module: weakref.ref[nn.Module], step: Callable[[], None], device_type: str, count: _Count
+    ) -> None:
         import torch
 
         self._module = module
         self._step = step
         self._scaler: Any = torch.amp.GradScaler(device_type)
-        self.tried = self.taken = 0
+        self._count = count
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -140,7 +152,7 @@ class _ScaledSteps:
         return [{"params": list(module.parameters())}]
 
     def step(self) -> None:
-        self.taken += 1
+        self._count.taken += 1
         self._step()
 
     def scaled(self, loss: torch.Tensor) -> torch.Tensor:
@@ -148,7 +160,7 @@ class _ScaledSteps:
         return scaled
 
     def take(self) -> None:
-        self.tried += 1
+        self._count.tried += 1
         self._scaler.step(self)
         self._scaler.update()
 
