@@ -25,7 +25,6 @@ _PACKAGES = (
     "bitsandbytes",
     "peft",
     "accelerate",
-    "optimum-quanto",
 )
 _VARIABLES = (
     "OMP_NUM_THREADS",
