@@ -291,14 +291,14 @@ function = "tests.test_distillation:four_wide_layers"
 vocabulary_size = 2048
 [technique.taught]
 use = "distill"
-steps = 150
-seed = 1
+steps = 100
+seed = 2
 text_tokens = 15000
 {_STUDENT}
 [technique.alone]
 use = "from-scratch"
-steps = 150
-seed = 1
+steps = 100
+seed = 2
 text_tokens = 15000
 {_STUDENT}
 [technique.taught-briefly]
