@@ -95,9 +95,12 @@ def figures(
         sizes = [of_part[category] for of_part in breakdown.values() if category in of_part]
         if sizes:
             found.know(name, max(sizes), "walk over storages at the highest moment of a part of a step")
-    for name in ("trained_weights_bytes", "frozen_weights_bytes"):
+    for name, source in (
+        ("trained_weights_bytes", "walk over parameters"),
+        ("frozen_weights_bytes", "walk over parameters and buffers, less those trained"),
+    ):
         if name in result:
-            found.know(name, result[name], "walk over parameters")
+            found.know(name, result[name], source)
     if result["losses_nats"]:
         if result["losses_nats"][-1] is None:
             found.miss("final_loss_nats", "it is not finite")

@@ -138,7 +138,7 @@ METRICS: tuple[Metric, ...] = (
         "frozen",
         "lower",
         format_bytes,
-        "parameters that training leaves alone",
+        "weights that training leaves alone: all that is counted as weights less what is trained, buffers too",
     ),
     Metric(
         "optimizer_state",
