@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -86,28 +87,29 @@ def test_a_file_without_a_header_is_no_run(tmp_path: Path) -> None:
         read_run(tmp_path / "absent.jsonl")
 
 
-@pytest.fixture
-def largest_file_of_4_kib() -> Iterator[None]:
-    """Stands in for a full disk: a write ends in the middle of a line."""
+@contextlib.contextmanager
+def no_file_above_4_kib() -> Iterator[None]:
+    """Stands in for a full disk: a write ends in the middle of a line. Held no longer than the write: pytest's own
+    output may be a file, and larger."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.usefixtures("largest_file_of_4_kib")
 def test_a_record_that_does_not_fit_costs_none_of_those_before(path: Path) -> None:
     whole = path.read_bytes()
-    with RunFile.reopen(path) as file, pytest.raises(ResultsError) as raised:
+    with RunFile.reopen(path) as file, pytest.raises(ResultsError) as raised, no_file_above_4_kib():
         file.append(_record("large", "x" * 8192))
     assert str(raised.value) == f"{path}: cannot be written: File too large; what was finished before is kept"
     assert path.read_bytes() == whole
 
 
-@pytest.mark.usefixtures("largest_file_of_4_kib")
 def test_a_header_that_does_not_fit_leaves_no_file(tmp_path: Path) -> None:
     path = tmp_path / "large.jsonl"
-    with pytest.raises(ResultsError, match=r"cannot be written: File too large$"):
+    with pytest.raises(ResultsError, match=r"cannot be written: File too large$"), no_file_above_4_kib():
         RunFile.create(path, _header(suite_text="x" * 8192))
     assert not path.exists()
 
