@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from membench import corpus, plugins, registry
 from membench.environment import available_bytes
 from membench.stand_in import StandIn
 from membench.units import format_bytes
+from membench.weights import fingerprint
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,32 +77,46 @@ class Assembly:
         scratch = self.context.scratch / "rehearsal"
         scratch.mkdir(exist_ok=True)
         context = dataclasses.replace(
-            self.context, model=miniature, part=_unheard, inventory={}, scratch=scratch, rehearsal=True
+            self.context, model=miniature, part=_unheard, inventory={}, scratch=scratch, idle=[], rehearsal=True
         )
         return dataclasses.replace(self, model=miniature, context=context)
 
     @property
-    def applied(self) -> list[tuple[str, plugins.Technique]]:
+    def applied(self) -> list[plugins.Technique]:
         """The members whose ``load`` and ``apply`` are called: those after one that ``applies_rest`` have been."""
         found = []
-        for name, technique in zip(self.names, self.techniques, strict=True):
-            found.append((name, technique))
+        for technique in self.techniques:
+            found.append(technique)
             if technique.applies_rest:
                 break
         return found
 
     def load(self) -> nn.Module:
         build: Callable[[], nn.Module] = functools.partial(self.model.build, self.context)
-        for position, (_, technique) in enumerate(self.applied):
+        for position, technique in enumerate(self.applied):
             build = functools.partial(technique.load, build, self.techniques[position + 1 :], self.context)
         return build()
 
+    def apply(self, module: nn.Module) -> nn.Module:
+        """Phase ``apply``; members that change nothing in the module are kept in ``context.idle``."""
+        for technique in self.applied:
+            before = fingerprint(module)
+            module = technique.apply(module, self.context)
+            if type(technique).apply is not plugins.Technique.apply and fingerprint(module) == before:
+                self.context.idle.append(technique)
+        return module
+
     def make(self) -> nn.Module:
         """The module with every technique applied, as ``load`` and ``apply`` leave it."""
-        module = self.load()
-        for _, technique in self.applied:
-            module = technique.apply(module, self.context)
-        return module
+        return self.apply(self.load())
+
+    def remarks_on_idle(self) -> list[str]:
+        """On each member that converts the model, does nothing else, and changed nothing in it."""
+        return [
+            f"'{name}' changed nothing in the model"
+            for name, technique in zip(self.names, self.techniques, strict=True)
+            if not _acts_while_running(technique) and any(technique is idle for idle in self.context.idle)
+        ]
 
     def read_text(self) -> None:
         """Read and encode the text now: it is the harness's and belongs to the baseline."""
@@ -129,9 +145,11 @@ class Assembly:
         for position, technique in reversed(list(enumerate(self.techniques))):
             if type(technique).prepare is not plugins.Technique.prepare:
                 rest = self.techniques[position + 1 :] if technique.prepares_rest else ()
-                _in_a_process_of_its_own(functools.partial(self._prepare_one, technique, rest))
+                idle = _in_a_process_of_its_own(functools.partial(self._prepare_one, technique, rest))
+                self.context.idle.extend(rest[place] for place in idle)
 
-    def _prepare_one(self, technique: plugins.Technique, rest: Sequence[plugins.Technique]) -> None:
+    def _prepare_one(self, technique: plugins.Technique, rest: Sequence[plugins.Technique]) -> list[int]:
+        """Prepare; the places of those of the rest that changed nothing."""
         import torch
 
         def prepare(assembly: Assembly) -> None:
@@ -145,6 +163,7 @@ class Assembly:
                 prepare(rehearsed)
         torch.manual_seed(self.context.seed)  # as the measured process does before it loads
         prepare(self)
+        return [place for place, member in enumerate(rest) if any(member is idle for idle in self.context.idle)]
 
     def plain_weight_bytes(self) -> int | None:
         """Bytes of the model's weights in fp32 before any technique, by its shapes; ``None`` where it has none."""
@@ -202,14 +221,26 @@ def _unheard(name: str) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
-def _in_a_process_of_its_own(work: Callable[[], None]) -> None:
+def _acts_while_running(technique: plugins.Technique) -> bool:
+    """Whether a technique does something besides loading and converting: then an unchanged model is no fault."""
+    stages = ("optimizer", "step_context", "training_step", "generate_options")
+    return any(getattr(type(technique), stage) is not getattr(plugins.Technique, stage) for stage in stages)
+
+
+def _in_a_process_of_its_own(work: Callable[[], list[int]]) -> list[int]:
+    """What ``work`` returns, done in a child.
+
+    Raises:
+        RuntimeError: if the child did not end well, with the last line it had to say.
+        plugins.Unsuitable: if ``work`` did.
+    """
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
         said, code = b"", 0
         try:
             os.close(read_end)
-            work()
+            said = json.dumps(work()).encode()
         except plugins.Unsuitable as error:
             said, code = str(error).encode()[:4096], _UNSUITABLE
         except BaseException as error:
@@ -228,3 +259,5 @@ def _in_a_process_of_its_own(work: Callable[[], None]) -> None:
         raise plugins.Unsuitable(said.decode(errors="replace"))
     if code:
         raise RuntimeError(said.decode(errors="replace") or f"preparing the case ended with {code}")
+    places: list[int] = json.loads(said)
+    return places

@@ -1,9 +1,9 @@
-"""Why a technique saved less than it is known for, with bytes, from the module's own storages."""
+"""Why a technique saved less than it is known for, with bytes, from the module's and the optimizer's own storages."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from membench.units import format_bytes, format_ratio
 from membench.weights import own_tensors, plain_tensors, weight_bytes
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from membench.plugins import Technique
 
 _WORTH_A_NOTE = 0.2
+_ADAMW_BYTES = 8
+"""Two moments in fp32: what the states' nominal factor is against."""
 _SCALES = ("scale", "zero", "absmax", "offset", "code", "quant_map", "factor", "nf4", "SCB")
 
 
@@ -36,9 +38,71 @@ def on_weights(module: nn.Module, techniques: Sequence[Technique], plain_bytes: 
     if abs(measured / nominal - 1) <= _WORTH_A_NOTE:
         return []
     adapted = any(technique.trains_adapters for technique in techniques)
-    causes = sorted(_causes(module, bits[-1] if bits else 32, adapted, share < 1).items(), key=lambda cause: -cause[1])
-    named = ", ".join(f"{format_bytes(size)} {cause}" for cause, size in causes if size) or "no cause was found"
-    return [f"weights are {format_ratio(measured)} where {format_ratio(nominal)} is the nominal factor: {named}"]
+    causes = _causes(module, bits[-1] if bits else 32, adapted, share < 1)
+    return [_note("weights", measured, nominal, causes)]
+
+
+def on_states(
+    states: Mapping[torch.Tensor, Mapping[str, Any]],
+    trained: Iterable[torch.Tensor],
+    techniques: Sequence[Technique],
+) -> list[str]:
+    """A note if the optimizer's states are more than 20% away from what a member of the stack is known for.
+
+    Args:
+        states: by parameter, as ``torch.optim.Optimizer.state`` has them.
+        trained: the parameters that the optimizer steps.
+    """
+    stated = [size for technique in techniques if (size := technique.nominal_state_bytes()) is not None]
+    parameters = list(trained)
+    adamw_bytes = _ADAMW_BYTES * sum(parameter.numel() for parameter in parameters)
+    if not stated or not adamw_bytes:
+        return []
+    found: dict[tuple[str, int], int] = {}
+    causes: dict[str, int] = {}
+    for parameter in parameters:
+        kept = states.get(parameter, {})
+        tensors = {
+            name: value for name, value in kept.items() if hasattr(value, "untyped_storage") and value.numel() > 1
+        }
+        if not tensors:
+            _add(causes, "of states not yet made", int(stated[-1] * parameter.numel()))
+        for name, tensor in tensors.items():
+            for inner, plain in _named_plain(name, tensor):
+                storage = plain.untyped_storage()
+                key = (str(plain.device), storage.data_ptr())
+                if key not in found:
+                    found[key] = storage.nbytes()
+                    _add(causes, _cause_of_state(name, inner, plain), storage.nbytes())
+    measured, nominal = sum(found.values()) / adamw_bytes, stated[-1] / _ADAMW_BYTES
+    if abs(measured / nominal - 1) <= _WORTH_A_NOTE:
+        return []
+    causes.pop("", None)
+    return [_note("optimizer states", measured, nominal, causes)]
+
+
+def _cause_of_state(name: str, inner: str, plain: torch.Tensor) -> str:
+    """What a tensor of a state is besides the codes that it is known for; nothing for these."""
+    if inner == "codes":
+        return ""
+    type_name = str(plain.dtype).removeprefix("torch.")
+    if any(word in inner for word in _SCALES):
+        return f"of scales in {type_name}"
+    if "qmap" in inner:
+        return f"of tables of values in {type_name}"
+    if name == "master":
+        return f"of a copy of the weights in {type_name}"
+    return f"of moments in {type_name}" if plain.element_size() > 1 else ""
+
+
+def _add(causes: dict[str, int], cause: str, size: int) -> None:
+    causes[cause] = causes.get(cause, 0) + size
+
+
+def _note(what: str, measured: float, nominal: float, causes: Mapping[str, int]) -> str:
+    largest_first = sorted(causes.items(), key=lambda cause: -cause[1])
+    named = ", ".join(f"{format_bytes(size)} {cause}" for cause, size in largest_first if size) or "no cause was found"
+    return f"{what} are {format_ratio(measured)} where {format_ratio(nominal)} is the nominal factor: {named}"
 
 
 def _causes(module: nn.Module, bits: float, adapted: bool, pruned: bool) -> dict[str, int]:
@@ -62,11 +126,11 @@ def _causes(module: nn.Module, bits: float, adapted: bool, pruned: bool) -> dict
                 cause = _cause(child, child is head, name, inner, tensor, plain, bits, pruned)
                 if pruned and cause is None and (zeros := _zero_bytes(plain)):
                     kind = f"of zeros in {str(plain.dtype).removeprefix('torch.')}"
-                    found[kind] = found.get(kind, 0) + zeros
+                    _add(found, kind, zeros)
                 if adapted and tensor.requires_grad:
                     cause = f"of adapters in {str(plain.dtype).removeprefix('torch.')}"
                 if cause:
-                    found[cause] = found.get(cause, 0) + storage.nbytes()
+                    _add(found, cause, storage.nbytes())
     return found
 
 

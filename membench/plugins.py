@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeAlias
 
@@ -67,6 +67,8 @@ class Context:
         inventory: by category (``optimizer``, ``cache``), a function that gives whatever holds tensors of it; who
             makes such tensors registers it, so that memory can be broken down.
         scratch: a folder of the case, removed after it.
+        idle: the members whose conversion changed nothing in the model. The harness finds them; a technique that
+            ``applies_rest`` and calls later members itself adds those that it finds.
         rehearsal: the case is only gone through on a miniature; one step of whatever takes many is enough.
     """
 
@@ -76,6 +78,7 @@ class Context:
     part: Callable[[str], AbstractContextManager[None]]
     inventory: dict[str, Callable[[], Any]]
     scratch: Path
+    idle: list[Technique] = field(default_factory=list)
     rehearsal: bool = False
 
 
@@ -188,6 +191,10 @@ class Technique(Options):
 
     def nominal_bits(self) -> float | None:
         """Bits a weight that the technique is known for, or ``None`` where it leaves their type alone."""
+        return None
+
+    def nominal_state_bytes(self) -> float | None:
+        """Bytes of optimizer state for a trained parameter that the technique is known for, or ``None``."""
         return None
 
     def nominal_share(self) -> float | None:

@@ -314,7 +314,6 @@ def _process(case: Case, outcome: _Outcome) -> dict[str, Any]:
         "baseline": outcome.baseline,
         "phases": outcome.phases,
         "durations_s": outcome.result.get("durations_s"),
-        "parameters": outcome.result.get("parameters"),
         "corpus": outcome.result.get("corpus"),
         "losses_nats": outcome.result.get("losses_nats"),
         "breakdown_bytes": outcome.result.get("breakdown_bytes"),

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from membench import allocator, census, checkpoint, corpus, notes, plugins, quality, registry
 from membench.assembly import Assembly, DoesNotFit
 from membench.meter import Meter
-from membench.weights import fingerprint, weight_bytes
+from membench.weights import weight_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -123,12 +123,8 @@ class _Work:
         converted = any(technique.applies_rest for technique in self.case.techniques)
         self._plain_bytes = plain_bytes if converted else weight_bytes(module)
         with self._meter.phase("apply", "pinned"):
-            for name, technique in self.case.applied:
-                before = fingerprint(module)
-                module = technique.apply(module, self.case.context)
-                if type(technique).apply is not plugins.Technique.apply and fingerprint(module) == before:
-                    self._result["remarks"].append(f"'{name}' changed nothing in the model")
-        self._result["parameters"] = sum(parameter.numel() for parameter in module.parameters())
+            module = self.case.apply(module)
+        self._result["remarks"] += self.case.remarks_on_idle()
         module.train(self.case.workload.trains)
         return module
 
@@ -152,6 +148,9 @@ class _Work:
         # Counted only now: some libraries pack weights anew in their first pass.
         result["weights_bytes"] = weight_bytes(module)
         result["notes"] = notes.on_weights(module, case.techniques, self._plain_bytes)
+        if (optimizer := case.context.inventory.get("optimizer")) is not None:
+            trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            result["notes"] += notes.on_states(optimizer(), trained, case.techniques)
         if case.context.inventory:
             with meter.phase("breakdown", "pinned"):
                 watch = census.Census(module, case.context.inventory, meter.held_live_bytes, lambda: meter.current_part)

@@ -18,11 +18,12 @@ from membench.builtin.models.factory import Factory
 from membench.builtin.models.transformer import Gpt2, Llama
 from membench.builtin.techniques.bitsandbytes import BnbInt8, BnbNf4
 from membench.builtin.techniques.loading import MemoryMapped, MetaInit, PlainLoad, Saved, Streamed
-from membench.builtin.techniques.optimizers import SgdMomentum
+from membench.builtin.techniques.optimizers import MasterWeights, SgdMomentum
 from membench.builtin.techniques.precision import Bf16
 from membench.builtin.techniques.quantization import Int4WeightOnly, Int8WeightOnly, RoundToNearest
 from membench.builtin.techniques.structured_pruning import PruneFfn
 from membench.builtin.workloads.forward import Forward
+from membench.builtin.workloads.train import Train
 from membench.record import Record
 from membench.weights import own_tensors, plain_tensors, weight_bytes
 
@@ -269,6 +270,25 @@ def test_who_prepares_the_rest_of_a_stack_finds_what_the_rest_prepared_and_it_is
     _assert_same(case.make().eval(), _converted(_TIED_LLAMA, tmp_path))
 
 
+class _Idle(plugins.LayerWise):
+    """Finds nothing to convert."""
+
+    def convert(self, name: str, layer: nn.Module, head: nn.Module | None) -> nn.Module:
+        return layer
+
+
+@pytest.mark.parametrize("loading", [MetaInit(), Streamed(), Saved()])
+def test_a_member_that_changed_nothing_is_named_wherever_it_was_applied(
+    loading: plugins.Technique, tmp_path: Path
+) -> None:
+    stack = (loading, Bf16(), _Idle(), MasterWeights())  # the last finds bf16 weights, and acts while training
+    names = ("loading", "bf16", "idle", "master-weights")
+    case = Assembly(_UNTIED_LLAMA, stack, Train.model_validate({}), names, _context(_UNTIED_LLAMA, tmp_path))
+    case.prepare()
+    case.make()
+    assert case.remarks_on_idle() == ["'idle' changed nothing in the model"]
+
+
 def hooked() -> nn.Module:
     """A model that keeps a function which no other process could find."""
     from torch import nn
@@ -296,7 +316,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
         [matrix]
         model = ["llama-15m"]
         technique = ["none", "plain-load", "meta-init", "mmap", "streamed+bf16", "streamed+int8-weight-only",
-                     "saved+int8-weight-only", "int8-weight-only"]
+                     "saved+int8-weight-only", "int8-weight-only", "streamed+nf4", "streamed+all-in-4-bits"]
         workload = ["short"]
         [[include]]
         model = "trained-tiny"
@@ -305,6 +325,11 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
         [workload.short]
         use = "forward"
         sequence_length = 32
+        [technique.all-in-4-bits]
+        use = "round-to-nearest"
+        bits = 4
+        embeddings = true
+        head = true
         [settings]
         measured_steps = 1
         """
@@ -349,7 +374,9 @@ def test_ways_of_loading_change_no_logit(records: dict[str, Record]) -> None:
     assert _metric(records, "saved+int8-weight-only", "kl_nats") == converted
 
 
-_INT8_WEIGHTS_BYTES = _WEIGHTS_BYTES - 3 * 6 * (4 * 288 * 288 + 3 * 288 * 768)
+_LINEAR_WEIGHTS = 6 * (4 * 288 * 288 + 3 * 288 * 768)
+_ROWS = 32_000 + 6 * (5 * 288 + 2 * 768)
+_INT8_WEIGHTS_BYTES = _WEIGHTS_BYTES - 3 * _LINEAR_WEIGHTS
 
 
 @pytest.mark.parametrize(
@@ -358,6 +385,8 @@ _INT8_WEIGHTS_BYTES = _WEIGHTS_BYTES - 3 * 6 * (4 * 288 * 288 + 3 * 288 * 768)
         ("streamed", _WEIGHTS_BYTES),
         ("streamed+bf16", _WEIGHTS_BYTES / 2),
         ("streamed+int8-weight-only", _INT8_WEIGHTS_BYTES),
+        ("streamed+nf4", _INT8_WEIGHTS_BYTES - (0.5 - 1 / 64) * _LINEAR_WEIGHTS),
+        ("streamed+all-in-4-bits", _WEIGHTS_BYTES / 8 + 4 * _ROWS),
     ],
 )
 def test_streaming_never_takes_a_fifth_more_than_the_result(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 import membench
+from membench import notes
 from membench.builtin.models.trained_tiny import TrainedTiny
 from membench.builtin.models.transformer import Llama
 from membench.builtin.techniques.none import NoTechnique
@@ -356,6 +357,37 @@ def test_by_that_arithmetic_adams_states_take_8_2_and_1_bytes_a_parameter_and_th
         "adamw-4bit": 1 + 8 / 128,
     }.items():
         assert _state_bytes(name, llama) == pytest.approx(each * sum(map(math.prod, llama)), rel=0.004)
+
+
+@pytest.mark.usefixtures("_eager")
+def test_a_note_names_what_kept_states_from_their_factor() -> None:
+    large, small = _weight((64, 64)), _weight((2048,))
+    optimizer = AdamW4bit().make([large, small], _RATE, _context())
+    large.grad, small.grad = _gradients(large, 1)[0], _gradients(small, 1)[0]
+    optimizer.step()
+    (note,) = notes.on_states(optimizer.state, [large, small], [AdamW4bit()])
+    # A byte for each weight of the large one, two scales for each 128, two tables of 16; fp32 for the small.
+    kept_bytes = 4096 + 2 * 4 * 32 + 2 * 4 * 16 + 8 * 2048
+    assert note == (
+        f"optimizer states are ×{kept_bytes / (8 * (4096 + 2048)):.2f} where ×0.12 is the nominal factor: "
+        "16.00 KiB of moments in float32, 256 B of scales in float32, 128 B of tables of values in float32"
+    )
+
+
+def test_states_that_were_never_made_are_no_saving() -> None:
+    seen, unseen = _weight((100,)), _weight((300,))
+    technique = SgdMomentum.model_validate({})
+    optimizer = technique.make([seen, unseen], _RATE, _context())
+    seen.grad = _gradients(seen, 1)[0]
+    optimizer.step()
+    (note,) = notes.on_states(optimizer.state, [seen, unseen], [technique])
+    assert note == (
+        "optimizer states are ×0.12 where ×0.50 is the nominal factor: "
+        "1.172 KiB of states not yet made, 400 B of moments in float32"
+    )
+    unseen.grad = _gradients(unseen, 1)[0]
+    optimizer.step()
+    assert notes.on_states(optimizer.state, [seen, unseen], [technique]) == []
 
 
 def test_what_a_training_holds_is_weights_gradients_and_states(records: dict[str, Record]) -> None:

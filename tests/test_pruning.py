@@ -60,7 +60,7 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _context(model: Model, rehearsal: bool = False) -> Context:
-    return Context("cpu", 0, model, lambda name: contextlib.nullcontext(), {}, Path(), rehearsal)
+    return Context("cpu", 0, model, lambda name: contextlib.nullcontext(), {}, Path(), rehearsal=rehearsal)
 
 
 def _built(name: str) -> nn.Module:

@@ -6,12 +6,19 @@ number of bits is kept in as many, and unpacking takes a shift and a mask a piec
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 _WIDTHS = (8, 4, 2, 1)
+_RUN_OF_WEIGHTS = 2**16
+
+
+def runs_of_rows(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A matrix in runs of some 65,536 weights, so that what is made of each meanwhile is small."""
+    return weight.split(max(1, _RUN_OF_WEIGHTS // weight.shape[1]))
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -49,19 +56,25 @@ class PackedWeight(nn.Module):
     """A matrix (rows, columns) of integers from -2^(bits - 1) to 2^(bits - 1) - 1, times scales.
 
     Args:
-        integers: (rows, columns), int8.
+        runs: of its rows one after the other, int8. Each is packed as it comes, so that no more than one need be there.
+        shape: rows and columns.
         scale: (rows, groups of a row), or (1, 1) for a scale of the whole; of the type that the weight had.
     """
 
     packed: torch.Tensor
     scale: torch.Tensor
 
-    def __init__(self, integers: torch.Tensor, scale: torch.Tensor, bits: int) -> None:
+    def __init__(self, runs: Iterable[torch.Tensor], shape: tuple[int, int], scale: torch.Tensor, bits: int) -> None:
         super().__init__()
-        self.columns = integers.shape[1]
+        rows, self.columns = shape
         self.bits = bits
-        # In unsigned bytes the sum wraps around, so that -2^(bits - 1) becomes code 0.
-        self.register_buffer("packed", pack(integers.view(torch.uint8) + self._lowest, bits))
+        packed = torch.empty(rows, -(-self.columns // 8) * bits, dtype=torch.uint8, device=scale.device)
+        first = 0
+        for integers in runs:
+            # In unsigned bytes the sum wraps around, so that -2^(bits - 1) becomes code 0.
+            packed[first : first + len(integers)] = pack(integers.view(torch.uint8) + self._lowest, bits)
+            first += len(integers)
+        self.register_buffer("packed", packed)
         self.register_buffer("scale", scale)
 
     @property

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from membench.builtin.mapped import Held, MappedCheckpoint, held_by, needs_room, write
 from membench.plugins import Context, LayerWise, Setting, Technique, Unsuitable, output_head, replaced
-from membench.weights import kept_tensors, weight_bytes
+from membench.weights import fingerprint, kept_tensors, weight_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -132,8 +132,11 @@ class Streamed(_Loading):
         others, units = _units(module)
         for held in others:
             held.fill(checkpoint.read(held.name).to(context.device))
+        changed = [False for _ in converters]
         while units:  # what is done with is let go: layers that were replaced still hold their weights
-            module = _streamed(module, units.pop(0), names, checkpoint, converters, context)
+            module = _streamed(module, units.pop(0), names, checkpoint, converters, changed, context)
+        members = [technique for technique in rest if isinstance(technique, LayerWise)]
+        context.idle.extend(member for member, did in zip(members, changed, strict=True) if not did)
         return module
 
 
@@ -173,14 +176,20 @@ def _streamed(
     names: set[str],
     checkpoint: MappedCheckpoint,
     converters: Sequence[LayerWise],
+    changed: list[bool],
     context: Context,
 ) -> nn.Module:
-    """The module with a unit read and converted. ``names``: of all layers, converted or not."""
+    """The module with a unit read and converted.
+
+    Args:
+        names: of all layers, converted or not.
+        changed: by converter, whether it has changed any layer; it is kept up to date.
+    """
     for held in unit.weights:
         held.fill(checkpoint.touched(held.name, context.part).to(context.device))
     with context.part("convert"):
         for name in unit.layers:
-            module = _converted(module, name, names, converters)
+            module = _converted(module, name, names, converters, changed)
     for name in unit.layers:
         for tensor in kept_tensors(module.get_submodule(name)):
             checkpoint.take_over(tensor)
@@ -188,16 +197,22 @@ def _streamed(
     return module
 
 
-def _converted(module: nn.Module, name: str, names: set[str], converters: Sequence[LayerWise]) -> nn.Module:
+def _converted(
+    module: nn.Module, name: str, names: set[str], converters: Sequence[LayerWise], changed: list[bool]
+) -> nn.Module:
     """The module with one layer converted by one technique after the other, and by each what the last one made of it.
 
     The same calls come as when each technique goes through the whole module before the next one does.
     """
     pieces = [name]
-    for technique in converters:
+    for place, technique in enumerate(converters):
         made = []
         for path in pieces:
-            piece = technique.convert(path, module.get_submodule(path), output_head(module))
+            layer = module.get_submodule(path)
+            before = fingerprint(layer)
+            piece = technique.convert(path, layer, output_head(module))
+            changed[place] |= fingerprint(piece) != before
+            del layer  # its weights
             module = replaced(module, path, piece)
             inside = {f"{path}.{inner}".strip("."): child for inner, child in piece.named_modules()}
             made += [at for at, child in inside.items() if child._parameters and (at == path or at not in names)]

@@ -23,6 +23,12 @@ class OptimizerTechnique(Technique):
 
     acts_on: ClassVar[str] = "optimizer"
 
+    state_bytes: ClassVar[float | None] = None
+    """As ``nominal_state_bytes``."""
+
+    def nominal_state_bytes(self) -> float | None:
+        return self.state_bytes
+
     def refuse(self, setting: Setting) -> str | None:
         if not setting.workload.trains:
             return "an optimizer wants a workload that trains"
@@ -64,6 +70,7 @@ class AdamW8bit(_TorchaoAdamW):
     """
 
     kind = "AdamW8bit"
+    state_bytes = 2
     settings: ClassVar[dict[str, Any]] = {"block_size": 256}
 
 
@@ -78,6 +85,7 @@ class AdamW4bit(_TorchaoAdamW):
     """
 
     kind = "AdamW4bit"
+    state_bytes = 1
     settings: ClassVar[dict[str, Any]] = {"block_size": 128}
 
 
@@ -89,6 +97,7 @@ class AdamWFp8(_TorchaoAdamW):
     """
 
     kind = "AdamWFp8"
+    state_bytes = 2
     settings: ClassVar[dict[str, Any]] = {"block_size": 256}
 
     def make(self, parameters: list[nn.Parameter], learning_rate: float, context: Context) -> torch.optim.Optimizer:
@@ -112,6 +121,7 @@ class AdamWBf16StochasticRounding(_TorchaoAdamW, Bf16):
 
     acts_on: ClassVar[str] = Bf16.acts_on
     kind = "_AdamW"
+    state_bytes = 4
     settings: ClassVar[dict[str, Any]] = {"bf16_stochastic_round": True}
 
 
@@ -125,6 +135,7 @@ class MasterWeights(OptimizerTechnique, Bf16):
     """
 
     acts_on: ClassVar[str] = "weights, activations, gradients"
+    state_bytes = 12
 
     def make(self, parameters: list[nn.Parameter], learning_rate: float, context: Context) -> torch.optim.Optimizer:
         return adamw_with_master_weights()(parameters, lr=learning_rate)  # type: ignore[call-arg]
@@ -160,6 +171,7 @@ class SgdMomentum(OptimizerTechnique):
         learning_rate: instead of the workload's.
     """
 
+    state_bytes: ClassVar[float | None] = 4
     momentum: float = Field(0.9, gt=0, lt=1)
     learning_rate: float | None = Field(None, gt=0)
 

@@ -78,13 +78,14 @@ def _packed(module: nn.Module, weights: dict[str, int], bits: int) -> nn.Module:
     """
     from torch import nn
 
-    from membench.builtin.layers.packed import PackedEmbedding, PackedLinear, PackedWeight
+    from membench.builtin.layers.packed import PackedEmbedding, PackedLinear, PackedWeight, runs_of_rows
 
     made: dict[int, PackedWeight] = {}
     for name, weight in weights.items():
         layer: Any = module.get_submodule(name)
         if weight not in made:
-            made[weight] = PackedWeight(layer.weight.qdata, layer.weight.scale, bits)
+            integers = layer.weight.qdata
+            made[weight] = PackedWeight(runs_of_rows(integers), integers.shape, layer.weight.scale, bits)
         packed = made[weight]
         is_table = isinstance(layer, nn.Embedding)
         module = replaced(module, name, PackedEmbedding(packed) if is_table else PackedLinear(packed, layer.bias))
