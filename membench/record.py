@@ -32,8 +32,8 @@ class Metric:
     """One figure of a case.
 
     ``name`` is how suites and people write it, ``field`` its key in ``Record.metrics``, ending in the unit;
-    ``better`` says which direction is a gain; ``in_table`` whether the comparison shows it; ``has_ratio`` whether a
-    ratio to the reference has a meaning.
+    ``better`` says which direction is a gain; ``in_table`` whether the comparison shows it: always, or only where it
+    decides; ``has_ratio`` whether a ratio to the reference has a meaning.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Metric:
     better: Literal["lower", "higher"]
     format: Callable[[Any], str]
     meaning: str
-    in_table: bool = False
+    in_table: bool | Literal["where it decides"] = False
     has_ratio: bool = True
 
 
@@ -106,6 +106,7 @@ METRICS: tuple[Metric, ...] = (
         "lower",
         format_bytes,
         "live peak while loading the model",
+        in_table="where it decides",
     ),
     Metric(
         "apply_peak_live",
@@ -114,6 +115,7 @@ METRICS: tuple[Metric, ...] = (
         "lower",
         format_bytes,
         "live peak while the techniques convert the model",
+        in_table="where it decides",
     ),
     Metric(
         "warmup_peak_live",

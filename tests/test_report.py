@@ -153,10 +153,35 @@ def test_a_verdict_names_what_was_saved_and_what_it_cost(elsewhere_s: float, lin
     assert text.verdicts(records) == [line]
 
 
-@pytest.mark.parametrize(("lost", "cost"), [(0.00001, "nothing"), (0.0123, "+0.0123 bits/byte")])
-def test_a_verdict_names_the_loss_of_quality_where_there_is_one(lost: float, cost: str) -> None:
-    records = (_record("none", weights_bytes=64), _record("half", weights_bytes=32, lost_bits_per_byte=lost))
-    assert text.verdicts(records) == [f"half: saved weights ×0.50; cost {cost}"]
+@pytest.mark.parametrize(
+    ("lost", "error", "line"),
+    [
+        (0.00001, None, "saved weights ×0.50; cost nothing"),
+        (0.0123, None, "saved weights ×0.50; cost +0.0123 bits/byte"),
+        (0.0123, 0.0061, "saved weights ×0.50; cost +0.0123 bits/byte"),
+        (0.0123, 0.0062, "saved weights ×0.50; cost nothing"),
+        (-0.0123, 0.001, "saved weights ×0.50, -0.0123 bits/byte; cost nothing"),
+    ],
+)
+def test_a_verdict_names_what_quality_was_lost_or_gained_beyond_chance(
+    lost: float, error: float | None, line: str
+) -> None:
+    half = _record("half", weights_bytes=32, lost_bits_per_byte=lost, lost_bits_per_byte_standard_error=error)
+    records = (_record("none", weights_bytes=64), half)
+    assert text.verdicts(records) == [f"half: {line}"]
+
+
+@pytest.mark.parametrize(
+    ("running_mib", "converting_mib", "is_shown"), [(150, 210, True), (150, 202, False), (300, 210, False)]
+)
+def test_peaks_of_loading_and_converting_are_shown_where_they_decide_what_memory_is_needed(
+    running_mib: int, converting_mib: int, is_shown: bool
+) -> None:
+    none = _record("none", peak_live_bytes=running_mib * MIB, apply_peak_live_bytes=200 * MIB)
+    other = _record("other", peak_live_bytes=running_mib * MIB, apply_peak_live_bytes=converting_mib * MIB)
+    assert ("apply peak" in text.comparison([none, other])) is is_shown
+    cost = f"apply peak ×{converting_mib / 200:.3f}" if is_shown else "nothing"
+    assert text.verdicts([none, other]) == [f"other: saved nothing; cost {cost}"]
 
 
 def test_a_kept_stack_brings_along_what_it_is_compared_with_and_no_more() -> None:

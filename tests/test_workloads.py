@@ -41,7 +41,7 @@ def test_adamw_training_holds_weights_gradients_and_two_states(records: dict[str
 def test_what_is_held_after_a_generation_is_the_weights_alone(records: dict[str, Record]) -> None:
     # Products in fp32 leave packing buffers of libraries behind; these are no memory of the model's.
     metrics = records["llama-15m/none/generate/cpu"].metrics
-    assert metrics["held_live_bytes"] == pytest.approx(metrics["weights_bytes"], rel=0.005)
+    assert metrics["held_live_bytes"] == pytest.approx(metrics["weights_bytes"], rel=0.015)
 
 
 def test_the_cache_is_two_tensors_a_layer_for_every_token_but_the_last(records: dict[str, Record]) -> None:

@@ -18,8 +18,14 @@ from membench.units import format_bytes, format_ratio, format_seconds
 
 _SHOWN = tuple(metric for metric in METRICS if metric.in_table)
 
+# From here on a technique has changed a metric that is shown "where it decides".
+_DIFFERENT = 0.05
+
 # A ratio that is nearer to one than this is neither a gain nor a loss.
 _SAME = 0.005
+
+# A loss of quality of fewer standard errors than this is none that can be told from chance.
+_CERTAIN = 2
 
 # A figure is marked as approximate if its source may be off by more than this share of it.
 _COARSE = 0.05
@@ -39,9 +45,32 @@ def comparison(records: Sequence[Record], form: str = "simple", width: int | Non
         return _flat(found, form)
     tables = []
     for group in found.groups:
-        rows = list(_rows(found, group, [metric for metric in _SHOWN if _is_known(found, group, metric)]))
+        rows = list(_rows(found, group, [metric for metric in _SHOWN if _is_shown(found, group, metric)]))
         tables.append("\n\n".join([_heading(" · ".join(group), form), *_fitting(rows, form, width)]))
     return "\n\n".join(tables)
+
+
+def _is_shown(found: Comparison, group: Group, metric: Metric) -> bool:
+    """Whether a metric has a column: one of loading and converting has where it decides what memory is needed.
+
+    That is where a technique changes it, and it is above what running takes then.
+    """
+    if metric.in_table is True:
+        return _is_known(found, group, metric)
+    techniques = [technique for technique in found.techniques(group) if not _is_coarse(found, group, technique, metric)]
+    ratios = [found.ratio(group, technique, metric.field) for technique in techniques]
+    differs = any(ratio is not None and abs(ratio - 1) > _DIFFERENT for ratio in ratios)
+    return differs and any(
+        (found.value(group, technique, metric.field) or 0) > (found.value(group, technique, "peak_live_bytes") or 0)
+        for technique in techniques
+    )
+
+
+def _is_coarse(found: Comparison, group: Group, technique: str, metric: Metric) -> bool:
+    """Whether a figure's source may be off by more than a twentieth of it."""
+    value = found.value(group, technique, metric.field)
+    resolution = found.repeats(group, technique)[0].obtained.get(metric.field, {}).get("resolution_bytes", 0)
+    return value is not None and bool(resolution > _COARSE * value)
 
 
 def _is_known(found: Comparison, group: Group, metric: Metric) -> bool:
@@ -88,8 +117,7 @@ def _figure(found: Comparison, group: Group, technique: str, metric: Metric) -> 
     if metric.field == "lost_bits_per_byte":
         error = found.value(group, technique, "lost_bits_per_byte_standard_error")
         shown += "" if error is None else f" ±{error:.4f}"
-    resolution = found.repeats(group, technique)[0].obtained.get(metric.field, {}).get("resolution_bytes", 0)
-    about = "~" if resolution > _COARSE * value else ""
+    about = "~" if _is_coarse(found, group, technique, metric) else ""
     ratio = found.ratio(group, technique, metric.field)
     return f"{about}{shown}" if ratio is None or technique == REFERENCE else f"{about}{shown} {format_ratio(ratio)}"
 
@@ -289,22 +317,28 @@ def remarks(records: Sequence[Record]) -> list[str]:
     return lines
 
 
+def _kind(gains: Sequence[bool]) -> str:
+    return "saved" if all(gains) else "mixed" if any(gains) else "cost"
+
+
 def verdicts(records: Sequence[Record]) -> list[str]:
     """One line a technique: what it saved and what it cost, from the smallest ratio over its cases to the largest."""
     found = Comparison([record for record in records if record.status == "ok"])
     ratios: dict[str, dict[str, list[float]]] = {}
     losses: dict[str, list[float]] = {}
     for group in found.groups:
+        shown_here = [metric for metric in _SHOWN if _is_shown(found, group, metric)]
         for technique in found.techniques(group):
             if technique == REFERENCE:
                 continue
-            for metric in _SHOWN:
+            for metric in shown_here:
                 ratio = found.ratio(group, technique, metric.field)
                 if ratio is not None:
                     ratios.setdefault(technique, {}).setdefault(metric.name, []).append(ratio)
             loss = found.value(group, technique, "lost_bits_per_byte")
             if loss is not None:
-                losses.setdefault(technique, []).append(loss)
+                error = found.value(group, technique, "lost_bits_per_byte_standard_error") or 0
+                losses.setdefault(technique, []).append(loss if abs(loss) > _CERTAIN * error else 0.0)
     lines = []
     for technique, of_metric in ratios.items():
         said: dict[str, list[str]] = {"saved": [], "cost": [], "mixed": []}
@@ -313,12 +347,11 @@ def verdicts(records: Sequence[Record]) -> list[str]:
             gains = [value < 1 if metric.better == "lower" else value > 1 for value in values if abs(value - 1) > _SAME]
             if gains:
                 shown = " to ".join(dict.fromkeys((format_ratio(min(values)), format_ratio(max(values)))))
-                kind = "saved" if all(gains) else "mixed" if any(gains) else "cost"
-                said[kind].append(f"{metric.title} {shown}")
-        if technique in losses:
-            lost = dict.fromkeys(f"{value:+.4f}" for value in (min(losses[technique]), max(losses[technique])))
-            if lost.keys() - {"+0.0000", "-0.0000"}:
-                said["cost"].append(f"{' to '.join(lost)} bits/byte")
+                said[_kind(gains)].append(f"{metric.title} {shown}")
+        lost = [round(loss, 4) for loss in losses.get(technique, [])]
+        if any(lost):
+            shown = " to ".join(dict.fromkeys(f"{value:+.4f}" for value in (min(lost), max(lost))))
+            said[_kind([loss < 0 for loss in lost if loss])].append(f"{shown} bits/byte")
         mixed = f"; depends on the case: {', '.join(said['mixed'])}" if said["mixed"] else ""
         saved, cost = (", ".join(said[kind]) or "nothing" for kind in ("saved", "cost"))
         lines.append(f"{technique}: saved {saved}; cost {cost}{mixed}")
