@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from membench import corpus, plugins, registry
 from membench.environment import available_bytes
+from membench.errors import summary
 from membench.stand_in import StandIn
 from membench.units import format_bytes
 from membench.weights import fingerprint
@@ -77,8 +78,9 @@ class Assembly:
         scratch = self.context.scratch / "rehearsal"
         scratch.mkdir(exist_ok=True)
         context = dataclasses.replace(
-            self.context, model=miniature, part=_unheard, inventory={}, scratch=scratch, idle=[], rehearsal=True
-        )
+            self.context, model=miniature, part=_unheard, inventory={}, scratch=scratch, idle=[], diverged=[],
+            rehearsal=True,
+        )  # fmt: skip
         return dataclasses.replace(self, model=miniature, context=context)
 
     @property
@@ -145,11 +147,12 @@ class Assembly:
         for position, technique in reversed(list(enumerate(self.techniques))):
             if type(technique).prepare is not plugins.Technique.prepare:
                 rest = self.techniques[position + 1 :] if technique.prepares_rest else ()
-                idle = _in_a_process_of_its_own(functools.partial(self._prepare_one, technique, rest))
-                self.context.idle.extend(rest[place] for place in idle)
+                found = _in_a_process_of_its_own(functools.partial(self._prepare_one, technique, rest))
+                self.context.idle.extend(rest[place] for place in found["idle"])
+                self.context.diverged.extend(found["diverged"])
 
-    def _prepare_one(self, technique: plugins.Technique, rest: Sequence[plugins.Technique]) -> list[int]:
-        """Prepare; the places of those of the rest that changed nothing."""
+    def _prepare_one(self, technique: plugins.Technique, rest: Sequence[plugins.Technique]) -> dict[str, list[Any]]:
+        """Prepare; the places of those of the rest that changed nothing, and trainings that diverged."""
         import torch
 
         def prepare(assembly: Assembly) -> None:
@@ -163,7 +166,8 @@ class Assembly:
                 prepare(rehearsed)
         torch.manual_seed(self.context.seed)  # as the measured process does before it loads
         prepare(self)
-        return [place for place, member in enumerate(rest) if any(member is idle for idle in self.context.idle)]
+        idle = [place for place, member in enumerate(rest) if any(member is each for each in self.context.idle)]
+        return {"idle": idle, "diverged": self.context.diverged}
 
     def plain_weight_bytes(self) -> int | None:
         """Bytes of the model's weights in fp32 before any technique, by its shapes; ``None`` where it has none."""
@@ -172,11 +176,15 @@ class Assembly:
         except Exception:  # a model that cannot be made of shapes alone
             return None
 
-    def rehearse(self) -> None:
+    def rehearse(self) -> str | None:
         """Go through the case on a miniature of its model, so that what is set up once is there before the baseline.
 
         Thread pool, CUDA context, kernels' code pages, lazily imported modules: some 10 MiB that the first step of
         whatever comes first would be charged for.
+
+        Returns:
+            why it did not get to its end, if it did not: it fails again where it is measured, or the small shape alone
+            was why.
         """
         import torch
 
@@ -185,15 +193,17 @@ class Assembly:
         torch.nn.functional.gelu(layer(torch.ones(64, 256, device=device))).softmax(-1).sum().backward()
         assembly = self.rehearsed()
         if assembly is None:
-            return
-        # What fails here fails again where it is measured, or fails for the small shape alone.
+            return None
         with contextlib.suppress(Exception):
             self.model.skeleton()  # imports the model's own code, which a stand-in would not
-        with contextlib.suppress(Exception):
+        try:
             module = assembly.make()
             module.train(self.workload.trains)
             step = self.workload.start(module, assembly.tokens(module), self.techniques, assembly.context)
             step()
+        except Exception as error:
+            return summary(error)
+        return None
 
     def refuse_what_cannot_fit(self) -> None:
         """Compare what the shapes need with what is free, before anything is loaded.
@@ -227,8 +237,8 @@ def _acts_while_running(technique: plugins.Technique) -> bool:
     return any(getattr(type(technique), stage) is not getattr(plugins.Technique, stage) for stage in stages)
 
 
-def _in_a_process_of_its_own(work: Callable[[], list[int]]) -> list[int]:
-    """What ``work`` returns, done in a child.
+def _in_a_process_of_its_own(work: Callable[[], dict[str, list[Any]]]) -> dict[str, list[Any]]:
+    """What ``work`` returns, done in a child; JSON must have it.
 
     Raises:
         RuntimeError: if the child did not end well, with the last line it had to say.
@@ -259,5 +269,5 @@ def _in_a_process_of_its_own(work: Callable[[], list[int]]) -> list[int]:
         raise plugins.Unsuitable(said.decode(errors="replace"))
     if code:
         raise RuntimeError(said.decode(errors="replace") or f"preparing the case ended with {code}")
-    places: list[int] = json.loads(said)
-    return places
+    found: dict[str, list[Any]] = json.loads(said)
+    return found

@@ -16,21 +16,26 @@ if TYPE_CHECKING:
 _DEEPEST = 8
 
 
-def tensors_in(held: Any, depth: int = _DEEPEST) -> Iterator[torch.Tensor]:
+def tensors_in(held: Any) -> Iterator[torch.Tensor]:
     """Every tensor in an object: in its attributes, and in lists, tuples and mappings, to a depth of eight."""
+    return (tensor for _, tensor in named_tensors_in(held))
+
+
+def named_tensors_in(held: Any, name: str = "", depth: int = _DEEPEST) -> Iterator[tuple[str, torch.Tensor]]:
+    """As ``tensors_in``, each with the name of the attribute, or the key, that it is in."""
     import torch
 
     if isinstance(held, torch.Tensor):
-        yield held
+        yield name, held
     elif isinstance(held, Mapping):
-        for value in held.values():
-            yield from tensors_in(value, depth)
+        for key, value in held.items():
+            yield from named_tensors_in(value, str(key), depth)
     elif isinstance(held, list | tuple | set):
         for value in held:
-            yield from tensors_in(value, depth)
+            yield from named_tensors_in(value, name, depth)
     elif hasattr(held, "__dict__") and depth and not isinstance(held, type):
-        for value in vars(held).values():
-            yield from tensors_in(value, depth - 1)
+        for key, value in vars(held).items():
+            yield from named_tensors_in(value, key, depth - 1)
 
 
 def storages(tensors: Iterable[torch.Tensor]) -> dict[tuple[str, int], int]:

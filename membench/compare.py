@@ -10,6 +10,9 @@ from membench.record import METRIC_OF_FIELD, REFERENCE, Record
 
 Group = tuple[str, str, str]
 
+_OF_THE_REFERENCE = {"lost_bits_per_byte": 0.0, "kl_nats": 0.0, "top1_agreement_percent": 100.0}
+"""How far the reference is from itself: it has no such figure."""
+
 
 class Comparison:
     """Records by case, in the order in which they were measured, each group's reference first.
@@ -45,6 +48,14 @@ class Comparison:
         """A metric over that of another case of the group."""
         value, of = self.value(group, technique, field), self.value(group, base, field)
         return value / of if METRIC_OF_FIELD[field].has_ratio and value is not None and of else None
+
+    def difference(self, group: Group, technique: str, field: str, base: str = REFERENCE) -> float | None:
+        """A metric less that of another case."""
+        value, of = (
+            _OF_THE_REFERENCE.get(field) if name == REFERENCE else self.value(group, name, field)
+            for name in (technique, base)
+        )
+        return None if value is None or of is None else value - of
 
     def interaction(self, group: Group, stack: str, field: str) -> float | None:
         """A stack's ratio over the product of what its members reach alone: above one they get in each other's way."""

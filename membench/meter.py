@@ -24,6 +24,7 @@ class Meter:
         self.on_gpu = device.startswith("cuda")
         self.memory_in_parts = False
         self.parts: dict[str, dict[str, Any]] = {}
+        self.current_phase: str | None = None
         self.current_part: str | None = None
         self._look: Callable[[], None] | None = None
         self._device = device
@@ -89,6 +90,7 @@ class Meter:
             import torch
 
             torch.cuda.reset_peak_memory_stats(self._device)
+        self.current_phase = name
         self._acknowledged(event="begin", phase=name)
         start = self._begin_stretch()
         began = time.perf_counter()

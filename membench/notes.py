@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from membench.census import named_tensors_in, storages
 from membench.units import format_bytes, format_ratio
 from membench.weights import own_tensors, plain_tensors, weight_bytes
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from membench.plugins import Technique
 
 _WORTH_A_NOTE = 0.2
+_SCALES_OF_A_CACHE = ("scale", "lowest")
 _ADAMW_BYTES = 8
 """Two moments in fp32: what the states' nominal factor is against."""
 _SCALES = ("scale", "zero", "absmax", "offset", "code", "quant_map", "factor", "nf4", "SCB")
@@ -33,12 +35,13 @@ def on_weights(module: nn.Module, techniques: Sequence[Technique], plain_bytes: 
         if left is None:
             return []
         share *= left
-    nominal = (bits[-1] / 32 if bits else 1.0) * share
+    fewest_bits = min(bits, default=32)
+    nominal = fewest_bits / 32 * share
     measured = weight_bytes(module) / plain_bytes if plain_bytes else nominal
     if abs(measured / nominal - 1) <= _WORTH_A_NOTE:
         return []
     adapted = any(technique.trains_adapters for technique in techniques)
-    causes = _causes(module, bits[-1] if bits else 32, adapted, share < 1)
+    causes = _causes(module, fewest_bits, adapted, share < 1)
     return [_note("weights", measured, nominal, causes)]
 
 
@@ -81,6 +84,33 @@ def on_states(
     return [_note("optimizer states", measured, nominal, causes)]
 
 
+def on_cache(cache: Any, plain_bytes: int, techniques: Sequence[Technique]) -> list[str]:
+    """A note if the key-value cache is more than 20% away from what a member of the stack is known for.
+
+    Args:
+        cache: whatever holds its tensors.
+        plain_bytes: what it would take in fp32.
+    """
+    bits = [stated for technique in techniques if (stated := technique.nominal_cache_bits()) is not None]
+    if not bits or not plain_bytes:
+        return []
+    found: dict[tuple[str, int], int] = {}
+    causes: dict[str, int] = {}
+    for name, tensor in named_tensors_in(cache):
+        for key, size in storages([tensor]).items():
+            if key not in found:
+                found[key] = size
+                type_name = str(tensor.dtype).removeprefix("torch.")
+                if name in _SCALES_OF_A_CACHE:
+                    _add(causes, f"of scales and minima in {type_name}", size)
+                elif tensor.is_floating_point():
+                    _add(causes, f"of the newest tokens, not quantized yet, in {type_name}", size)
+    measured, nominal = sum(found.values()) / plain_bytes, min(bits) / 32
+    if abs(measured / nominal - 1) <= _WORTH_A_NOTE:
+        return []
+    return [_note("keys and values", measured, nominal, causes)]
+
+
 def _cause_of_state(name: str, inner: str, plain: torch.Tensor) -> str:
     """What a tensor of a state is besides the codes that it is known for; nothing for these."""
     if inner == "codes":
@@ -100,9 +130,12 @@ def _add(causes: dict[str, int], cause: str, size: int) -> None:
 
 
 def _note(what: str, measured: float, nominal: float, causes: Mapping[str, int]) -> str:
+    stated = f"{what} are {format_ratio(measured)} where {format_ratio(nominal)} is the nominal factor"
+    if measured < nominal:
+        return f"{stated}: more was saved"
     largest_first = sorted(causes.items(), key=lambda cause: -cause[1])
     named = ", ".join(f"{format_bytes(size)} {cause}" for cause, size in largest_first if size) or "no cause was found"
-    return f"{what} are {format_ratio(measured)} where {format_ratio(nominal)} is the nominal factor: {named}"
+    return f"{stated}: {named}"
 
 
 def _causes(module: nn.Module, bits: float, adapted: bool, pruned: bool) -> dict[str, int]:

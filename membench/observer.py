@@ -83,7 +83,8 @@ class Observer:
         sample = Sample(time.monotonic() - self._began, resident, anonymous, children, process, used)
         if self._phase:
             self._phase["samples"] += 1
-            seen = {"children_peak_bytes": children, "gpu_process_peak_bytes": process, "gpu_used_peak_bytes": used}
+            seen = {"children_peak_bytes": children, "file_peak_bytes": resident - anonymous,
+                    "gpu_process_peak_bytes": process, "gpu_used_peak_bytes": used}  # fmt: skip
             if children:
                 # At one moment: peaks of parent and child that lie apart must not be added.
                 seen |= {"family_rss_bytes": resident + children, "family_anonymous_bytes": anonymous + children}
@@ -99,8 +100,8 @@ class Observer:
 
     def begin_phase(self) -> None:
         """A phase begins: look, and collect what is seen from here on."""
-        self._phase = {"samples": 0, "children_peak_bytes": None, "family_rss_bytes": None,
-                       "family_anonymous_bytes": None, "gpu_process_peak_bytes": None,
+        self._phase = {"samples": 0, "file_peak_bytes": None, "children_peak_bytes": None,
+                       "family_rss_bytes": None, "family_anonymous_bytes": None, "gpu_process_peak_bytes": None,
                        "gpu_used_peak_bytes": None}  # fmt: skip
         self.look()
         self._phase["began_s"] = time.monotonic() - self._began

@@ -69,6 +69,8 @@ class Context:
         scratch: a folder of the case, removed after it.
         idle: the members whose conversion changed nothing in the model. The harness finds them; a technique that
             ``applies_rest`` and calls later members itself adds those that it finds.
+        diverged: what to say of a training while loading or converting whose loss became no number; the case then ends
+            as ``diverged``, with all its figures.
         rehearsal: the case is only gone through on a miniature; one step of whatever takes many is enough.
     """
 
@@ -79,6 +81,7 @@ class Context:
     inventory: dict[str, Callable[[], Any]]
     scratch: Path
     idle: list[Technique] = field(default_factory=list)
+    diverged: list[str] = field(default_factory=list)
     rehearsal: bool = False
 
 
@@ -155,6 +158,10 @@ class Model(Options):
         """Token ids of a text, where the model has a tokenizer; ``None``: bytes, or words by their rank."""
         return None
 
+    def token_ends(self, text: bytes) -> Sequence[int] | None:
+        """At which byte of a text each of its token ids ends; ``None`` where the tokenizer cannot tell."""
+        return None
+
     def max_tokens(self) -> int | None:
         """The longest sequence the model takes, if it has a limit that is known without building it."""
         return self.shape.longest if self.shape else None
@@ -191,6 +198,10 @@ class Technique(Options):
 
     def nominal_bits(self) -> float | None:
         """Bits a weight that the technique is known for, or ``None`` where it leaves their type alone."""
+        return None
+
+    def nominal_cache_bits(self) -> float | None:
+        """Bits a number of the key-value cache that the technique is known for, or ``None``."""
         return None
 
     def nominal_state_bytes(self) -> float | None:
@@ -292,6 +303,10 @@ class Workload(Options):
 
     def decoded_tokens_per_step(self) -> int | None:
         """Tokens that the part ``decode`` of a step brings forth, if it has one."""
+        return None
+
+    def cached_tokens(self) -> int | None:
+        """Tokens, over all sequences, whose keys and values a step's cache holds in the end, if it has one."""
         return None
 
     def logits(

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from membench.plugins import Context, Technique, Workload
 
 _PIECE_TOKENS = 256
-_LARGEST_REFERENCE_BYTES = 32 * 2**20
+_FEWEST_PIECES = 8  # for a standard error
+_LARGEST_REFERENCE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -28,25 +29,32 @@ class Piece:
     bytes: int | None
 
 
-def pieces(model: Any, module: nn.Module) -> list[Piece]:
-    """The held-out text for a model: as much as leaves the reference's logits below 32 MiB.
+def pieces(model: Any, module: nn.Module, workload: Workload) -> list[Piece]:
+    """The held-out text for a model: as much as leaves the reference's logits below 64 MiB.
 
-    Bytes are known where the tokens are bytes or the model has a tokenizer of its own.
+    A piece is 256 tokens, or fewer where there would not be eight pieces; for a workload that generates, at least as
+    many as it generates with, so that what its cache loses shows. Bytes are known where the tokens are bytes or the
+    model's tokenizer knows them.
     """
     vocabulary = model.vocabulary(module)
     most_tokens = max(2, _LARGEST_REFERENCE_BYTES // (4 * vocabulary))
-    length = min(_PIECE_TOKENS, most_tokens, (model.max_tokens() or _PIECE_TOKENS + 1) - 1)
+    wanted = max(1, min(_PIECE_TOKENS, most_tokens // _FEWEST_PIECES))
+    if workload.decoded_tokens_per_step() is not None:
+        wanted = max(wanted, workload.longest_sequence())
+    longest = model.max_tokens()
+    length = min(wanted, most_tokens, wanted if longest is None else longest)
     text = corpus.split()[1]
-    if (encoded := model.encode(text[: most_tokens * 8])) is not None:
-        bytes_per_token: float | None = len(text[: most_tokens * 8]) / len(encoded)
+    ends: Sequence[int] | None
+    if (encoded := model.encode(text)) is not None:
         source: Sequence[int] = encoded
+        ends = model.token_ends(text)
     else:
-        bytes_per_token = 1.0 if vocabulary <= 256 else None
         source = corpus.ids(vocabulary, held_out=True)
+        ends = range(1, len(source) + 1) if vocabulary <= 256 else None
     found = []
     for start in range(0, min(len(source) - 1, most_tokens // length * length), length):
         ids = [token % vocabulary for token in source[start : start + length + 1]]
-        found.append(Piece(ids, None if bytes_per_token is None else round((len(ids) - 1) * bytes_per_token)))
+        found.append(Piece(ids, None if ends is None else ends[start + len(ids) - 1] - ends[start]))
     return found
 
 
@@ -74,7 +82,7 @@ def evaluate(
 
     from membench.plugins import stepping
 
-    held_out = pieces(model, module)
+    held_out = pieces(model, module, workload)
     count = sum(len(piece.ids) - 1 for piece in held_out)
     vocabulary = model.vocabulary(module)
     partial = reference.with_suffix(f".{os.getpid()}")

@@ -260,6 +260,7 @@ class Runner:
                 outcome.result = message["result"]
             case "status":
                 outcome.status, outcome.message = message["status"], message["message"]
+                outcome.phase = message.get("phase", outcome.phase)
             case "done":
                 outcome.done = True
             case "progress":

@@ -72,7 +72,7 @@ def fingerprint(module: nn.Module) -> list[tuple[object, ...]]:
     """What a technique would change if it did anything.
 
     Modules, their settings and their configuration's (which attention, whether activations are kept), and the kind,
-    shape and place of their tensors.
+    shape and place of their tensors, with some of their values.
     """
     tensors = [*module.named_parameters(), *module.named_buffers()]
     modules = list(module.named_modules())
@@ -80,8 +80,25 @@ def fingerprint(module: nn.Module) -> list[tuple[object, ...]]:
     return [
         *((name, type(child), _settings(child)) for name, child in modules),
         *(("", type(configuration), _settings(configuration)) for configuration in configurations.values()),
-        *((name, type(t), t.dtype, tuple(t.shape), t.requires_grad, t._version) for name, t in tensors),
+        *((name, type(t), t.dtype, tuple(t.shape), t.requires_grad, t._version, _contents(t)) for name, t in tensors),
     ]
+
+
+_SAMPLED = 256
+
+
+def _contents(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Where a tensor's data lie and some values of it: what is written to ``.data`` raises no version."""
+    import torch
+
+    found: list[object] = []
+    for plain in plain_tensors(tensor.data):
+        if plain.device.type == "meta" or plain.layout is not torch.strided or not plain.numel():
+            continue
+        flat = plain.as_strided((plain.untyped_storage().nbytes() // plain.element_size(),), (1,), 0)
+        sample = flat[:: max(1, len(flat) // _SAMPLED)]
+        found.append((plain.data_ptr(), sample.contiguous().cpu().view(torch.uint8).numpy().tobytes()))
+    return tuple(found)
 
 
 def _settings(holder: object) -> int:

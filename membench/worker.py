@@ -32,6 +32,10 @@ _STEPS_FOR_MEMORY = 5
 class Diverged(Exception):
     """A training whose loss is no number any more; all that was measured stands."""
 
+    def __init__(self, phase: str | None, message: str) -> None:
+        super().__init__(message)
+        self.phase = phase
+
 
 def main(request: dict[str, Any], channel: socket.socket) -> None:
     """Do what ``request`` asks and tell the runner over ``channel`` how it ended."""
@@ -49,7 +53,7 @@ def main(request: dict[str, Any], channel: socket.socket) -> None:
     except DoesNotFit as error:
         meter.tell(event="status", status="out-of-memory", message=str(error))
     except Diverged as error:
-        meter.tell(event="status", status="diverged", message=str(error))
+        meter.tell(event="status", status="diverged", message=str(error), phase=error.phase)
     except Exception as error:
         status = "out-of-memory" if _is_out_of_memory(error) else "failed"
         meter.tell(event="status", status=status, message=f"{type(error).__name__}: {error}".partition("\n")[0][:500])
@@ -77,9 +81,8 @@ def _measure(request: dict[str, Any], meter: Meter) -> None:
     work.case.context.inventory.clear()
     work.evaluate(module)
     work.save(module)
-    wrong = [(number, loss) for number, loss in enumerate(work.losses, 1) if not math.isfinite(loss)]
-    if wrong:
-        raise Diverged(f"the training loss became {wrong[0][1]} in step {wrong[0][0]}")
+    if work.diverged is not None:
+        raise work.diverged
 
 
 class _Work:
@@ -88,6 +91,8 @@ class _Work:
     def __init__(self, request: dict[str, Any], meter: Meter) -> None:
         self.case = Assembly.of(request, meter.part)
         self.losses: list[float] = []
+        self.diverged: Diverged | None = None
+        self._rehearsal_failed: list[str] = []
         self._request = request
         self._settings = request["settings"]
         self._meter = meter
@@ -105,7 +110,8 @@ class _Work:
         self._result["pinned"] = allocator.pin()
         torch.set_num_threads(self._request["threads"])
         case.refuse_what_cannot_fit()
-        case.rehearse()
+        if (failed := case.rehearse()) is not None:
+            self._rehearsal_failed = [f"what libraries set up once is in the figures: rehearsing ended in {failed}"]
         if self._meter.on_gpu:
             _announce_gpu(self._meter, device)
         converted = any(technique.applies_rest for technique in case.techniques)
@@ -125,12 +131,18 @@ class _Work:
         with self._meter.phase("apply", "pinned"):
             module = self.case.apply(module)
         self._result["remarks"] += self.case.remarks_on_idle()
+        if self.case.context.diverged:
+            self.diverged = Diverged(self._meter.current_phase, self.case.context.diverged[0])
         module.train(self.case.workload.trains)
         return module
 
     def _hear(self, loss: torch.Tensor | None) -> None:
-        if loss is not None:
-            self.losses.append(loss.item())
+        if loss is None:
+            return
+        self.losses.append(loss.item())
+        if self.diverged is None and not math.isfinite(self.losses[-1]):
+            message = f"the training loss became {self.losses[-1]} in step {len(self.losses)}"
+            self.diverged = Diverged(self._meter.current_phase, message)
 
     def run_for_memory(self, module: nn.Module) -> plugins.Step:
         """Phases ``warmup``, ``run`` and ``breakdown``, under the pinned allocator; the step that they run."""
@@ -147,15 +159,22 @@ class _Work:
             meter.memory_in_parts = False
         # Counted only now: some libraries pack weights anew in their first pass.
         result["weights_bytes"] = weight_bytes(module)
-        result["notes"] = notes.on_weights(module, case.techniques, self._plain_bytes)
+        result["notes"] = self._rehearsal_failed + notes.on_weights(module, case.techniques, self._plain_bytes)
         if (optimizer := case.context.inventory.get("optimizer")) is not None:
             trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
             result["notes"] += notes.on_states(optimizer(), trained, case.techniques)
         if case.context.inventory:
             with meter.phase("breakdown", "pinned"):
                 watch = census.Census(module, case.context.inventory, meter.held_live_bytes, lambda: meter.current_part)
-                with watch.watching(), meter.looking(watch.look):
+                on_cache: list[str] = []
+
+                def look() -> None:
+                    watch.look()
+                    on_cache[:] = self._notes_on_cache()  # the last look finds the cache full
+
+                with watch.watching(), meter.looking(look):
                     self._hear(step())
+            result["notes"] += on_cache
             peaks = _peaks_of_parts(run, meter.on_gpu, result["pinned"])
             result["breakdown_bytes"] = watch.breakdown(peaks)
             result["peak_part"] = max(peaks, key=lambda part: peaks[part], default=None)
@@ -163,6 +182,13 @@ class _Work:
             if remark := technique.remark(module, case.context):
                 result["remarks"].append(f"'{name}' {remark}")
         return step
+
+    def _notes_on_cache(self) -> list[str]:
+        case, tokens, shape = self.case, self.case.workload.cached_tokens(), self.case.model.shape
+        if tokens is None or shape is None or "cache" not in case.context.inventory:
+            return []
+        plain_bytes = 4 * 2 * shape.layers * shape.key_value_heads * (shape.width // shape.heads) * tokens
+        return notes.on_cache(case.context.inventory["cache"](), plain_bytes, case.techniques)
 
     def run_for_time(self, step: plugins.Step) -> None:
         """Phase ``time``, under the default allocator."""
@@ -205,6 +231,8 @@ class _Work:
                 case.model, module, case.techniques, case.workload, case.context,
                 Path(reference["path"]), reference["is_this"],
             )  # fmt: skip
+        if None in self._result["quality"]["nats"] and self.diverged is None:
+            self._result["remarks"].append("the logits of held-out text are not finite")
         self._tell("the checkpoint was not saved")
 
     def save(self, module: nn.Module) -> None:

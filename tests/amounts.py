@@ -90,7 +90,7 @@ class Apart(Workload):
 class Ends(Technique):
     """Ends its process in the way it is told to."""
 
-    how: Literal["kill", "segfault", "raise", "hang", "print", "grow", "nothing"]
+    how: Literal["kill", "segfault", "raise", "hang", "print", "grow", "nothing", "overflow", "rewrite"]
     note: str = ""
 
     def apply(self, module: nn.Module, context: Context) -> nn.Module:
@@ -117,6 +117,12 @@ class Ends(Technique):
                 kept = []
                 while True:
                     kept.append(torch.ones(64 * MIB // 4))
+            case "overflow":
+                for parameter in module.parameters():
+                    parameter.data.fill_(float("inf"))
+            case "rewrite":  # of all ways the one that raises no tensor's version
+                for parameter in module.parameters():
+                    parameter.data.mul_(0.5)
             case "nothing":
                 pass
         return module

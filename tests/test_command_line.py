@@ -311,7 +311,7 @@ def test_a_training_that_diverged_makes_the_exit_code_one(folder: Path) -> None:
         "[settings]\nmeasured_steps = 1\n"
     )
     ran = _membench("run", "small.toml", folder=folder)
-    assert "llama-15m/none/wild/cpu: diverged in save: the training loss became nan in step " in ran.stdout
+    assert "llama-15m/none/wild/cpu: diverged in run: the training loss became nan in step " in ran.stdout
     assert ran.returncode == 1
 
 

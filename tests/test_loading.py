@@ -316,7 +316,8 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
         [matrix]
         model = ["llama-15m"]
         technique = ["none", "plain-load", "meta-init", "mmap", "streamed+bf16", "streamed+int8-weight-only",
-                     "saved+int8-weight-only", "int8-weight-only", "streamed+nf4", "streamed+all-in-4-bits"]
+                     "saved+int8-weight-only", "int8-weight-only", "streamed+nf4", "streamed+all-in-4-bits",
+                     "streamed+all-in-int8", "streamed+all-in-fp8"]
         workload = ["short"]
         [[include]]
         model = "trained-tiny"
@@ -328,6 +329,14 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
         [technique.all-in-4-bits]
         use = "round-to-nearest"
         bits = 4
+        embeddings = true
+        head = true
+        [technique.all-in-int8]
+        use = "int8-weight-only"
+        embeddings = true
+        head = true
+        [technique.all-in-fp8]
+        use = "fp8-weight-only"
         embeddings = true
         head = true
         [settings]
@@ -387,6 +396,8 @@ _INT8_WEIGHTS_BYTES = _WEIGHTS_BYTES - 3 * _LINEAR_WEIGHTS
         ("streamed+int8-weight-only", _INT8_WEIGHTS_BYTES),
         ("streamed+nf4", _INT8_WEIGHTS_BYTES - (0.5 - 1 / 64) * _LINEAR_WEIGHTS),
         ("streamed+all-in-4-bits", _WEIGHTS_BYTES / 8 + 4 * _ROWS),
+        ("streamed+all-in-int8", _WEIGHTS_BYTES / 4 + 5 * _ROWS),
+        ("streamed+all-in-fp8", _WEIGHTS_BYTES / 4 + 4 * _ROWS),
     ],
 )
 def test_streaming_never_takes_a_fifth_more_than_the_result(

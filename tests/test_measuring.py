@@ -24,7 +24,7 @@ _SUITE = """\
 name = "known"
 [matrix]
 model = ["block"]
-technique = ["none", "kill", "segfault", "raise", "hang", "print", "grow", "nothing", "bf16"]
+technique = ["none", "kill", "segfault", "raise", "hang", "print", "grow", "nothing", "rewrite", "bf16"]
 workload = ["known-burst"]
 [[include]]
 model = "too-large"
@@ -39,7 +39,7 @@ weights = "63 MiB"
 """
 _SUITE += "".join(
     f'[technique.{how}]\nuse = "ends"\nhow = "{how}"\n'
-    for how in ("kill", "segfault", "raise", "hang", "print", "grow", "nothing")
+    for how in ("kill", "segfault", "raise", "hang", "print", "grow", "nothing", "rewrite")
 )
 
 
@@ -107,6 +107,7 @@ def test_megabytes_of_output_do_no_harm(records: dict[str, Record]) -> None:
 
 def test_a_technique_that_did_nothing_is_named(records: dict[str, Record]) -> None:
     assert records["block/nothing"].remarks == ("'nothing' changed nothing in the model",)
+    assert records["block/rewrite"].remarks == ()
     assert records["block/bf16"].remarks == ()
 
 

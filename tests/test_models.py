@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 import membench
-from membench import plugins, registry
+from membench import corpus, figures, plugins, quality, registry
+from membench.builtin.models.pretrained import Pretrained
+from membench.builtin.models.trained_tiny import TrainedTiny
+from membench.builtin.models.transformer import Qwen
+from membench.builtin.workloads.forward import Forward
+from membench.builtin.workloads.generate import Generate
+from membench.plugins import Workload
 
 MIB = 2**20
 
@@ -104,10 +110,54 @@ def test_a_pretrained_model_is_read_from_a_folder(tmp_path: Path) -> None:
     # Mapped from the file they would be no live memory, and whatever is converted would seem to cost.
     (load,) = [phase for phase in here.processes[0]["phases"] if phase["name"] == "load"]
     assert load["held_live_bytes"] == pytest.approx(weights_bytes, rel=0.05)
+    assert load["peak_live_bytes"] < 1.2 * weights_bytes + 2 * figures.resolution_bytes()
     assert here.metrics["bits_per_byte"] is None
     assert here.reasons["bits_per_byte"] == "the model has no tokenizer: no text can be put to it"
     assert hub.status == "failed"
     assert "source = 'nobody/nothing' is no folder here and cannot be had from the hub" in (hub.message or "")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_piece_of_text_counts_the_bytes_of_the_tokens_that_are_predicted(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers.models import BPE
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([corpus.split()[0].decode()], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    module = LlamaForCausalLM(
+        LlamaConfig(vocab_size=1000, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1)
+    )
+    module.save_pretrained(tmp_path)
+    model = Pretrained.model_validate({"source": str(tmp_path)})
+    found = quality.pieces(model, module, Forward.model_validate({}))
+    assert len(found) > 8
+    for piece in found:  # a character of several bytes may lie across two pieces
+        assert piece.bytes == pytest.approx(len(tokenizer.decode(piece.ids[1:]).encode()), abs=4)
+    predicted = [token for piece in found for token in piece.ids[1:]]
+    assert sum(piece.bytes or 0 for piece in found) == len(tokenizer.decode(predicted).encode())
+
+
+@pytest.mark.parametrize(
+    ("workload", "length"),
+    [(Forward.model_validate({}), 256), (Generate.model_validate({"prompt_length": 480, "new_tokens": 33}), 513)],
+)
+def test_pieces_of_text_are_as_long_as_what_is_generated(workload: Workload, length: int) -> None:
+    model = TrainedTiny()
+    found = quality.pieces(model, model.skeleton(), workload)
+    assert {len(piece.ids) - 1 for piece in found[:-1]} == {length}
+    assert all(piece.bytes == len(piece.ids) - 1 for piece in found)
+
+
+def test_a_large_vocabulary_still_leaves_eight_pieces_for_a_standard_error() -> None:
+    model = Qwen.model_validate({"size": "0.5b"})
+    found = quality.pieces(model, model.skeleton(), Forward.model_validate({}))
+    assert len(found) >= 8
 
 
 @pytest.mark.parametrize("name", ["gpt2-82m", "qwen-0.5b"])

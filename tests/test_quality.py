@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import membench
-from membench import corpus
+from membench import corpus, quality
+from membench.builtin.workloads.forward import Forward
 from membench.figures import figures
+from membench.plugins import Context
 from membench.record import Record
+from membench.stand_in import StandIn
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 _PHASE = {
     "duration_s": 1.0, "parts": {}, "steps": 2, "peak_live_bytes": 1, "peak_live_at_least_bytes": 1,
@@ -19,11 +26,11 @@ _PHASE = {
 }  # fmt: skip
 
 
-def _figures_of(quality: dict[str, Any], is_trained: bool = True) -> Any:
+def _figures_of(found: dict[str, Any], is_trained: bool = True) -> Any:
     phases = [{"name": name, **_PHASE} for name in ("load", "apply", "warmup", "run", "time")]
     result = {"weights_bytes": 1, "pinned": True, "disk_bytes": 1, "disk_format": "safetensors", "losses_nats": [],
               "durations_s": [1.0, 1.0], "tokens_per_step": 4, "decoded_tokens": None, "is_trained": is_trained,
-              "quality": quality}  # fmt: skip
+              "quality": found}  # fmt: skip
     return figures(phases, result, "ok", on_gpu=False, interval_s=0.02, baseline=None)
 
 
@@ -108,8 +115,8 @@ def test_the_references_logits_are_kept_beside_the_run(records: dict[str, Record
     import numpy
 
     (kept,) = folder.glob("*.references/trained-tiny-forward-cpu.npy")
-    quality = records["none"].processes[0]["quality"]
-    assert numpy.load(kept, mmap_mode="r").shape == (sum(quality["tokens"]), 256)
+    tokens = records["none"].processes[0]["quality"]["tokens"]
+    assert numpy.load(kept, mmap_mode="r").shape == (sum(tokens), 256)
 
 
 def test_a_note_names_what_kept_int8_from_its_factor_with_bytes(records: dict[str, Record]) -> None:
@@ -118,3 +125,44 @@ def test_a_note_names_what_kept_int8_from_its_factor_with_bytes(records: dict[st
         "weights are ×0.37 where ×0.25 is the nominal factor: 64.00 KiB of embeddings left in float32"
     )
     assert records["bf16"].notes == ()
+
+
+class _Given(StandIn):
+    """A module whose logits are what is told, whatever it reads: held-out quality by hand."""
+
+    scale: float = 1.0
+
+    def build(self, context: Context) -> nn.Module:
+        import torch
+
+        class Fixed(torch.nn.Module):
+            def forward(self, ids: torch.Tensor) -> torch.Tensor:
+                return logits[ids]
+
+        # A row of logits for each token: what follows is likelier the nearer it is to the token.
+        distance = (torch.arange(256)[:, None] - torch.arange(256)[None]).abs()
+        logits = -self.scale * distance.float() / 16
+        return Fixed()
+
+
+def test_divergence_and_agreement_are_those_of_the_distributions(tmp_path: Path) -> None:
+    import torch
+
+    context = Context("cpu", 0, StandIn(), lambda name: pytest.fail(name), {}, tmp_path)
+    reference, other = _Given(scale=1.0), _Given(scale=-0.5)
+    workload, kept = Forward.model_validate({}), tmp_path / "logits.npy"
+    quality.evaluate(reference, reference.build(context), [], workload, context, kept, True)
+    found = quality.evaluate(other, other.build(context), [], workload, context, kept, False)
+    held_out = quality.pieces(other, other.build(context), workload)
+    read = torch.tensor([token for piece in held_out for token in piece.ids[:-1]])
+    theirs = torch.softmax(reference.build(context)(torch.arange(256)).double(), -1)[read]
+    own = torch.softmax(other.build(context)(torch.arange(256)).double(), -1)[read]
+    divergence = (theirs * (theirs.log() - own.log())).sum(-1).mean()
+    assert found["kl_nats"] == pytest.approx(divergence.item(), rel=1e-4)
+    agreement = (theirs.argmax(-1) == own.argmax(-1)).double().mean()
+    assert found["top1_agreement_percent"] == pytest.approx(100 * agreement.item())
+    assert 0 <= found["top1_agreement_percent"] < 1
+
+
+def test_the_corpus_stands_in_the_record(records: dict[str, Record]) -> None:
+    assert {record.processes[0]["corpus"] for record in records.values()} == {corpus.digest()}

@@ -12,6 +12,7 @@ import pytest
 import membench
 from membench import checkpoint, notes, registry
 from membench.builtin.models.transformer import Gpt2, Llama
+from membench.builtin.techniques import quantization
 from membench.builtin.techniques.bitsandbytes import BnbInt8, BnbNf4
 from membench.builtin.techniques.precision import Bf16
 from membench.builtin.techniques.qat import QuantizationAwareTraining
@@ -582,3 +583,29 @@ def test_int8_weights_lose_less_than_half_a_percent_of_quality(records: dict[str
 def test_the_weights_that_are_counted_are_what_memory_holds(records: dict[str, Record], technique: str) -> None:
     metrics = records[f"llama-15m/{technique}/forward/cpu"].metrics
     assert metrics["held_live_bytes"] == pytest.approx(metrics["weights_bytes"], rel=0.01, abs=900_000)
+
+
+def test_a_row_of_zeros_stays_zero_in_every_quantizer() -> None:
+    import torch
+
+    for technique in (Int8WeightOnly.model_validate({}), Fp8WeightOnly(), RoundToNearest.model_validate({})):
+        layer = torch.nn.Linear(64, 32, bias=False)
+        layer.weight.data[3] = 0
+        made = technique.convert("layer", layer, None)
+        output = made(torch.ones(1, 64))
+        assert output[0, 3] == 0
+        assert output.isfinite().all()
+
+
+def test_a_weight_is_the_same_whether_converted_at_once_or_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    for technique in (Int8WeightOnly.model_validate({"group_size": 32}), Int8Dynamic(), Fp8WeightOnly()):
+        weight, inputs = torch.randn(48, 64), torch.randn(5, 64)
+        outputs = []
+        for at_once in (64 * 7, 64 * 48):
+            monkeypatch.setattr(quantization, "_AT_ONCE", at_once)
+            layer = torch.nn.Linear(64, 48, bias=False)
+            layer.weight.data = weight.clone()
+            outputs.append(technique.convert("layer", layer, None)(inputs))
+        assert torch.equal(*outputs)

@@ -171,6 +171,49 @@ def test_a_verdict_names_what_quality_was_lost_or_gained_beyond_chance(
     assert text.verdicts(records) == [f"half: {line}"]
 
 
+def test_a_bound_says_which_and_a_negative_difference_is_not_approximate() -> None:
+    none = _record("none", peak_live_bytes=100 * MIB)
+    mapped = dataclasses.replace(
+        _record("mapped", peak_live_bytes=71 * MIB, lost_bits_per_byte=-0.0004),
+        obtained={"peak_live_bytes": {"bound": "at most", "resolution_bytes": MIB}, "lost_bits_per_byte": {}},
+    )
+    shown = text.comparison([none, mapped])
+    assert " ≤71.00 MiB ×0.71 " in shown
+    assert " -0.0004" in shown
+    seen = dataclasses.replace(mapped, obtained={"peak_live_bytes": {"bound": "at least"}})
+    assert " ≥71.00 MiB ×0.71" in text.comparison([none, seen])
+
+
+def test_a_bound_that_may_be_too_high_accuses_nobody() -> None:
+    def lines(bound: str) -> list[str]:
+        costly = _record("a", peak_live_bytes=1, apply_peak_live_bytes=300 * MIB)
+        obtained = {"apply_peak_live_bytes": {"bound": bound, "resolution_bytes": MIB}}
+        return text.remarks([_STACK[0], dataclasses.replace(costly, obtained=obtained)])
+
+    assert len(lines("exact")) == 1
+    assert lines("at most") == []
+
+
+def test_loading_that_takes_more_than_running_the_original_is_said_where_the_technique_is_why() -> None:
+    none = _record("none", peak_live_bytes=100 * MIB, load_peak_live_bytes=150 * MIB)
+    twice = _record("plain-load", load_peak_live_bytes=200 * MIB)
+    same = _record("bf16", load_peak_live_bytes=151 * MIB)
+    assert text.remarks([none, twice, same]) == [
+        "m/plain-load/forward/cpu: loading takes 200.0 MiB of live memory, more than running the original (100.0 MiB)"
+    ]
+
+
+def test_what_a_member_adds_to_a_loss_of_quality_is_a_difference() -> None:
+    lost = {"none": None, "a": 0.0100, "b": 0.0300, "a+b": 0.0350}
+    records = [
+        _record(name, weights_bytes=1, lost_bits_per_byte=value, kl_nats=None if value is None else value / 10)
+        for name, value in lost.items()
+    ]
+    rows = {row.split()[0] + row.split()[1]: row.split() for row in text.comparison(records).splitlines() if row}
+    assert rows["·a"][2:] == ["×1.000", "+0.0100", "+1.0e-03"]
+    assert rows["·+b"][2:] == ["×1.000", "+0.0250", "+2.5e-03"]
+
+
 @pytest.mark.parametrize(
     ("running_mib", "converting_mib", "is_shown"), [(150, 210, True), (150, 202, False), (300, 210, False)]
 )

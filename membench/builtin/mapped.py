@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
 import shutil
@@ -192,6 +193,36 @@ class MappedCheckpoint:
                 with part("unmap"):
                     self._drop_pages_within(block)
         self._mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def own_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in anonymous memory with the values of one that is mapped from a file, whose pages are given back.
+
+    Block by block, so that file pages do not pile up beside the copy and hide what of resident memory is live. One that
+    is not mapped from a file is copied plainly. Nobody may have written to the mapped one.
+    """
+    import torch
+
+    if not tensor.is_contiguous() or tensor.nbytes == 0 or not _is_mapped_from_a_file(tensor.data_ptr()):
+        return tensor.clone()
+    own = torch.empty_like(tensor)
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE  # a neighbour reads its page again
+    for block, into in zip(_blocks(tensor), _blocks(own), strict=True):
+        into.copy_(block)
+        # All of it, and not the block alone: the kernel maps pages of earlier ones again that it has at hand.
+        madvise(start, tensor.data_ptr() + tensor.nbytes - start, mmap.MADV_DONTNEED)
+    return own
+
+
+def _is_mapped_from_a_file(address: int) -> bool:
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        where, _, _, _, inode, *_ = line.split(maxsplit=5)
+        first, last = (int(end, 16) for end in where.split("-"))
+        if first <= address < last:
+            return inode != "0"
+    return False
 
 
 def _blocks(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,8 @@ def tune(
 ) -> None:
     """Train all parameters that want gradients with AdamW, the rate falling linearly to zero.
 
-    In a rehearsal it is one step. Gradients and the optimizer's states are gone afterwards.
+    In a rehearsal it is one step. It ends where the loss is no number any more, and says so to the context. Gradients
+    and the optimizer's states are gone afterwards.
     """
     import torch
 
@@ -58,7 +60,11 @@ def tune(
     batches = windows(module, context, context.seed, text_tokens)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
-        loss(module, next(batches)).backward()
+        value = loss(module, next(batches))
+        if not math.isfinite(value.item()):
+            context.diverged.append(f"the loss of training while converting became {value.item()} in step {step + 1}")
+            break
+        value.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     module.train(was_training)

@@ -70,7 +70,7 @@ def _is_coarse(found: Comparison, group: Group, technique: str, metric: Metric) 
     """Whether a figure's source may be off by more than a twentieth of it."""
     value = found.value(group, technique, metric.field)
     resolution = found.repeats(group, technique)[0].obtained.get(metric.field, {}).get("resolution_bytes", 0)
-    return value is not None and bool(resolution > _COARSE * value)
+    return value is not None and bool(resolution > _COARSE * abs(value))
 
 
 def _is_known(found: Comparison, group: Group, metric: Metric) -> bool:
@@ -103,10 +103,20 @@ def _marginal_rows(
         row = dict.fromkeys(whole, "")
         row["technique"] = f"· {'+' if before != REFERENCE else ''}{member}"
         for metric in metrics:
-            ratio = found.ratio(group, prefix, metric.field, before)
-            row[metric.title] = "" if ratio is None else format_ratio(ratio)
+            row[metric.title] = _change(found, group, prefix, metric, before)
         before = prefix
         yield row
+
+
+def _change(found: Comparison, group: Group, technique: str, metric: Metric, base: str) -> str:
+    """A metric against that of another case: its ratio, or where that has no meaning the difference."""
+    if metric.has_ratio:
+        ratio = found.ratio(group, technique, metric.field, base)
+        return "" if ratio is None else format_ratio(ratio)
+    difference = found.difference(group, technique, metric.field, base)
+    if difference is None or metric.field.endswith("standard_error"):
+        return ""
+    return f"{'-' if difference < 0 else '+'}{metric.format(abs(difference)).removeprefix('+')}"
 
 
 def _figure(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
@@ -117,9 +127,21 @@ def _figure(found: Comparison, group: Group, technique: str, metric: Metric) -> 
     if metric.field == "lost_bits_per_byte":
         error = found.value(group, technique, "lost_bits_per_byte_standard_error")
         shown += "" if error is None else f" ±{error:.4f}"
-    about = "~" if _is_coarse(found, group, technique, metric) else ""
+    shown = f"{_sign(found, group, technique, metric)}{shown}"
     ratio = found.ratio(group, technique, metric.field)
-    return f"{about}{shown}" if ratio is None or technique == REFERENCE else f"{about}{shown} {format_ratio(ratio)}"
+    return shown if ratio is None or technique == REFERENCE else f"{shown} {format_ratio(ratio)}"
+
+
+_SIGNS = {"at most": "≤", "at least": "≥"}
+
+
+def _sign(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
+    """What stands before a figure that is a bound, or approximate."""
+    bounds = {record.obtained.get(metric.field, {}).get("bound") for record in found.repeats(group, technique)}
+    for bound, sign in _SIGNS.items():
+        if bound in bounds:
+            return sign
+    return "~" if _is_coarse(found, group, technique, metric) else ""
 
 
 def _fitting(rows: list[dict[str, str]], form: str, width: int | None) -> Iterator[str]:
@@ -192,9 +214,11 @@ def explanation(records: Sequence[Record], form: str = "simple") -> str:
                 row = {"metric": metric.title}
                 for before, step in zip([None, *chain], chain, strict=False):
                     value = found.value(group, step, metric.field)
-                    ratio = found.ratio(group, step, metric.field, before) if before else None
-                    shown = "–" if value is None else metric.format(value)
-                    row[step] = shown if ratio is None else f"{shown} {format_ratio(ratio)}"
+                    shown = "–" if value is None else _sign(found, group, step, metric) + metric.format(value)
+                    # Against the reference a difference is the figure itself.
+                    if before is not None and (metric.has_ratio or before != REFERENCE):
+                        shown = f"{shown} {_change(found, group, step, metric, before)}".rstrip()
+                    row[step] = shown
                 if "+" in technique:
                     together = found.interaction(group, technique, metric.field)
                     row["together"] = "" if together is None else format_ratio(together)
@@ -307,13 +331,20 @@ def remarks(records: Sequence[Record]) -> list[str]:
     lines = []
     for record in records:
         lines += [f"{record.id}: {text}" for text in _said(record)]
-        converting = record.metrics.get("apply_peak_live_bytes")
         running = found.value(record.group, REFERENCE, "peak_live_bytes")
-        if record.repeat == 0 and converting is not None and running is not None and converting > running:
-            lines.append(
-                f"{record.id}: converting takes {format_bytes(converting)} of live memory,"
-                f" more than running the original ({format_bytes(running)})"
-            )
+        if record.repeat or record.technique == REFERENCE or running is None:
+            continue
+        for doing, field in (("loading", "load_peak_live_bytes"), ("converting", "apply_peak_live_bytes")):
+            ratio = found.ratio(record.group, record.technique, field)
+            how = record.obtained.get(field, {})
+            # What the reference's way of loading takes, too, is no cost of the technique.
+            changed = ratio is None or abs(ratio - 1) > _DIFFERENT
+            taken = record.metrics.get(field) or 0
+            if changed and how.get("bound") != "at most" and taken > running + how.get("resolution_bytes", 0):
+                lines.append(
+                    f"{record.id}: {doing} takes {format_bytes(taken)} of live memory,"
+                    f" more than running the original ({format_bytes(running)})"
+                )
     return lines
 
 

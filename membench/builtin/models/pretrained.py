@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from membench.builtin.mapped import own_copy
 from membench.plugins import Context, Model
 
 if TYPE_CHECKING:
@@ -87,7 +89,7 @@ class Pretrained(Model):
         )  # fmt: skip
         for parameter in module.parameters():
             # transformers maps the file: the weights would be file pages in the reference and live memory elsewhere.
-            parameter.data = parameter.data.clone()
+            parameter.data = own_copy(parameter.data)
         return module
 
     def _config(self) -> Any:
@@ -114,19 +116,29 @@ class Pretrained(Model):
         return sum(parameter.numel() * 4 for parameter in self.skeleton().parameters())
 
     def encode(self, text: bytes) -> Sequence[int] | None:
-        return _encoded(str(self.folder()), self.trust_remote_code, text)
+        return _encoded(str(self.folder()), self.trust_remote_code, text)[0]
+
+    def token_ends(self, text: bytes) -> Sequence[int] | None:
+        return _encoded(str(self.folder()), self.trust_remote_code, text)[1]
 
 
 @functools.cache
-def _encoded(folder: str, trust_remote_code: bool, text: bytes) -> list[int] | None:
-    """Token ids by the tokenizer that came with the model; ``None`` if none did."""
+def _encoded(folder: str, trust_remote_code: bool, text: bytes) -> tuple[list[int] | None, list[int] | None]:
+    """Token ids by the tokenizer that came with the model, and the byte at which each ends.
+
+    ``None`` for both if no tokenizer came, and for the second if it does not know.
+    """
     if not any(Path(folder).glob("tokenizer*")):
-        return None
+        return None, None
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    ids: list[int] = tokenizer.encode(text.decode(errors="replace"), add_special_tokens=False)
-    return ids
+    characters = text.decode(errors="replace")
+    if not tokenizer.is_fast:
+        return tokenizer.encode(characters, add_special_tokens=False), None
+    encoded = tokenizer(characters, add_special_tokens=False, return_offsets_mapping=True)
+    byte_at = [0, *itertools.accumulate(len(character.encode()) for character in characters)]
+    return encoded["input_ids"], [byte_at[end] for _, end in encoded["offset_mapping"]]
 
 
 class _Shrunk(Pretrained):
@@ -146,4 +158,7 @@ class _Shrunk(Pretrained):
         return self._read(context.scratch / "shrunk").to(context.device)
 
     def encode(self, text: bytes) -> Sequence[int] | None:
+        return None
+
+    def token_ends(self, text: bytes) -> Sequence[int] | None:
         return None

@@ -16,6 +16,9 @@ class _QuantizedCache(Technique):
     group_size: int | None = Field(None, ge=2)
     residual_length: int = Field(0, ge=0)
 
+    def nominal_cache_bits(self) -> float | None:
+        return self.bits
+
     def check(self, setting: Setting) -> str | None:
         shape = setting.model.shape
         if shape is None:
@@ -46,12 +49,13 @@ class KvCacheInt8(_QuantizedCache):
 
     2 · layers · key-value heads · tokens · batch · (D + 2 · D / ``group_size``) bytes for heads of D numbers, a scale
     taking two; the newest ``residual_length`` tokens take D · 4 (or 2) bytes in its place. A group is a token's whole
-    head unless ``group_size`` says otherwise. It is the layout of llama.cpp's ``-ctk q8_0 -ctv q8_0``; a token is
+    head unless ``group_size`` says otherwise; with 32 it is what llama.cpp's ``-ctk q8_0 -ctv q8_0`` keeps. A token is
     rounded once, when it leaves the residual, where transformers' ``QuantizedCache`` (which has no 8 bits without hqq)
     rounds all of them again and again.
 
-    There is no kernel that reads integers: attention gets one layer's keys and values unpacked at a time, so decoding
-    takes that layer's share of an unquantized cache for a moment, and time. Also a prompt attends to rounded keys.
+    Scales are fp16: what is above 65,504 · 127 is lost. There is no kernel that reads integers: attention gets one
+    layer's keys and values unpacked at a time, so decoding takes that layer's share of an unquantized cache for a
+    moment, and time. Also a prompt attends to rounded keys.
     """
 
     bits = 8
@@ -61,9 +65,10 @@ class KvCacheInt4(_QuantizedCache):
     """The key-value cache as 4-bit integers, with a scale and a minimum for each token's head, two in a byte.
 
     s = (max - min) / 15, q = round((x - min) / s): 2 · layers · key-value heads · tokens · batch · (D / 2 + 4 · D /
-    ``group_size``) bytes for heads of D numbers, so heads of 128 take 4.25 bits a number and heads of 16 take 6. For
-    the rest see ``kv-cache-int8``. KIVI (Liu et al., 2024, arXiv:2402.02750) found that keys want a scale a channel
-    below 4 bits, and keeps the newest tokens unrounded: ``residual_length``.
+    ``group_size``) bytes for heads of D numbers, so heads of 128 take 4.25 bits a number and heads of 16 take 6. A
+    minimum beyond fp16's 65,504 is lost. KIVI (Liu et al., 2024, arXiv:2402.02750) found that keys want a scale a
+    channel below 4 bits, and keeps the newest tokens unrounded: ``residual_length``. For the rest see
+    ``kv-cache-int8``.
     """
 
     bits = 4

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
 from membench.builtin.techniques.precision import Bf16
 from membench.builtin.techniques.quantizer import LayerQuantizer, once
-from membench.plugins import Setting, Unsuitable
+from membench.plugins import Context, Setting, Unsuitable
 
 if TYPE_CHECKING:
     import torch
@@ -18,14 +18,18 @@ if TYPE_CHECKING:
     from membench.builtin.layers.packed import PackedWeight
 
 _DOUBLE_QUANTIZED = 256
-_AT_ONCE = 2**15
+_AT_ONCE = 2**18
+"""Weights that are converted at once, so that what is made of them meanwhile stays small."""
+_NF4_AT_ONCE = 2**14
 
 
 class RoundToNearest(LayerQuantizer):
     """The textbook: y = round(x / s) · s, integers of 2 to 8 bits packed without gaps, unpacked for each pass.
 
     s = max|x| / (2^(bits - 1) - 1), of the whole tensor, of each row ("channel") or of each group of ``group_size``
-    neighbours in a row, in the type that the weights had; so |y - x| ≤ s / 2. Krishnamoorthi, 2018 (arXiv:1806.08342).
+    neighbours in a row. Krishnamoorthi, 2018 (arXiv:1806.08342). Scales have the type that the weights had: in fp32
+    |y - x| ≤ s / 2; in bf16, of 8 bits of precision, y is itself rounded and may be 0.65 s off; in fp16 scales below
+    6e-5 lose precision.
 
     ``embeddings`` and ``head`` take in what is else left alone. There is no kernel for packed integers: a layer's
     weight is unpacked whole for each pass, which costs time and, for that moment, memory.
@@ -99,6 +103,8 @@ class _Torchao(LayerQuantizer):
     """A layer's weight becomes a tensor of torchao's."""
 
     imports: ClassVar[tuple[str, ...]] = ("torch", "torchao.quantization")
+    rows_apart: ClassVar[bool] = True
+    """Whether rows of a weight are quantized each by itself: then some are converted at a time."""
 
     def config(self, weight: torch.Tensor) -> Any:
         """torchao's configuration for a weight.
@@ -109,16 +115,44 @@ class _Torchao(LayerQuantizer):
         raise NotImplementedError
 
     def quantized(self, name: str, layer: nn.Linear | nn.Embedding) -> nn.Module:
-        from torchao.quantization import quantize_
-
-        def make() -> torch.Tensor:
-            quantize_(layer, self.config(layer.weight), filter_fn=lambda *_: True)
-            if not hasattr(layer.weight.data, "__tensor_flatten__"):
-                raise Unsuitable(f"torchao leaves '{name}' of {tuple(layer.weight.shape)} as it is")
-            return layer.weight
-
-        layer.weight = once(layer.weight, make)
+        layer.weight = once(layer.weight, lambda: self._converted(name, layer.weight))
         return layer
+
+    def _converted(self, name: str, weight: torch.Tensor) -> nn.Parameter:
+        """torchao's tensor for a weight; beside it and the weight there are never more than some rows."""
+        from torch import nn
+
+        config = self.config(weight)
+        if not self.rows_apart:
+            return _by_torchao(name, weight.data, config)
+        runs = weight.data.split(max(1, _AT_ONCE // weight.shape[1]))
+        first: Any = _by_torchao(name, runs[0], config).data
+        inner, kind = first.__tensor_flatten__()
+        whole = {key: getattr(first, key).new_empty(len(weight), *getattr(first, key).shape[1:]) for key in inner}
+        row = 0
+        for run in runs:
+            some: Any = first if row == 0 else _by_torchao(name, run, config).data
+            for key, tensor in whole.items():
+                tensor[row : row + len(run)] = getattr(some, key)
+            row += len(run)
+        self.mend(whole)
+        made = type(first).__tensor_unflatten__(whole, kind, weight.shape, weight.stride())
+        return nn.Parameter(made, requires_grad=False)
+
+    def mend(self, inner: dict[str, torch.Tensor]) -> None:
+        """Put right, in place, what torchao makes of a weight: its plain tensors by their names."""
+
+
+def _by_torchao(name: str, weight: torch.Tensor, config: Any) -> nn.Parameter:
+    from torch import nn
+    from torchao.quantization import quantize_
+
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    quantize_(layer, config, filter_fn=lambda *_: True)
+    if not hasattr(layer.weight.data, "__tensor_flatten__"):
+        raise Unsuitable(f"torchao leaves '{name}' of {tuple(weight.shape)} as it is")
+    return layer.weight
 
 
 class Int8WeightOnly(_Torchao):
@@ -174,6 +208,7 @@ class Int4WeightOnly(_Torchao):
 
     imports = ("torch", "torchao.quantization", "torchao.prototype.quantization.int4")
     kind = "int4"
+    rows_apart = False  # both kernels' layouts interleave them
     no_embeddings = "torchao cannot look up rows of 4-bit weights"
     no_gradients = "torchao's int4 kernels have no derivative"
     group_size: Literal[32, 64, 128, 256] = 32
@@ -234,6 +269,14 @@ class Fp8WeightOnly(_Torchao):
 
         return Float8WeightOnlyConfig(set_inductor_config=False)
 
+    def mend(self, inner: dict[str, torch.Tensor]) -> None:
+        import torch
+
+        # torchao's scale of a row of zeros is 0, and the row is divided by it.
+        empty = inner["scale"] == 0
+        inner["scale"][empty] = 1
+        inner["qdata"].view(torch.uint8)[empty.squeeze(-1)] = 0
+
 
 class Fp8Dynamic(_Torchao):
     """Linear weights and, as they come, inputs as 8-bit floats (e4m3) with a scale a tensor (torchao); GPUs only.
@@ -243,6 +286,7 @@ class Fp8Dynamic(_Torchao):
 
     devices: ClassVar[tuple[str, ...]] = ("cuda",)
     kind = "fp8"
+    rows_apart = False
     no_gradients = "no gradient passes through inputs rounded to fp8"
 
     def refuse(self, setting: Setting) -> str | None:
@@ -269,7 +313,7 @@ class Nf4(LayerQuantizer):
     Each block of ``block_size`` weights is divided by its largest; these largest are kept as int8, with a scale for
     256 of them, or for the largest power of two below that divides their number. Dettmers et al., 2023
     (arXiv:2305.14314). About 4 + 8 / ``block_size`` bits a weight. It is unpacked for each pass, slowly on a CPU.
-    torchao takes some 130 bytes a weight to find the nearest levels of a million at once; here it takes 32,768 at once.
+    torchao takes some 130 bytes a weight to find the nearest levels of a million at once; here it takes 16,384 at once.
     """
 
     imports = ("torch", "torchao.quantization")
@@ -290,6 +334,9 @@ class Nf4(LayerQuantizer):
     def nominal_bits(self) -> float | None:
         return 4
 
+    def for_rehearsal(self, context: Context) -> Self:
+        return self.model_copy(update={"block_size": 64}) if context.rehearsal else self
+
     def quantized(self, name: str, layer: nn.Linear | nn.Embedding) -> nn.Module:
         from torch import nn
         from torchao.quantization.quantize_.workflows.nf4 import nf4_tensor
@@ -298,7 +345,7 @@ class Nf4(LayerQuantizer):
         if weight.numel() % self.block_size:
             raise Unsuitable(f"block_size = {self.block_size} does not divide the {weight.numel()} weights of '{name}'")
         scales_share = math.gcd(weight.numel() // self.block_size, _DOUBLE_QUANTIZED)
-        nf4_tensor.CHUNK_SIZE = _AT_ONCE
+        nf4_tensor.CHUNK_SIZE = _NF4_AT_ONCE
         converted = nf4_tensor.to_nf4(weight.data, self.block_size, scales_share)
         layer.weight = nn.Parameter(converted, requires_grad=False)
         return layer

@@ -33,6 +33,9 @@ class Generate(Workload):
     def decoded_tokens_per_step(self) -> int | None:
         return self.batch_size * (self.new_tokens - 1)  # the first comes out of the prefill
 
+    def cached_tokens(self) -> int | None:
+        return self.batch_size * (self.longest_sequence() - 1)  # nobody reads what follows the last
+
     def logits(
         self, module: nn.Module, ids: torch.Tensor, techniques: Sequence[Technique], context: Context
     ) -> torch.Tensor:
