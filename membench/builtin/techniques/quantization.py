@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from membench.builtin.layers.packed import PackedWeight
 
 _DOUBLE_QUANTIZED = 256
-_AT_ONCE = 2**18
+_AT_ONCE = 2**16
 """Weights that are converted at once, so that what is made of them meanwhile stays small."""
 _NF4_AT_ONCE = 2**14
 
