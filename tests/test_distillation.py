@@ -373,4 +373,4 @@ def test_distilling_costs_teacher_student_gradients_and_states_at_once(records: 
 
 
 def test_a_students_share_of_the_weights_is_no_missed_saving(records: dict[str, Record]) -> None:
-    assert not [note for record in records.values() for note in record.notes]
+    assert not [note for record in records.values() for note in record.notes if "nominal" in note]
