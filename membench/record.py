@@ -33,7 +33,8 @@ class Metric:
 
     ``name`` is how suites and people write it, ``field`` its key in ``Record.metrics``, ending in the unit;
     ``better`` says which direction is a gain; ``in_table`` whether the comparison shows it: always, or only where it
-    decides; ``has_ratio`` whether a ratio to the reference has a meaning.
+    decides; ``has_ratio`` whether a ratio to the reference has a meaning; ``same_within`` how near to one a ratio is
+    neither a gain nor a loss, because runs of the same case differ by as much.
     """
 
     name: str
@@ -44,7 +45,12 @@ class Metric:
     meaning: str
     in_table: bool | Literal["where it decides"] = False
     has_ratio: bool = True
+    same_within: float = 0.005
 
+
+_TIMES_DIFFER = 0.05
+_FOOTPRINTS_DIFFER = 0.05
+"""The default allocator keeps more or less of what was freed, as it happens."""
 
 METRICS: tuple[Metric, ...] = (
     Metric(
@@ -74,6 +80,7 @@ METRICS: tuple[Metric, ...] = (
         format_bytes,
         "most memory taken from the machine while steps ran under the default allocator",
         in_table=True,
+        same_within=_FOOTPRINTS_DIFFER,
     ),
     Metric(
         "held_footprint",
@@ -161,7 +168,16 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("apply_time", "apply_s", "apply time", "lower", format_seconds, "duration of converting the model"),
     Metric("disk", "disk_bytes", "disk", "lower", format_bytes, "the saved checkpoint", in_table=True),
-    Metric("time", "step_median_s", "time", "lower", format_seconds, "median duration of a step", in_table=True),
+    Metric(
+        "time",
+        "step_median_s",
+        "time",
+        "lower",
+        format_seconds,
+        "median duration of a step",
+        in_table=True,
+        same_within=_TIMES_DIFFER,
+    ),
     Metric("time_p95", "step_p95_s", "time p95", "lower", format_seconds, "95th percentile of the steps' durations"),
     Metric(
         "time_spread",
@@ -179,6 +195,7 @@ METRICS: tuple[Metric, ...] = (
         format_number,
         "tokens of a step over its median duration",
         in_table=True,
+        same_within=_TIMES_DIFFER,
     ),
     Metric(
         "first_token",
@@ -188,6 +205,7 @@ METRICS: tuple[Metric, ...] = (
         format_seconds,
         "prefill, until the first new token is known",
         in_table=True,
+        same_within=_TIMES_DIFFER,
     ),
     Metric(
         "decode_tokens_per_s",
@@ -197,6 +215,7 @@ METRICS: tuple[Metric, ...] = (
         format_number,
         "new tokens after the first, over the time they took",
         in_table=True,
+        same_within=_TIMES_DIFFER,
     ),
     Metric(
         "prefill_peak_live", "prefill_peak_live_bytes", "prefill peak", "lower", format_bytes, "live peak of prefill"

@@ -14,6 +14,7 @@ from membench.report import text
 
 _ROOT = Path(__file__).parent.parent
 _README = (_ROOT / "README.md").read_text()
+_KEPT = sorted((_ROOT / "results").glob("*@*.jsonl"))
 
 
 @pytest.mark.parametrize("block", re.findall(r"```toml\n(.*?)```", _README, re.DOTALL))
@@ -22,9 +23,22 @@ def test_every_suite_in_it_can_be_read(block: str, suite_file: Path) -> None:
     assert membench.load_suite(suite_file).cases
 
 
-def test_its_table_is_that_of_the_kept_run() -> None:
-    (kept,) = (_ROOT / "results").glob("quickstart@*.jsonl")
-    assert text.comparison(membench.read_run(kept).records, "github") in _README
+def _text_with(kept: Path) -> str:
+    """Where a kept run's table stands: the quickstart's in the README, all others beside the runs."""
+    return _README if kept.name.startswith("quickstart@") else (_ROOT / "results" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kept", _KEPT, ids=lambda path: path.name)
+def test_tables_and_what_is_said_below_them_are_those_of_the_kept_runs(kept: Path) -> None:
+    records, written = membench.read_run(kept).records, _text_with(kept)
+    assert text.comparison(records, "github") in written
+    assert "\n".join([*text.remarks(records), *text.verdicts(records)]) in written
+
+
+@pytest.mark.parametrize("kept", _KEPT, ids=lambda path: path.name)
+def test_a_kept_run_is_one_of_the_suite_as_it_is(kept: Path) -> None:
+    suite = membench.load_suite(kept.name.partition("@")[0])
+    assert [record.id for record in membench.read_run(kept).records] == [case.id for case in suite.cases]
 
 
 def test_it_explains_every_column_of_the_table() -> None:

@@ -153,6 +153,16 @@ def test_a_verdict_names_what_was_saved_and_what_it_cost(elsewhere_s: float, lin
     assert text.verdicts(records) == [line]
 
 
+def test_a_verdict_passes_over_what_two_runs_of_a_case_may_differ_by() -> None:
+    def coarse(technique: str, peak_mib: float, time_s: float) -> Record:
+        record = _record(technique, weights_bytes=64, peak_live_bytes=peak_mib * MIB, step_median_s=time_s)
+        return dataclasses.replace(record, obtained={"peak_live_bytes": {"resolution_bytes": MIB // 4}})
+
+    none = coarse("none", 2.0, 1.0)
+    assert text.verdicts([none, coarse("a", 1.6, 0.96)]) == ["a: saved nothing; cost nothing"]
+    assert text.verdicts([none, coarse("a", 1.4, 0.94)]) == ["a: saved live peak ×0.70, time ×0.940; cost nothing"]
+
+
 @pytest.mark.parametrize(
     ("lost", "error", "line"),
     [

@@ -21,9 +21,6 @@ _SHOWN = tuple(metric for metric in METRICS if metric.in_table)
 # From here on a technique has changed a metric that is shown "where it decides".
 _DIFFERENT = 0.05
 
-# A ratio that is nearer to one than this is neither a gain nor a loss.
-_SAME = 0.005
-
 # A loss of quality of fewer standard errors than this is none that can be told from chance.
 _CERTAIN = 2
 
@@ -348,6 +345,16 @@ def remarks(records: Sequence[Record]) -> list[str]:
     return lines
 
 
+def _is_within_resolution(found: Comparison, group: Group, technique: str, metric: Metric) -> bool:
+    """Whether a figure is no further from the reference's than either may be off."""
+    values = [found.value(group, name, metric.field) for name in (technique, REFERENCE)]
+    off = [
+        found.repeats(group, name)[0].obtained.get(metric.field, {}).get("resolution_bytes", 0)
+        for name in (technique, REFERENCE)
+    ]
+    return None not in values and abs((values[0] or 0) - (values[1] or 0)) < sum(off)
+
+
 def _kind(gains: Sequence[bool]) -> str:
     return "saved" if all(gains) else "mixed" if any(gains) else "cost"
 
@@ -362,10 +369,11 @@ def verdicts(records: Sequence[Record]) -> list[str]:
         for technique in found.techniques(group):
             if technique == REFERENCE:
                 continue
+            ratios.setdefault(technique, {})
             for metric in shown_here:
                 ratio = found.ratio(group, technique, metric.field)
-                if ratio is not None:
-                    ratios.setdefault(technique, {}).setdefault(metric.name, []).append(ratio)
+                if ratio is not None and not _is_within_resolution(found, group, technique, metric):
+                    ratios[technique].setdefault(metric.name, []).append(ratio)
             loss = found.value(group, technique, "lost_bits_per_byte")
             if loss is not None:
                 error = found.value(group, technique, "lost_bits_per_byte_standard_error") or 0
@@ -375,7 +383,8 @@ def verdicts(records: Sequence[Record]) -> list[str]:
         said: dict[str, list[str]] = {"saved": [], "cost": [], "mixed": []}
         for metric in _SHOWN:
             values = of_metric.get(metric.name, [])
-            gains = [value < 1 if metric.better == "lower" else value > 1 for value in values if abs(value - 1) > _SAME]
+            told = [value for value in values if abs(value - 1) > metric.same_within]
+            gains = [value < 1 if metric.better == "lower" else value > 1 for value in told]
             if gains:
                 shown = " to ".join(dict.fromkeys((format_ratio(min(values)), format_ratio(max(values)))))
                 said[_kind(gains)].append(f"{metric.title} {shown}")
