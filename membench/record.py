@@ -32,9 +32,10 @@ class Metric:
     """One figure of a case.
 
     ``name`` is how suites and people write it, ``field`` its key in ``Record.metrics``, ending in the unit;
-    ``better`` says which direction is a gain; ``in_table`` whether the comparison shows it: always, or only where it
-    decides; ``has_ratio`` whether a ratio to the reference has a meaning; ``same_within`` how near to one a ratio is
-    neither a gain nor a loss, because runs of the same case differ by as much.
+    ``better`` says which direction is a gain; ``in_table`` whether the comparison shows it: always, only where a
+    technique changes it, or only where it decides what memory is needed, too; ``has_ratio`` whether a ratio to the
+    reference has a meaning; ``same_within`` how near to one a ratio is neither a gain nor a loss, because runs of the
+    same case differ by as much.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Metric:
     better: Literal["lower", "higher"]
     format: Callable[[Any], str]
     meaning: str
-    in_table: bool | Literal["where it decides"] = False
+    in_table: bool | Literal["where it decides", "where it changes"] = False
     has_ratio: bool = True
     same_within: float = 0.005
 
@@ -140,6 +141,7 @@ METRICS: tuple[Metric, ...] = (
         "lower",
         format_bytes,
         "parameters that the optimizer trains",
+        in_table="where it changes",
     ),
     Metric(
         "frozen_weights",
@@ -156,8 +158,17 @@ METRICS: tuple[Metric, ...] = (
         "lower",
         format_bytes,
         "what the optimizer keeps between steps",
+        in_table="where it changes",
     ),
-    Metric("cache", "cache_bytes", "cache", "lower", format_bytes, "key-value cache at the end of a generation"),
+    Metric(
+        "cache",
+        "cache_bytes",
+        "cache",
+        "lower",
+        format_bytes,
+        "key-value cache at the end of a generation",
+        in_table="where it changes",
+    ),
     Metric(
         "activations",
         "activations_bytes",
@@ -165,6 +176,7 @@ METRICS: tuple[Metric, ...] = (
         "lower",
         format_bytes,
         "what autograd keeps for the backward pass at the highest moment of a step",
+        in_table="where it changes",
     ),
     Metric("apply_time", "apply_s", "apply time", "lower", format_seconds, "duration of converting the model"),
     Metric("disk", "disk_bytes", "disk", "lower", format_bytes, "the saved checkpoint", in_table=True),

@@ -181,6 +181,13 @@ def test_a_verdict_names_what_quality_was_lost_or_gained_beyond_chance(
     assert text.verdicts(records) == [f"half: {line}"]
 
 
+def test_what_an_optimizer_keeps_is_shown_where_a_technique_changes_it() -> None:
+    none, half = (_record(name, optimizer_state_bytes=size * MIB) for name, size in (("none", 100), ("half", 50)))
+    assert "50.00 MiB ×0.50" in text.comparison([none, half])
+    same = _record("same", optimizer_state_bytes=102 * MIB)
+    assert "optimizer state" not in text.comparison([none, same])
+
+
 def test_a_bound_says_which_and_a_negative_difference_is_not_approximate() -> None:
     none = _record("none", peak_live_bytes=100 * MIB)
     mapped = dataclasses.replace(

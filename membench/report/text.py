@@ -18,7 +18,7 @@ from membench.units import format_bytes, format_ratio, format_seconds
 
 _SHOWN = tuple(metric for metric in METRICS if metric.in_table)
 
-# From here on a technique has changed a metric that is shown "where it decides".
+# From here on a technique has changed a metric that is not always shown.
 _DIFFERENT = 0.05
 
 # A loss of quality of fewer standard errors than this is none that can be told from chance.
@@ -48,18 +48,21 @@ def comparison(records: Sequence[Record], form: str = "simple", width: int | Non
 
 
 def _is_shown(found: Comparison, group: Group, metric: Metric) -> bool:
-    """Whether a metric has a column: one of loading and converting has where it decides what memory is needed.
+    """Whether a metric has a column: always if it is known, or where a technique changes it.
 
-    That is where a technique changes it, and it is above what running takes then.
+    One of loading and converting has to be above what running takes, too: there it decides what memory is needed.
     """
     if metric.in_table is True:
         return _is_known(found, group, metric)
     techniques = [technique for technique in found.techniques(group) if not _is_coarse(found, group, technique, metric)]
     ratios = [found.ratio(group, technique, metric.field) for technique in techniques]
-    differs = any(ratio is not None and abs(ratio - 1) > _DIFFERENT for ratio in ratios)
-    return differs and any(
-        (found.value(group, technique, metric.field) or 0) > (found.value(group, technique, "peak_live_bytes") or 0)
-        for technique in techniques
+    changes = any(ratio is not None and abs(ratio - 1) > _DIFFERENT for ratio in ratios)
+    return changes and (
+        metric.in_table == "where it changes"
+        or any(
+            (found.value(group, technique, metric.field) or 0) > (found.value(group, technique, "peak_live_bytes") or 0)
+            for technique in techniques
+        )
     )
 
 
