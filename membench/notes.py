@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from membench.plugins import Technique
 
 _WORTH_A_NOTE = 0.2
+_NOT_MADE = "of states not yet made"
 _SCALES_OF_A_CACHE = ("scale", "lowest")
 _ADAMW_BYTES = 8
 """Two moments in fp32: what the states' nominal factor is against."""
@@ -69,7 +70,7 @@ def on_states(
             name: value for name, value in kept.items() if hasattr(value, "untyped_storage") and value.numel() > 1
         }
         if not tensors:
-            _add(causes, "of states not yet made", int(stated[-1] * parameter.numel()))
+            _add(causes, _NOT_MADE, int(stated[-1] * parameter.numel()))
         for name, tensor in tensors.items():
             for inner, plain in _named_plain(name, tensor):
                 storage = plain.untyped_storage()
@@ -130,12 +131,13 @@ def _add(causes: dict[str, int], cause: str, size: int) -> None:
 
 
 def _note(what: str, measured: float, nominal: float, causes: Mapping[str, int]) -> str:
-    stated = f"{what} are {format_ratio(measured)} where {format_ratio(nominal)} is the nominal factor"
+    """What is said of a factor that is not the nominal one; only missing states explain one that is smaller."""
     if measured < nominal:
-        return f"{stated}: more was saved"
+        causes = {cause: size for cause, size in causes.items() if cause == _NOT_MADE}
     largest_first = sorted(causes.items(), key=lambda cause: -cause[1])
-    named = ", ".join(f"{format_bytes(size)} {cause}" for cause, size in largest_first if size) or "no cause was found"
-    return f"{stated}: {named}"
+    unnamed = "more was saved" if measured < nominal else "no cause was found"
+    named = ", ".join(f"{format_bytes(size)} {cause}" for cause, size in largest_first if size) or unnamed
+    return f"{what} are {format_ratio(measured)} where {format_ratio(nominal)} is the nominal factor: {named}"
 
 
 def _causes(module: nn.Module, bits: float, adapted: bool, pruned: bool) -> dict[str, int]:
