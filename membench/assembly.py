@@ -102,9 +102,11 @@ class Assembly:
     def apply(self, module: nn.Module) -> nn.Module:
         """Phase ``apply``; members that change nothing in the module are kept in ``context.idle``."""
         for technique in self.applied:
+            if type(technique).apply is plugins.Technique.apply:
+                continue
             before = fingerprint(module)
             module = technique.apply(module, self.context)
-            if type(technique).apply is not plugins.Technique.apply and fingerprint(module) == before:
+            if fingerprint(module) == before:
                 self.context.idle.append(technique)
         return module
 

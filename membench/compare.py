@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from membench.record import METRIC_OF_FIELD, REFERENCE, Record
 
@@ -12,6 +13,12 @@ Group = tuple[str, str, str]
 
 _OF_THE_REFERENCE = {"lost_bits_per_byte": 0.0, "kl_nats": 0.0, "top1_agreement_percent": 100.0}
 """How far the reference is from itself: it has no such figure."""
+
+_CERTAIN = 2
+"""Standard errors below which a loss cannot be told from chance."""
+
+_NO_DIVERGENCE = 1e-6
+"""Of logits in fp32 that are the same but for the order of additions."""
 
 
 class Comparison:
@@ -52,7 +59,9 @@ class Comparison:
     def difference(self, group: Group, technique: str, field: str, base: str = REFERENCE) -> float | None:
         """A metric less that of another case."""
         value, of = (
-            _OF_THE_REFERENCE.get(field) if name == REFERENCE else self.value(group, name, field)
+            _OF_THE_REFERENCE[field]
+            if name == REFERENCE and field in _OF_THE_REFERENCE
+            else self.value(group, name, field)
             for name in (technique, base)
         )
         return None if value is None or of is None else value - of
@@ -66,27 +75,43 @@ class Comparison:
         return whole / math.prod(ratio for ratio in alone if ratio is not None)
 
     def front(self, group: Group) -> set[str]:
-        """The techniques that no other one beats or equals in live memory, time and quality at once, and beats in one.
+        """The techniques that no other one beats: is as good as in live memory, time and quality, and better in one.
 
-        Quality is the loss in bits per byte where the model is trained, else the divergence from the reference.
+        Quality is the loss in bits per byte where the model is trained, else the divergence from the reference. As good
+        is what runs of the same case may differ by: a share of the metric's own, a figure's resolution, two standard
+        errors of a loss.
         """
         lost = "lost_bits_per_byte"
         quality = lost if any(self.value(group, t, lost) is not None for t in self.techniques(group)) else "kl_nats"
-        scores: dict[str, tuple[float, ...]] = {}
+        scores: dict[str, tuple[_Score, ...]] = {}
         for technique in self.techniques(group):
             if any(record.status != "ok" for record in self.repeats(group, technique)):
                 continue
-            values = [self.value(group, technique, field) for field in ("peak_live_bytes", "step_median_s")]
-            loss = self.value(group, technique, quality)
-            values.append(0.0 if loss is None and technique == REFERENCE else loss)
-            known = tuple(value for value in values if value is not None)
-            if len(known) == len(values):
+            found = [self._score(group, technique, field) for field in ("peak_live_bytes", "step_median_s", quality)]
+            known = tuple(score for score in found if score is not None)
+            if len(known) == len(found):
                 scores[technique] = known
         return {
             technique
             for technique, score in scores.items()
             if not any(_beats(other, score) for name, other in scores.items() if name != technique)
         }
+
+    def _score(self, group: Group, technique: str, field: str) -> _Score | None:
+        """A figure of which less is better, and how much of a difference to it is none."""
+        if field in _OF_THE_REFERENCE:
+            value = self.difference(group, technique, field)
+            error = self.value(group, technique, f"{field}_standard_error") or 0.0
+            return None if value is None else _Score(value, _NO_DIVERGENCE if field == "kl_nats" else _CERTAIN * error)
+        value = self.value(group, technique, field)
+        resolution = self.repeats(group, technique)[0].obtained.get(field, {}).get("resolution_bytes", 0)
+        return None if value is None else _Score(value, max(METRIC_OF_FIELD[field].same_within * value, resolution))
+
+
+class _Score(NamedTuple):
+    value: float
+    off: float
+    """How far two such figures may be apart and still be the same."""
 
 
 def prefixes(stack: str) -> list[str]:
@@ -105,5 +130,10 @@ def with_compared(records: Sequence[Record], kept: Sequence[Record]) -> tuple[Re
     return tuple(record for record in records if (record.group, record.technique) in wanted)
 
 
-def _beats(first: tuple[float, ...], second: tuple[float, ...]) -> bool:
-    return first != second and all(a <= b for a, b in zip(first, second, strict=True))
+def _beats(first: tuple[_Score, ...], second: tuple[_Score, ...]) -> bool:
+    """Whether the first is nowhere worse than the second, and somewhere better, by more than either may be off."""
+    ahead = [b.value - a.value for a, b in zip(first, second, strict=True)]
+    off = [max(a.off, b.off) for a, b in zip(first, second, strict=True)]
+    return all(by >= -tolerance for by, tolerance in zip(ahead, off, strict=True)) and any(
+        by > tolerance for by, tolerance in zip(ahead, off, strict=True)
+    )

@@ -174,7 +174,7 @@ def _live(
         found.miss(name, "the C library's malloc cannot be pinned: only glibc's can")
         return
     how = _with_children(phase, phase["peak_live_bytes"], "family_anonymous_bytes", baseline["anonymous_bytes"])
-    at_least = phase["peak_live_at_least_bytes"] - _passing_file_pages(phase, baseline["file_bytes"])
+    at_least = max(0, phase["peak_live_at_least_bytes"] - _passing_file_pages(phase, baseline["file_bytes"]))
     if not how["children"] and phase["peak_live_bytes"] - at_least > _WIDE_BRACKET * max(phase["peak_live_bytes"], 1):
         how |= {"bound": "at most", "at_least_bytes": at_least}
     found.know(name, source="kernel's peak (VmHWM) less file pages, under the pinned allocator",
@@ -182,10 +182,9 @@ def _live(
 
 
 def _passing_file_pages(phase: Mapping[str, Any], baseline_bytes: int) -> int:
-    """File pages that came and went within a phase, as far as samples saw them: its two ends know nothing of them."""
-    seen = phase.get("file_peak_bytes")
-    at_ends = [phase[end] for end in ("file_start_bytes", "file_end_bytes") if end in phase]
-    return 0 if seen is None or not at_ends else max(0, seen - baseline_bytes - max(at_ends))
+    """File pages that came and went between the looks of a phase, as far as samples saw them."""
+    seen, looked_at = phase.get("file_peak_bytes"), phase.get("file_most_bytes")
+    return 0 if seen is None or looked_at is None else max(0, seen - baseline_bytes - looked_at)
 
 
 def _held(found: Figures, run: Mapping[str, Any], on_gpu: bool, pinned: bool) -> None:

@@ -137,6 +137,7 @@ class Meter:
         peaks = {
             "peak_live_bytes": max(end.peak_bytes - fewest, lowest) - base.anonymous_bytes,
             "peak_live_at_least_bytes": lowest - base.anonymous_bytes,
+            "file_most_bytes": most - base.file_bytes,
             "peak_footprint_bytes": max(end.peak_bytes, start.total_bytes, end.total_bytes) - base.total_bytes,
         }
         self._highest = {key: max(value, self._highest.get(key, value)) for key, value in peaks.items()}

@@ -32,6 +32,17 @@ def resident(pid: int | str = "self") -> Resident:
     return Resident(found["RssAnon"], found["RssFile"] + found["RssShmem"], found["VmHWM"])
 
 
+def file_mappings() -> list[tuple[int, int]]:
+    """Ranges of this process's addresses that are pages of files: (first, one after the last)."""
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        where, _, _, _, inode, *_ = line.split(maxsplit=5)
+        if inode != "0":
+            first, last = where.split("-")
+            found.append((int(first, 16), int(last, 16)))
+    return found
+
+
 def reset_peak(pid: int | str = "self") -> None:
     """Set the kernel's peak back to what is resident now."""
     Path(f"/proc/{pid}/clear_refs").write_text("5")

@@ -109,7 +109,7 @@ def evaluate(
             elif logits_kept is not None:
                 theirs = torch.tensor(logits_kept[rows], device=context.device).log_softmax(-1)
                 reference_nats.append(-theirs.gather(1, ids[1:, None]).sum().item())
-                divergence += (theirs.exp() * (theirs - own)).sum().item()
+                divergence += (theirs.exp() * (theirs - own)).sum(dtype=torch.float64).item()
                 agreed += int((theirs.argmax(-1) == own.argmax(-1)).sum())
     if is_reference:
         logits_kept.flush()
@@ -124,11 +124,15 @@ def evaluate(
     if reference_nats:
         found |= {
             "reference_nats": reference_nats,
-            "kl_nats": divergence / count,
+            "kl_nats": _not_negative(divergence / count),  # which rounding of fp32 logarithms can make it
             # The largest of logits that are no numbers is the first, which the reference may happen to predict.
             "top1_agreement_percent": agreed / count * 100 if math.isfinite(divergence) else math.nan,
         }
     return {key: _finite(value) for key, value in found.items()}
+
+
+def _not_negative(value: float) -> float:
+    return value if math.isnan(value) else max(0.0, value)
 
 
 def _finite(value: Any) -> Any:

@@ -85,7 +85,7 @@ def format_percent_of_all(percent: float) -> str:
 
 def format_difference(difference: float) -> str:
     """A signed difference to four decimals: '+0.0012'."""
-    return f"{difference:+.4f}"
+    return f"{round(difference, 4) + 0.0:+.4f}"  # no negative zero
 
 
 def format_divergence(nats: float) -> str:

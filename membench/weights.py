@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from membench import procfs
 
 if TYPE_CHECKING:
     import torch
@@ -77,27 +79,45 @@ def fingerprint(module: nn.Module) -> list[tuple[object, ...]]:
     tensors = [*module.named_parameters(), *module.named_buffers()]
     modules = list(module.named_modules())
     configurations = {id(child.config): child.config for _, child in modules if hasattr(child, "config")}
+    lent = procfs.file_mappings()
     return [
         *((name, type(child), _settings(child)) for name, child in modules),
         *(("", type(configuration), _settings(configuration)) for configuration in configurations.values()),
-        *((name, type(t), t.dtype, tuple(t.shape), t.requires_grad, t._version, _contents(t)) for name, t in tensors),
+        *(
+            (name, type(t), t.dtype, tuple(t.shape), t.requires_grad, t._version, _contents(t, lent))
+            for name, t in tensors
+        ),
     ]
 
 
-_SAMPLED = 256
+_SAMPLED = 4096
+_STRIDE = 2_654_435_761  # a prime: it goes through all rows and columns
 
 
-def _contents(tensor: torch.Tensor) -> tuple[object, ...]:
-    """Where a tensor's data lie and some values of it: what is written to ``.data`` raises no version."""
+def _contents(tensor: torch.Tensor, lent: Sequence[tuple[int, int]]) -> tuple[object, ...]:
+    """Where a tensor's data lie and some values of it: what is written to ``.data`` raises no version.
+
+    Args:
+        lent: ranges of addresses that files lend. What lies there is not read: that would bring its pages in.
+    """
+    import numpy
     import torch
 
     found: list[object] = []
     for plain in plain_tensors(tensor.data):
-        if plain.device.type == "meta" or plain.layout is not torch.strided or not plain.numel():
+        if plain.device.type == "meta" or plain.layout is not torch.strided or plain.is_quantized or not plain.numel():
             continue
-        flat = plain.as_strided((plain.untyped_storage().nbytes() // plain.element_size(),), (1,), 0)
-        sample = flat[:: max(1, len(flat) // _SAMPLED)]
-        found.append((plain.data_ptr(), sample.contiguous().cpu().view(torch.uint8).numpy().tobytes()))
+        address = plain.data_ptr()
+        found.append(address)
+        if not any(first <= address < last for first, last in lent):
+            count = plain.untyped_storage().nbytes() // plain.element_size()
+            flat = plain.as_strided((count,), (1,), 0).view(torch.uint8).view(count, plain.element_size())
+            places = numpy.arange(min(_SAMPLED, count)) * _STRIDE % count
+            # By numpy on a CPU: torch would want its threads, which a process that prepares a case does not have.
+            sample = (
+                flat.numpy()[places] if plain.device.type == "cpu" else flat[torch.from_numpy(places)].cpu().numpy()
+            )
+            found.append(sample.tobytes())
     return tuple(found)
 
 

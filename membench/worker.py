@@ -116,6 +116,8 @@ class _Work:
             _announce_gpu(self._meter, device)
         converted = any(technique.applies_rest for technique in case.techniques)
         plain_bytes = case.plain_weight_bytes() if converted else None
+        if case.context.diverged:
+            self.diverged = Diverged(None, case.context.diverged[0])  # in the process that prepared the case
         self._meter.set_baseline()
         torch.manual_seed(self._settings["seed"])
         return plain_bytes
@@ -131,7 +133,7 @@ class _Work:
         with self._meter.phase("apply", "pinned"):
             module = self.case.apply(module)
         self._result["remarks"] += self.case.remarks_on_idle()
-        if self.case.context.diverged:
+        if self.case.context.diverged and self.diverged is None:
             self.diverged = Diverged(self._meter.current_phase, self.case.context.diverged[0])
         module.train(self.case.workload.trains)
         return module
@@ -187,6 +189,8 @@ class _Work:
         case, tokens, shape = self.case, self.case.workload.cached_tokens(), self.case.model.shape
         if tokens is None or shape is None or "cache" not in case.context.inventory:
             return []
+        if any(technique.nominal_share() != 1 for technique in case.techniques):
+            return []  # another shape has another cache
         plain_bytes = 4 * 2 * shape.layers * shape.key_value_heads * (shape.width // shape.heads) * tokens
         return notes.on_cache(case.context.inventory["cache"](), plain_bytes, case.techniques)
 

@@ -159,8 +159,52 @@ def test_a_verdict_passes_over_what_two_runs_of_a_case_may_differ_by() -> None:
         return dataclasses.replace(record, obtained={"peak_live_bytes": {"resolution_bytes": MIB // 4}})
 
     none = coarse("none", 2.0, 1.0)
-    assert text.verdicts([none, coarse("a", 1.6, 0.96)]) == ["a: saved nothing; cost nothing"]
-    assert text.verdicts([none, coarse("a", 1.4, 0.94)]) == ["a: saved live peak ×0.70, time ×0.940; cost nothing"]
+    assert text.verdicts([none, coarse("a", 1.6, 0.86)]) == ["a: saved nothing; cost nothing"]
+    assert text.verdicts([none, coarse("a", 1.4, 0.84)]) == ["a: saved live peak ×0.70, time ×0.84; cost nothing"]
+
+
+@pytest.mark.parametrize(("mib", "bound"), [(150, "at most"), (50, "at least")])
+def test_a_verdict_draws_nothing_from_a_bound_on_the_wrong_side(mib: int, bound: str) -> None:
+    none = _record("none", weights_bytes=64, peak_live_bytes=100 * MIB)
+    other = _record("a", weights_bytes=64, peak_live_bytes=mib * MIB)
+    other = dataclasses.replace(other, obtained={"peak_live_bytes": {"bound": bound}})
+    assert text.verdicts([none, other]) == ["a: saved nothing; cost nothing"]
+
+
+def test_a_verdict_takes_no_gain_of_quality_in_a_training_for_more_than_chance() -> None:
+    def trained(technique: str, lost: float | None) -> Record:
+        return _record(technique, weights_bytes=64, final_loss_nats=1.0, lost_bits_per_byte=lost)
+
+    assert text.verdicts([trained("none", None), trained("a", -0.01)]) == ["a: saved nothing; cost nothing"]
+    assert text.verdicts([trained("none", None), trained("a", 0.01)]) == ["a: saved nothing; cost +0.0100 bits/byte"]
+
+
+def test_a_verdict_spans_all_cases_and_those_that_saved_nothing() -> None:
+    records = [
+        _record(name, workload, peak_live_bytes=mib * MIB)
+        for workload, of in (("forward", {"none": 100, "a": 70}), ("long", {"none": 100, "a": 100}))
+        for name, mib in of.items()
+    ]
+    assert text.verdicts(records) == ["a: saved live peak ×0.70 to ×1.000; cost nothing"]
+
+
+@pytest.mark.parametrize(
+    ("peak_mib", "time_s", "kl", "is_on"),
+    [
+        (100, 1.0, 0.0, True),  # the same as the reference
+        (101, 0.95, 0.0, False),  # faster by less than two runs differ by, and larger
+        (101, 0.80, 0.0, True),
+        (120, 1.0, 0.1, False),
+        (90, 1.0, 0.1, True),
+    ],
+)
+def test_the_front_passes_over_what_two_runs_of_a_case_may_differ_by(
+    peak_mib: float, time_s: float, kl: float, is_on: bool
+) -> None:
+    none = _record("none", peak_live_bytes=100 * MIB, step_median_s=1.0)
+    other = _record("a", peak_live_bytes=peak_mib * MIB, step_median_s=time_s, kl_nats=kl)
+    found = Comparison([none, other])
+    assert ("a" in found.front(none.group)) is is_on
 
 
 @pytest.mark.parametrize(
@@ -195,10 +239,15 @@ def test_a_bound_says_which_and_a_negative_difference_is_not_approximate() -> No
         obtained={"peak_live_bytes": {"bound": "at most", "resolution_bytes": MIB}, "lost_bits_per_byte": {}},
     )
     shown = text.comparison([none, mapped])
-    assert " ≤71.00 MiB ×0.71 " in shown
+    assert " ≤71.00 MiB ≤×0.71 " in shown
     assert " -0.0004" in shown
     seen = dataclasses.replace(mapped, obtained={"peak_live_bytes": {"bound": "at least"}})
-    assert " ≥71.00 MiB ×0.71" in text.comparison([none, seen])
+    assert " ≥71.00 MiB ≥×0.71" in text.comparison([none, seen])
+    other = _record("other", peak_live_bytes=50 * MIB)
+    below = dataclasses.replace(none, obtained={"peak_live_bytes": {"bound": "at most"}})
+    assert " 50.00 MiB ≥×0.50" in text.comparison([below, other])
+    assert " ≥71.00 MiB ≥×0.71" in text.comparison([below, seen])
+    assert " ≤71.00 MiB ~×0.71" in text.comparison([below, mapped])
 
 
 def test_a_bound_that_may_be_too_high_accuses_nobody() -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from membench import procfs
 from membench.plugins import Model, Unsuitable
 from membench.units import format_bytes
 from membench.weights import plain_tensors
@@ -203,7 +204,8 @@ def own_copy(tensor: torch.Tensor) -> torch.Tensor:
     """
     import torch
 
-    if not tensor.is_contiguous() or tensor.nbytes == 0 or not _is_mapped_from_a_file(tensor.data_ptr()):
+    lent = any(first <= tensor.data_ptr() < last for first, last in procfs.file_mappings())
+    if not lent or not tensor.is_contiguous() or tensor.nbytes == 0:
         return tensor.clone()
     own = torch.empty_like(tensor)
     madvise = ctypes.CDLL(None, use_errno=True).madvise
@@ -214,15 +216,6 @@ def own_copy(tensor: torch.Tensor) -> torch.Tensor:
         # All of it, and not the block alone: the kernel maps pages of earlier ones again that it has at hand.
         madvise(start, tensor.data_ptr() + tensor.nbytes - start, mmap.MADV_DONTNEED)
     return own
-
-
-def _is_mapped_from_a_file(address: int) -> bool:
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        where, _, _, _, inode, *_ = line.split(maxsplit=5)
-        first, last = (int(end, 16) for end in where.split("-"))
-        if first <= address < last:
-            return inode != "0"
-    return False
 
 
 def _blocks(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -8,13 +8,13 @@ import io
 import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import tabulate
 
 from membench.compare import Comparison, Group, prefixes
 from membench.record import METRICS, REFERENCE, Metric, Record
-from membench.units import format_bytes, format_ratio, format_seconds
+from membench.units import format_bytes, format_difference, format_ratio, format_seconds
 
 _SHOWN = tuple(metric for metric in METRICS if metric.in_table)
 
@@ -112,7 +112,7 @@ def _change(found: Comparison, group: Group, technique: str, metric: Metric, bas
     """A metric against that of another case: its ratio, or where that has no meaning the difference."""
     if metric.has_ratio:
         ratio = found.ratio(group, technique, metric.field, base)
-        return "" if ratio is None else format_ratio(ratio)
+        return "" if ratio is None else _bound_of_ratio(found, group, technique, metric, base) + format_ratio(ratio)
     difference = found.difference(group, technique, metric.field, base)
     if difference is None or metric.field.endswith("standard_error"):
         return ""
@@ -128,20 +128,32 @@ def _figure(found: Comparison, group: Group, technique: str, metric: Metric) -> 
         error = found.value(group, technique, "lost_bits_per_byte_standard_error")
         shown += "" if error is None else f" ±{error:.4f}"
     shown = f"{_sign(found, group, technique, metric)}{shown}"
-    ratio = found.ratio(group, technique, metric.field)
-    return shown if ratio is None or technique == REFERENCE else f"{shown} {format_ratio(ratio)}"
+    if technique == REFERENCE or not metric.has_ratio:
+        return shown
+    return f"{shown} {_change(found, group, technique, metric, REFERENCE)}".rstrip()
 
 
 _SIGNS = {"at most": "≤", "at least": "≥"}
+_REVERSED = {"≤": "≥", "≥": "≤"}
 
 
 def _sign(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
     """What stands before a figure that is a bound, or approximate."""
+    return _bound(found, group, technique, metric) or ("~" if _is_coarse(found, group, technique, metric) else "")
+
+
+def _bound(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
     bounds = {record.obtained.get(metric.field, {}).get("bound") for record in found.repeats(group, technique)}
-    for bound, sign in _SIGNS.items():
-        if bound in bounds:
-            return sign
-    return "~" if _is_coarse(found, group, technique, metric) else ""
+    return next((sign for bound, sign in _SIGNS.items() if bound in bounds), "")
+
+
+def _bound_of_ratio(found: Comparison, group: Group, technique: str, metric: Metric, base: str) -> str:
+    """What a ratio is where one of its figures is a bound; ``~`` where the two say nothing together."""
+    own, of = _bound(found, group, technique, metric), _bound(found, group, base, metric)
+    reversed_of = _REVERSED.get(of, "")
+    if own and reversed_of and own != reversed_of:
+        return "~"
+    return own or reversed_of
 
 
 def _fitting(rows: list[dict[str, str]], form: str, width: int | None) -> Iterator[str]:
@@ -348,6 +360,79 @@ def remarks(records: Sequence[Record]) -> list[str]:
     return lines
 
 
+def verdicts(records: Sequence[Record]) -> list[str]:
+    """One line a technique: what it saved and what it cost, from the smallest ratio over its cases to the largest.
+
+    Left out is what cannot be told from no change: a ratio as near to one as runs of the same case are, a figure that
+    is no further from the reference's than either may be off, a bound on the wrong side, and in a training a gain of
+    quality, because its standard error is of the text and not of the training.
+    """
+    found = Comparison([record for record in records if record.status == "ok"])
+    lines = []
+    for technique in dict.fromkeys(t for group in found.groups for t in found.techniques(group) if t != REFERENCE):
+        said: dict[str, list[str]] = {"saved": [], "cost": [], "mixed": []}
+        groups = [group for group in found.groups if found.repeats(group, technique)]
+        for metric in _SHOWN:
+            ratios = _ratios(found, groups, technique, metric)
+            told = [ratio.gains for ratio in ratios if ratio.tells]
+            if told:
+                values = [ratio.value for ratio in ratios]
+                shown = " to ".join(dict.fromkeys((format_ratio(min(values)), format_ratio(max(values)))))
+                said[_kind(told)].append(f"{metric.title} {shown}")
+        lost = [round(loss, 4) for loss in _losses(found, groups, technique)]
+        if any(lost):
+            shown = " to ".join(dict.fromkeys(format_difference(value) for value in (min(lost), max(lost))))
+            said[_kind([loss < 0 for loss in lost if loss])].append(f"{shown} bits/byte")
+        mixed = f"; depends on the case: {', '.join(said['mixed'])}" if said["mixed"] else ""
+        saved, cost = (", ".join(said[kind]) or "nothing" for kind in ("saved", "cost"))
+        lines.append(f"{technique}: saved {saved}; cost {cost}{mixed}")
+    return lines
+
+
+class _Ratio(NamedTuple):
+    value: float
+    gains: bool
+    tells: bool
+    """Whether it is a change at all."""
+
+
+def _ratios(found: Comparison, groups: Sequence[Group], technique: str, metric: Metric) -> list[_Ratio]:
+    """A metric's ratios to the reference, of each group that shows it."""
+    ratios = []
+    for group in groups:
+        value = found.ratio(group, technique, metric.field)
+        if value is None or not _is_shown(found, group, metric):
+            continue
+        gains = value < 1 if metric.better == "lower" else value > 1
+        bound = _bound_of_ratio(found, group, technique, metric, REFERENCE)
+        is_chance = gains and metric.field in _QUALITY and found.value(group, technique, "final_loss_nats") is not None
+        tells = (
+            abs(value - 1) > metric.same_within
+            and not _is_within_resolution(found, group, technique, metric)
+            and bound != "~"
+            and not (bound == "≤" and value > 1)
+            and not (bound == "≥" and value < 1)
+            and not is_chance
+        )
+        ratios.append(_Ratio(value, gains, tells))
+    return ratios
+
+
+_QUALITY = ("bits_per_byte", "final_loss_nats")
+
+
+def _losses(found: Comparison, groups: Sequence[Group], technique: str) -> list[float]:
+    """Losses in bits per byte; 0 for one that cannot be told from chance."""
+    losses = []
+    for group in groups:
+        loss = found.value(group, technique, "lost_bits_per_byte")
+        if loss is not None:
+            error = found.value(group, technique, "lost_bits_per_byte_standard_error") or 0
+            trains = found.value(group, technique, "final_loss_nats") is not None
+            losses.append(0.0 if abs(loss) <= _CERTAIN * error or (trains and loss < 0) else loss)
+    return losses
+
+
 def _is_within_resolution(found: Comparison, group: Group, technique: str, metric: Metric) -> bool:
     """Whether a figure is no further from the reference's than either may be off."""
     values = [found.value(group, name, metric.field) for name in (technique, REFERENCE)]
@@ -360,42 +445,3 @@ def _is_within_resolution(found: Comparison, group: Group, technique: str, metri
 
 def _kind(gains: Sequence[bool]) -> str:
     return "saved" if all(gains) else "mixed" if any(gains) else "cost"
-
-
-def verdicts(records: Sequence[Record]) -> list[str]:
-    """One line a technique: what it saved and what it cost, from the smallest ratio over its cases to the largest."""
-    found = Comparison([record for record in records if record.status == "ok"])
-    ratios: dict[str, dict[str, list[float]]] = {}
-    losses: dict[str, list[float]] = {}
-    for group in found.groups:
-        shown_here = [metric for metric in _SHOWN if _is_shown(found, group, metric)]
-        for technique in found.techniques(group):
-            if technique == REFERENCE:
-                continue
-            ratios.setdefault(technique, {})
-            for metric in shown_here:
-                ratio = found.ratio(group, technique, metric.field)
-                if ratio is not None and not _is_within_resolution(found, group, technique, metric):
-                    ratios[technique].setdefault(metric.name, []).append(ratio)
-            loss = found.value(group, technique, "lost_bits_per_byte")
-            if loss is not None:
-                error = found.value(group, technique, "lost_bits_per_byte_standard_error") or 0
-                losses.setdefault(technique, []).append(loss if abs(loss) > _CERTAIN * error else 0.0)
-    lines = []
-    for technique, of_metric in ratios.items():
-        said: dict[str, list[str]] = {"saved": [], "cost": [], "mixed": []}
-        for metric in _SHOWN:
-            values = of_metric.get(metric.name, [])
-            told = [value for value in values if abs(value - 1) > metric.same_within]
-            gains = [value < 1 if metric.better == "lower" else value > 1 for value in told]
-            if gains:
-                shown = " to ".join(dict.fromkeys((format_ratio(min(values)), format_ratio(max(values)))))
-                said[_kind(gains)].append(f"{metric.title} {shown}")
-        lost = [round(loss, 4) for loss in losses.get(technique, [])]
-        if any(lost):
-            shown = " to ".join(dict.fromkeys(f"{value:+.4f}" for value in (min(lost), max(lost))))
-            said[_kind([loss < 0 for loss in lost if loss])].append(f"{shown} bits/byte")
-        mixed = f"; depends on the case: {', '.join(said['mixed'])}" if said["mixed"] else ""
-        saved, cost = (", ".join(said[kind]) or "nothing" for kind in ("saved", "cost"))
-        lines.append(f"{technique}: saved {saved}; cost {cost}{mixed}")
-    return lines
