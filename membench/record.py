@@ -161,6 +161,53 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("apply_time", "apply_s", "apply time", "lower", format_seconds, "duration of converting the model"),
     Metric("disk", "disk_bytes", "disk", "lower", format_bytes, "the saved checkpoint", in_table=True),
+    Metric(
+        "data",
+        "data_bytes",
+        "data",
+        "lower",
+        format_bytes,
+        "the files that hold the training data",
+        in_table=True,
+    ),
+    Metric(
+        "compression_ratio",
+        "compression_ratio",
+        "compression",
+        "higher",
+        format_number,
+        "bytes into the codec over bytes out of it",
+        in_table=True,
+        has_ratio=False,
+    ),
+    Metric(
+        "store_peak_live",
+        "store_peak_live_bytes",
+        "store peak",
+        "lower",
+        format_bytes,
+        "live peak while the training data are made, packed, compressed and read back once",
+        in_table="where it decides",
+    ),
+    Metric("store_time", "store_s", "store time", "lower", format_seconds, "duration of the same"),
+    Metric(
+        "compress_speed", "compress_mb_per_s", "compress MB/s", "higher", format_number, "of the codec alone, 1 MB = 10⁶ bytes"
+    ),
+    Metric(
+        "decompress_speed", "decompress_mb_per_s", "decompress MB/s", "higher", format_number, "of the codec alone"
+    ),
+    Metric(
+        "read_speed",
+        "read_mb_per_s",
+        "read MB/s",
+        "higher",
+        format_number,
+        "packed bytes of an epoch over the median duration of reading it",
+        in_table=True,
+    ),
+    Metric(
+        "padding", "padding_percent", "padding", "lower", format_percent, "share of padding in the rows", has_ratio=False
+    ),
     Metric("time", "step_median_s", "time", "lower", format_seconds, "median duration of a step", in_table=True),
     Metric("time_p95", "step_p95_s", "time p95", "lower", format_seconds, "95th percentile of the steps' durations"),
     Metric(

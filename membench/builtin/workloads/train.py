@@ -7,24 +7,25 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from membench.plugins import Context, Step, Technique, Tokens, TrainingStep, Unsuitable, Workload, stepping
+from membench.builtin.workloads.reading import ReadsCorpus
+from membench.plugins import Context, Step, Technique, Tokens, TrainingStep, Unsuitable, stepping
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 
-class Train(Workload):
-    """Training steps (next-token loss): parts forward, backward and optimizer."""
+class Train(ReadsCorpus):
+    """Training steps (next-token loss): parts forward, backward and optimizer.
+
+    Without ``data`` it goes through the built-in text from its start; with it, through shuffled rows of a corpus.
+    """
 
     trains: ClassVar[bool] = True
     batch_size: int = Field(2, ge=1, le=65_536)
     sequence_length: int = Field(128, ge=2, le=1_048_576)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(1e-4, gt=0)
-
-    def longest_sequence(self) -> int:
-        return self.sequence_length
 
     def tokens_per_step(self) -> int:
         return self.batch_size * self.sequence_length

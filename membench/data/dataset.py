@@ -1,0 +1,161 @@
+"""Rows of token ids in a folder, and batches out of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from membench.data.codec_timing import Timed
+from membench.data.order import Window, windows
+from membench.data.storage import Extent, Frame, Storage
+
+if TYPE_CHECKING:
+    import torch
+
+    from membench.data.storage import Ids
+
+_FRAMES_AT_ONCE = 4
+_MB = 1e6
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a storage keeps of a corpus, and how it is to be read."""
+
+    folder: Path
+    storage: Storage
+    extent: Extent
+
+    @property
+    def frame_rows(self) -> int:
+        return frame_rows(self.storage, self.extent)
+
+    @classmethod
+    def written(cls, rows: Ids, storage: Storage, vocabulary: int, folder: Path) -> Dataset:
+        """Keep rows (rows, tokens) in a folder that is not there yet."""
+        extent = Extent(len(rows), rows.shape[1], vocabulary)
+        if storage.codec is not None:
+            storage = replace(storage, codec=Timed(storage.codec))
+        step = frame_rows(storage, extent)
+        frames = (rows[start : start + step] for start in range(0, len(rows), step))
+        storage.format.write(frames, extent, storage, folder)
+        return cls(folder, storage, extent)
+
+    def packed_bytes(self) -> int:
+        """Bytes of the rows as they are laid out, before they are compressed."""
+        return self.extent.rows * self.storage.layout.bytes_per_row(self.extent)
+
+    def facts(self) -> dict[str, tuple[float, str]]:
+        """Size, and where there is a codec its ratio and speeds, from reading every frame once.
+
+        Raises:
+            Damaged: if what was written cannot be read.
+        """
+        size = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        found: dict[str, tuple[float, str]] = {"data_bytes": (size, "size of the files that hold the training data")}
+        frame = self.storage.format.open(self.extent, self.storage, self.folder)
+        for number in range(-(-self.extent.rows // self.frame_rows)):
+            frame(number)
+        if isinstance(clock := self.storage.codec, Timed):
+            source = "monotonic clock around the codec, on one thread, under the pinned allocator"
+            found["compression_ratio"] = (clock.raw_bytes / clock.stored_bytes, "bytes into the codec over bytes out")
+            found["compress_mb_per_s"] = (clock.raw_bytes / _MB / clock.compress_s, source)
+            found["decompress_mb_per_s"] = (clock.decompressed_bytes / _MB / clock.decompress_s, source)
+        return found
+
+    def opened(self) -> Frame:
+        """Ready to read: decoded now, if it is read whole."""
+        import numpy
+
+        frame = self.storage.format.open(self.extent, self.storage, self.folder)
+        if self.storage.reading != "whole":
+            return frame
+        step, whole = self.frame_rows, None
+        for number in range(-(-self.extent.rows // step)):
+            rows = frame(number)
+            if whole is None:
+                whole = numpy.empty((self.extent.rows, self.extent.length), rows.dtype)
+            whole[number * step : number * step + len(rows)] = rows
+        assert whole is not None
+        kept = whole
+        return lambda number: kept[number * step : (number + 1) * step]
+
+    def batches(self, size: int, seed: int, epoch: int, frame: Frame, share: tuple[int, int] = (0, 1)) -> Iterator[Any]:
+        """The batches of an epoch, (size, tokens) int64; rows at the end that do not fill one are left out.
+
+        Args:
+            frame: as ``opened`` gives it.
+            share: which of how many readers this is; each has windows of its own.
+        """
+        import numpy
+        import torch
+
+        all_windows = windows(self.extent.rows, self.frame_rows, _FRAMES_AT_ONCE, seed, epoch)
+        mine = itertools.islice(all_windows, share[0], None, share[1])
+        left: Any = None
+        for window, frames in _ahead(mine, frame, self.storage.reading == "stream"):
+            rows = numpy.concatenate(frames)[window.order]
+            if left is not None and len(left):
+                rows = numpy.concatenate([left, rows])
+            full = len(rows) // size * size
+            for start in range(0, full, size):
+                yield torch.from_numpy(rows[start : start + size].astype(numpy.int64))
+            left = rows[full:].copy()
+
+
+def endless(data: Dataset, batch_size: int, seed: int, workers: int) -> Iterator[torch.Tensor]:
+    """Batches of one epoch after the other; opening the data is part of the first."""
+    opened = epochs(data, batch_size, seed, workers)
+    for epoch in itertools.count():
+        yield from opened(epoch)
+
+
+def epochs(data: Dataset, batch_size: int, seed: int, workers: int) -> Callable[[int], Iterator[torch.Tensor]]:
+    """Opens the data, and gives the batches of an epoch by its number.
+
+    Args:
+        workers: processes of torch's ``DataLoader`` that read, each a share of the windows and with all that reading
+            wants; 0: this process does.
+    """
+    if workers == 0:
+        frame = data.opened()
+        return lambda epoch: data.batches(batch_size, seed, epoch, frame)
+    from torch.utils.data import DataLoader
+
+    from membench.data.loading import Batches
+
+    def batches(epoch: int) -> Iterator[torch.Tensor]:
+        source = Batches(data, batch_size, seed, epoch)
+        yield from DataLoader(source, batch_size=None, num_workers=workers, multiprocessing_context="fork")
+
+    return batches
+
+
+def frame_rows(storage: Storage, extent: Extent) -> int:
+    """Rows of a frame."""
+    return max(1, int(storage.frame_bytes // storage.layout.bytes_per_row(extent)))
+
+
+def _ahead(some: Iterable[Window], frame: Frame, decodes: bool) -> Iterator[tuple[Window, list[Ids]]]:
+    """Each window with its frames; where frames are decoded, the next window's are while this one is worked through."""
+    if not decodes:
+        for window in some:
+            yield window, [frame(number) for number in window.frames]
+        return
+    with ThreadPoolExecutor(1) as thread:
+        waiting: list[tuple[Window, Future[list[Ids]]]] = []
+
+        def begin(window: Window) -> None:
+            waiting.append((window, thread.submit(lambda: [frame(number) for number in window.frames])))
+
+        for window in some:
+            begin(window)
+            if len(waiting) == 2:
+                done, frames = waiting.pop(0)
+                yield done, frames.result()
+        for done, frames in waiting:
+            yield done, frames.result()
