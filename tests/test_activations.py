@@ -120,6 +120,39 @@ def test_both_kinds_of_attention_train_alike(model: str, name: str) -> None:
     assert exchanged.module.config._attn_implementation == attention.implementation  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(
+    ("model", "dtype", "scores_bytes"),
+    [("gpt2", "float32", 4), ("gpt2", "bfloat16", 2)]
+    + [(model, dtype, size) for model in ("llama", "qwen") for dtype, size in (("float32", 4), ("bfloat16", 6))],
+)
+def test_attention_written_out_keeps_the_softmax_in_fp32_with_its_half_but_gpt2s_in_its_own_type(
+    model: str, dtype: str, scores_bytes: int
+) -> None:
+    import torch
+
+    def kept(name: str) -> int:
+        module: Any = _technique(name).apply(_MODELS[model].build(context(_MODELS[model])), context(_MODELS[model]))
+        storages: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        module.to(getattr(torch, dtype)).eval()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = module(torch.zeros(1, tokens, dtype=torch.long))
+        del output
+        return sum(storage.nbytes() for storage in storages.values())
+
+    # The fewer tokens, the more of the difference is what the kernel keeps: its output and a logarithm a row.
+    tokens = 512
+    model_of_length = _MODELS[model].of_shape(_SHAPE._replace(key_value_heads=4, longest=tokens))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(_MODELS, model, model_of_length)
+        more = kept("eager-attention") - kept("sdpa")
+    assert more / (4 * 4 * tokens**2) == pytest.approx(scores_bytes, abs=0.3)
+
+
 def test_every_second_layer_is_checkpointed() -> None:
     module = train(_MODELS["llama"], [_technique("checkpointing", every_k=2)]).module
     assert [layer.gradient_checkpointing for layer in module.model.layers] == [True, False] * 2  # type: ignore

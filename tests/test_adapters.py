@@ -169,23 +169,66 @@ def test_an_adapted_layer_and_its_gradients_are_those_of_the_formula_written_out
         torch.testing.assert_close(own, reference, rtol=close, atol=close)
 
 
-def test_training_moves_adapters_and_leaves_every_frozen_weight_as_it_is() -> None:
+@pytest.mark.parametrize(
+    ("model", "technique", "options"),
+    [
+        ("llama", "lora", {}),
+        ("qwen", "lora", {}),
+        ("gpt2", "lora", {}),
+        ("llama", "lora", {"targets": ["embed_tokens"]}),
+        ("gpt2", "lora", {"targets": ["wte", "c_attn"]}),
+        ("llama, no groups", "qlora", {}),
+    ],
+)
+def test_training_moves_adapters_and_leaves_every_frozen_weight_as_it_is(
+    model: str, technique: str, options: dict[str, Any]
+) -> None:
     import torch
 
-    for technique in (_technique("lora"), _technique("qlora")):
-        module = _built("llama, no groups", technique).train()
-        before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-        context = _context("llama, no groups")
-        step = _training(learning_rate=1e-2).start(module, lambda count: _ids(count)[0], [technique], context)
-        first = step()
-        for _ in range(3):
-            last = step()
-        assert first is not None
-        assert last is not None
-        assert last < first
-        moved = {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])}
-        assert moved == set(_trained(module))
-        assert {name for name, parameter in module.named_parameters() if parameter.grad is not None} == moved
+    adapters = _technique(technique, **options)
+    module = _built(model, adapters).train()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    context = _context(model)
+    step = _training(learning_rate=1e-2).start(module, lambda count: _ids(count)[0], [adapters], context)
+    first = step()
+    for _ in range(3):
+        last = step()
+    assert first is not None
+    assert last is not None
+    assert last < first
+    moved = {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == set(_trained(module))
+    assert {name for name, parameter in module.named_parameters() if parameter.grad is not None} == moved
+
+
+def test_adapters_keep_a_little_less_for_the_backward_pass_and_more_with_dropout() -> None:
+    full = _kept_for_backward(_built("llama").train())
+    adapted, dropping = (
+        _kept_for_backward(_built("llama", _technique("lora", rank=1, dropout=dropout)).train()) for dropout in (0, 0.1)
+    )
+    row = 4 * 64 * 64  # 64 tokens of 64 numbers in fp32
+    # What five norms multiply by their weights, and what the output head does.
+    assert full - adapted == pytest.approx(6 * row, abs=1.5 * row)
+    # In each of two layers the inputs of seven projections, 6 · 64 + 192 numbers a token, and their masks; what
+    # projections shared before is gone.
+    assert 2 * 9 * row < dropping - adapted < 2 * 2 * 9 * row
+
+
+def _kept_for_backward(module: nn.Module) -> int:
+    """Bytes that autograd keeps of a pass over 64 tokens, beside the parameters."""
+    import torch
+
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = module(_ids(64))
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    del output
+    return sum(storage.nbytes() for place, storage in kept.items() if place not in parameters)
 
 
 def test_adapters_are_in_fp32_over_half_precision() -> None:

@@ -235,7 +235,10 @@ def _with_head_in_a_class_of_its_own(module: nn.Module) -> nn.Module:
     ("change", "reason"),
     [
         (_capped, "LlamaForCausalLM does more to its logits than its output head"),
-        (_with_head_in_a_class_of_its_own, "the output head is a Quantized: only a plain linear layer can be fused"),
+        (
+            _with_head_in_a_class_of_its_own,
+            "the output head is a Quantized of tests: only a plain linear layer can be fused",
+        ),
         (lambda module: module.model, "the model does not say what its decoder and its output head are"),
     ],
 )
@@ -243,6 +246,28 @@ def test_a_model_that_cannot_be_taken_apart_is_not_served(change: Any, reason: s
     model = _MODELS["llama"]
     with pytest.raises(plugins.Unsuitable, match=reason):
         train(model, [_technique("fused-linear-cross-entropy")], module=change(model.build(context(model))))
+
+
+def test_an_output_head_that_peft_has_adapted_is_said_to_be_pefts() -> None:
+    adapters = _technique("lora", targets=["lm_head"])
+    with pytest.raises(plugins.Unsuitable, match="the output head is a Linear of peft: only a plain linear layer can"):
+        train(_MODELS["llama"], [adapters, _technique("fused-linear-cross-entropy")])
+
+
+@pytest.mark.parametrize("name", _BOTH)
+def test_a_loss_that_would_replace_another_or_what_offloads_it_is_refused(name: str) -> None:
+    def reason(*before: str) -> str | None:
+        workload = registry.create("workload", "train", {})
+        members = tuple(_technique(member) for member in before)
+        found: str | None = _technique(name).refuse(plugins.Setting(_MODELS["llama"], workload, "cuda", members, ()))
+        return found
+
+    for other in _BOTH:
+        assert reason("bf16", other) == "a training step has one loss, and the stack names two"
+    assert reason("offload-activations") == (
+        "it would replace the loss whose activations 'offload-activations' moves: put that after the loss"
+    )
+    assert reason("bf16", "checkpointing", "accumulate-2") is None
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 import membench
+from membench import registry
 from membench.builtin.models.transformer import Llama
 from membench.builtin.techniques.precision import AutocastBf16, AutocastFp16, Bf16, Fp16
-from membench.plugins import Context, Technique, TrainingStep, Unsuitable, stepping
+from membench.plugins import Context, Setting, Technique, TrainingStep, Unsuitable, stepping
 from membench.record import Record
 
 if TYPE_CHECKING:
@@ -71,6 +72,34 @@ def test_casting_rounds_every_weight_to_the_nearest_value_of_16_bits(
     assert layer.weight.dtype == layer.bias.dtype == getattr(torch, name)
     largest_error = 2.0 ** -(8 if name == "bfloat16" else 11)
     assert (layer.weight.detach().float() - before).abs().div(before.abs().clamp(min=2**-14)).max() <= largest_error
+
+
+@pytest.mark.parametrize(("gradient", "state"), [(6e-3, 2.0**-24), (5e-3, 0.0)])
+def test_adamws_second_state_in_float16_is_zero_for_gradients_below_five_and_a_half_thousandths(
+    gradient: float, state: float
+) -> None:
+    import torch
+
+    weight = torch.nn.Parameter(torch.ones(1, dtype=torch.float16))
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = torch.full_like(weight, gradient)
+    optimizer.step()
+    assert optimizer.state[weight]["exp_avg_sq"].item() == state
+
+
+def test_a_second_cast_is_refused_and_an_optimizer_that_casts_to_the_same_is_not() -> None:
+    def reason(before: str, name: str) -> str | None:
+        def member(which: str) -> Technique:
+            return cast(Technique, registry.create("technique", which, {}))
+
+        workload = registry.create("workload", "train", {})
+        return member(name).refuse(Setting(Llama.model_validate({}), workload, "cuda", (member(before),), ()))
+
+    assert reason("fp16", "bf16") == "the weights are cast already, to float16"
+    assert reason("bf16", "fp16") == "the weights are cast already, to bfloat16"
+    assert reason("master-weights", "fp16") == "the weights are cast already, to bfloat16"
+    assert reason("bf16", "master-weights") is None
+    assert reason("master-weights", "bf16") is None
 
 
 def test_float16_overflows_where_bfloat16_keeps_fp32s_range(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import itertools
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,6 +16,7 @@ import pytest
 import membench
 from membench import registry
 from membench.builtin.models.transformer import Gpt2, Llama, Qwen
+from membench.builtin.techniques import sparsity as single_weights
 from membench.errors import SuiteError
 from membench.plugins import Context, Model, Setting, Shape, Technique, Unsuitable
 from membench.record import Record
@@ -176,6 +178,18 @@ def test_the_share_is_exact_where_many_weights_are_alike() -> None:
     _technique("magnitude-prune", sparsity=0.5, storage="dense").apply(module, _context(_MODELS["llama"]))
     whole = 3 * _OF_A_BLOCK["llama"]
     assert int((_weights(module) == 0).sum()) == round(0.5 * whole)
+
+
+@pytest.mark.parametrize(("sparsity", "how_many"), [(1e-9, "none"), (1 - 1e-9, "all")])
+def test_a_sparsity_that_prunes_nothing_or_everything_is_unsuitable_but_not_in_a_rehearsal(
+    sparsity: float, how_many: str
+) -> None:
+    whole = 3 * _OF_A_BLOCK["llama"]
+    with pytest.raises(Unsuitable, match=rf"prunes {how_many} of {whole:,} weights"):
+        _pruned("llama", "magnitude-prune", sparsity=sparsity)
+    technique = _technique("magnitude-prune", sparsity=sparsity, storage="dense")
+    module = technique.apply(_built("llama"), _context(_MODELS["llama"], rehearsal=True))
+    assert int((_weights(module) == 0).sum()) == (0 if how_many == "none" else whole)
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.93])
@@ -625,6 +639,11 @@ def test_weights_that_are_no_plain_numbers_any_more_are_not_pruned() -> None:
         ("int8-weight-only+prune-ffn", "forward", "quantized weights cannot be pruned: let the quantizer come after"),
         ("int8-weight-only+drop-layers", "forward", None),
         ("prune-ffn+int8-weight-only", "forward", None),
+        ("lora+magnitude-prune", "forward", "adapters lie beside the weights already: prune first"),
+        ("qlora+prune-ffn", "forward", "adapters lie beside the weights already: prune first"),
+        ("lora+prune-heads", "train", "adapters lie beside the weights already: prune first"),
+        ("lora+drop-layers", "forward", "adapters lie beside the weights already: prune first"),
+        ("prune-ffn+lora", "train", None),
         ("magnitude-prune", "train", None),
         ("dense", "train", "training would fill dense zeros again: take storage = 'mask'"),
         ("csr", "train", "sparse weights are multiplied here, not trained: take storage = 'mask'"),
@@ -722,19 +741,24 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
     path = folder / "pruning.toml"
     path.write_text(
         '[suite]\nname = "pruning"\n[matrix]\nmodel = ["trained-tiny"]\nworkload = ["forward"]\n'
-        'technique = ["prune", "prune-recovered", "ffn", "ffn-recovered", "semi-structured-2-4"]\n'
+        'technique = ["prune", "prune-recovered", "ffn", "ffn-recovered", "heads", "heads-recovered", "layers",'
+        ' "layers-recovered", "semi-structured-2-4"]\n'
         '[[include]]\nmodel = "llama-15m"\nworkload = "forward"\ntechnique = ["magnitude-prune", "sparse"]\n'
         '[technique.prune]\nuse = "magnitude-prune"\nstorage = "dense"\n'
         '[technique.prune-recovered]\nuse = "magnitude-prune"\nstorage = "dense"\nrecover_steps = 12\n'
         '[technique.ffn]\nuse = "prune-ffn"\nimportance = "taylor"\n'
         '[technique.ffn-recovered]\nuse = "prune-ffn"\nimportance = "taylor"\nrecover_steps = 12\n'
+        '[technique.heads]\nuse = "prune-heads"\nimportance = "taylor"\n'
+        '[technique.heads-recovered]\nuse = "prune-heads"\nimportance = "taylor"\nrecover_steps = 12\n'
+        '[technique.layers]\nuse = "drop-layers"\n'
+        '[technique.layers-recovered]\nuse = "drop-layers"\nrecover_steps = 12\n'
         '[technique.sparse]\nuse = "magnitude-prune"\nsparsity = 0.9\nstorage = "csr"\n'
         "[settings]\nmeasured_steps = 1\nthreads = 1\n"
     )
     return {record.id: record for record in membench.run(membench.load_suite(path), output=folder).records}
 
 
-@pytest.mark.parametrize("technique", ["prune", "ffn"])
+@pytest.mark.parametrize("technique", ["prune", "ffn", "heads", "layers"])
 def test_recovered_is_better_than_not_recovered(records: dict[str, Record], technique: str) -> None:
     lost = [
         cast(float, records[f"trained-tiny/{name}/forward/cpu"].metrics["lost_bits_per_byte"])
@@ -763,10 +787,25 @@ def test_sparse_weights_are_live_memory_saved(records: dict[str, Record]) -> Non
     assert cast(int, none["held_live_bytes"]) - cast(int, sparse["held_live_bytes"]) == pytest.approx(saved, rel=0.08)
 
 
-def test_converting_to_sparse_needs_no_more_than_a_layer_at_a_time(records: dict[str, Record]) -> None:
+def test_making_masks_for_sparse_weights_needs_pieces_of_a_million_beside_them(records: dict[str, Record]) -> None:
     peak = cast(int, records["llama-15m/sparse/forward/cpu"].metrics["apply_peak_live_bytes"])
     loaded = cast(int, records["llama-15m/none/forward/cpu"].metrics["held_live_bytes"])
     assert peak < loaded + 12 * 2**20
+
+
+def test_each_dense_layer_is_gone_before_the_next_becomes_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = _built("llama")
+    dense = [weakref.ref(cast(Any, layer).weight) for layer in _linear(module).values()]
+    there: list[int] = []
+    make_sparse = single_weights._as_sparse
+
+    def count(layer: nn.Module) -> nn.Module:
+        there.append(sum(weight() is not None for weight in dense))
+        return make_sparse(layer)
+
+    monkeypatch.setattr(single_weights, "_as_sparse", count)
+    _technique("magnitude-prune", storage="csr").apply(module, _context(_MODELS["llama"]))
+    assert there == list(range(len(dense), 0, -1))
 
 
 def test_a_note_names_what_keeps_pruned_weights_large(records: dict[str, Record]) -> None:

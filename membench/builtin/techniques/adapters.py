@@ -26,8 +26,9 @@ class Lora(LayerWise):
 
     y = W·x + α/r · B·A·x, with A (r, inputs) drawn and B (outputs, r) zero, so that nothing is changed at the start:
     r · (inputs + outputs) trained parameters a projection. Gradients and optimizer states (AdamW: 8 bytes a parameter)
-    are there for these alone; activations are kept as ever, with A·x and a copy of the dropped-out x on top.
-    Hu et al., 2021 (arXiv:2106.09685).
+    are there for these alone. Of activations A·x comes on top, and with ``dropout`` each projection keeps a dropped-out
+    copy of x and its mask; what norms and output head kept for the gradients of their weights is gone, so that without
+    dropout there is a little less than in full training. Hu et al., 2021 (arXiv:2106.09685).
 
     Adapters are in fp32 whatever the weights are in. Quantized weights may lie beneath ('int8-weight-only+lora'), if a
     gradient passes through them. ``targets`` are last parts of layers' names; by default the projections of attention
@@ -102,9 +103,9 @@ class Lora(LayerWise):
         for _, layer in _adapted_layers(module):
             base = layer.get_base_layer()
             weight = getattr(base, "weight", None)
-            kinds.setdefault((type(base), type(weight if weight is None else weight.data)), base)
-        for (layer_type, weight_type), base in kinds.items():
-            if not _passes_gradients(base):
+            kinds.setdefault((type(base), type(weight if weight is None else weight.data)), layer)
+        for (layer_type, weight_type), layer in kinds.items():
+            if not _passes_gradients(layer):
                 raise Unsuitable(
                     f"no gradient passes through a {layer_type.__name__} with a {weight_type.__name__} as its weight: "
                     "adapters of layers below it would not learn"
@@ -162,14 +163,17 @@ def _adapted_layers(module: nn.Module) -> list[tuple[str, Any]]:
     return [(name, child) for name, child in module.named_modules() if isinstance(child, LoraLayer)]
 
 
-def _passes_gradients(base: Any) -> bool:
-    """Whether a row of ones through a frozen linear layer has a gradient."""
+def _passes_gradients(layer: Any) -> bool:
+    """Whether a row of ones through the frozen layer beneath peft's has a gradient, or there is nothing below it."""
     import torch
 
+    base = layer.get_base_layer()
+    if isinstance(base, torch.nn.Embedding):
+        return True
     held = [tensor for tensor in (*base.parameters(), *base.buffers()) if tensor.is_floating_point()]
     dtype = held[0].dtype if held else torch.float32
     with torch.enable_grad():
-        row = torch.ones(1, 1, base.in_features, dtype=dtype, device=_device(base), requires_grad=True)
+        row = torch.ones(1, 1, layer.in_features, dtype=dtype, device=_device(base), requires_grad=True)
         product = base(row).sum()
         if not product.requires_grad:
             return False

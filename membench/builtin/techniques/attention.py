@@ -32,8 +32,9 @@ class _Attention(Technique):
 class Sdpa(_Attention):
     """Attention by torch's scaled_dot_product_attention: scores are never written out whole where a kernel is fused.
 
-    What autograd keeps of scores, softmax and its dropout (5·a·s²·b bytes a layer in 16-bit) is gone: the kernel keeps
-    one logarithm a row and computes the scores again in the backward pass (Dao et al. 2022, FlashAttention).
+    What autograd keeps of the softmax and its dropout (2 to 6·a·s²·b bytes a layer in 16-bit, see ``eager-attention``)
+    is gone: the kernel keeps one logarithm a row and computes the scores again in the backward pass (Dao et al. 2022,
+    FlashAttention).
 
     Limits: transformers uses it where it can without being asked, so that it changes nothing there, and the record says
     so. With a mask of its own, or dropout on a CPU, torch falls back to kernels that write the scores.
@@ -45,8 +46,11 @@ class Sdpa(_Attention):
 class EagerAttention(_Attention):
     """Attention written out: scores and their softmax are kept for the backward pass. Costs memory, to compare with.
 
-    5·a·s²·b bytes a layer in 16-bit beside what ``sdpa`` keeps (Korthikanti et al. 2022, Reducing Activation
-    Recomputation): softmax 2, its dropout's mask 1 and output 2. Without dropout 2 are left.
+    Bytes a layer beside what ``sdpa`` keeps, in units of a·s²·b. GPT-2 takes the softmax in the scores' own type: 2 in
+    16-bit, 4 in fp32. Llama and Qwen take it in fp32 whatever the model is in, and keep it and the 16-bit copy that
+    meets the values: 6 in 16-bit, 4 in fp32, where there is no copy. Dropout of scores, which GPT-2 has, keeps its
+    mask (1 on a GPU) and its output (2 in 16-bit) on top, so that GPT-2 comes to the 5 of Korthikanti et al. 2022,
+    Reducing Activation Recomputation.
     """
 
     implementation: ClassVar[str] = "eager"

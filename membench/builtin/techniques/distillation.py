@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from membench import registry
+from membench.builtin.techniques.activations import Checkpointing
+from membench.builtin.techniques.compiling import Compile
 from membench.builtin.tuning import tune
 from membench.builtin.workloads.train import next_token_loss
 from membench.errors import PluginError
@@ -25,12 +27,14 @@ class _Student(Technique):
 
     imports = ("torch", "transformers.models.auto.modeling_auto")
     acts_on: ClassVar[str] = "weights, activations, cache"
+    lost: ClassVar[str]
+    """What is said where an earlier member ``loses``."""
     layers: int | None = Field(None, ge=1)
     """Layers of the student. With neither layers, width nor student: half of the teacher's."""
     width: float = Field(1.0, gt=0, le=1)
     """Share of the teacher's width, rounded to whole heads of the teacher's size; the inner width follows."""
     student: str | None = None
-    """A model of membench with the teacher's vocabulary, such as 'llama-15m', in place of layers and width."""
+    """A smaller model of membench with the teacher's vocabulary, such as 'llama-15m', not layers and width."""
     steps: int = Field(300, ge=1)
     learning_rate: float = Field(2e-3, gt=0)
     text_tokens: int | None = Field(None, ge=256)
@@ -49,6 +53,11 @@ class _Student(Technique):
                 return f"student: {error}"
             if teacher and named.shape and named.shape.vocabulary != teacher.vocabulary:
                 return _other_vocabulary(self.student, named.shape.vocabulary, teacher.vocabulary)
+            if teacher and named.shape and _matrix_weights(named.shape) >= _matrix_weights(teacher):
+                return (
+                    f"student = '{self.student}' is no smaller than its teacher: {_size(named.shape)}, "
+                    f"where the teacher has {_size(teacher)}"
+                )
             return None
         if teacher is None:
             return None
@@ -57,6 +66,14 @@ class _Student(Technique):
         if self.reduced(teacher) == teacher:
             return "the student would be as large as its teacher: give fewer layers or less width"
         return None
+
+    def refuse(self, setting: Setting) -> str | None:
+        lost = any(self.loses(technique) for technique in setting.before)
+        return self.lost if lost else None
+
+    def loses(self, technique: Technique) -> bool:
+        """Whether what an earlier member did to the model is lost with it, as if that member were not there."""
+        raise NotImplementedError
 
     def nominal_share(self) -> float | None:
         return None
@@ -150,6 +167,9 @@ class Distill(_Student):
     student of fewer layers gains far more from ``start`` = 'teacher' than from being taught. suites/distillation.toml.
     """
 
+    lost: ClassVar[str] = (
+        "'distill' replaces the model: checkpointing, compile and adapters before it are lost, so put them after it"
+    )
     temperature: float = Field(1.0, gt=0)
     alpha: float = Field(0.9, ge=0, le=1)
     """Share of the softened KL in the loss; the rest is the hard loss."""
@@ -160,6 +180,9 @@ class Distill(_Student):
         if self.start == "teacher" and (self.student is not None or self.width < 1):
             return "start = 'teacher' copies whole layers: it goes with layers, not with width or student"
         return super().check(setting)
+
+    def loses(self, technique: Technique) -> bool:
+        return technique.trains_adapters or isinstance(technique, Checkpointing | Compile)
 
     def apply(self, module: nn.Module, context: Context) -> nn.Module:
         import torch
@@ -187,10 +210,10 @@ class FromScratch(_Student):
     loss = cross entropy of the next tokens. The model itself is not needed: its memory is given back before training.
     """
 
-    def refuse(self, setting: Setting) -> str | None:
-        if any(type(technique).apply is not Technique.apply for technique in setting.before):
-            return "'from-scratch' replaces the model: what comes before it in the stack is lost"
-        return None
+    lost: ClassVar[str] = "'from-scratch' replaces the model: what comes before it in the stack is lost"
+
+    def loses(self, technique: Technique) -> bool:
+        return type(technique).apply is not Technique.apply
 
     def apply(self, module: nn.Module, context: Context) -> nn.Module:
         student = self.untrained(module, context)
@@ -232,6 +255,17 @@ def _shape_of(config: Any) -> Shape:
         longest=getattr(config, "max_position_embeddings", 0),
         tied=getattr(config, "tie_word_embeddings", False),
     )
+
+
+def _matrix_weights(shape: Shape) -> int:
+    """Weights of a decoder's matrices, as Llama has them: enough to tell which of two of a family is smaller."""
+    keys = shape.width // shape.heads * shape.key_value_heads
+    layer = 2 * shape.width * (shape.width + keys) + 3 * shape.width * shape.inner_width
+    return shape.layers * layer + (1 if shape.tied else 2) * shape.vocabulary * shape.width
+
+
+def _size(shape: Shape) -> str:
+    return f"{shape.layers} layers of width {shape.width} and inner width {shape.inner_width}"
 
 
 def _kept(teacher_layers: int, student_layers: int) -> list[int]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from membench.builtin import cross_entropy
+from membench.builtin.techniques.activations import OffloadActivations
 from membench.plugins import Context, Setting, Technique, TrainingStep, Unsuitable, output_head
 
 if TYPE_CHECKING:
@@ -24,7 +25,13 @@ class _Loss(Technique):
     chunk_tokens: int = Field(128, ge=1)
 
     def refuse(self, setting: Setting) -> str | None:
-        return None if setting.workload.trains else "it is another way to the loss, and this workload has no loss"
+        if not setting.workload.trains:
+            return "it is another way to the loss, and this workload has no loss"
+        if any(isinstance(technique, _Loss) for technique in setting.before):
+            return "a training step has one loss, and the stack names two"
+        if any(isinstance(technique, OffloadActivations) for technique in setting.before):
+            return "it would replace the loss whose activations 'offload-activations' moves: put that after the loss"
+        return None
 
 
 class ChunkedCrossEntropy(_Loss):
@@ -96,8 +103,11 @@ def decoder_and_head(module: nn.Module, ids: torch.Tensor) -> tuple[nn.Module, n
     if decoder is causal or head is None:
         raise Unsuitable("the model does not say what its decoder and its output head are")
     if type(head) is not nn.Linear or hasattr(head.weight.data, "__tensor_flatten__"):
-        kind = type(head.weight.data if type(head) is nn.Linear else head).__name__
-        raise Unsuitable(f"the output head is a {kind}: only a plain linear layer can be fused with the loss")
+        kind = type(head.weight.data if type(head) is nn.Linear else head)
+        whose = kind.__module__.partition(".")[0]
+        raise Unsuitable(
+            f"the output head is a {kind.__name__} of {whose}: only a plain linear layer can be fused with the loss"
+        )
     if not _make_the_logits(module, decoder, head, ids):
         raise Unsuitable(f"{type(causal).__name__} does more to its logits than its output head")
     return decoder, head

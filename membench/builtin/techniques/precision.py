@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import PrivateAttr
 
-from membench.plugins import Context, LayerWise, Technique, TrainingStep, Unsuitable
+from membench.plugins import Context, LayerWise, Setting, Technique, TrainingStep, Unsuitable
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +22,10 @@ class _Cast(LayerWise):
 
     acts_on: ClassVar[str] = "weights, activations, gradients, optimizer, cache"
     dtype: ClassVar[str]
+
+    def refuse(self, setting: Setting) -> str | None:
+        cast = next((t.dtype for t in setting.before if isinstance(t, _Cast) and t.dtype != self.dtype), None)
+        return f"the weights are cast already, to {cast}" if cast else None
 
     def nominal_bits(self) -> float | None:
         return 16
@@ -48,10 +52,10 @@ class Bf16(_Cast):
 class Fp16(_Cast):
     """Weights and activations in float16: 2 bytes a weight, 11 bits of precision, overflows above 65,504.
 
-    Fit to run a model, not to train it: AdamW's states are in float16 too, where the square of a gradient below
-    2.4e-4 is zero and so is AdamW's ε of 1e-8. The update then divides by zero, and the training ends as ``diverged``
-    after a step or two. ``autocast-fp16`` keeps weights and states in fp32 and scales the loss. On a CPU without
-    float16 instructions it is several times slower than fp32.
+    Fit to run a model, not to train it: AdamW's states are in float16 too. Of a gradient g the first step's state takes
+    (1 - β₂)·g², with β₂ = 0.999, which is zero there for g below about 5.5e-3, and so is AdamW's ε of 1e-8. The update
+    then divides by zero, and the training ends as ``diverged`` after a step or two. ``autocast-fp16`` keeps weights and
+    states in fp32 and scales the loss. On a CPU without float16 instructions it is several times slower than fp32.
     """
 
     dtype = "float16"

@@ -20,9 +20,16 @@ class Pruning(Technique):
     recover_learning_rate: float = Field(1e-3, gt=0)
 
     def refuse(self, setting: Setting) -> str | None:
-        if any((technique.nominal_bits() or 32) < 16 for technique in setting.before):
+        if any(technique.trains_adapters for technique in setting.before):
+            return "adapters lie beside the weights already: prune first"
+        if self.changes_weights and any((technique.nominal_bits() or 32) < 16 for technique in setting.before):
             return "quantized weights cannot be pruned: let the quantizer come after"
         return None
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether it changes weights, and does not only take out whole layers."""
+        return True
 
     def recover(self, module: nn.Module, context: Context) -> None:
         """Train every parameter that wants gradients on the training text (one step in a rehearsal)."""

@@ -25,8 +25,12 @@ class _Unstructured(Pruning):
 
     acts_on: ClassVar[str] = "weights"
 
-    def masks(self, module: nn.Module, names: Sequence[str]) -> Iterator[torch.Tensor]:
-        """A mask for the weight of each named layer, in order, True where it stays. Each is taken, then put to use."""
+    def masks(self, module: nn.Module, names: Sequence[str], context: Context) -> Iterator[torch.Tensor]:
+        """A mask for the weight of each named layer, in order, True where it stays. Each is taken, then put to use.
+
+        Raises:
+            Unsuitable: if every weight would stay, or none. A rehearsal's miniature may be that small.
+        """
         raise NotImplementedError
 
     def prunes(self, layer: nn.Module) -> bool:
@@ -53,7 +57,7 @@ class _Unstructured(Pruning):
             raise Unsuitable(f"a {type(module).__name__} has no linear layers that could be pruned")
         masked = self.keeps_masks() or self.recover_steps > 0
         with torch.no_grad():
-            for name, mask in zip(names, self.masks(module, names), strict=True):
+            for name, mask in zip(names, self.masks(module, names, context), strict=True):
                 layer = module.get_submodule(name)
                 if masked:
                     prune.custom_from_mask(layer, "weight", mask.to(plain_weight(layer).dtype))
@@ -112,11 +116,14 @@ class MagnitudePrune(_Unstructured):
     def nominal_share(self) -> float | None:
         return 1 - self.sparsity
 
-    def masks(self, module: nn.Module, names: Sequence[str]) -> Iterator[torch.Tensor]:
+    def masks(self, module: nn.Module, names: Sequence[str], context: Context) -> Iterator[torch.Tensor]:
         def weights() -> Iterator[torch.Tensor]:
             return (plain_weight(module.get_submodule(name)) for name in names)
 
-        count = round(self.sparsity * sum(weight.numel() for weight in weights()))
+        whole = sum(weight.numel() for weight in weights())
+        count = round(self.sparsity * whole)
+        if not 0 < count < whole and not context.rehearsal:
+            raise Unsuitable(f"sparsity = {self.sparsity:g} prunes {'all' if count else 'none'} of {whole:,} weights")
         threshold, smaller = _smallest(weights, count)
         ties = count - smaller
         for weight in weights():
@@ -176,7 +183,7 @@ class SemiStructured(_Unstructured):
             raise Unsuitable("this build of torch has no cuSPARSELt, which multiplies 2:4 sparse matrices")
         return super().apply(module, context)
 
-    def masks(self, module: nn.Module, names: Sequence[str]) -> Iterator[torch.Tensor]:
+    def masks(self, module: nn.Module, names: Sequence[str], context: Context) -> Iterator[torch.Tensor]:
         for name in names:
             layer = module.get_submodule(name)
             weight = plain_weight(layer)

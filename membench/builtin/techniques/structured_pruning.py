@@ -148,8 +148,9 @@ class DropLayers(_Structured):
     def nominal_share(self) -> float | None:
         return 1 - self.share
 
-    def refuse(self, setting: Setting) -> str | None:
-        return super().refuse(setting) if self.recover_steps else None
+    @property
+    def changes_weights(self) -> bool:
+        return self.recover_steps > 0
 
     def apply(self, module: nn.Module, context: Context) -> nn.Module:
         decoder = _decoder(module)
