@@ -175,7 +175,8 @@ class Assembly:
                 f"the data give {len(rows)} rows of {wanted.length} tokens, and a batch wants {wanted.batch_size}"
             )
         data = Dataset.written(rows, self._storage(), vocabulary, self.context.scratch / "data")
-        self.context.facts.update(data.facts())
+        # What a technique says itself stands: a generator is what has to be kept, not what it has generated.
+        self.context.facts.update(data.facts() | self.context.facts)
         self.context.facts["padding_percent"] = (100 * padding, "count of padding in the rows")
         return dataclasses.replace(self, context=dataclasses.replace(self.context, data=data))
 

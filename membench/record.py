@@ -191,11 +191,14 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("store_time", "store_s", "store time", "lower", format_seconds, "duration of the same"),
     Metric(
-        "compress_speed", "compress_mb_per_s", "compress MB/s", "higher", format_number, "of the codec alone, 1 MB = 10⁶ bytes"
+        "compress_speed",
+        "compress_mb_per_s",
+        "compress MB/s",
+        "higher",
+        format_number,
+        "of the codec alone, in 10⁶ bytes a second of what goes in",
     ),
-    Metric(
-        "decompress_speed", "decompress_mb_per_s", "decompress MB/s", "higher", format_number, "of the codec alone"
-    ),
+    Metric("decompress_speed", "decompress_mb_per_s", "decompress MB/s", "higher", format_number, "of the codec alone"),
     Metric(
         "read_speed",
         "read_mb_per_s",
@@ -206,7 +209,13 @@ METRICS: tuple[Metric, ...] = (
         in_table=True,
     ),
     Metric(
-        "padding", "padding_percent", "padding", "lower", format_percent, "share of padding in the rows", has_ratio=False
+        "padding",
+        "padding_percent",
+        "padding",
+        "lower",
+        format_percent,
+        "share of padding in the rows of token ids",
+        has_ratio=False,
     ),
     Metric("time", "step_median_s", "time", "lower", format_seconds, "median duration of a step", in_table=True),
     Metric("time_p95", "step_p95_s", "time p95", "lower", format_seconds, "95th percentile of the steps' durations"),

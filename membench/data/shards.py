@@ -1,7 +1,7 @@
 """A folder of shards: frames of packed rows, compressed each by itself, with an index that knows their checksums.
 
-Frames of a codec whose own tool reads several in a row lie in one file; else each has a file of its own, so that what is
-here can always be read without membench.
+Frames of a codec whose own tool reads several in a row lie in one file; else each has a file of its own, so that what
+is here can always be read without membench.
 """
 
 from __future__ import annotations

@@ -85,6 +85,29 @@ class TrainedTiny(Model):
         return module.to(context.device)
 
 
+class UntrainedTiny(Model):
+    """trained-tiny's shape with random weights: what training it on some data brings can be seen in its quality."""
+
+    imports = TrainedTiny.imports
+    quality = True
+
+    @property
+    def shape(self) -> Shape:
+        return _SHAPE
+
+    def miniature(self) -> Model:
+        return TrainedTiny().miniature()
+
+    def skeleton(self) -> nn.Module:
+        return TrainedTiny().skeleton()
+
+    def build(self, context: Context) -> nn.Module:
+        import torch
+
+        torch.manual_seed(context.seed)
+        return _untrained().to(context.device)
+
+
 def _is_whole(path: Path) -> bool:
     """Whether the file is there and can be read; one that something has cut off is trained anew."""
     import safetensors
