@@ -66,19 +66,27 @@ class Comparison:
         return whole / math.prod(ratio for ratio in alone if ratio is not None)
 
     def front(self, group: Group) -> set[str]:
-        """The techniques that no other one beats or equals in live memory, time and quality at once, and beats in one.
+        """The techniques that no other one beats or equals in all that counts at once, and beats in one.
 
-        Quality is the loss in bits per byte where the model is trained, else the divergence from the reference.
+        What counts: live memory, time, quality, and the size of the training data where the workload reads some.
+        Quality is accuracy where it is known, else the loss in bits per byte where the model is trained, else the
+        divergence from the reference; where none is known it does not count.
         """
-        lost = "lost_bits_per_byte"
-        quality = lost if any(self.value(group, t, lost) is not None for t in self.techniques(group)) else "kl_nats"
+        techniques = self.techniques(group)
+
+        def is_known(field: str) -> bool:
+            return any(self.value(group, technique, field) is not None for technique in techniques)
+
+        fields = ["peak_live_bytes", "step_median_s", *(["data_bytes"] if is_known("data_bytes") else [])]
+        quality = next(filter(is_known, ("accuracy_percent", "lost_bits_per_byte", "kl_nats")), None)
         scores: dict[str, tuple[float, ...]] = {}
-        for technique in self.techniques(group):
+        for technique in techniques:
             if any(record.status != "ok" for record in self.repeats(group, technique)):
                 continue
-            values = [self.value(group, technique, field) for field in ("peak_live_bytes", "step_median_s")]
-            loss = self.value(group, technique, quality)
-            values.append(0.0 if loss is None and technique == REFERENCE else loss)
+            values = [self.value(group, technique, field) for field in fields]
+            if quality is not None:
+                worse = self.difference(group, technique, quality)
+                values.append(None if worse is None else -worse if quality == "accuracy_percent" else worse)
             known = tuple(value for value in values if value is not None)
             if len(known) == len(values):
                 scores[technique] = known
