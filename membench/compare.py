@@ -52,7 +52,9 @@ class Comparison:
     def difference(self, group: Group, technique: str, field: str, base: str = REFERENCE) -> float | None:
         """A metric less that of another case."""
         value, of = (
-            _OF_THE_REFERENCE.get(field) if name == REFERENCE else self.value(group, name, field)
+            _OF_THE_REFERENCE[field]
+            if name == REFERENCE and field in _OF_THE_REFERENCE
+            else self.value(group, name, field)
             for name in (technique, base)
         )
         return None if value is None or of is None else value - of
