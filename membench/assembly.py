@@ -25,8 +25,10 @@ from membench.units import format_bytes
 from membench.weights import fingerprint
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
+    from membench.data.samples import Samples
     from membench.data.storage import Ids
 
 
@@ -71,9 +73,9 @@ class Assembly:
             reason = technique.refuse(plugins.Setting(model, workload, request["device"], before, after))
             if reason:
                 raise plugins.Unsuitable(reason)
-        context = plugins.Context(
-            request["device"], request["settings"]["seed"], model, part, {}, Path(request["scratch"])
-        )
+        # A model's own seed is for all that is random about the case: batches and techniques too.
+        seed = request["settings"]["seed"] + getattr(model, "seed", 0)
+        context = plugins.Context(request["device"], seed, model, part, {}, Path(request["scratch"]))
         return cls(model, techniques, workload, tuple(request["members"]), context)
 
     def rehearsed(self) -> Assembly | None:
@@ -88,7 +90,7 @@ class Assembly:
         scratch.mkdir(exist_ok=True)
         context = dataclasses.replace(
             self.context, model=miniature, part=_unheard, inventory={}, scratch=scratch, idle=[], diverged=[],
-            rehearsal=True,
+            facts={}, rehearsal=True,
         )  # fmt: skip
         return dataclasses.replace(self, model=miniature, context=context)
 
@@ -133,6 +135,7 @@ class Assembly:
         """Read and encode the text now: it is the harness's and belongs to the baseline."""
         corpus.read()
         self.model.encode(corpus.split()[0])
+        self.workload.samples()
         if (wanted := self.workload.corpus()) is not None and not self._changes_corpus:
             with contextlib.suppress(NotImplementedError):  # a model without a skeleton says its vocabulary later
                 self._rows(wanted, self.model.vocabulary(self.model.skeleton()))
@@ -165,6 +168,8 @@ class Assembly:
         Raises:
             plugins.Unsuitable: if there are too few for one batch.
         """
+        if (samples := self.workload.samples()) is not None:
+            return self._store_samples(samples)
         wanted = self.workload.corpus()
         if wanted is None:
             return self
@@ -180,10 +185,18 @@ class Assembly:
         self.context.facts["padding_percent"] = (100 * padding, "count of padding in the rows")
         return dataclasses.replace(self, context=dataclasses.replace(self.context, data=data))
 
+    def _store_samples(self, samples: Samples) -> Assembly:
+        for technique in self.techniques:
+            samples = technique.samples(samples, self.context)
+        self.context.facts["data_bytes"] = (samples.kept_bytes, "bytes of the arrays that samples are drawn from")
+        return dataclasses.replace(self, context=dataclasses.replace(self.context, samples=samples))
+
     def tokens(self, module: nn.Module) -> plugins.Tokens:
         """The training text as the model reads it: batches of the data, or where there are none, from its start."""
         import torch
 
+        if self.context.samples is not None:
+            return _no_tokens
         if (data := self.context.data) is not None and (wanted := self.workload.corpus()) is not None:
             batches = endless(data, wanted.batch_size, self.context.seed, wanted.workers)
             return lambda count: next(batches).flatten()
@@ -290,6 +303,10 @@ def _rows_of(
     source: str, most_bytes: int | None, model: plugins.Model, vocabulary: int, length: int, padded: bool
 ) -> tuple[Ids, float]:
     return tokens.rows(tokens.encoded(sources.documents(source, most_bytes), model, vocabulary), length, padded)
+
+
+def _no_tokens(count: int) -> torch.Tensor:
+    raise TypeError(f"{count} tokens are asked for, and this workload trains on labelled samples")
 
 
 def _unheard(name: str) -> contextlib.AbstractContextManager[None]:

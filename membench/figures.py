@@ -252,7 +252,8 @@ def _times(found: Figures, result: Mapping[str, Any], time: Mapping[str, Any], o
     durations = result["durations_s"]
     median = statistics.median(durations)
     found.know("step_median_s", median, source)
-    found.know("tokens_per_s", result["tokens_per_step"] / median, source)
+    if result["tokens_per_step"] is not None:
+        found.know("tokens_per_s", result["tokens_per_step"] / median, source)
     if result.get("epoch_bytes"):
         found.know("read_mb_per_s", result["epoch_bytes"] / 1e6 / median, source)
     if len(durations) < 2:

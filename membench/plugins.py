@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from membench.data.dataset import Dataset
+    from membench.data.samples import Samples
 
 
 class Options(BaseModel):
@@ -77,6 +78,7 @@ class Context:
             as ``diverged``, with all its figures.
         facts: figures that a stage found out, by metric field, each with how it was obtained.
         data: the training data as the stack keeps them, where the workload reads a corpus.
+        samples: what the stack draws labelled samples from, where the workload trains on some.
         rehearsal: the case is only gone through on a miniature; one step of whatever takes many is enough.
     """
 
@@ -90,6 +92,7 @@ class Context:
     diverged: list[str] = field(default_factory=list)
     facts: dict[str, tuple[float, str]] = field(default_factory=dict)
     data: Dataset | None = None
+    samples: Samples | None = None
     rehearsal: bool = False
 
 
@@ -238,6 +241,10 @@ class Technique(Options):
         """How token ids are kept and read: replace what the technique is about."""
         return storage
 
+    def samples(self, samples: Samples, context: Context) -> Samples:
+        """What labelled samples are drawn from: fewer of them, or what makes some. Part of the phase ``store``."""
+        return samples
+
     def prepare(self, make: Callable[[], nn.Module], context: Context) -> None:
         """Run in a process of its own before anything is measured; leave files in ``context.scratch`` for ``load``.
 
@@ -328,12 +335,27 @@ class Workload(Options):
         return None
 
     def tokens_per_step(self) -> int | None:
-        """Tokens that a step works through, for tokens a second; ``None``: an epoch of the data."""
+        """Tokens that a step works through, for tokens a second; ``None``: an epoch of the data, or no tokens."""
         raise NotImplementedError
 
     def corpus(self) -> Corpus | None:
         """The training data that it reads; ``None``: the built-in text, from its start."""
         return None
+
+    def samples(self) -> Samples | None:
+        """The labelled samples that it trains on, before any technique; ``None``: it works on text.
+
+        Raises:
+            Unsuitable: if they cannot be had here.
+        """
+        return None
+
+    def steps_in_all(self) -> int | None:
+        """Steps that its training takes: what is left of them follows those that are measured. ``None``: no more."""
+        return None
+
+    def examine(self, module: nn.Module, techniques: Sequence[Technique], context: Context) -> None:
+        """After all steps: what there is to find out about the trained module goes into ``context.facts``."""
 
     def decoded_tokens_per_step(self) -> int | None:
         """Tokens that the part ``decode`` of a step brings forth, if it has one."""

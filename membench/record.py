@@ -167,7 +167,7 @@ METRICS: tuple[Metric, ...] = (
         "data",
         "lower",
         format_bytes,
-        "the files that hold the training data",
+        "the files that hold the training data, or the arrays that samples are drawn from",
         in_table=True,
     ),
     Metric(
@@ -295,8 +295,18 @@ METRICS: tuple[Metric, ...] = (
         "loss",
         "lower",
         format_number,
-        "training loss of the last step, in nats a token",
+        "training loss of the last step, in nats a token or sample",
         in_table=True,
+    ),
+    Metric(
+        "accuracy",
+        "accuracy_percent",
+        "accuracy",
+        "higher",
+        format_percent_of_all,
+        "share of held-out samples whose likeliest class is theirs, after all steps of the training",
+        in_table=True,
+        has_ratio=False,
     ),
     Metric(
         "bits_per_byte",

@@ -78,6 +78,7 @@ def _measure(request: dict[str, Any], meter: Meter) -> None:
     work.store(module)
     step = work.run_for_memory(module)
     work.run_for_time(step)
+    work.finish(module, step)
     del step  # and with it the optimizer
     work.case.context.inventory.clear()
     work.evaluate(module)
@@ -138,8 +139,8 @@ class _Work:
         return module
 
     def store(self, module: nn.Module) -> None:
-        """Phase ``store``, where the workload reads a corpus."""
-        if self.case.workload.corpus() is None:
+        """Phase ``store``, where the workload reads a corpus or trains on samples."""
+        if self.case.workload.corpus() is None and self.case.workload.samples() is None:
             return
         with self._meter.phase("store", "pinned"):
             self.case = self.case.store(module)
@@ -218,11 +219,28 @@ class _Work:
         allocator.pin()
         self._result |= {
             "durations_s": durations_s,
-            "losses_nats": [loss if math.isfinite(loss) else None for loss in self.losses],
+            "losses_nats": self._losses_nats(),
             "tokens_per_step": self.case.workload.tokens_per_step() or self._tokens_of_an_epoch(),
             "epoch_bytes": self._bytes_of_an_epoch(),
             "decoded_tokens": self.case.workload.decoded_tokens_per_step(),
         }
+        self._tell("the case ended before the checkpoint was saved")
+
+    def _losses_nats(self) -> list[float | None]:
+        return [loss if math.isfinite(loss) else None for loss in self.losses]
+
+    def finish(self, module: nn.Module, step: plugins.Step) -> None:
+        """Phase ``finish``, where the workload trains for so many steps in all: what is left of them, and its result."""
+        case, all_steps = self.case, self.case.workload.steps_in_all()
+        if all_steps is None:
+            return
+        with self._meter.phase("finish", "pinned"):
+            while len(self.losses) < all_steps and self.diverged is None:
+                self._hear(step())
+                self._meter.parts.clear()
+            module.eval()
+            case.workload.examine(module, case.techniques, case.context)
+        self._result["losses_nats"] = self._losses_nats()
         self._tell("the case ended before the checkpoint was saved")
 
     def _tokens_of_an_epoch(self) -> int | None:
