@@ -230,7 +230,7 @@ class _Work:
         return [loss if math.isfinite(loss) else None for loss in self.losses]
 
     def finish(self, module: nn.Module, step: plugins.Step) -> None:
-        """Phase ``finish``, where the workload trains for so many steps in all: what is left of them, and its result."""
+        """Phase ``finish``, where the workload trains for so many steps in all: those left, and its result."""
         case, all_steps = self.case, self.case.workload.steps_in_all()
         if all_steps is None:
             return
