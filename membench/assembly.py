@@ -73,9 +73,9 @@ class Assembly:
             reason = technique.refuse(plugins.Setting(model, workload, request["device"], before, after))
             if reason:
                 raise plugins.Unsuitable(reason)
-        # A model's own seed is for all that is random about the case: batches and techniques too.
-        seed = request["settings"]["seed"] + getattr(model, "seed", 0)
-        context = plugins.Context(request["device"], seed, model, part, {}, Path(request["scratch"]))
+        context = plugins.Context(
+            request["device"], request["settings"]["seed"], model, part, {}, Path(request["scratch"])
+        )
         return cls(model, techniques, workload, tuple(request["members"]), context)
 
     def rehearsed(self) -> Assembly | None:
