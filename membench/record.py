@@ -209,6 +209,16 @@ METRICS: tuple[Metric, ...] = (
         in_table=True,
     ),
     Metric(
+        "corpus_kept",
+        "corpus_kept_percent",
+        "text kept",
+        "lower",
+        format_percent_of_all,
+        "share of the text's bytes that is left to train on",
+        in_table=True,
+        has_ratio=False,
+    ),
+    Metric(
         "padding",
         "padding_percent",
         "padding",

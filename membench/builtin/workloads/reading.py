@@ -15,13 +15,17 @@ def _size(value: object) -> object:
     return units.parse_bytes(value) if isinstance(value, str) else value
 
 
+Size = Annotated[int, BeforeValidator(_size), Field(ge=1024)]
+"""Bytes of text, as a number or as '8 MiB'."""
+
+
 class ReadsCorpus(Workload):
     """Reads rows of a corpus in shuffled batches."""
 
     data: str | None = None
     """``topics`` (Python's help on itself), ``library`` (the source of Python's own library), or a folder of text,
     Parquet or what ``datasets`` saved."""
-    data_size: Annotated[int, BeforeValidator(_size), Field(ge=1024)] | None = None
+    data_size: Size | None = None
     """How much of the text at most: '8 MiB'."""
     workers: int = Field(0, ge=0, le=64)
     """Processes of torch's DataLoader that read."""

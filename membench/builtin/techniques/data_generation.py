@@ -1,0 +1,141 @@
+"""A generator of text kept instead of the text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from membench.builtin.models.trained_tiny import PIECE_BYTES, STEPS, TrainedTiny, seed_of, trained, untrained
+from membench.builtin.techniques.data import DataTechnique
+from membench.builtin.workloads.reading import Size
+from membench.data import sources
+from membench.plugins import Context, Unsuitable
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_STREAMS = 128
+_REHEARSED_BYTES = 1024
+_BETWEEN_PARAGRAPHS = b"\n\n"
+_BETWEEN_DOCUMENTS = b"\0"
+_SMALLEST_SCALE = 2.0**-24  # of float16
+
+
+class LmGenerated(DataTechnique):
+    """A small byte-level language model kept instead of the text, and training fed with what it generates.
+
+    It distils, it does not compress. The generator, trained-tiny's shape with 8-bit weights and a float16 scale a row,
+    w ≈ scale · q, takes some 130 kB, more than its text does under xz, from which the text itself comes back; and what
+    it generates is worth less to a model than the text it has learnt from. It is for where text may not be kept or
+    handed on, or more is wanted than there is. Hold it against ``subset`` of as many bytes. suites/data.toml.
+
+    Text is sampled byte by byte, p ∝ exp(logit / temperature), in 128 streams at once with a key-value cache; a stream
+    goes on from its last 128 bytes when it has reached the 256 that the generator has learnt to read. The bytes of the
+    data are those of the generator's file. Phase ``store`` has the training in it, unless the text is ``topics`` and
+    ``steps`` is not given: then weights are trained-tiny's own.
+
+    Attributes:
+        generated_size: how much text, such as '256 KiB'.
+        temperature: below 1, what is likely is made likelier.
+        steps: of training the generator; 1,200 where it is trained at all.
+    """
+
+    imports: ClassVar[tuple[str, ...]] = TrainedTiny.imports
+    generated_size: Size = 2**18
+    temperature: float = Field(1.0, ge=0.01, le=100)
+    steps: int | None = Field(None, ge=1)
+
+    def prepare(self, make: object, context: Context) -> None:
+        if self.steps is None and not context.rehearsal:
+            TrainedTiny().prepare(lambda done, total, what: None)
+
+    def corpus(self, documents: Sequence[bytes], context: Context) -> Sequence[bytes]:
+        path = context.scratch / "generator.safetensors"
+        seed = seed_of(context)
+        began = time.perf_counter()
+        if self.steps is None and documents == sources.documents("topics", None):
+            separator, trained_how = _BETWEEN_PARAGRAPHS, "with trained-tiny's own weights"
+            keep(TrainedTiny().build(context), path)
+        else:
+            separator, steps = _BETWEEN_DOCUMENTS, 1 if context.rehearsal else self.steps or STEPS
+            keep(self._trained(documents, steps, seed), path)
+            trained_how = f"trained for {steps:,} steps in {time.perf_counter() - began:.1f} s"
+        size = _REHEARSED_BYTES if context.rehearsal else self.generated_size
+        began = time.perf_counter()
+        text = generated(kept(path).to(context.device), separator, size, self.temperature, seed, context.device)
+        took_s = time.perf_counter() - began
+        context.facts["data_bytes"] = (
+            path.stat().st_size,
+            f"size of the generator's file, {trained_how}; it generated {size:,} bytes in {took_s:.1f} s",
+        )
+        return documents if context.rehearsal else text
+
+    def _trained(self, documents: Sequence[bytes], steps: int, seed: int) -> nn.Module:
+        text = _BETWEEN_DOCUMENTS.join(documents)
+        if len(text) < 2 * PIECE_BYTES:
+            raise Unsuitable(f"a generator wants {2 * PIECE_BYTES} bytes to learn from, and the data have {len(text)}")
+        return trained(text, steps, seed, lambda done, total, what: None)
+
+
+def keep(module: nn.Module, path: Path) -> None:
+    """Write a module's matrices as 8-bit integers with a float16 scale a row, and the rest as float16."""
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, parameter in module.named_parameters():  # tied ones come once
+        weights = parameter.detach().float().cpu()
+        if weights.ndim < 2:
+            tensors[name] = weights.half()
+            continue
+        scale = (weights.abs().amax(1, keepdim=True) / 127).clamp(min=_SMALLEST_SCALE).half()
+        tensors[name] = (weights / scale.float()).round().clamp(-127, 127).to(torch.int8)
+        tensors[f"{name}.scale"] = scale
+    save_file(tensors, path)
+
+
+def kept(path: Path) -> nn.Module:
+    """trained-tiny's shape with the weights of such a file, in fp32."""
+    import torch
+    from safetensors.torch import load_file
+
+    tensors, module = load_file(path), untrained()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            scale = tensors.get(f"{name}.scale")
+            weights = tensors[name].float()
+            parameter.copy_(weights if scale is None else weights * scale.float())
+    return module.eval()
+
+
+def generated(
+    module: nn.Module, separator: bytes, size: int, temperature: float, seed: int, device: str
+) -> Sequence[bytes]:
+    """Documents that a model of bytes generates: so many bytes with what stands between them.
+
+    Args:
+        separator: stands between documents in the text that the model has learnt from.
+    """
+    import torch
+
+    streams = max(1, min(_STREAMS, size // PIECE_BYTES))
+    wanted = -(-size // streams)
+    random = torch.Generator(device).manual_seed(seed)
+    text = torch.tensor(list(separator), device=device).repeat(streams, 1)
+    with torch.no_grad():
+        while (more := len(separator) + wanted - text.shape[1]) > 0:
+            seen = text[:, -PIECE_BYTES // 2 :]
+            output, new = module(seen, use_cache=True), []
+            for _ in range(min(more, PIECE_BYTES - seen.shape[1])):
+                chances = (output.logits[:, -1] / temperature).softmax(-1)
+                new.append(torch.multinomial(chances, 1, generator=random))
+                output = module(new[-1], past_key_values=output.past_key_values, use_cache=True)
+            text = torch.cat([text, *new], 1)
+    rows = text[:, len(separator) :].to(torch.uint8).cpu().numpy()
+    whole = [row.tobytes() for row in rows]
+    whole[-1] = whole[-1][: size - wanted * (streams - 1)]
+    return [document for stream in whole for document in stream.split(separator) if document]
