@@ -159,7 +159,7 @@ class Assembly:
     def _storage(self) -> Storage:
         storage = Storage(Shards(), Integers("int64"))
         for technique in self.techniques:
-            storage = technique.storage(storage, self.context)
+            storage = technique.data_storage(storage, self.context)
         return storage
 
     def store(self, module: nn.Module) -> Assembly:

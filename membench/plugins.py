@@ -237,7 +237,7 @@ class Technique(Options):
         """The training text, document by document: fewer of them, or others. Part of the phase ``store``."""
         return documents
 
-    def storage(self, storage: Storage, context: Context) -> Storage:
+    def data_storage(self, storage: Storage, context: Context) -> Storage:
         """How token ids are kept and read: replace what the technique is about."""
         return storage
 

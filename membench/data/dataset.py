@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from membench.data.codec_timing import Timed
-from membench.data.order import Window, windows
+from membench.data.order import Window, block_rows, power_of_two, windows
 from membench.data.storage import Extent, Frame, Storage
+from membench.plugins import Unsuitable
 
 if TYPE_CHECKING:
     import torch
 
     from membench.data.storage import Ids
 
-_FRAMES_AT_ONCE = 4
+_BLOCKS_AT_ONCE = 4
+_DECODERS = 2
+"""Threads that decode ahead, so that a fast codec does not wait for the batches to be made."""
 _MB = 1e6
 
 
@@ -85,7 +88,7 @@ class Dataset:
         return lambda number: kept[number * step : (number + 1) * step]
 
     def batches(self, size: int, seed: int, epoch: int, frame: Frame, share: tuple[int, int] = (0, 1)) -> Iterator[Any]:
-        """The batches of an epoch, (size, tokens) int64; rows at the end that do not fill one are left out.
+        """The batches of an epoch, (size, tokens) int64; the last has the rows that are left.
 
         Args:
             frame: as ``opened`` gives it.
@@ -94,24 +97,39 @@ class Dataset:
         import numpy
         import torch
 
-        all_windows = windows(self.extent.rows, self.frame_rows, _FRAMES_AT_ONCE, seed, epoch)
+        all_windows = windows(self.extent, self.frame_rows, _BLOCKS_AT_ONCE, seed, epoch)
         mine = itertools.islice(all_windows, share[0], None, share[1])
-        left: Any = None
+        left: Any = numpy.empty((0, self.extent.length), numpy.uint8)
         for window, frames in _ahead(mine, frame, self.storage.reading == "stream"):
-            rows = numpy.concatenate(frames)[window.order]
-            if left is not None and len(left):
-                rows = numpy.concatenate([left, rows])
-            full = len(rows) // size * size
+            rows = numpy.concatenate([left, *frames])
+            del frames  # the next window's are being decoded meanwhile
+            order = numpy.concatenate([numpy.arange(len(left)), len(left) + window.order])
+            full = len(order) // size * size
             for start in range(0, full, size):
-                yield torch.from_numpy(rows[start : start + size].astype(numpy.int64))
-            left = rows[full:].copy()
+                yield torch.from_numpy(rows[order[start : start + size]].astype(numpy.int64))
+            left = rows[order[full:]]
+            del rows
+        if len(left):
+            yield torch.from_numpy(left.astype(numpy.int64))
 
 
 def endless(data: Dataset, batch_size: int, seed: int, workers: int) -> Iterator[torch.Tensor]:
-    """Batches of one epoch after the other; opening the data is part of the first."""
+    """Batches of one epoch after the other; what does not fill one is left out. Opening the data is part of the first.
+
+    Raises:
+        Unsuitable: if no reader has rows enough for a batch.
+    """
     opened = epochs(data, batch_size, seed, workers)
     for epoch in itertools.count():
-        yield from opened(epoch)
+        found = False
+        for batch in opened(epoch):
+            if len(batch) == batch_size:
+                found = True
+                yield batch
+        if not found:
+            raise Unsuitable(
+                f"{data.extent.rows} rows, shared out among {workers} processes, give none the {batch_size} of a batch"
+            )
 
 
 def epochs(data: Dataset, batch_size: int, seed: int, workers: int) -> Callable[[int], Iterator[torch.Tensor]]:
@@ -119,7 +137,8 @@ def epochs(data: Dataset, batch_size: int, seed: int, workers: int) -> Callable[
 
     Args:
         workers: processes of torch's ``DataLoader`` that read, each a share of the windows and with all that reading
-            wants; 0: this process does.
+            wants; 0: this process does. They start anew with each epoch, as is the ``DataLoader``'s own way, and so run
+            under the allocator that the measuring has chosen by then.
     """
     if workers == 0:
         frame = data.opened()
@@ -136,8 +155,8 @@ def epochs(data: Dataset, batch_size: int, seed: int, workers: int) -> Callable[
 
 
 def frame_rows(storage: Storage, extent: Extent) -> int:
-    """Rows of a frame."""
-    return max(1, int(storage.frame_bytes // storage.layout.bytes_per_row(extent)))
+    """Rows of a frame: a power of two, as those of a block are, so that a block is so many whole frames."""
+    return min(block_rows(extent.length), power_of_two(storage.frame_tokens // extent.length))
 
 
 def _ahead(some: Iterable[Window], frame: Frame, decodes: bool) -> Iterator[tuple[Window, list[Ids]]]:
@@ -146,16 +165,16 @@ def _ahead(some: Iterable[Window], frame: Frame, decodes: bool) -> Iterator[tupl
         for window in some:
             yield window, [frame(number) for number in window.frames]
         return
-    with ThreadPoolExecutor(1) as thread:
-        waiting: list[tuple[Window, Future[list[Ids]]]] = []
+    with ThreadPoolExecutor(_DECODERS) as threads:
+        waiting: list[tuple[Window, list[Future[Ids]]]] = []
 
-        def begin(window: Window) -> None:
-            waiting.append((window, thread.submit(lambda: [frame(number) for number in window.frames])))
+        def first() -> tuple[Window, list[Ids]]:
+            window, frames = waiting.pop(0)
+            return window, [decoded.result() for decoded in frames]
 
         for window in some:
-            begin(window)
+            waiting.append((window, [threads.submit(frame, number) for number in window.frames]))
             if len(waiting) == 2:
-                done, frames = waiting.pop(0)
-                yield done, frames.result()
-        for done, frames in waiting:
-            yield done, frames.result()
+                yield first()
+        while waiting:
+            yield first()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from membench.data.dataset import Dataset
+if TYPE_CHECKING:
+    from membench.data.dataset import Dataset
 
 
 class Batches(IterableDataset[torch.Tensor]):

@@ -1,4 +1,7 @@
-"""In which order rows are read: shuffled, but so that a reader needs a few frames at a time."""
+"""In which order rows are read: shuffled, but so that a reader needs a few blocks of neighbours at a time.
+
+The order depends on nothing but the rows and the seed: however the rows are kept and read, the batches are the same.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import numpy
 
+    from membench.data.storage import Extent
+
+_BLOCK_TOKENS = 2**18
+
 
 class Window(NamedTuple):
     """Frames to be read together, and the order of the rows in them."""
@@ -16,17 +23,29 @@ class Window(NamedTuple):
     order: numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]]
 
 
-def windows(rows: int, frame_rows: int, frames_at_once: int, seed: int, epoch: int) -> Iterator[Window]:
-    """An epoch: frames in random order, so many of them at once, and their rows shuffled together.
+def block_rows(length: int) -> int:
+    """Rows of a block, so many tokens long each: about 262,144 tokens."""
+    return power_of_two(_BLOCK_TOKENS // length)
 
-    It depends on nothing but its arguments: however the rows are kept and read, the batches are the same.
+
+def power_of_two(most: int) -> int:
+    """The largest that is no more than ``most``, and at least 1."""
+    return 1 << max(0, most.bit_length() - 1)
+
+
+def windows(extent: Extent, frame_rows: int, blocks_at_once: int, seed: int, epoch: int) -> Iterator[Window]:
+    """An epoch: blocks in random order, so many of them at once, and their rows shuffled together.
+
+    Args:
+        frame_rows: so many rows are read as one frame; a block has some of them, all whole but the very last.
     """
     import numpy
 
     random = numpy.random.default_rng((seed, epoch))
-    count = -(-rows // frame_rows)
-    order = random.permutation(count).tolist()
-    for start in range(0, count, frames_at_once):
-        frames = order[start : start + frames_at_once]
-        inside = sum(min(frame_rows, rows - frame * frame_rows) for frame in frames)
-        yield Window(frames, random.permutation(inside))
+    rows, inside = extent.rows, block_rows(extent.length)
+    blocks = [range(start, min(start + inside, rows)) for start in range(0, rows, inside)]
+    order = random.permutation(len(blocks)).tolist()
+    for start in range(0, len(blocks), blocks_at_once):
+        some = [blocks[number] for number in order[start : start + blocks_at_once]]
+        frames = [first // frame_rows for block in some for first in range(block.start, block.stop, frame_rows)]
+        yield Window(frames, random.permutation(sum(map(len, some))))

@@ -7,13 +7,12 @@ is here can always be read without membench.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from membench.data.partial import whole_or_not_at_all
 from membench.data.storage import Damaged, Extent, Frame, Storage
 
 if TYPE_CHECKING:
@@ -36,30 +35,45 @@ class Shards:
     """The format of shards; see the module."""
 
     def write(self, frames: Iterable[Ids], extent: Extent, storage: Storage, folder: Path) -> None:
-        partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-        partial.mkdir(parents=True)
-        try:
+        with whole_or_not_at_all(folder) as partial:
+            if storage.codec is not None:
+                frames = list(frames)  # views of the rows: a codec sees all of them before the first is compressed
+                storage.codec.learn((storage.layout.pack(rows, extent) for rows in frames), partial)
             entries = list(_written(frames, extent, storage, partial))
             index = {"version": _VERSION, "extent": extent, "layout": storage.layout.name,
                      "codec": storage.codec.name if storage.codec else None, "frames": entries}  # fmt: skip
             (partial / _INDEX).write_text(json.dumps(index))
-            partial.rename(folder)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
 
     def open(self, extent: Extent, storage: Storage, folder: Path) -> Frame:
         entries = _read_index(folder, extent, storage)
         if storage.codec is not None:
             storage.codec.remember(folder)
-        files = {entry.file: os.open(folder / entry.file, os.O_RDONLY) for entry in entries}
+        stored = _mapped(folder, entries) if storage.reading == "mapped" else _read(folder)
 
         def frame(number: int) -> Ids:
             entry = entries[number]
-            stored = os.pread(files[entry.file], entry.stored_bytes, entry.offset)
-            return storage.layout.unpack(_raw(stored, entry, storage, folder), extent)
+            return storage.layout.unpack(_raw(stored(entry), entry, storage, folder), extent)
 
         return frame
+
+
+def _read(folder: Path) -> Callable[[_Entry], bytes]:
+    """Frames read from their files, opened for each: there may be more of them than a process may have open."""
+
+    def stored(entry: _Entry) -> bytes:
+        with (folder / entry.file).open("rb", buffering=0) as file:
+            file.seek(entry.offset)
+            return file.read(entry.stored_bytes)
+
+    return stored
+
+
+def _mapped(folder: Path, entries: Iterable[_Entry]) -> Callable[[_Entry], memoryview]:
+    """Frames as pages of their files: nothing is copied, and the kernel may drop them when it wants memory."""
+    import numpy
+
+    files = {name: numpy.memmap(folder / name, mode="r").data for name in {entry.file for entry in entries}}
+    return lambda entry: files[entry.file][entry.offset : entry.offset + entry.stored_bytes]
 
 
 def _written(frames: Iterable[Ids], extent: Extent, storage: Storage, folder: Path) -> Iterator[_Entry]:
@@ -101,7 +115,7 @@ def _read_index(folder: Path, extent: Extent, storage: Storage) -> list[_Entry]:
     return entries
 
 
-def _raw(stored: bytes, entry: _Entry, storage: Storage, folder: Path) -> bytes:
+def _raw(stored: bytes | memoryview, entry: _Entry, storage: Storage, folder: Path) -> bytes | memoryview:
     """A frame, checked before and after it is decompressed."""
     where = f"{folder / entry.file}, offset {entry.offset}"
     if len(stored) != entry.stored_bytes or zlib.crc32(stored) != entry.crc32:
@@ -109,6 +123,6 @@ def _raw(stored: bytes, entry: _Entry, storage: Storage, folder: Path) -> bytes:
     if storage.codec is None:
         return stored
     try:
-        return storage.codec.decompress(stored, entry.raw_bytes)
+        return storage.codec.decompress(bytes(stored), entry.raw_bytes)
     except Damaged as error:
         raise Damaged(f"{where}: {error}") from None

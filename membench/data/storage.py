@@ -55,7 +55,8 @@ class Codec(Protocol):
 class Layout(Protocol):
     """Rows of token ids as bytes."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def bytes_per_row(self, extent: Extent) -> int: ...
 
@@ -89,7 +90,8 @@ class Storage:
     Attributes:
         reading: ``whole``: all is decoded at the start and kept; ``stream``: a few frames at a time; ``mapped``: frames
             are pages of the file.
-        frame_bytes: about how much of packed rows is compressed, checked and read at once.
+        frame_tokens: at most so many are compressed, checked and read at once, and never more than the block by which
+            rows are shuffled (see ``order``): however rows are kept, they come in the same order.
         padded: whether each document begins a row of its own, filled up with padding; else documents follow each other.
     """
 
@@ -97,5 +99,5 @@ class Storage:
     layout: Layout
     codec: Codec | None = None
     reading: Literal["whole", "stream", "mapped"] = "whole"
-    frame_bytes: int = 2**20
+    frame_tokens: int = 2**18
     padded: bool = False

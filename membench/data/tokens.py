@@ -1,7 +1,7 @@
 """Documents to token ids, and token ids to rows.
 
-Text that is not UTF-8: bytes are bytes to a vocabulary of bytes; elsewhere each byte that no character begins with is
-read as U+FFFD.
+Text that is not UTF-8: bytes are bytes to a vocabulary of bytes. To one of words, each byte that begins no character
+and each character that is cut off is U+FFFD, as Unicode recommends and Python does. A tokenizer has its own way.
 """
 
 from __future__ import annotations

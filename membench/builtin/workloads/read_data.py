@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 class ReadData(ReadsCorpus):
     """An epoch of shuffled batches of token ids, read as a training loop reads them; the model only names the tokens.
 
-    Phase ``store`` packs, compresses and writes the data, and reads them back once; a step is an epoch. Files lie in
-    the page cache: the time is that of decoding, not of a disk.
+    Phase ``store`` packs, compresses and writes the data, and reads them back once; a step is an epoch: all rows, the
+    last batch with what is left. Files lie in the page cache: the time is that of decoding, not of a disk. Workers
+    start anew with each epoch. Bytes that are no UTF-8 are kept by a vocabulary of bytes, and are U+FFFD to one of
+    words.
     """
 
     data: str | None = "topics"
