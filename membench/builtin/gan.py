@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_BATCH = 64
+_BATCH = 128
 _DISCRIMINATOR_HIDDEN = 128
-_GENERATOR_RATE, _DISCRIMINATOR_RATE = 1e-3, 1e-3
+_GENERATOR_RATE, _DISCRIMINATOR_RATE = 4e-3, 4e-3
 _BETAS = (0.0, 0.9)
 _NOISE = 0.03
 _AVERAGE = 0.995
@@ -103,8 +103,8 @@ def _trained(samples: StoredSamples, latent: int, hidden: int, steps: int, seed:
     generator = Generator(latent, samples.classes, hidden, samples.width).to(device)
     discriminator = Discriminator(samples.width, samples.classes, _DISCRIMINATOR_HIDDEN).to(device)
     average = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(_AVERAGE))
-    of_generator = torch.optim.Adam(generator.parameters(), _GENERATOR_RATE, _BETAS)
-    of_discriminator = torch.optim.Adam(discriminator.parameters(), _DISCRIMINATOR_RATE, _BETAS)
+    of_generator = torch.optim.Adam(generator.parameters(), _GENERATOR_RATE, _BETAS, fused=True)
+    of_discriminator = torch.optim.Adam(discriminator.parameters(), _DISCRIMINATOR_RATE, _BETAS, fused=True)
     batches = samples.batches(_BATCH, seed)
 
     def seen(some: torch.Tensor) -> torch.Tensor:

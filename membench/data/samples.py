@@ -135,15 +135,14 @@ CHAPTERS: Mapping[str, tuple[str, ...]] = {
     "built-in types": (
         "bltin-code-objects", "bltin-ellipsis-object", "bltin-null-object", "bltin-type-objects", "specialattrs",
         "string-methods", "truth", "typesfunctions", "typesmapping", "typesmethods", "typesmodules", "typesseq",
-        "typesseq-mutable",
+        "typesseq-mutable", "formatstrings",
     ),
-    "format strings": ("formatstrings",),
     "debugger": ("debugger",),
 }  # fmt: skip
 """Topics of Python's help on itself, by the part of its documentation that they are from: the classes of its text."""
 
 _FEWEST_WORDS = 8
-_BUCKETS = 256
+_BUCKETS = 512
 
 
 def _topics_text() -> Parts:
@@ -164,7 +163,7 @@ def _topics_text() -> Parts:
     chosen = [
         (text, *labels) for text, labels in chapters.items() if len(labels) == 1 and len(_words(text)) >= _FEWEST_WORDS
     ]
-    features = numpy.stack([_hashed_words(text) for text, _ in chosen])
+    features = numpy.stack([_hashed_grams(text) for text, _ in chosen])
     return _parted(features, numpy.array([label for _, label in chosen], numpy.uint8), len(CHAPTERS), largest=255)
 
 
@@ -172,14 +171,17 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def _hashed_words(text: str) -> numpy.ndarray[tuple[int], numpy.dtype[numpy.uint8]]:
-    """The text's words, counted in 256 buckets by their CRC-32: roots of the counts, of length 1, in steps of 1/255.
+def _hashed_grams(text: str) -> numpy.ndarray[tuple[int], numpy.dtype[numpy.uint8]]:
+    """Runs of four characters within the text's words, their ends marked, counted in 512 buckets by their CRC-32.
 
-    Feature hashing (Weinberger et al., 2009, arXiv:0902.2206), unsigned.
+    Roots of the counts, brought to length 1, in steps of 1/255. Feature hashing (Weinberger et al., 2009,
+    arXiv:0902.2206) without signs.
     """
     import numpy
 
-    counts = numpy.bincount([zlib.crc32(word.encode()) % _BUCKETS for word in _words(text)], minlength=_BUCKETS)
+    marked = [f"^{word}$" for word in _words(text)]
+    grams = [word[start : start + 4] for word in marked for start in range(max(1, len(word) - 3))]
+    counts = numpy.bincount([zlib.crc32(gram.encode()) % _BUCKETS for gram in grams], minlength=_BUCKETS)
     roots = numpy.sqrt(counts)
     scaled: numpy.ndarray[tuple[int], numpy.dtype[numpy.uint8]] = numpy.rint(
         255 * roots / numpy.linalg.norm(roots)

@@ -26,8 +26,8 @@ class TrainClassifier(Workload):
     the samples what is kept of them. Steps that are left after the measured ones follow in the phase ``finish``.
 
     ``digits``: handwritten ones, 64 pixels, 10 classes; scikit-learn carries them. ``topics-text``: paragraphs of
-    Python's help on itself as their hashed words, 256 features; the 6 classes are parts of its documentation. Some 30%
-    of either are held out, always the same. Of a share p over n samples, the standard error is √(p·(1−p)/n).
+    Python's help on itself as hashed pieces of their words, 512 features; the 5 classes are parts of its documentation.
+    Some 30% of either are held out, always the same: the standard error of a share p over n of them is √(p·(1−p)/n).
 
     Attributes:
         data: where samples are from.
@@ -44,7 +44,7 @@ class TrainClassifier(Workload):
     steps: int = Field(1500, ge=1, le=1_000_000)
     batch_size: int = Field(64, ge=1, le=65_536)
     optimizer: training.Optimizer = "adamw"
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(3e-3, gt=0)
 
     def longest_sequence(self) -> int:
         return 0
