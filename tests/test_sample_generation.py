@@ -102,7 +102,7 @@ def test_an_epoch_of_batches_holds_every_sample_once_with_its_class(size: int) -
 
 def test_a_subset_is_real_samples_of_the_bytes_it_is_given_each_class_by_its_share() -> None:
     train, _ = samples.read("digits")
-    technique = SampleSubset(size=180 * 65 + 64)
+    technique = SampleSubset.model_validate({"size": 180 * 65 + 64})
     kept = technique.samples(train, _context())
     assert isinstance(kept, StoredSamples)
     assert kept.kept_bytes == 180 * 65
@@ -119,7 +119,7 @@ def test_of_few_samples_each_class_has_one() -> None:
     features = numpy.zeros((100, 4), numpy.uint8)
     lopsided = StoredSamples(features, (numpy.arange(100) > 97).astype(numpy.uint8), 2, largest=1)
     for size, counts in ((10, [1, 1]), (50, [9, 1]), (500, [98, 2])):
-        kept = SampleSubset(size=size).samples(lopsided, _context())
+        kept = SampleSubset.model_validate({"size": size}).samples(lopsided, _context())
         assert isinstance(kept, StoredSamples)
         assert numpy.bincount(kept.labels).tolist() == counts
 
@@ -222,8 +222,14 @@ def test_where_no_samples_are_trained_on_techniques_for_them_are_refused() -> No
 @pytest.mark.parametrize(
     ("technique", "message"),
     [
-        (SampleSubset(size=649), "size = 649 B: one sample of each class takes 650 B, and all samples "),
-        (SampleSubset(size=10**6), "size = 976.6 KiB: one sample of each class takes 650 B, and all samples "),
+        (
+            SampleSubset.model_validate({"size": 649}),
+            "size = 649 B: one sample of each class takes 650 B, and all samples ",
+        ),
+        (
+            SampleSubset.model_validate({"size": 10**6}),
+            "size = 976.6 KiB: one sample of each class takes 650 B, and all samples ",
+        ),
         (KmeansPrototypes(per_class=500), "per_class = 500: of one class there are "),
     ],
     ids=repr,
@@ -239,7 +245,7 @@ def _no_tokens(count: int) -> Any:
 
 
 def test_a_model_of_another_shape_or_kind_is_turned_down_with_what_would_fit() -> None:
-    workload = TrainClassifier(data="topics-text")
+    workload = TrainClassifier.model_validate({"data": "topics-text"})
     with_samples = dataclasses.replace(_context(), samples=workload.samples())
     with pytest.raises(plugins.Unsuitable) as error:
         workload.start(_CLASSIFIER.build(with_samples), _no_tokens, (), with_samples)
@@ -315,7 +321,7 @@ def _by_hand(stored: StoredSamples, seed: int) -> float:
     optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
     for batch in itertools.islice(stored.batches(64, seed), _STEPS):
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(module(batch[:, :64]), batch[:, 64].long()).backward()
+        torch.nn.functional.cross_entropy(module(batch[:, :64]), batch[:, 64].long()).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     held_out = samples.read("digits").held_out
     with torch.no_grad():
@@ -331,7 +337,7 @@ def test_the_accuracy_is_that_of_the_same_training_by_hand(
 ) -> None:
     stored: Any = samples.read("digits").train
     if technique == "few":
-        stored = SampleSubset(size=4096).samples(stored, _context(seed))
+        stored = SampleSubset.model_validate({"size": 4096}).samples(stored, _context(seed))
     assert _record(records, technique, model).metrics["accuracy_percent"] == pytest.approx(
         _by_hand(stored, seed), abs=0.5
     )

@@ -123,5 +123,7 @@ def _trained(samples: StoredSamples, latent: int, hidden: int, steps: int, seed:
         (-discriminator(seen(made), labels).mean()).backward()
         of_generator.step()
         average.update_parameters(generator)
+    averaged = average.module
+    assert isinstance(averaged, Generator)
     shares = torch.bincount(torch.from_numpy(samples.labels).long(), minlength=samples.classes) / len(samples.labels)
-    return GeneratedSamples(tuple(map(Int8Layer.of, average.module.layers)), shares)
+    return GeneratedSamples(tuple(Int8Layer.of(layer) for layer in averaged.layers()), shares)

@@ -110,7 +110,7 @@ def read(source: str) -> Parts:
 def _digits() -> Parts:
     """1,797 handwritten digits of 8 × 8 pixels, each 0 to 16 (UCI's optical recognition; scikit-learn carries them)."""
     import numpy
-    import sklearn.datasets
+    import sklearn.datasets  # type: ignore[import-untyped]
 
     found = sklearn.datasets.load_digits()
     return _parted(found.data.astype(numpy.uint8), found.target.astype(numpy.uint8), 10, largest=16)
@@ -161,7 +161,9 @@ def _topics_text() -> Parts:
             for paragraph in topics.topics.get(name, "").split("\n\n"):
                 chapters.setdefault(paragraph.strip(), set()).add(label)
     chosen = [
-        (text, *labels) for text, labels in chapters.items() if len(labels) == 1 and len(_words(text)) >= _FEWEST_WORDS
+        (text, labels.pop())
+        for text, labels in chapters.items()
+        if len(labels) == 1 and len(_words(text)) >= _FEWEST_WORDS
     ]
     features = numpy.stack([_hashed_grams(text) for text, _ in chosen])
     return _parted(features, numpy.array([label for _, label in chosen], numpy.uint8), len(CHAPTERS), largest=255)

@@ -15,12 +15,14 @@ class Generator(nn.Module):
     def __init__(self, latent: int, classes: int, hidden: int, width: int) -> None:
         super().__init__()
         self.latent, self.classes = latent, classes
-        self.layers = nn.ModuleList(
-            [nn.Linear(latent + classes, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, width)]
-        )
+        self.first, self.second = nn.Linear(latent + classes, hidden), nn.Linear(hidden, hidden)
+        self.last = nn.Linear(hidden, width)
 
     def forward(self, noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return generated(noise, labels, self.classes, [(layer.weight, layer.bias) for layer in self.layers])
+        return generated(noise, labels, self.classes, [(layer.weight, layer.bias) for layer in self.layers()])
+
+    def layers(self) -> tuple[nn.Linear, ...]:
+        return self.first, self.second, self.last
 
 
 def generated(

@@ -126,7 +126,7 @@ class KmeansPrototypes(FewerSamples):
 
     def choose(self, features: Features, count: int, context: Context) -> Features:
         import numpy
-        import sklearn.cluster
+        import sklearn.cluster  # type: ignore[import-untyped]
 
         starts = 1 if context.rehearsal else 4
         clusters = sklearn.cluster.KMeans(count, n_init=starts, random_state=seed_of(context)).fit(features)
