@@ -120,29 +120,38 @@ import json, sys
 from pathlib import Path
 from membench.data import order
 from membench.data.dataset import endless, epochs
+from membench.data.storage import Damaged
 from membench.plugins import Unsuitable
 from tests.test_reading import _written, _which
 order._BLOCK_TOKENS = 64 * 64
 data = _written(Path(sys.argv[1]) / "data")
 read = epochs(data, 32, 3, 2)
+found = [_which(list(read(epoch))) for epoch in range(2)]
 try:
     next(endless(_written(Path(sys.argv[1]) / "few", rows=300), 299, 3, 2))
 except Unsuitable as error:
-    print(json.dumps([[_which(list(read(epoch))) for epoch in range(2)], str(error)]))
+    too_few = str(error)
+path = Path(sys.argv[1]) / "data" / "frames.bin"
+path.write_bytes(path.read_bytes()[:-1] + b"!")
+try:
+    list(read(2))
+except Damaged as error:
+    print(json.dumps([found, too_few, str(error)]))
 """
 
 
-def test_two_processes_read_each_row_once_an_epoch(tmp_path: Path) -> None:
+def test_two_processes_read_each_row_once_an_epoch_and_what_they_find_wrong_is_said(tmp_path: Path) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", _TWO_WORKERS, str(tmp_path)], capture_output=True, text=True, check=False,
         cwd=Path(__file__).parent.parent,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
-    (first, second), message = json.loads(ran.stdout)
+    (first, second), too_few, damaged = json.loads(ran.stdout)
     assert sorted(first) == sorted(second) == list(range(_ROWS))
     assert first != second
     # 300 rows are two windows: neither process has as many as the batch wants.
-    assert message == "300 rows, shared out among 2 processes, give none the 299 of a batch"
+    assert too_few == "300 rows, shared out among 2 processes, give none the 299 of a batch"
+    assert damaged == f"{tmp_path}/data/frames.bin, offset 327680: the frame's checksum is not what the index says"
 
 
 def _without_parts(name: str) -> contextlib.AbstractContextManager[None]:
@@ -203,8 +212,7 @@ def test_bad_options_give_one_line(suite_file: Path, options: str, message: str)
     assert message in str(caught.value)
 
 
-_MIB = 2**20
-_CORPUS_BYTES = 8 * _MIB
+_CORPUS_BYTES = 4 * 2**20
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +230,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Record]:
         '[[include]]\nmodel = "no-model"\ntechnique = ["uint8", "uint8+mapped-tokens"]\nworkload = "read"\n'
         '[workload.train-data]\nuse = "train"\ndata = "topics"\nlearning_rate = 0.01\n'
         f'[workload.read]\nuse = "read-data"\ndata = "{text}"\nworkers = 2\nbatch_size = 300\n'
+        '[[exclude]]\ntechnique = ["stream", "zstd", "mapped-tokens"]\n'
         "[settings]\nmeasured_steps = 2\nthreads = 1\n"
     )
     run = membench.run(membench.load_suite(path), output=folder)
@@ -256,9 +265,9 @@ def test_a_training_without_data_has_no_figures_of_any(records: Mapping[str, Rec
 def test_processes_that_read_are_counted(records: Mapping[str, Record]) -> None:
     whole = records["uint8/read"].metrics["children_peak_bytes"] or 0
     mapped = records["uint8+mapped-tokens/read"].metrics["children_peak_bytes"] or 0
-    # Each of the two keeps all of the text, or maps it.
+    # Each of the two keeps all of the text; or together they map it, each the pages that it reads.
     assert whole > 2 * _CORPUS_BYTES * 0.9
-    assert whole - mapped == pytest.approx(2 * _CORPUS_BYTES, rel=0.5)
+    assert whole - mapped > _CORPUS_BYTES / 2
 
 
 def test_an_epoch_counts_what_is_really_read(records: Mapping[str, Record]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from membench.data.codec_timing import Timed
 from membench.data.order import Window, block_rows, power_of_two, windows
-from membench.data.storage import Extent, Frame, Storage
+from membench.data.storage import Damaged, Extent, Frame, Storage
 from membench.plugins import Unsuitable
 
 if TYPE_CHECKING:
@@ -100,15 +100,19 @@ class Dataset:
         all_windows = windows(self.extent, self.frame_rows, _BLOCKS_AT_ONCE, seed, epoch)
         mine = itertools.islice(all_windows, share[0], None, share[1])
         left: Any = numpy.empty((0, self.extent.length), numpy.uint8)
-        for window, frames in _ahead(mine, frame, self.storage.reading == "stream"):
-            rows = numpy.concatenate([left, *frames])
-            del frames  # the next window's are being decoded meanwhile
-            order = numpy.concatenate([numpy.arange(len(left)), len(left) + window.order])
-            full = len(order) // size * size
-            for start in range(0, full, size):
-                yield torch.from_numpy(rows[order[start : start + size]].astype(numpy.int64))
-            left = rows[order[full:]]
-            del rows
+        for window, rows in _ahead(mine, frame, self.storage.reading == "stream"):
+            first = -len(left) % size  # so many rows fill the batch that the last window began
+            if first:
+                left = numpy.concatenate([left, rows.take(window.order[:first], axis=0)])
+                if len(left) < size:
+                    continue
+                yield torch.from_numpy(left.astype(numpy.int64))
+            last = len(rows) - (len(rows) - first) % size
+            for start in range(first, last, size):
+                batch = rows.take(window.order[start : start + size], axis=0)
+                yield torch.from_numpy(batch.astype(numpy.int64))
+            left = rows.take(window.order[last:], axis=0)
+            del rows  # before the next window's are put together
         if len(left):
             yield torch.from_numpy(left.astype(numpy.int64))
 
@@ -149,7 +153,10 @@ def epochs(data: Dataset, batch_size: int, seed: int, workers: int) -> Callable[
 
     def batches(epoch: int) -> Iterator[torch.Tensor]:
         source = Batches(data, batch_size, seed, epoch)
-        yield from DataLoader(source, batch_size=None, num_workers=workers, multiprocessing_context="fork")
+        try:
+            yield from DataLoader(source, batch_size=None, num_workers=workers, multiprocessing_context="fork")
+        except Damaged as error:  # what it says stands at the end of the traceback that came with it
+            raise Damaged(str(error).strip().rpartition("\n")[2].partition(": ")[2]) from None
 
     return batches
 
@@ -159,22 +166,25 @@ def frame_rows(storage: Storage, extent: Extent) -> int:
     return min(block_rows(extent.length), power_of_two(storage.frame_tokens // extent.length))
 
 
-def _ahead(some: Iterable[Window], frame: Frame, decodes: bool) -> Iterator[tuple[Window, list[Ids]]]:
-    """Each window with its frames; where frames are decoded, the next window's are while this one is worked through."""
+def _ahead(some: Iterable[Window], frame: Frame, decodes: bool) -> Iterator[tuple[Window, Ids]]:
+    """Each window with its rows; where frames are decoded, the next window's are while this one is worked through."""
+    import numpy
+
     if not decodes:
         for window in some:
-            yield window, [frame(number) for number in window.frames]
+            yield window, numpy.concatenate([frame(number) for number in window.frames])
         return
     with ThreadPoolExecutor(_DECODERS) as threads:
-        waiting: list[tuple[Window, list[Future[Ids]]]] = []
 
-        def first() -> tuple[Window, list[Ids]]:
-            window, frames = waiting.pop(0)
-            return window, [decoded.result() for decoded in frames]
+        def begun(window: Window) -> tuple[Window, list[Future[Ids]]]:
+            return window, [threads.submit(frame, number) for number in window.frames]
 
-        for window in some:
-            waiting.append((window, [threads.submit(frame, number) for number in window.frames]))
-            if len(waiting) == 2:
-                yield first()
-        while waiting:
-            yield first()
+        coming = map(begun, some)
+        following = next(coming, None)
+        while following is not None:
+            window, decoding = following
+            rows = numpy.concatenate([decoded.result() for decoded in decoding])
+            del following, decoding  # frames that were decoded are not kept beside the rows that they gave
+            following = next(coming, None)
+            yield window, rows
+            del rows
