@@ -103,7 +103,7 @@ def test_of_several_data_sets_one_must_be_named(tmp_path: Path) -> None:
     one = datasets.Dataset.from_dict({"text": ["abc"]})
     datasets.DatasetDict({"train": one, "test": one}).save_to_disk(tmp_path / "all")
     assert problem(str(tmp_path / "all")) == (
-        f"'{tmp_path}/all' holds several data sets; name the folder of one: test, train"
+        f"'{tmp_path}/all' holds what datasets saved; name the folder of one: test, train"
     )
     assert problem(str(tmp_path / "all" / "train")) is None
 

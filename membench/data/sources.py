@@ -31,9 +31,8 @@ def problem(source: str) -> str | None:
         return f"'{source[:80]}': {error}"
     if not is_folder:
         return f"'{source}' is neither {' nor '.join(BUILT_IN)}, nor a folder here"
-    if (folder / "dataset_dict.json").is_file():
-        parts = sorted(path.name for path in folder.iterdir() if _is_dataset(path))
-        return f"'{source}' holds several data sets; name the folder of one: {', '.join(parts)}"
+    if parts := sorted(path.name for path in folder.iterdir() if _is_dataset(path)):
+        return f"'{source}' holds what datasets saved; name the folder of one: {', '.join(parts)}"
     if not _is_dataset(folder) and not any(_files(folder)):
         return f"'{source}': there is no text in that folder ({', '.join(_TEXT)} or .parquet)"
     return None
