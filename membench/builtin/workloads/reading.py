@@ -27,7 +27,7 @@ class ReadsCorpus(Workload):
     Parquet or what ``datasets`` saved."""
     data_size: Size | None = None
     """How much of the text at most: '8 MiB'."""
-    workers: int = Field(0, ge=0, le=64)
+    workers: int = Field(default=0, ge=0, le=64)
     """Processes of torch's DataLoader that read."""
     batch_size: int
     sequence_length: int
