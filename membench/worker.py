@@ -107,7 +107,9 @@ class _Work:
         case, device = self.case, self._request["device"]
         if self._meter.on_gpu:
             _refuse_missing_gpu(device)
+        allocator.pin()  # else large blocks of the text leave holes in the heap, which count once something fills them
         case.read_text()
+        allocator.unpin()
         case.prepare()
         self._result["pinned"] = allocator.pin()
         torch.set_num_threads(self._request["threads"])

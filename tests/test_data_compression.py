@@ -454,11 +454,12 @@ _BLOCK_BYTES = 2**18  # of uint8
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Record]:
-    """Streamed and whole, with 4 MiB of text, of which 3 MiB are decoded at once, and with four times as much."""
+    """Streamed and whole, with 4 MiB of text, of which 2 MiB are decoded at once, and with four times as much."""
     folder = tmp_path_factory.mktemp("codecs")
     rest = (
         '[workload.some]\nuse = "read-data"\ndata = "library"\ndata_size = "4 MiB"\n'
         '[workload.more]\nuse = "read-data"\ndata = "library"\ndata_size = "16 MiB"\n'
+        '[[exclude]]\ntechnique = ["uint8", "zstd", "stream", "uint8+stream", "zstd+stream", "gzip", "uint8+gzip"]\n'
     )
     techniques = '["uint8+zstd", "uint8+zstd+stream", "uint8+zstd+gzip"]'
     suite = membench.load_suite(_suite(folder / "suite.toml", techniques, rest, '["some", "more"]'))
@@ -477,7 +478,7 @@ def _peak(records: dict[tuple[str, str], Record], technique: str, workload: str)
 def test_streaming_four_times_the_data_takes_no_more_memory(records: dict[tuple[str, str], Record]) -> None:
     some, more = (_peak(records, "uint8+zstd+stream", workload) for workload in ("some", "more"))
     assert more == pytest.approx(some, rel=0.05)
-    assert 8 * _BLOCK_BYTES < more < 16 * _BLOCK_BYTES
+    assert 7 * _BLOCK_BYTES < more < 12 * _BLOCK_BYTES
 
 
 def test_reading_whole_takes_what_the_data_are(records: dict[tuple[str, str], Record]) -> None:

@@ -19,7 +19,10 @@ class Timed:
         self.compress_s = self.decompress_s = 0.0
 
     def learn(self, frames: Iterable[bytes], folder: Path) -> None:
+        began = time.perf_counter()
         self._codec.learn(frames, folder)
+        self.compress_s += time.perf_counter() - began
+        self.stored_bytes += sum(path.stat().st_size for path in folder.iterdir())  # a dictionary is read with the rest
 
     def remember(self, folder: Path) -> None:
         self._codec.remember(folder)

@@ -259,6 +259,7 @@ class Zstd(_Codec):
 
     def remember(self, folder: Path) -> None:
         if self._dictionary_bytes is None:
+            self._take(None)  # what compressing needs, a mebibyte or more, is not kept for reading
             return
         import zstandard
 

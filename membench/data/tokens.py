@@ -29,7 +29,9 @@ def encoded(documents: Sequence[bytes], model: Model, vocabulary: int) -> list[N
     if model.encode(b"") is not None:
         return [numpy.asarray(model.encode(document), numpy.uint32) for document in documents]
     if vocabulary <= 256:
-        return [numpy.frombuffer(document, numpy.uint8).astype(numpy.uint32) % vocabulary for document in documents]
+        # Views of one array: arrays of their own would leave holes in the heap, which count once they are filled.
+        flat = numpy.frombuffer(b"".join(documents), numpy.uint8).astype(numpy.uint32) % vocabulary
+        return numpy.split(flat, numpy.cumsum([len(document) for document in documents])[:-1])
     words = [re.findall(r"\w+|[^\w\s]|\s+", document.decode(errors="replace")) for document in documents]
     counts = Counter(word for document in words for word in document)
     rank = {word: number % vocabulary for number, (word, _) in enumerate(counts.most_common())}
