@@ -137,7 +137,7 @@ class KmeansPrototypes(FewerSamples):
 class SampleSubset(FewerSamples):
     """Some of the samples themselves, drawn at random from each class: real data of a given size.
 
-    Limits: they are kept plainly, a byte a feature, as prototypes are. Packed or compressed, the same bytes hold more of
+    Limits: they are kept plainly, a byte a feature, as prototypes are. Packed or compressed, as many bytes hold more of
     them: of digits, whose 17 values need five bits, 1.6 times as many.
     """
 
