@@ -7,6 +7,7 @@ is here can always be read without membench.
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -59,11 +60,14 @@ class Shards:
 
 def _read(folder: Path) -> Callable[[_Entry], bytes]:
     """Frames read from their files, opened for each: there may be more of them than a process may have open."""
+    place = str(folder)
 
     def stored(entry: _Entry) -> bytes:
-        with (folder / entry.file).open("rb", buffering=0) as file:
-            file.seek(entry.offset)
-            return file.read(entry.stored_bytes)
+        file = os.open(os.path.join(place, entry.file), os.O_RDONLY)
+        try:
+            return os.pread(file, entry.stored_bytes, entry.offset)
+        finally:
+            os.close(file)
 
     return stored
 
@@ -117,12 +121,11 @@ def _read_index(folder: Path, extent: Extent, storage: Storage) -> list[_Entry]:
 
 def _raw(stored: bytes | memoryview, entry: _Entry, storage: Storage, folder: Path) -> bytes | memoryview:
     """A frame, checked before and after it is decompressed."""
-    where = f"{folder / entry.file}, offset {entry.offset}"
-    if len(stored) != entry.stored_bytes or zlib.crc32(stored) != entry.crc32:
-        raise Damaged(f"{where}: the frame's checksum is not what the index says")
-    if storage.codec is None:
-        return stored
     try:
+        if len(stored) != entry.stored_bytes or zlib.crc32(stored) != entry.crc32:
+            raise Damaged("the frame's checksum is not what the index says")
+        if storage.codec is None:
+            return stored
         return storage.codec.decompress(bytes(stored), entry.raw_bytes)
     except Damaged as error:
-        raise Damaged(f"{where}: {error}") from None
+        raise Damaged(f"{folder / entry.file}, offset {entry.offset}: {error}") from None
