@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 _STREAMS = 128
 _REHEARSED_BYTES = 1024
-_BETWEEN_PARAGRAPHS = b"\n\n"
-_BETWEEN_DOCUMENTS = b"\0"
+_AFTER_PARAGRAPHS, _PARAGRAPH = b"\n\n", re.compile(rb".*?\n\n|.+", re.DOTALL)
+_AFTER_DOCUMENTS, _DOCUMENT = b"\0", re.compile(rb"[^\0]+")
 _SMALLEST_SCALE = 2.0**-24  # of float16
 
 
@@ -30,9 +31,9 @@ class LmGenerated(DataTechnique):
     """A small byte-level language model kept instead of the text, and training fed with what it generates.
 
     It distils, it does not compress. The generator, trained-tiny's shape with 8-bit weights and a float16 scale a row,
-    w ≈ scale · q, takes some 130 kB, more than its text does under xz, from which the text itself comes back; and what
-    it generates is worth less to a model than the text it has learnt from. It is for where text may not be kept or
-    handed on, or more is wanted than there is. Hold it against ``subset`` of as many bytes. suites/data.toml.
+    w ≈ scale · q, takes some 130 kB; under xz ``topics`` takes less, and comes back itself. A random ``subset`` of as
+    many bytes teaches a model more, too: hold it against that (suites/data.toml). What it is for is text that may not
+    be kept or handed on, or that there is too little of.
 
     Text is sampled byte by byte, p ∝ exp(logit / temperature), in 128 streams at once with a key-value cache; a stream
     goes on from its last 128 bytes when it has reached the 256 that the generator has learnt to read. The bytes of the
@@ -59,24 +60,24 @@ class LmGenerated(DataTechnique):
         seed = seed_of(context)
         began = time.perf_counter()
         if self.steps is None and documents == sources.documents("topics", None):
-            separator, trained_how = _BETWEEN_PARAGRAPHS, "with trained-tiny's own weights"
+            end, pattern, trained_how = _AFTER_PARAGRAPHS, _PARAGRAPH, "with trained-tiny's own weights"
             keep(TrainedTiny().build(context), path)
         else:
-            separator, steps = _BETWEEN_DOCUMENTS, 1 if context.rehearsal else self.steps or STEPS
+            end, pattern, steps = _AFTER_DOCUMENTS, _DOCUMENT, 1 if context.rehearsal else self.steps or STEPS
             keep(self._trained(documents, steps, seed), path)
             trained_how = f"trained for {steps:,} steps in {time.perf_counter() - began:.1f} s"
         size = _REHEARSED_BYTES if context.rehearsal else self.generated_size
         began = time.perf_counter()
-        text = generated(kept(path).to(context.device), separator, size, self.temperature, seed, context.device)
+        text = generated(kept(path).to(context.device), end, size, self.temperature, seed, context.device)
         took_s = time.perf_counter() - began
         context.facts["data_bytes"] = (
             path.stat().st_size,
             f"size of the generator's file, {trained_how}; it generated {size:,} bytes in {took_s:.1f} s",
         )
-        return documents if context.rehearsal else text
+        return documents if context.rehearsal else [found for stream in text for found in pattern.findall(stream)]
 
     def _trained(self, documents: Sequence[bytes], steps: int, seed: int) -> nn.Module:
-        text = _BETWEEN_DOCUMENTS.join(documents)
+        text = b"".join(document + _AFTER_DOCUMENTS for document in documents)
         if len(text) < 2 * PIECE_BYTES:
             raise Unsuitable(f"a generator wants {2 * PIECE_BYTES} bytes to learn from, and the data have {len(text)}")
         return trained(text, steps, seed, lambda done, total, what: None)
@@ -113,29 +114,33 @@ def kept(path: Path) -> nn.Module:
     return module.eval()
 
 
-def generated(module: Any, separator: bytes, size: int, temperature: float, seed: int, device: str) -> Sequence[bytes]:
-    """Documents that a model of bytes generates: so many bytes with what stands between them.
+def generated(module: Any, before: bytes, size: int, temperature: float, seed: int, device: str) -> Sequence[bytes]:
+    """Runs of text that a model of bytes generates, so many bytes in all.
 
     Args:
-        separator: stands between documents in the text that the model has learnt from.
+        before: what each run follows: the end of a document in the text that the model has learnt.
     """
     import torch
     from transformers import StaticCache
 
-    module.set_attn_implementation("eager")  # for one query at a time, half the time of the fused kernel
     streams = max(1, min(_STREAMS, size // PIECE_BYTES))
     wanted, cache_name = -(-size // streams), name_of_cache(module)
     random = torch.Generator(device).manual_seed(seed)
-    text = torch.tensor(list(separator), device=device).repeat(streams, 1)
+    text = torch.tensor(list(before), device=device).repeat(streams, 1)
     with torch.no_grad():
-        while (more := len(separator) + wanted - text.shape[1]) > 0:
-            read = [text[:, -PIECE_BYTES // 2 :]]
-            cache = StaticCache(config=module.config, max_cache_len=PIECE_BYTES)
-            for _ in range(min(more, PIECE_BYTES - read[0].shape[1])):
-                logits = module(read[-1], use_cache=True, **{cache_name: cache}).logits[:, -1]
-                read.append(torch.multinomial((logits / temperature).softmax(-1), 1, generator=random))
-            text = torch.cat([text, *read[1:]], 1)
-    rows = text[:, len(separator) :].to(torch.uint8).cpu().numpy()
+        while (more := len(before) + wanted - text.shape[1]) > 0:
+            seen = text[:, -PIECE_BYTES // 2 :]
+            options = {"use_cache": True, cache_name: StaticCache(config=module.config, max_cache_len=PIECE_BYTES)}
+            # The fused kernel for many bytes at a time saves memory; for one at a time it takes twice as long.
+            module.set_attn_implementation("sdpa")
+            logits, new = module(seen, **options).logits[:, -1], []
+            module.set_attn_implementation("eager")
+            for left in reversed(range(min(more, PIECE_BYTES - seen.shape[1]))):
+                new.append(torch.multinomial((logits / temperature).softmax(-1), 1, generator=random))
+                if left:
+                    logits = module(new[-1], **options).logits[:, -1]
+            text = torch.cat([text, *new], 1)
+    rows = text[:, len(before) :].to(torch.uint8).cpu().numpy()
     whole = [row.tobytes() for row in rows]
     whole[-1] = whole[-1][: size - wanted * (streams - 1)]
-    return [document for stream in whole for document in stream.split(separator) if document]
+    return whole
