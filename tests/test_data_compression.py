@@ -235,13 +235,13 @@ def test_a_flipped_bit_never_gives_a_frame_of_another_size_or_another_error(name
 _BOMB_BYTES, _DECLARED_BYTES = 2**26, 2**20
 
 _DECOMPRESS_BOMBS = """
-import json, sys
+import json, resource, sys
 from pathlib import Path
 from membench.data.storage import Damaged
 from tests.test_data_compression import _CODECS
 
-def peak_kib():
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+def kib(name):
+    return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0])
 
 found = {}
 for path in sorted(Path(sys.argv[1]).iterdir()):
@@ -249,11 +249,13 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
     small, bomb = codec.compress(bytes(100_000)), path.read_bytes()
     codec.decompress(small, 100_000)
     Path("/proc/self/clear_refs").write_text("5")
-    before = peak_kib()
+    before, space = kib("VmHWM"), resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (1024 * kib("VmSize") + 2**26, space[1]))
     try:
         codec.decompress(bomb, int(sys.argv[2]))
     except Damaged as error:
-        found[path.name] = [peak_kib() - before, str(error)]
+        found[path.name] = [kib("VmHWM") - before, str(error)]
+    resource.setrlimit(resource.RLIMIT_AS, space)
 print(json.dumps(found))
 """
 
