@@ -13,6 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from membench import corpus, plugins, registry
+from membench.data import sources, tokens
+from membench.data.dataset import Dataset, endless
+from membench.data.layouts import Integers
+from membench.data.shards import Shards
+from membench.data.storage import Storage
 from membench.environment import available_bytes
 from membench.errors import summary
 from membench.stand_in import StandIn
@@ -20,8 +25,14 @@ from membench.units import format_bytes
 from membench.weights import fingerprint
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
+    from membench.data.samples import Samples
+    from membench.data.storage import Ids
+
+
+_REHEARSED_BYTES = 2**17
 
 _UNSUITABLE = 3
 """How a process that prepares ends where a technique cannot serve the case."""
@@ -79,7 +90,7 @@ class Assembly:
         scratch.mkdir(exist_ok=True)
         context = dataclasses.replace(
             self.context, model=miniature, part=_unheard, inventory={}, scratch=scratch, idle=[], diverged=[],
-            rehearsal=True,
+            facts={}, rehearsal=True,
         )  # fmt: skip
         return dataclasses.replace(self, model=miniature, context=context)
 
@@ -126,11 +137,71 @@ class Assembly:
         """Read and encode the text now: it is the harness's and belongs to the baseline."""
         corpus.read()
         self.model.encode(corpus.split()[0])
+        self.workload.samples()
+        if (wanted := self.workload.corpus()) is not None and not self._changes_corpus:
+            with contextlib.suppress(NotImplementedError):  # a model without a skeleton says its vocabulary later
+                self._rows(wanted, self.model.vocabulary(self.model.skeleton()))
+
+    @property
+    def _changes_corpus(self) -> bool:
+        return any(type(technique).corpus is not plugins.Technique.corpus for technique in self.techniques)
+
+    def _rows(self, wanted: plugins.Corpus, vocabulary: int) -> tuple[Ids, float]:
+        """Rows of token ids and the share of padding in them."""
+        most_bytes, padded = wanted.most_bytes, self._storage().padded
+        if self.context.rehearsal:
+            most_bytes = min(_REHEARSED_BYTES, most_bytes or _REHEARSED_BYTES)
+        if not self._changes_corpus:
+            return _rows_of(wanted.source, most_bytes, self.model, vocabulary, wanted.length, padded)
+        found = sources.documents(wanted.source, most_bytes)
+        for technique in self.techniques:
+            found = technique.corpus(found, self.context)
+        return tokens.rows(tokens.encoded(found, self.model, vocabulary), wanted.length, padded)
+
+    def _storage(self) -> Storage:
+        storage = Storage(Shards(), Integers("int64"))
+        for technique in self.techniques:
+            storage = technique.data_storage(storage, self.context)
+        return storage
+
+    def store(self, module: nn.Module) -> Assembly:
+        """Keep the training data as the stack says, and read them once to see that they are right.
+
+        Raises:
+            plugins.Unsuitable: if there are too few for one batch.
+        """
+        if (samples := self.workload.samples()) is not None:
+            return self._store_samples(samples)
+        wanted = self.workload.corpus()
+        if wanted is None:
+            return self
+        vocabulary = self.model.vocabulary(module)
+        rows, padding = self._rows(wanted, vocabulary)
+        if len(rows) < wanted.batch_size:
+            raise plugins.Unsuitable(
+                f"the data give {len(rows)} rows of {wanted.length} tokens, and a batch wants {wanted.batch_size}"
+            )
+        data = Dataset.written(rows, self._storage(), vocabulary, self.context.scratch / "data")
+        # What a technique says itself stands: a generator is what has to be kept, not what it has generated.
+        self.context.facts.update(data.facts() | self.context.facts)
+        self.context.facts["padding_percent"] = (100 * padding, "count of padding in the rows")
+        return dataclasses.replace(self, context=dataclasses.replace(self.context, data=data))
+
+    def _store_samples(self, samples: Samples) -> Assembly:
+        for technique in self.techniques:
+            samples = technique.samples(samples, self.context)
+        self.context.facts["data_bytes"] = (samples.kept_bytes, "bytes of the arrays that samples are drawn from")
+        return dataclasses.replace(self, context=dataclasses.replace(self.context, samples=samples))
 
     def tokens(self, module: nn.Module) -> plugins.Tokens:
-        """The training text as the model reads it."""
+        """The training text as the model reads it: batches of the data, or where there are none, from its start."""
         import torch
 
+        if self.context.samples is not None:
+            return _no_tokens
+        if (data := self.context.data) is not None and (wanted := self.workload.corpus()) is not None:
+            batches = endless(data, wanted.batch_size, self.context.seed, wanted.workers)
+            return lambda count: next(batches).flatten()
         vocabulary = self.model.vocabulary(module)
         encoded = self.model.encode(corpus.split()[0])
         following = corpus.stream(corpus.ids(vocabulary) if encoded is None else encoded, vocabulary)
@@ -201,6 +272,7 @@ class Assembly:
         try:
             module = assembly.make()
             module.train(self.workload.trains)
+            assembly = assembly.store(module)
             step = self.workload.start(module, assembly.tokens(module), self.techniques, assembly.context)
             step()
         except Exception as error:
@@ -226,6 +298,17 @@ class Assembly:
             free, where = available_bytes(), "available on this machine"
         if needed > free:
             raise DoesNotFit(f"loading needs {format_bytes(needed)}; {format_bytes(free)} are {where}")
+
+
+@functools.cache
+def _rows_of(
+    source: str, most_bytes: int | None, model: plugins.Model, vocabulary: int, length: int, padded: bool
+) -> tuple[Ids, float]:
+    return tokens.rows(tokens.encoded(sources.documents(source, most_bytes), model, vocabulary), length, padded)
+
+
+def _no_tokens(count: int) -> torch.Tensor:
+    raise TypeError(f"{count} tokens are asked for, and this workload trains on labelled samples")
 
 
 def _unheard(name: str) -> contextlib.AbstractContextManager[None]:

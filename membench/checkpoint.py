@@ -25,6 +25,8 @@ def save(module: nn.Module, folder: Path) -> tuple[int | None, str]:
     import safetensors.torch
     import torch
 
+    if not weight_bytes(module):
+        return None, "the model has no weights"
     if weight_bytes(module) * 1.1 > shutil.disk_usage(folder).free:
         return None, f"not enough room in {folder} for the checkpoint"
     path = folder / "checkpoint"

@@ -17,6 +17,9 @@ _OF_THE_REFERENCE = {"lost_bits_per_byte": 0.0, "kl_nats": 0.0, "top1_agreement_
 _CERTAIN = 2
 """Standard errors below which a loss cannot be told from chance."""
 
+_SAME_ACCURACY = 0.5
+"""Percent of samples: a handful of those that are held out."""
+
 _NO_DIVERGENCE = 1e-6
 """Of logits in fp32 that are the same but for the order of additions."""
 
@@ -75,19 +78,25 @@ class Comparison:
         return whole / math.prod(ratio for ratio in alone if ratio is not None)
 
     def front(self, group: Group) -> set[str]:
-        """The techniques that no other one beats: is as good as in live memory, time and quality, and better in one.
+        """The techniques that no other one beats: is as good as in all that counts, and better in something.
 
-        Quality is the loss in bits per byte where the model is trained, else the divergence from the reference. As good
-        is what runs of the same case may differ by: a share of the metric's own, a figure's resolution, two standard
-        errors of a loss.
+        What counts: live memory, time, quality, and the size of the training data where the workload reads some.
+        Quality is accuracy where it is known, else the loss in bits per byte where the model is trained, else the
+        divergence from the reference; where none is known it does not count. As good is what runs of the same case may
+        differ by: a share of the metric's own, a figure's resolution, two standard errors of a loss.
         """
-        lost = "lost_bits_per_byte"
-        quality = lost if any(self.value(group, t, lost) is not None for t in self.techniques(group)) else "kl_nats"
+        techniques = self.techniques(group)
+
+        def is_known(field: str) -> bool:
+            return any(self.value(group, technique, field) is not None for technique in techniques)
+
+        fields = ["peak_live_bytes", "step_median_s", *filter(is_known, ["data_bytes"])]
+        fields += list(filter(is_known, ("accuracy_percent", "lost_bits_per_byte", "kl_nats")))[:1]
         scores: dict[str, tuple[_Score, ...]] = {}
-        for technique in self.techniques(group):
+        for technique in techniques:
             if any(record.status != "ok" for record in self.repeats(group, technique)):
                 continue
-            found = [self._score(group, technique, field) for field in ("peak_live_bytes", "step_median_s", quality)]
+            found = [self._score(group, technique, field) for field in fields]
             known = tuple(score for score in found if score is not None)
             if len(known) == len(found):
                 scores[technique] = known
@@ -104,6 +113,8 @@ class Comparison:
             error = self.value(group, technique, f"{field}_standard_error") or 0.0
             return None if value is None else _Score(value, _NO_DIVERGENCE if field == "kl_nats" else _CERTAIN * error)
         value = self.value(group, technique, field)
+        if field == "accuracy_percent":
+            return None if value is None else _Score(-value, _SAME_ACCURACY)
         resolution = self.repeats(group, technique)[0].obtained.get(field, {}).get("resolution_bytes", 0)
         return None if value is None else _Score(value, max(METRIC_OF_FIELD[field].same_within * value, resolution))
 

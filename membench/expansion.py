@@ -156,7 +156,7 @@ class _Plugins:
             made = registry.create(kind, use, options, also=self._variants[kind])
         except PluginError as error:
             raise SuiteError(f"{where}: {error}") from None
-        wrong = made.check() if kind == "model" else None
+        wrong = made.check() if kind in ("model", "workload") else None
         if wrong:
             raise SuiteError(f"{where}: {wrong}")
         return Plugin(use, made.model_dump(mode="json", exclude_unset=True)), made

@@ -80,6 +80,11 @@ def figures(
     if children:
         found.know("children_peak_bytes", max(children), "pages of children alone (USS), sampled", "at least",
                    interval_s=interval_s)  # fmt: skip
+    for name, (value, fact_source) in result.get("facts", {}).items():
+        found.know(name, value, fact_source)
+    if "store" in by_name:
+        _live(found, by_name["store"], "store_peak_live_bytes", on_gpu, pinned, baseline)
+        found.know("store_s", by_name["store"]["duration_s"], "monotonic clock, under the pinned allocator")
     if result["disk_bytes"] is None:
         found.miss("disk_bytes", result["disk_format"])
     else:
@@ -246,7 +251,10 @@ def _times(found: Figures, result: Mapping[str, Any], time: Mapping[str, Any], o
     durations = result["durations_s"]
     median = statistics.median(durations)
     found.know("step_median_s", median, source)
-    found.know("tokens_per_s", result["tokens_per_step"] / median, source)
+    if result["tokens_per_step"] is not None:
+        found.know("tokens_per_s", result["tokens_per_step"] / median, source)
+    if result.get("epoch_bytes"):
+        found.know("read_mb_per_s", result["epoch_bytes"] / 1e6 / median, source)
     if len(durations) < 2:
         for name in ("step_p95_s", "step_spread_percent"):
             found.miss(name, "one step has no spread: settings.measured_steps is 1")

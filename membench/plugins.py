@@ -14,9 +14,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 
+from membench.data.storage import Storage
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from membench.data.dataset import Dataset
+    from membench.data.samples import Samples
 
 
 class Options(BaseModel):
@@ -71,6 +76,9 @@ class Context:
             ``applies_rest`` and calls later members itself adds those that it finds.
         diverged: what to say of a training while loading or converting whose loss became no number; the case then ends
             as ``diverged``, with all its figures.
+        facts: figures that a stage found out, by metric field, each with how it was obtained.
+        data: the training data as the stack keeps them, where the workload reads a corpus.
+        samples: what the stack draws labelled samples from, where the workload trains on some.
         rehearsal: the case is only gone through on a miniature; one step of whatever takes many is enough.
     """
 
@@ -82,6 +90,9 @@ class Context:
     scratch: Path
     idle: list[Technique] = field(default_factory=list)
     diverged: list[str] = field(default_factory=list)
+    facts: dict[str, tuple[float, str]] = field(default_factory=dict)
+    data: Dataset | None = None
+    samples: Samples | None = None
     rehearsal: bool = False
 
 
@@ -108,6 +119,16 @@ class TrainingStep:
     backward: Callable[[torch.Tensor], None]
     step: Callable[[], None]
     zero_grad: Callable[[], None]
+
+
+class Corpus(NamedTuple):
+    """Training data that a workload reads: from where, how much, in what rows, batches and processes."""
+
+    source: str
+    most_bytes: int | None
+    length: int
+    batch_size: int
+    workers: int
 
 
 class Model(Options):
@@ -212,6 +233,18 @@ class Technique(Options):
         """The share of the weights that the technique is known to leave; ``None`` where it follows from the model."""
         return 1.0
 
+    def corpus(self, documents: Sequence[bytes], context: Context) -> Sequence[bytes]:
+        """The training text, document by document: fewer of them, or others. Part of the phase ``store``."""
+        return documents
+
+    def data_storage(self, storage: Storage, context: Context) -> Storage:
+        """How token ids are kept and read: replace what the technique is about."""
+        return storage
+
+    def samples(self, samples: Samples, context: Context) -> Samples:
+        """What labelled samples are drawn from: fewer of them, or what makes some. Part of the phase ``store``."""
+        return samples
+
     def prepare(self, make: Callable[[], nn.Module], context: Context) -> None:
         """Run in a process of its own before anything is measured; leave files in ``context.scratch`` for ``load``.
 
@@ -297,9 +330,32 @@ class Workload(Options):
         """Tokens of the longest sequence that the model will see."""
         raise NotImplementedError
 
-    def tokens_per_step(self) -> int:
-        """Tokens that a step works through, for tokens a second."""
+    def check(self) -> str | None:
+        """What is wrong with the options, as far as it can be told without torch (then the suite is refused)."""
+        return None
+
+    def tokens_per_step(self) -> int | None:
+        """Tokens that a step works through, for tokens a second; ``None``: an epoch of the data, or no tokens."""
         raise NotImplementedError
+
+    def corpus(self) -> Corpus | None:
+        """The training data that it reads; ``None``: the built-in text, from its start."""
+        return None
+
+    def samples(self) -> Samples | None:
+        """The labelled samples that it trains on, before any technique; ``None``: it works on text.
+
+        Raises:
+            Unsuitable: if they cannot be had here.
+        """
+        return None
+
+    def steps_in_all(self) -> int | None:
+        """Steps that its training takes: what is left of them follows those that are measured. ``None``: no more."""
+        return None
+
+    def examine(self, module: nn.Module, techniques: Sequence[Technique], context: Context) -> None:
+        """After all steps: what there is to find out about the trained module goes into ``context.facts``."""
 
     def decoded_tokens_per_step(self) -> int | None:
         """Tokens that the part ``decode`` of a step brings forth, if it has one."""

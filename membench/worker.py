@@ -75,8 +75,10 @@ def _measure(request: dict[str, Any], meter: Meter) -> None:
     """The life of a case, phase by phase; what is known is told before whatever may still fail."""
     work = _Work(request, meter)
     module = work.load_and_apply(work.make_ready())
+    work.store(module)
     step = work.run_for_memory(module)
     work.run_for_time(step)
+    work.finish(module, step)
     del step  # and with it the optimizer
     work.case.context.inventory.clear()
     work.evaluate(module)
@@ -105,7 +107,9 @@ class _Work:
         case, device = self.case, self._request["device"]
         if self._meter.on_gpu:
             _refuse_missing_gpu(device)
+        allocator.pin()  # else large blocks of the text leave holes in the heap, which count once something fills them
         case.read_text()
+        allocator.unpin()
         case.prepare()
         self._result["pinned"] = allocator.pin()
         torch.set_num_threads(self._request["threads"])
@@ -137,6 +141,13 @@ class _Work:
             self.diverged = Diverged(self._meter.current_phase, self.case.context.diverged[0])
         module.train(self.case.workload.trains)
         return module
+
+    def store(self, module: nn.Module) -> None:
+        """Phase ``store``, where the workload reads a corpus or trains on samples."""
+        if self.case.workload.corpus() is None and self.case.workload.samples() is None:
+            return
+        with self._meter.phase("store", "pinned"):
+            self.case = self.case.store(module)
 
     def _hear(self, loss: torch.Tensor | None) -> None:
         if loss is None:
@@ -214,15 +225,45 @@ class _Work:
         allocator.pin()
         self._result |= {
             "durations_s": durations_s,
-            "losses_nats": [loss if math.isfinite(loss) else None for loss in self.losses],
-            "tokens_per_step": self.case.workload.tokens_per_step(),
+            "losses_nats": self._losses_nats(),
+            "tokens_per_step": self.case.workload.tokens_per_step() or self._tokens_of_an_epoch(),
+            "epoch_bytes": self._bytes_of_an_epoch(),
             "decoded_tokens": self.case.workload.decoded_tokens_per_step(),
         }
         self._tell("the case ended before the checkpoint was saved")
 
+    def _losses_nats(self) -> list[float | None]:
+        return [loss if math.isfinite(loss) else None for loss in self.losses]
+
+    def finish(self, module: nn.Module, step: plugins.Step) -> None:
+        """Phase ``finish``, where the workload trains for so many steps in all: those left, and its result."""
+        case, all_steps = self.case, self.case.workload.steps_in_all()
+        if all_steps is None:
+            return
+        allocator.unpin()  # no memory is measured here, and it is faster so
+        with self._meter.phase("finish", "default"):
+            while len(self.losses) < all_steps and self.diverged is None:
+                self._hear(step())
+                self._meter.parts.clear()
+            module.eval()
+            case.workload.examine(module, case.techniques, case.context)
+        allocator.pin()
+        self._result["losses_nats"] = self._losses_nats()
+        self._tell("the case ended before the checkpoint was saved")
+
+    def _tokens_of_an_epoch(self) -> int | None:
+        data = self.case.context.data
+        return None if data is None else data.extent.rows * data.extent.length
+
+    def _bytes_of_an_epoch(self) -> int | None:
+        """Packed bytes that a step reads, where it reads an epoch."""
+        data = self.case.context.data
+        return None if data is None or self.case.workload.tokens_per_step() is not None else data.packed_bytes()
+
     def _tell(self, not_saved: str | None = None) -> None:
         disk = {} if not_saved is None else {"disk_bytes": None, "disk_format": not_saved}
-        self._meter.tell(event="result", result={**self._result, **disk})
+        facts = {"facts": self.case.context.facts}
+        self._meter.tell(event="result", result={**self._result, **facts, **disk})
 
     def evaluate(self, module: nn.Module) -> None:
         """Phase ``evaluate``, where the model gives logits."""

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from membench import corpus
 from membench.builtin.models.transformer import Llama
 from membench.builtin.muon import Muon
@@ -18,12 +20,16 @@ from membench.plugins import Context, Model, Shape
 if TYPE_CHECKING:
     from torch import nn
 
+STEPS = 1200
+PIECE_BYTES = 256
+"""How much of the text it reads at a time when it is trained: with more before it than that, it does worse."""
+
 _SHAPE = Shape(width=64, layers=2, heads=4, key_value_heads=4, inner_width=192, vocabulary=256, longest=1024, tied=True)
 _RECIPE: dict[str, Any] = {
     "shape": _SHAPE,
-    "steps": 1200,
+    "steps": STEPS,
     "batch": 4,
-    "length": 256,
+    "length": PIECE_BYTES,
     "muon": {"rate": 0.01, "momentum": 0.95, "decay": 0.1},
     "adamw": {"lr": 3e-3, "betas": (0.9, 0.95), "weight_decay": 0.0},
     "schedule": "constant for half of the steps, then linear to zero",
@@ -54,7 +60,7 @@ class TrainedTiny(Model):
         import torch
 
         with torch.device("meta"):
-            return _untrained()
+            return untrained()
 
     def path(self) -> Path:
         """The weights' file, named by a hash of the recipe and of the text."""
@@ -64,6 +70,7 @@ class TrainedTiny(Model):
     def prepare(self, progress: Callable[[int, int, str], None]) -> None:
         import filelock
         import safetensors.torch
+        import torch
 
         path = self.path()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +78,10 @@ class TrainedTiny(Model):
         with filelock.FileLock(f"{path}.lock"):
             if _is_whole(path):
                 return
-            module = _train(progress)
+            # On one thread and by steps, every run of it on a kind of processor gives the same weights; another kind
+            # may differ by a hundredth of a bit per byte.
+            torch.set_num_threads(1)
+            module = trained(corpus.split()[0], STEPS, _RECIPE["seed"], progress)
             handle, partial = tempfile.mkstemp(dir=path.parent)
             os.close(handle)
             safetensors.torch.save_model(module, partial)
@@ -80,9 +90,39 @@ class TrainedTiny(Model):
     def build(self, context: Context) -> nn.Module:
         import safetensors.torch
 
-        module = _untrained()
+        module = untrained()
         safetensors.torch.load_model(module, str(self.path()))
         return module.to(context.device)
+
+
+class UntrainedTiny(Model):
+    """trained-tiny's shape with random weights: what training it on some data brings can be seen in its quality."""
+
+    imports = TrainedTiny.imports
+    quality = True
+    seed: int = Field(0, ge=0, le=2**31)
+    """Added to the suite's own, for the weights and for what ``subset`` and ``lm-generated`` leave to chance."""
+
+    @property
+    def shape(self) -> Shape:
+        return _SHAPE
+
+    def miniature(self) -> Model:
+        return TrainedTiny().miniature()
+
+    def skeleton(self) -> nn.Module:
+        return TrainedTiny().skeleton()
+
+    def build(self, context: Context) -> nn.Module:
+        import torch
+
+        torch.manual_seed(seed_of(context))
+        return untrained().to(context.device)
+
+
+def seed_of(context: Context) -> int:
+    """The suite's seed and the model's own together."""
+    return context.seed + (context.model.seed if isinstance(context.model, UntrainedTiny) else 0)
 
 
 def _is_whole(path: Path) -> bool:
@@ -96,35 +136,34 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _untrained() -> nn.Module:
+def untrained() -> nn.Module:
+    """The model with random weights, drawn from torch's generator."""
     from transformers import LlamaForCausalLM
 
     return LlamaForCausalLM(Llama.of_shape(_SHAPE).config())
 
 
-def _train(progress: Callable[[int, int, str], None]) -> nn.Module:
-    """Muon for the matrices, AdamW for the rest, a fixed number of steps, the last half with a falling rate.
+def trained(text: bytes, steps: int, seed: int, progress: Callable[[int, int, str], None]) -> nn.Module:
+    """The model trained on a text of more than ``PIECE_BYTES``: a piece of it from anywhere in each row.
 
-    By steps and on one thread, so that every run of it on a kind of processor gives the same weights; another kind may
-    differ by a hundredth of a bit per byte.
+    Muon for the matrices, AdamW for the rest, the last half of the steps with a falling rate.
     """
     import torch
 
-    torch.manual_seed(_RECIPE["seed"])
-    torch.set_num_threads(1)
-    module = _untrained()
+    torch.manual_seed(seed)
+    module = untrained()
     matrices = [p for name, p in module.named_parameters() if p.ndim == 2 and "embed" not in name]
     rest = [p for name, p in module.named_parameters() if p.ndim != 2 or "embed" in name]
     muon = Muon(matrices, **_RECIPE["muon"])
     adamw = torch.optim.AdamW(rest, **_RECIPE["adamw"])
-    text = torch.tensor(list(corpus.split()[0]), dtype=torch.long)
-    steps, batch, length = _RECIPE["steps"], _RECIPE["batch"], _RECIPE["length"]
+    ids = torch.tensor(list(text), dtype=torch.long)
+    batch, length = _RECIPE["batch"], _RECIPE["length"]
     for step in range(steps):
         share = min(1.0, (steps - step) / (steps / 2))
         muon.rate = _RECIPE["muon"]["rate"] * share
         adamw.param_groups[0]["lr"] = _RECIPE["adamw"]["lr"] * share
-        starts = torch.randint(0, len(text) - length - 1, (batch,))
-        rows = torch.stack([text[start : start + length + 1] for start in starts.tolist()])
+        starts = torch.randint(0, len(ids) - length - 1, (batch,))
+        rows = torch.stack([ids[start : start + length + 1] for start in starts.tolist()])
         logits = module(rows[:, :-1]).logits
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
         muon.step()

@@ -47,7 +47,7 @@ class Generate(Workload):
 
         if all(type(technique).generate_options is Technique.generate_options for technique in techniques):
             return super().logits(module, ids, techniques, context)
-        name = _name_of_cache(module)
+        name = name_of_cache(module)
         options = _options(techniques, context, name)
         read = []
         for some in ids.split(_TOKENS_AT_ONCE):
@@ -59,7 +59,7 @@ class Generate(Workload):
     def start(self, module: nn.Module, tokens: Tokens, techniques: Sequence[Technique], context: Context) -> Step:
         import torch
 
-        name = _name_of_cache(module)
+        name = name_of_cache(module)
         prompt = tokens(self.batch_size * self.prompt_length).view(self.batch_size, self.prompt_length)
         prompt = prompt.to(context.device)
         cache: list[Any] = []
@@ -85,7 +85,7 @@ class Generate(Workload):
         return step
 
 
-def _name_of_cache(module: nn.Module) -> str:
+def name_of_cache(module: nn.Module) -> str:
     """What the module's forward pass calls its key-value cache; transformers renamed it in 5.24.
 
     Raises:

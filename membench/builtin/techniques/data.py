@@ -1,0 +1,33 @@
+"""What techniques for training data share, and how the data are read."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from membench.data.storage import Storage
+from membench.plugins import Context, Setting, Technique
+
+
+class DataTechnique(Technique):
+    """About training data: it wants a workload that reads some."""
+
+    acts_on: ClassVar[str] = "data"
+
+    def refuse(self, setting: Setting) -> str | None:
+        if setting.workload.corpus() is None:
+            return (
+                "it is about training data, and this workload reads none: use read-data, or train with data = 'topics'"
+            )
+        return None
+
+
+class Stream(DataTechnique):
+    """Data decoded a few frames at a time, while training goes on, instead of all at the start.
+
+    At most eight blocks of 262,144 tokens are decoded at once: the four that batches come from, and the next four,
+    which two threads decode meanwhile. However much data there are, memory stays the same.
+    """
+
+    def data_storage(self, storage: Storage, context: Context) -> Storage:
+        return dataclasses.replace(storage, reading="stream")

@@ -1,0 +1,71 @@
+"""A step of training in its parts, each replaceable by a technique, whatever it is that is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from membench.plugins import Context, Step, Technique, TrainingStep, Unsuitable, stepping
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Optimizer: TypeAlias = Literal["adamw", "sgd"]
+
+
+def steps(
+    module: nn.Module,
+    next_batch: Callable[[], torch.Tensor],
+    loss: Callable[[nn.Module, torch.Tensor], torch.Tensor],
+    optimizer_name: Optimizer,
+    learning_rate: float,
+    techniques: Sequence[Technique],
+    context: Context,
+) -> Step:
+    """The step: parts forward, backward and optimizer.
+
+    Args:
+        next_batch: on the device; its rows may be split.
+        loss: of (module, rows): a scalar, the mean over them.
+
+    Raises:
+        Unsuitable: if nothing of the module can be trained.
+    """
+    import torch
+
+    kinds = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not trained:
+        raise Unsuitable("no parameter of the model can be trained")
+    optimizer: torch.optim.Optimizer = kinds[optimizer_name](trained, lr=learning_rate)
+    for technique in techniques:
+        optimizer = technique.optimizer(optimizer, module, context)
+    context.inventory["optimizer"] = lambda: optimizer.state
+    pieces = TrainingStep(
+        lambda batch: [batch],
+        loss,
+        lambda value: value.backward(),
+        lambda: optimizer.step(),
+        lambda: optimizer.zero_grad(),
+    )
+    for technique in techniques:
+        pieces = technique.training_step(pieces, context)
+
+    def step() -> torch.Tensor:
+        # Gradients are dropped first, so that what is held after a step is what training holds: all of it.
+        pieces.zero_grad()
+        batch = next_batch()
+        whole = torch.zeros((), device=context.device)
+        for rows in pieces.split(batch):
+            share = len(rows) / len(batch)
+            with context.part("forward"), stepping(techniques, context):
+                value = pieces.loss(module, rows) * share
+            with context.part("backward"):
+                pieces.backward(value)
+            whole += value.detach()
+        with context.part("optimizer"):
+            pieces.step()
+        return whole
+
+    return step

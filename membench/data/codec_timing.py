@@ -1,0 +1,43 @@
+"""A codec with a clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from membench.data.storage import Codec
+
+
+class Timed:
+    """Another codec, with the time and the bytes that went through it; each way by itself."""
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+        self.name, self.ending, self.joins = codec.name, codec.ending, codec.joins
+        self.raw_bytes = self.stored_bytes = self.decompressed_bytes = 0
+        self.compress_s = self.decompress_s = 0.0
+
+    def learn(self, frames: Iterable[bytes], folder: Path) -> None:
+        began = time.perf_counter()
+        self._codec.learn(frames, folder)
+        self.compress_s += time.perf_counter() - began
+        self.stored_bytes += sum(path.stat().st_size for path in folder.iterdir())  # a dictionary is read with the rest
+
+    def remember(self, folder: Path) -> None:
+        self._codec.remember(folder)
+
+    def compress(self, raw: bytes) -> bytes:
+        began = time.perf_counter()
+        stored = self._codec.compress(raw)
+        self.compress_s += time.perf_counter() - began
+        self.raw_bytes += len(raw)
+        self.stored_bytes += len(stored)
+        return stored
+
+    def decompress(self, stored: bytes, raw_bytes: int) -> bytes:
+        began = time.perf_counter()
+        raw = self._codec.decompress(stored, raw_bytes)
+        self.decompress_s += time.perf_counter() - began
+        self.decompressed_bytes += len(raw)
+        return raw

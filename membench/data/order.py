@@ -1,0 +1,51 @@
+"""In which order rows are read: shuffled, but so that a reader needs a few blocks of neighbours at a time.
+
+The order depends on nothing but the rows and the seed: however the rows are kept and read, the batches are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy
+
+    from membench.data.storage import Extent
+
+_BLOCK_TOKENS = 2**18
+
+
+class Window(NamedTuple):
+    """Frames to be read together, and the order of the rows in them."""
+
+    frames: list[int]
+    order: numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]]
+
+
+def block_rows(length: int) -> int:
+    """Rows of a block, so many tokens long each: about 262,144 tokens."""
+    return power_of_two(_BLOCK_TOKENS // length)
+
+
+def power_of_two(most: int) -> int:
+    """The largest that is no more than ``most``, and at least 1."""
+    return 1 << max(0, most.bit_length() - 1)
+
+
+def windows(extent: Extent, frame_rows: int, blocks_at_once: int, seed: int, epoch: int) -> Iterator[Window]:
+    """An epoch: blocks in random order, so many of them at once, and their rows shuffled together.
+
+    Args:
+        frame_rows: so many rows are read as one frame; a block has some of them, all whole but the very last.
+    """
+    import numpy
+
+    random = numpy.random.default_rng((seed, epoch))
+    rows, inside = extent.rows, block_rows(extent.length)
+    blocks = [range(start, min(start + inside, rows)) for start in range(0, rows, inside)]
+    order = random.permutation(len(blocks)).tolist()
+    for start in range(0, len(blocks), blocks_at_once):
+        some = [blocks[number] for number in order[start : start + blocks_at_once]]
+        frames = [first // frame_rows for block in some for first in range(block.start, block.stop, frame_rows)]
+        yield Window(frames, random.permutation(sum(map(len, some))))

@@ -1,0 +1,103 @@
+"""How rows of token ids are kept and read: what data techniques put together, and a format of shards for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy
+
+    Ids: TypeAlias = numpy.ndarray[tuple[int, int], numpy.dtype[numpy.unsignedinteger]]
+    """Rows of token ids (rows, tokens of a row), of any unsigned type."""
+
+
+class Damaged(Exception):
+    """What was read is not what was written; the message names file and offset. It must not be trained on."""
+
+
+class Extent(NamedTuple):
+    """What a format needs to know of the rows beforehand."""
+
+    rows: int
+    length: int
+    """Tokens of a row."""
+    vocabulary: int
+
+
+class Codec(Protocol):
+    """Compresses frames, each by itself, so that any of them can be read without the others."""
+
+    name: str
+    ending: str
+    """Of files, as the codec's own tool writes it."""
+    joins: bool
+    """Whether frames one after the other are a file that the codec's own tool reads."""
+
+    def learn(self, frames: Iterable[bytes], folder: Path) -> None:
+        """See the frames before they are compressed, and keep in ``folder`` what reading wants of it (a dictionary)."""
+
+    def remember(self, folder: Path) -> None:
+        """Take up what ``learn`` kept, before reading."""
+
+    def compress(self, raw: bytes) -> bytes: ...
+
+    def decompress(self, stored: bytes, raw_bytes: int) -> bytes:
+        """The frame; never more than a little over ``raw_bytes`` is made, whatever ``stored`` holds.
+
+        Raises:
+            Damaged: if it is not a frame of this codec, or one of another size.
+        """
+
+
+class Layout(Protocol):
+    """Rows of token ids as bytes."""
+
+    @property
+    def name(self) -> str: ...
+
+    def bytes_per_row(self, extent: Extent) -> int: ...
+
+    def pack(self, rows: Ids, extent: Extent) -> bytes: ...
+
+    def unpack(self, raw: bytes | memoryview, extent: Extent) -> Ids: ...
+
+
+Frame: TypeAlias = "Callable[[int], Ids]"
+"""The rows of a frame, by its number; frames are read in any order and from any thread."""
+
+
+class Format(Protocol):
+    """A way to keep frames of rows in a folder."""
+
+    def write(self, frames: Iterable[Ids], extent: Extent, storage: Storage, folder: Path) -> None:
+        """Keep the frames; whatever interrupts it leaves nothing that ``open`` would take for whole."""
+
+    def open(self, extent: Extent, storage: Storage, folder: Path) -> Frame:
+        """Ready to read; nothing is decompressed yet.
+
+        Raises:
+            Damaged: if what is there is not whole.
+        """
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What the data techniques of a stack have chosen.
+
+    Attributes:
+        reading: ``whole``: all is decoded at the start and kept; ``stream``: a few frames at a time; ``mapped``: frames
+            are pages of the file.
+        frame_tokens: at most so many are compressed, checked and read at once, and never more than the block by which
+            rows are shuffled (see ``order``): however rows are kept, they come in the same order.
+        padded: whether each document begins a row of its own, filled up with padding; else documents follow each other.
+    """
+
+    format: Format
+    layout: Layout
+    codec: Codec | None = None
+    reading: Literal["whole", "stream", "mapped"] = "whole"
+    frame_tokens: int = 2**18
+    padded: bool = False

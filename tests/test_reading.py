@@ -1,0 +1,277 @@
+"""Reading training data: the same batches however they are kept, each row once an epoch, and the same training."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import pytest
+
+import membench
+from membench import corpus
+from membench.assembly import Assembly
+from membench.data import order
+from membench.data.columnar import ArrowFormat, ParquetFormat
+from membench.data.dataset import Dataset, endless, epochs
+from membench.data.layouts import Bits, Integers
+from membench.data.shards import Shards
+from membench.data.storage import Storage
+from membench.errors import SuiteError
+from membench.plugins import Unsuitable
+from membench.record import Record
+
+if TYPE_CHECKING:
+    from membench.data.storage import Ids
+
+_ROWS, _LENGTH, _BATCH = 700, 64, 32
+
+_PLAIN = Storage(Shards(), Integers("int64"))
+_STORAGES = {
+    "uint8": replace(_PLAIN, layout=Integers("uint8")),
+    "uint16 in small frames": replace(_PLAIN, layout=Integers("uint16"), frame_tokens=200),
+    "mapped": replace(_PLAIN, layout=Integers("uint8"), reading="mapped"),
+    "mapped in small frames": replace(_PLAIN, reading="mapped", frame_tokens=1024),
+    "streamed": replace(_PLAIN, layout=Integers("uint32"), reading="stream", frame_tokens=500),
+    "bits": Storage(Shards(), Bits()),
+    "bits, streamed": Storage(Shards(), Bits(), reading="stream"),
+    "parquet": Storage(ParquetFormat("snappy"), Integers("uint16")),
+    "parquet, streamed": Storage(ParquetFormat("zstd"), Integers("uint16"), reading="stream", frame_tokens=2048),
+    "arrow": Storage(ArrowFormat(), Integers("uint8"), reading="mapped", frame_tokens=1024),
+}
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 64 rows, so that a small corpus has several windows of four."""
+    monkeypatch.setattr(order, "_BLOCK_TOKENS", 64 * _LENGTH)
+
+
+def _ids(rows: int = _ROWS, length: int = _LENGTH) -> Ids:
+    """Random token ids, but the first two of a row say which row it is."""
+    ids = numpy.random.default_rng(0).integers(250, size=(rows, length), dtype=numpy.uint32)
+    ids[:, 0], ids[:, 1] = numpy.divmod(numpy.arange(rows), 250)
+    return ids
+
+
+def _which(batches: list[Any]) -> list[int]:
+    """The rows that are in the batches, by number."""
+    return [250 * int(row[0]) + int(row[1]) for batch in batches for row in batch]
+
+
+def _written(folder: Path, storage: Storage = _PLAIN, rows: int = _ROWS) -> Dataset:
+    return Dataset.written(_ids(rows), storage, 250, folder)
+
+
+@pytest.mark.parametrize("name", _STORAGES)
+def test_batches_are_the_same_byte_for_byte_however_data_are_kept(name: str, tmp_path: Path) -> None:
+    read = epochs(_written(tmp_path / "plain"), _BATCH, 3, 0)
+    others = epochs(_written(tmp_path / "other", _STORAGES[name]), _BATCH, 3, 0)
+    for epoch in range(2):
+        expected, found = list(read(epoch)), list(others(epoch))
+        assert [batch.dtype for batch in found] == [batch.dtype for batch in expected]
+        assert [batch.numpy().tobytes() for batch in found] == [batch.numpy().tobytes() for batch in expected]
+
+
+def test_an_epoch_has_each_row_once_and_in_another_order_than_the_last(tmp_path: Path) -> None:
+    read = epochs(_written(tmp_path / "data"), _BATCH, 3, 0)
+    first, second = list(read(0)), list(read(1))
+    for batches in (first, second):
+        assert [len(batch) for batch in batches] == [_BATCH] * (_ROWS // _BATCH) + [_ROWS % _BATCH]
+        assert sorted(_which(batches)) == list(range(_ROWS))
+        assert (numpy.concatenate(batches) == _ids()[_which(batches)]).all()
+    assert _which(first) != _which(second)
+    assert _which(list(read(0))) == _which(first)
+
+
+def test_rows_of_a_batch_come_from_several_places(tmp_path: Path) -> None:
+    for batch in list(epochs(_written(tmp_path / "data"), _BATCH, 0, 0)(0))[:-4]:
+        assert len({row // 64 for row in _which([batch])}) >= 3
+
+
+def test_another_seed_is_another_order(tmp_path: Path) -> None:
+    data = _written(tmp_path / "data")
+    assert _which(list(epochs(data, _BATCH, 0, 0)(0))) != _which(list(epochs(data, _BATCH, 1, 0)(0)))
+
+
+def test_readers_share_the_rows_out_among_them(tmp_path: Path) -> None:
+    data = _written(tmp_path / "data")
+    shares = [_which(list(data.batches(_BATCH, 0, 0, data.opened(), (number, 2)))) for number in range(2)]
+    assert all(shares)
+    assert sorted(shares[0] + shares[1]) == list(range(_ROWS))
+
+
+def test_training_takes_full_batches_of_one_epoch_after_the_other(tmp_path: Path) -> None:
+    data = _written(tmp_path / "data")
+    batches, read = endless(data, _BATCH, 3, 0), epochs(data, _BATCH, 3, 0)
+    for epoch in range(2):
+        for expected in list(read(epoch))[:-1]:
+            assert (next(batches) == expected).all()
+
+
+_TWO_WORKERS = """
+import json, sys
+from pathlib import Path
+from membench.data import order
+from membench.data.dataset import endless, epochs
+from membench.data.storage import Damaged
+from membench.plugins import Unsuitable
+from tests.test_reading import _written, _which
+order._BLOCK_TOKENS = 64 * 64
+data = _written(Path(sys.argv[1]) / "data")
+read = epochs(data, 32, 3, 2)
+found = [_which(list(read(epoch))) for epoch in range(2)]
+try:
+    next(endless(_written(Path(sys.argv[1]) / "few", rows=300), 299, 3, 2))
+except Unsuitable as error:
+    too_few = str(error)
+path = Path(sys.argv[1]) / "data" / "frames.bin"
+path.write_bytes(path.read_bytes()[:-1] + b"!")
+try:
+    list(read(2))
+except Damaged as error:
+    print(json.dumps([found, too_few, str(error)]))
+"""
+
+
+def test_two_processes_read_each_row_once_an_epoch_and_what_they_find_wrong_is_said(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", _TWO_WORKERS, str(tmp_path)], capture_output=True, text=True, check=False,
+        cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    (first, second), too_few, damaged = json.loads(ran.stdout)
+    assert sorted(first) == sorted(second) == list(range(_ROWS))
+    assert first != second
+    # 300 rows are two windows: neither process has as many as the batch wants.
+    assert too_few == "300 rows, shared out among 2 processes, give none the 299 of a batch"
+    assert damaged == f"{tmp_path}/data/frames.bin, offset 327680: the frame's checksum is not what the index says"
+
+
+def _without_parts(name: str) -> contextlib.AbstractContextManager[None]:
+    del name
+    return contextlib.nullcontext()
+
+
+def _tokens(workload: Mapping[str, Any], scratch: Path, techniques: tuple[str, ...] = ("none",)) -> list[int]:
+    """The first thousand that a training gets."""
+    request: dict[str, Any] = {
+        "model": {"use": "untrained-tiny", "options": {}}, "workload": {"use": "train", "options": workload},
+        "techniques": [{"use": name, "options": {}} for name in techniques], "members": techniques, "device": "cpu",
+        "settings": {"seed": 0}, "scratch": str(scratch),
+    }  # fmt: skip
+    assembly = Assembly.of(request, _without_parts)
+    module = assembly.model.skeleton()
+    tokens = assembly.store(module).tokens(module)
+    return [token for _ in range(4) for token in tokens(256).tolist()]
+
+
+def test_without_data_training_goes_through_the_text_from_its_start(tmp_path: Path) -> None:
+    assert bytes(_tokens({}, tmp_path)) == corpus.split()[0][:1024]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_with_data_training_gets_rows_of_the_text(tmp_path: Path) -> None:
+    found = bytes(_tokens({"data": "topics"}, tmp_path))
+    text = corpus.split()[0] + b"\n\n"
+    assert all(found[start : start + 128] in text for start in range(0, 1024, 128))
+    assert found[:1024] != text[:1024]
+
+
+def test_too_little_text_for_a_batch_is_said(tmp_path: Path) -> None:
+    with pytest.raises(Unsuitable, match=r"^the data give 1 rows of 1024 tokens, and a batch wants 2$"):
+        _tokens({"data": "topics", "data_size": 2000, "sequence_length": 1024}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ('use = "train"\nworkers = 2', "workload.w: workers has no meaning without data"),
+        ('use = "train"\ndata_size = "1 MiB"', "workload.w: data_size has no meaning without data"),
+        ('use = "read-data"\ndata = "/nowhere/at/all"', "data = '/nowhere/at/all' is neither topics nor library"),
+        ('use = "read-data"\ndata = ""', "data = '' is neither topics nor library, nor a folder here"),
+        ('use = "read-data"\ndata_size = "a lot"', "option 'data_size' = 'a lot'"),
+        ('use = "read-data"\ndata_size = "1 KB"', "option 'data_size' = '1 KB'"),
+        ('use = "read-data"\ndata_size = 1023', "option 'data_size' = 1023: must be at least 1024"),
+        ('use = "read-data"\nworkers = -1', "option 'workers' = -1: must be at least 0"),
+    ],
+)  # fmt: skip
+def test_bad_options_give_one_line(suite_file: Path, options: str, message: str) -> None:
+    suite_file.write_text(
+        '[suite]\nname = "s"\n[matrix]\nmodel = ["untrained-tiny"]\ntechnique = ["none"]\nworkload = ["w"]\n'
+        f"[workload.w]\n{options}\n"
+    )
+    with pytest.raises(SuiteError) as caught:
+        membench.load_suite(suite_file)
+    assert message in str(caught.value)
+
+
+_CORPUS_BYTES = 4 * 2**20
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Record]:
+    """Trainings from text that is kept in four ways, and epochs read by two processes; by technique and workload."""
+    folder = tmp_path_factory.mktemp("reading")
+    text = folder / "text"
+    text.mkdir()
+    (text / "noise.txt").write_bytes(numpy.random.default_rng(0).bytes(_CORPUS_BYTES + 100))
+    path = folder / "reading.toml"
+    path.write_text(
+        '[suite]\nname = "reading"\n[matrix]\nmodel = ["untrained-tiny"]\n'
+        'technique = ["none", "uint8", "uint8+mapped-tokens", "uint8+zstd+stream"]\nworkload = ["train-data"]\n'
+        '[[include]]\nmodel = "untrained-tiny"\ntechnique = "none"\nworkload = "train"\n'
+        '[[include]]\nmodel = "no-model"\ntechnique = ["uint8", "uint8+mapped-tokens"]\nworkload = "read"\n'
+        '[workload.train-data]\nuse = "train"\ndata = "topics"\nlearning_rate = 0.01\n'
+        f'[workload.read]\nuse = "read-data"\ndata = "{text}"\nworkers = 2\nbatch_size = 300\n'
+        '[[exclude]]\ntechnique = ["stream", "zstd", "mapped-tokens"]\n'
+        "[settings]\nmeasured_steps = 2\nthreads = 1\n"
+    )
+    run = membench.run(membench.load_suite(path), output=folder)
+    return {f"{record.technique}/{record.case['workload']}": record for record in run.records}
+
+
+def test_a_training_from_packed_or_compressed_data_has_the_same_losses(records: Mapping[str, Record]) -> None:
+    losses = {name: record.processes[0]["losses_nats"] for name, record in records.items() if "train" in name}
+    expected = losses["none/train-data"]
+    # One step to warm up, five for memory, one for the breakdown, one more to warm up, two for times.
+    assert len(expected) == 10
+    assert expected[-1] < expected[0]
+    for technique in ("uint8", "uint8+mapped-tokens", "uint8+zstd", "uint8+zstd+stream"):
+        assert losses[f"{technique}/train-data"] == expected
+    assert losses["none/train"] != expected
+
+
+def test_data_that_are_trained_from_are_counted(records: Mapping[str, Record]) -> None:
+    sizes = {name: records[f"{name}/train-data"].metrics["data_bytes"] for name in ("none", "uint8")}
+    tokens = len(corpus.split()[0] + b"\n\n")
+    assert sizes["uint8"] == pytest.approx(tokens, rel=0.003)
+    assert sizes["none"] == pytest.approx(8 * tokens, rel=0.003)
+    assert {"store_peak_live_bytes", "store_s"} <= set(records["uint8/train-data"].metrics)
+
+
+def test_a_training_without_data_has_no_figures_of_any(records: Mapping[str, Record]) -> None:
+    record = records["none/train"]
+    assert not {"data_bytes", "store_s", "store_peak_live_bytes", "padding_percent"} & set(record.metrics)
+    assert "store" not in [phase["name"] for phase in record.processes[0]["phases"]]
+
+
+def test_processes_that_read_are_counted(records: Mapping[str, Record]) -> None:
+    whole = records["uint8/read"].metrics["children_peak_bytes"] or 0
+    mapped = records["uint8+mapped-tokens/read"].metrics["children_peak_bytes"] or 0
+    # Each of the two keeps all of the text; or together they map it, each the pages that it reads.
+    assert whole > 2 * _CORPUS_BYTES * 0.9
+    assert whole - mapped > _CORPUS_BYTES / 2
+
+
+def test_an_epoch_counts_what_is_really_read(records: Mapping[str, Record]) -> None:
+    metrics = records["uint8/read"].metrics
+    # Rows of 256 tokens do not fill batches of 300; all are read. The last 100 bytes of text fill no row.
+    assert (metrics["tokens_per_s"] or 0) * (metrics["step_median_s"] or 0) == pytest.approx(_CORPUS_BYTES)
+    assert (metrics["read_mb_per_s"] or 0) * (metrics["step_median_s"] or 0) == pytest.approx(_CORPUS_BYTES / 1e6)
