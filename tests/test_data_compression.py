@@ -33,6 +33,7 @@ from membench.data.layouts import Integers
 from membench.data.shards import Shards
 from membench.data.storage import Codec, Damaged, Storage
 from membench.errors import SuiteError
+from membench.figures import resolution_bytes
 from membench.record import Record
 
 _CODECS: dict[str, Callable[[], Codec]] = {
@@ -479,7 +480,8 @@ def _peak(records: dict[tuple[str, str], Record], technique: str, workload: str)
 
 def test_streaming_four_times_the_data_takes_no_more_memory(records: dict[tuple[str, str], Record]) -> None:
     some, more = (_peak(records, "uint8+zstd+stream", workload) for workload in ("some", "more"))
-    assert more == pytest.approx(some, rel=0.05)
+    # Of so few bytes the kernel's own granularity is more than the twentieth that they may differ by.
+    assert more == pytest.approx(some, rel=0.05, abs=2 * resolution_bytes())
     assert 7 * _BLOCK_BYTES < more < 12 * _BLOCK_BYTES
 
 
