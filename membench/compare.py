@@ -17,7 +17,7 @@ _OF_THE_REFERENCE = {"lost_bits_per_byte": 0.0, "kl_nats": 0.0, "top1_agreement_
 _CERTAIN = 2
 """Standard errors below which a loss cannot be told from chance."""
 
-_SAME_ACCURACY = 0.5
+SAME_ACCURACY = 0.5
 """Percent of samples: a handful of those that are held out."""
 
 _NO_DIVERGENCE = 1e-6
@@ -114,7 +114,7 @@ class Comparison:
             return None if value is None else _Score(value, _NO_DIVERGENCE if field == "kl_nats" else _CERTAIN * error)
         value = self.value(group, technique, field)
         if field == "accuracy_percent":
-            return None if value is None else _Score(-value, _SAME_ACCURACY)
+            return None if value is None else _Score(-value, SAME_ACCURACY)
         resolution = self.repeats(group, technique)[0].obtained.get(field, {}).get("resolution_bytes", 0)
         return None if value is None else _Score(value, max(METRIC_OF_FIELD[field].same_within * value, resolution))
 

@@ -179,6 +179,17 @@ def test_a_verdict_takes_no_gain_of_quality_in_a_training_for_more_than_chance()
     assert text.verdicts([trained("none", None), trained("a", 0.01)]) == ["a: saved nothing; cost +0.0100 bits/byte"]
 
 
+def test_a_verdict_names_the_samples_that_are_got_wrong_for_it() -> None:
+    records = [
+        _record(name, workload, data_bytes=size, accuracy_percent=percent)
+        for name, workload, size, percent in (
+            ("none", "digits", 100, 96.9), ("a", "digits", 10, 93.5),
+            ("none", "text", 100, 66.0), ("a", "text", 10, 66.4),
+        )
+    ]  # fmt: skip
+    assert text.verdicts(records) == ["a: saved data ×0.10; cost -3.4 to +0.4 percent of samples"]
+
+
 def test_a_verdict_spans_all_cases_and_those_that_saved_nothing() -> None:
     records = [
         _record(name, workload, peak_live_bytes=mib * MIB)

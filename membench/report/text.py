@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import tabulate
 
-from membench.compare import Comparison, Group, prefixes
+from membench.compare import SAME_ACCURACY, Comparison, Group, prefixes
 from membench.record import METRICS, REFERENCE, Metric, Record
 from membench.units import format_bytes, format_difference, format_ratio, format_seconds
 
@@ -383,6 +383,12 @@ def verdicts(records: Sequence[Record]) -> list[str]:
         if any(lost):
             shown = " to ".join(dict.fromkeys(format_difference(value) for value in (min(lost), max(lost))))
             said[_kind([loss < 0 for loss in lost if loss])].append(f"{shown} bits/byte")
+        points = [found.difference(group, technique, "accuracy_percent") for group in groups]
+        known = [point for point in points if point is not None]
+        told = [point > 0 for point in known if abs(point) > SAME_ACCURACY]
+        if told:
+            shown = " to ".join(dict.fromkeys(f"{point:+.1f}" for point in (min(known), max(known))))
+            said[_kind(told)].append(f"{shown} percent of samples")
         mixed = f"; depends on the case: {', '.join(said['mixed'])}" if said["mixed"] else ""
         saved, cost = (", ".join(said[kind]) or "nothing" for kind in ("saved", "cost"))
         lines.append(f"{technique}: saved {saved}; cost {cost}{mixed}")
