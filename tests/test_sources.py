@@ -47,6 +47,13 @@ def test_topics_are_the_paragraphs_of_the_built_in_training_text() -> None:
     assert b"".join(documents("topics", None)) == corpus.split()[0] + b"\n\n"
 
 
+def test_nothing_that_is_held_out_stands_in_the_library() -> None:
+    text = b"".join(documents("library", None))
+    lines = {line for line in corpus.split()[1].splitlines() if len(line) > 60}
+    assert len(lines) > 50
+    assert sum(line in text for line in lines) < len(lines) / 20  # docstrings share a line or two with the help
+
+
 def test_library_is_the_source_of_pythons_own_library() -> None:
     assert problem("library") is None
     found = documents("library", 2**20)

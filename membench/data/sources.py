@@ -86,7 +86,8 @@ def _all(source: str) -> Iterator[bytes]:
 
 def _library() -> Iterator[Path]:
     for folder, folders, names in os.walk(sysconfig.get_path("stdlib")):
-        folders[:] = [name for name in folders if name != "site-packages"]
+        # In pydoc_data lies the help text, with all that is held out.
+        folders[:] = [name for name in folders if name not in ("site-packages", "pydoc_data")]
         yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 

@@ -117,7 +117,8 @@ class Subset(_LessText):
 
     Limits: trained-tiny has learnt from ``topics``, and is better at that text than at any other; a document's score is
     that of its first 4,096 bytes, in pieces of 256. A middle pays where a corpus is large and much of it bad; of
-    ``topics``, which has no noise, it leaves out kinds of text, and loses far more than chance does (suites/data.toml).
+    ``topics``, which has no noise, it leaves out kinds of text, and loses far more than chance does
+    (suites/less-data.toml).
 
     Attributes:
         share: of the text's bytes.
