@@ -146,7 +146,9 @@ def test_a_step_of_distilling_is_one_of_adamw_on_both_losses_mixed() -> None:
     (0.7 * 4 * divergence + 0.3 * hard).backward()
     optimizer.step()
 
-    torch.testing.assert_close(_weights(student), _weights(expected), rtol=1e-4, atol=1e-5)
+    # AdamW's first step is as long for the smallest gradient, whose sign hangs on the order of additions.
+    same = torch.isclose(_weights(student), _weights(expected), rtol=1e-4, atol=1e-5)
+    assert same.double().mean() > 0.999
 
 
 def test_distilling_by_the_hard_loss_alone_is_training_from_scratch() -> None:
