@@ -138,10 +138,10 @@ class Assembly:
         corpus.read()
         self.model.encode(corpus.split()[0])
         self.workload.samples()
-        wanted = self.workload.corpus()
-        if wanted is not None:
-            sources.documents(wanted.source, wanted.most_bytes)
-        if wanted is not None and not self._changes_corpus:
+        if (wanted := self.workload.corpus()) is None:
+            return
+        sources.documents(wanted.source, wanted.most_bytes)
+        if not self._changes_corpus:
             with contextlib.suppress(NotImplementedError):  # a model without a skeleton says its vocabulary later
                 self._rows(wanted, self.model.vocabulary(self.model.skeleton()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ Group = tuple[str, str, str]
 _OF_THE_REFERENCE = {"lost_bits_per_byte": 0.0, "kl_nats": 0.0, "top1_agreement_percent": 100.0}
 """How far the reference is from itself: it has no such figure."""
 
-_CERTAIN = 2
+CERTAIN = 2
 """Standard errors below which a loss cannot be told from chance."""
 
 SAME_ACCURACY = 0.5
@@ -54,6 +55,16 @@ class Comparison:
         values = [v for record in self.repeats(group, technique) if (v := record.metrics.get(field)) is not None]
         return statistics.median(values) if values else None
 
+    def is_known(self, group: Group, field: str) -> bool:
+        """Whether any case of the group has a metric."""
+        return any(self.value(group, technique, field) is not None for technique in self.techniques(group))
+
+    def resolution(self, group: Group, technique: str, field: str) -> float:
+        """How far off the source of a case's figure may be; 0 where that is not stated."""
+        obtained = self.repeats(group, technique)[0].obtained
+        found: float = obtained.get(field, {}).get("resolution_bytes", 0)
+        return found
+
     def ratio(self, group: Group, technique: str, field: str, base: str = REFERENCE) -> float | None:
         """A metric over that of another case of the group."""
         value, of = self.value(group, technique, field), self.value(group, base, field)
@@ -87,9 +98,7 @@ class Comparison:
         """
         techniques = self.techniques(group)
 
-        def is_known(field: str) -> bool:
-            return any(self.value(group, technique, field) is not None for technique in techniques)
-
+        is_known = functools.partial(self.is_known, group)
         fields = ["peak_live_bytes", "step_median_s", *filter(is_known, ["data_bytes"])]
         fields += list(filter(is_known, ("accuracy_percent", "lost_bits_per_byte", "kl_nats")))[:1]
         scores: dict[str, tuple[_Score, ...]] = {}
@@ -111,12 +120,13 @@ class Comparison:
         if field in _OF_THE_REFERENCE:
             value = self.difference(group, technique, field)
             error = self.value(group, technique, f"{field}_standard_error") or 0.0
-            return None if value is None else _Score(value, _NO_DIVERGENCE if field == "kl_nats" else _CERTAIN * error)
+            return None if value is None else _Score(value, _NO_DIVERGENCE if field == "kl_nats" else CERTAIN * error)
         value = self.value(group, technique, field)
         if field == "accuracy_percent":
             return None if value is None else _Score(-value, SAME_ACCURACY)
-        resolution = self.repeats(group, technique)[0].obtained.get(field, {}).get("resolution_bytes", 0)
-        return None if value is None else _Score(value, max(METRIC_OF_FIELD[field].same_within * value, resolution))
+        if value is None:
+            return None
+        return _Score(value, max(METRIC_OF_FIELD[field].same_within * value, self.resolution(group, technique, field)))
 
 
 class _Score(NamedTuple):

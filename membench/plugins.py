@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from membench.data.storage import Storage
+from membench.units import parse_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +23,14 @@ if TYPE_CHECKING:
 
     from membench.data.dataset import Dataset
     from membench.data.samples import Samples
+
+
+def _parsed(size: object) -> object:
+    return parse_bytes(size) if isinstance(size, str) else size
+
+
+ByteCount = Annotated[int, BeforeValidator(_parsed)]
+"""The type of an option that is a size: bytes, or text such as '8 MiB'."""
 
 
 class Options(BaseModel):

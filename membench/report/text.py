@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import tabulate
 
-from membench.compare import SAME_ACCURACY, Comparison, Group, prefixes
+from membench.compare import CERTAIN, SAME_ACCURACY, Comparison, Group, prefixes
 from membench.record import METRICS, REFERENCE, Metric, Record
 from membench.units import format_bytes, format_difference, format_ratio, format_seconds
 
@@ -20,9 +20,6 @@ _SHOWN = tuple(metric for metric in METRICS if metric.in_table)
 
 # From here on a technique has changed a metric that is not always shown.
 _DIFFERENT = 0.05
-
-# A loss of quality of fewer standard errors than this is none that can be told from chance.
-_CERTAIN = 2
 
 # A figure is marked as approximate if its source may be off by more than this share of it.
 _COARSE = 0.05
@@ -53,7 +50,7 @@ def _is_shown(found: Comparison, group: Group, metric: Metric) -> bool:
     One of loading and converting has to be above what running takes, too: there it decides what memory is needed.
     """
     if metric.in_table is True:
-        return _is_known(found, group, metric)
+        return found.is_known(group, metric.field)
     techniques = [technique for technique in found.techniques(group) if not _is_coarse(found, group, technique, metric)]
     ratios = [found.ratio(group, technique, metric.field) for technique in techniques]
     changes = any(ratio is not None and abs(ratio - 1) > _DIFFERENT for ratio in ratios)
@@ -69,12 +66,7 @@ def _is_shown(found: Comparison, group: Group, metric: Metric) -> bool:
 def _is_coarse(found: Comparison, group: Group, technique: str, metric: Metric) -> bool:
     """Whether a figure's source may be off by more than a twentieth of it."""
     value = found.value(group, technique, metric.field)
-    resolution = found.repeats(group, technique)[0].obtained.get(metric.field, {}).get("resolution_bytes", 0)
-    return value is not None and bool(resolution > _COARSE * abs(value))
-
-
-def _is_known(found: Comparison, group: Group, metric: Metric) -> bool:
-    return any(found.value(group, technique, metric.field) is not None for technique in found.techniques(group))
+    return value is not None and found.resolution(group, technique, metric.field) > _COARSE * abs(value)
 
 
 def _rows(found: Comparison, group: Group, metrics: Sequence[Metric]) -> Iterator[dict[str, str]]:
@@ -221,7 +213,7 @@ def explanation(records: Sequence[Record], form: str = "simple") -> str:
             chain = [REFERENCE, *prefixes(technique)]
             rows = []
             for metric in METRICS:
-                if not _is_known(found, group, metric):
+                if not found.is_known(group, metric.field):
                     continue
                 row = {"metric": metric.title}
                 for before, step in zip([None, *chain], chain, strict=False):
@@ -435,17 +427,14 @@ def _losses(found: Comparison, groups: Sequence[Group], technique: str) -> list[
         if loss is not None:
             error = found.value(group, technique, "lost_bits_per_byte_standard_error") or 0
             trains = found.value(group, technique, "final_loss_nats") is not None
-            losses.append(0.0 if abs(loss) <= _CERTAIN * error or (trains and loss < 0) else loss)
+            losses.append(0.0 if abs(loss) <= CERTAIN * error or (trains and loss < 0) else loss)
     return losses
 
 
 def _is_within_resolution(found: Comparison, group: Group, technique: str, metric: Metric) -> bool:
     """Whether a figure is no further from the reference's than either may be off."""
     values = [found.value(group, name, metric.field) for name in (technique, REFERENCE)]
-    off = [
-        found.repeats(group, name)[0].obtained.get(metric.field, {}).get("resolution_bytes", 0)
-        for name in (technique, REFERENCE)
-    ]
+    off = [found.resolution(group, name, metric.field) for name in (technique, REFERENCE)]
     return None not in values and abs((values[0] or 0) - (values[1] or 0)) < sum(off)
 
 

@@ -6,18 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from membench import units
 from membench.builtin.techniques.data import DataTechnique
 from membench.data import codecs
 from membench.data.shards import Shards
 from membench.data.storage import Codec, Storage
-from membench.plugins import Context, Setting, Unsuitable
-
-
-def _size(value: object) -> object:
-    return units.parse_bytes(value) if isinstance(value, str) else value
+from membench.plugins import ByteCount, Context, Setting, Unsuitable
 
 
 class Compression(DataTechnique):
@@ -98,7 +93,7 @@ class Zstd(Compression):
     imports = ("torch", "zstandard")
 
     level: int = Field(3, ge=1, le=22)
-    dictionary_size: Annotated[int, BeforeValidator(_size), Field(ge=2**10, le=2**24)] | None = None
+    dictionary_size: Annotated[ByteCount, Field(ge=2**10, le=2**24)] | None = None
 
     def codec(self, context: Context) -> Codec:
         dictionary_bytes = self.dictionary_size

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from membench import units
 from membench.builtin.models.classifier import seed_of
 from membench.data.samples import Samples, StoredSamples
-from membench.plugins import Context, Setting, Technique, Unsuitable, Workload
+from membench.plugins import ByteCount, Context, Setting, Technique, Unsuitable, Workload
 
 if TYPE_CHECKING:
     import numpy
@@ -56,10 +56,6 @@ class Gan(SampleTechnique):
         return gan.trained(_stored(samples), self.latent, self.hidden, steps, seed_of(context), context.device)
 
 
-def _size(value: object) -> object:
-    return units.parse_bytes(value) if isinstance(value, str) else value
-
-
 class FewerSamples(SampleTechnique):
     """A given number of samples in the place of all: a byte a feature, and one for the class.
 
@@ -68,7 +64,7 @@ class FewerSamples(SampleTechnique):
         per_class: instead, so many of each class.
     """
 
-    size: Annotated[int, BeforeValidator(_size), Field(ge=1)] = 4096
+    size: Annotated[ByteCount, Field(ge=1)] = 4096
     per_class: int | None = Field(None, ge=1)
 
     def check(self, setting: Setting) -> str | None:

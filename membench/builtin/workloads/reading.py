@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from membench import units
 from membench.data import sources
-from membench.plugins import Corpus, Workload
+from membench.plugins import ByteCount, Corpus, Workload
 
-
-def _size(value: object) -> object:
-    return units.parse_bytes(value) if isinstance(value, str) else value
-
-
-Size = Annotated[int, BeforeValidator(_size), Field(ge=1024)]
+Size = Annotated[ByteCount, Field(ge=1024)]
 """Bytes of text, as a number or as '8 MiB'."""
 
 
