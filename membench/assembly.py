@@ -141,16 +141,19 @@ class Assembly:
         if (wanted := self.workload.corpus()) is None:
             return
         sources.documents(wanted.source, wanted.most_bytes)
-        if not self._changes_corpus:
-            with contextlib.suppress(NotImplementedError):  # a model without a skeleton says its vocabulary later
-                self._rows(wanted, self.model.vocabulary(self.model.skeleton()))
+        with contextlib.suppress(NotImplementedError):  # a model without a skeleton says its vocabulary later
+            vocabulary = self.model.vocabulary(self.model.skeleton())
+            if not self._changes_corpus:
+                self._rows(wanted, vocabulary)
+            elif tokens.are_words(self.model, vocabulary):
+                tokens.words_of(wanted.source, wanted.most_bytes)
 
     @property
     def _changes_corpus(self) -> bool:
         return any(type(technique).corpus is not plugins.Technique.corpus for technique in self.techniques)
 
-    def _rows(self, wanted: plugins.Corpus, vocabulary: int) -> tuple[Ids, float]:
-        """Rows of token ids and the share of padding in them."""
+    def _rows(self, wanted: plugins.Corpus, vocabulary: int) -> tuple[Ids, int]:
+        """Rows of token ids, and how many of them are padding."""
         most_bytes, padded = wanted.most_bytes, self._storage().padded
         if self.context.rehearsal:
             most_bytes = min(_REHEARSED_BYTES, most_bytes or _REHEARSED_BYTES)
@@ -159,7 +162,8 @@ class Assembly:
         found = sources.documents(wanted.source, most_bytes)
         for technique in self.techniques:
             found = technique.corpus(found, self.context)
-        return tokens.rows(tokens.encoded(found, self.model, vocabulary), wanted.length, padded)
+        words = functools.partial(tokens.words_of, wanted.source, wanted.most_bytes)
+        return tokens.rows(tokens.encoded(found, self.model, vocabulary, words), wanted.length, padded)
 
     def _storage(self) -> Storage:
         storage = Storage(Shards(), Integers("int64"))
@@ -184,10 +188,11 @@ class Assembly:
             raise plugins.Unsuitable(
                 f"the data give {len(rows)} rows of {wanted.length} tokens, and a batch wants {wanted.batch_size}"
             )
-        data = Dataset.written(rows, self._storage(), vocabulary, self.context.scratch / "data")
+        folder, storage = self.context.scratch / "data", self._storage()
+        with self.context.part("compress") if storage.codec else contextlib.nullcontext():
+            data = Dataset.written(rows, storage, vocabulary, folder, padding)
         # What a technique says itself stands: a generator is what has to be kept, not what it has generated.
         self.context.facts.update(data.facts() | self.context.facts)
-        self.context.facts["padding_percent"] = (100 * padding, "count of padding in the rows")
         return dataclasses.replace(self, context=dataclasses.replace(self.context, data=data))
 
     def _store_samples(self, samples: Samples) -> Assembly:
@@ -306,8 +311,9 @@ class Assembly:
 @functools.cache
 def _rows_of(
     source: str, most_bytes: int | None, model: plugins.Model, vocabulary: int, length: int, padded: bool
-) -> tuple[Ids, float]:
-    return tokens.rows(tokens.encoded(sources.documents(source, most_bytes), model, vocabulary), length, padded)
+) -> tuple[Ids, int]:
+    documents, words = sources.documents(source, most_bytes), functools.partial(tokens.words_of, source, most_bytes)
+    return tokens.rows(tokens.encoded(documents, model, vocabulary, words), length, padded)
 
 
 def _no_tokens(count: int) -> torch.Tensor:

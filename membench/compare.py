@@ -91,16 +91,19 @@ class Comparison:
     def front(self, group: Group) -> set[str]:
         """The techniques that no other one beats: is as good as in all that counts, and better in something.
 
-        What counts: live memory, time, quality, and the size of the training data where the workload reads some.
-        Quality is accuracy where it is known, else the loss in bits per byte where the model is trained, else the
-        divergence from the reference; where none is known it does not count. As good is what runs of the same case may
-        differ by: a share of the metric's own, a figure's resolution, two standard errors of a loss.
+        What counts: live memory, speed, quality, and the size of the training data where the workload reads some.
+        Speed is in tokens where a step has some: an epoch of less text is no faster for that. Quality is accuracy where
+        it is known, else the loss in bits per byte where the model is trained, else the divergence from the reference,
+        else how much of the text is kept; where none is known it does not count. As good is what runs of the same case
+        may differ by: a share of the metric's own, a figure's resolution, two standard errors of a loss.
         """
         techniques = self.techniques(group)
 
         is_known = functools.partial(self.is_known, group)
-        fields = ["peak_live_bytes", "step_median_s", *filter(is_known, ["data_bytes"])]
-        fields += list(filter(is_known, ("accuracy_percent", "lost_bits_per_byte", "kl_nats")))[:1]
+        speed = "tokens_per_s" if is_known("tokens_per_s") else "step_median_s"
+        fields = ["peak_live_bytes", speed, *filter(is_known, ["data_bytes"])]
+        qualities = ("accuracy_percent", "lost_bits_per_byte", "kl_nats", "corpus_kept_percent")
+        fields += list(filter(is_known, qualities))[:1]
         scores: dict[str, tuple[_Score, ...]] = {}
         for technique in techniques:
             if any(record.status != "ok" for record in self.repeats(group, technique)):
@@ -122,11 +125,15 @@ class Comparison:
             error = self.value(group, technique, f"{field}_standard_error") or 0.0
             return None if value is None else _Score(value, _NO_DIVERGENCE if field == "kl_nats" else CERTAIN * error)
         value = self.value(group, technique, field)
-        if field == "accuracy_percent":
-            return None if value is None else _Score(-value, SAME_ACCURACY)
+        if field == "corpus_kept_percent":
+            return _Score(-(100.0 if value is None else value), 0.0)
         if value is None:
             return None
-        return _Score(value, max(METRIC_OF_FIELD[field].same_within * value, self.resolution(group, technique, field)))
+        if field == "accuracy_percent":
+            return _Score(-value, SAME_ACCURACY)
+        metric = METRIC_OF_FIELD[field]
+        off = max(metric.same_within * value, self.resolution(group, technique, field))
+        return _Score(value if metric.better == "lower" else -value, off)
 
 
 class _Score(NamedTuple):

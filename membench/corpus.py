@@ -7,7 +7,7 @@ import hashlib
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 
 @functools.cache
@@ -31,13 +31,29 @@ def digest() -> str:
     return hashlib.sha256(b"\0".join(split())).hexdigest()[:16]
 
 
+class Words:
+    """The words of a text by how frequent they are in it: token ids where a model has no tokenizer."""
+
+    def __init__(self, documents: Iterable[bytes]) -> None:
+        counts = Counter(word for document in documents for word in _words(document))
+        self._rank = {word: number for number, (word, _) in enumerate(counts.most_common())}
+
+    def ranks(self, text: bytes) -> array[int]:
+        """The rank of each word, from 0; all that are not among these words have the next number."""
+        unseen = len(self._rank)
+        return array("I", (self._rank.get(word, unseen) for word in _words(text)))
+
+
+def _words(text: bytes) -> list[str]:
+    return re.findall(r"\w+|[^\w\s]|\s+", text.decode(errors="replace"))
+
+
 @functools.cache
 def _word_ranks() -> tuple[array[int], array[int]]:
     """(training, held-out) text as words, each by its rank of frequency in the training text."""
-    train, held_out = (re.findall(r"\w+|[^\w\s]|\s+", text.decode(errors="replace")) for text in split())
-    rank = {word: number for number, (word, _) in enumerate(Counter(train).most_common())}
-    unseen = len(rank)
-    return array("I", map(rank.__getitem__, train)), array("I", (rank.get(word, unseen) for word in held_out))
+    train, held_out = split()
+    words = Words([train])
+    return words.ranks(train), words.ranks(held_out)
 
 
 def read() -> None:

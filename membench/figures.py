@@ -85,6 +85,8 @@ def figures(
     if "store" in by_name:
         _live(found, by_name["store"], "store_peak_live_bytes", on_gpu, pinned, baseline)
         found.know("store_s", by_name["store"]["duration_s"], "monotonic clock, under the pinned allocator")
+        if (compressing := by_name["store"]["parts"].get("compress")) is not None:
+            _live(found, compressing, "compress_peak_live_bytes", False, pinned, baseline)
     if result["disk_bytes"] is None:
         found.miss("disk_bytes", result["disk_format"])
     else:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from membench import corpus
+from membench.data import tokens
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,9 +46,11 @@ def pieces(model: Any, module: nn.Module, workload: Workload) -> list[Piece]:
     length = min(wanted, most_tokens, wanted if longest is None else longest)
     text = corpus.split()[1]
     ends: Sequence[int] | None
+    source: Sequence[int]
     if (encoded := model.encode(text)) is not None:
-        source: Sequence[int] = encoded
-        ends = model.token_ends(text)
+        source, ends = encoded, model.token_ends(text)
+    elif (wanted := workload.corpus()) is not None and tokens.are_words(model, vocabulary):
+        source, ends = tokens.words_of(wanted.source, wanted.most_bytes).ranks(text), None
     else:
         source = corpus.ids(vocabulary, held_out=True)
         ends = range(1, len(source) + 1) if vocabulary <= 256 else None

@@ -1,6 +1,6 @@
 """Inside the measured process: a case's phases, one after the other.
 
-Live memory is measured in ``warmup``, ``run`` and ``breakdown`` under the pinned allocator; ``time`` runs other steps
+XX
 under the default one, for durations and for the footprint that a user's process would show.
 """
 
@@ -147,7 +147,9 @@ class _Work:
         if self.case.workload.corpus() is None and self.case.workload.samples() is None:
             return
         with self._meter.phase("store", "pinned"):
+            self._meter.memory_in_parts = True
             self.case = self.case.store(module)
+            self._meter.memory_in_parts = False
 
     def _hear(self, loss: torch.Tensor | None) -> None:
         if loss is None:
@@ -222,6 +224,8 @@ class _Work:
                 meter.synchronize()
                 durations_s.append(time.perf_counter() - began)
                 self._hear(loss)
+        if (data := self.case.context.data) is not None:
+            self.case.context.facts.update(data.decompressing())  # here, where nothing but the reader differs
         allocator.pin()
         self._result |= {
             "durations_s": durations_s,
@@ -253,7 +257,7 @@ class _Work:
 
     def _tokens_of_an_epoch(self) -> int | None:
         data = self.case.context.data
-        return None if data is None else data.extent.rows * data.extent.length
+        return None if data is None else data.tokens()
 
     def _bytes_of_an_epoch(self) -> int | None:
         """Packed bytes that a step reads, where it reads an epoch."""

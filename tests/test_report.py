@@ -218,6 +218,17 @@ def test_the_front_passes_over_what_two_runs_of_a_case_may_differ_by(
     assert ("a" in found.front(none.group)) is is_on
 
 
+def test_less_text_is_on_the_front_for_its_size_and_not_for_a_shorter_epoch() -> None:
+    def read(technique: str, seconds: float, tokens_per_s: float, kept: float | None, data: int) -> Record:
+        return _record(technique, peak_live_bytes=MIB, step_median_s=seconds, tokens_per_s=tokens_per_s,
+                       data_bytes=data, corpus_kept_percent=kept)  # fmt: skip
+
+    whole, half = read("none", 1.0, 1000.0, None, 100), read("half", 0.5, 1000.0, 50.0, 50)
+    assert Comparison([whole, half]).front(whole.group) == {"none", "half"}
+    packed = read("packed", 1.0, 1000.0, None, 50)
+    assert Comparison([whole, half, packed]).front(whole.group) == {"packed"}
+
+
 @pytest.mark.parametrize(
     ("lost", "error", "line"),
     [

@@ -8,17 +8,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from membench import corpus
+from membench import corpus, quality
 from membench.builtin.models.no_model import NoModel
+from membench.builtin.workloads.train import Train
+from membench.corpus import Words
 from membench.data import tokens
 from membench.data.arrow import pyarrow
 from membench.data.sources import documents, problem
 from membench.data.storage import Damaged
 from membench.plugins import Unsuitable
+from membench.stand_in import StandIn
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _TEXTS = ["First, a line.", "", "Zweitens: größer als 1 €.", "third"]
 _BYTES = [text.encode() for text in _TEXTS if text]
@@ -178,13 +184,18 @@ _NOT_UTF8 = b"caf\xe9 \xff\xfe caf\xe9 \xe2\x82 \xe2\x82\xac"
 """A Latin-1 letter, two bytes that begin nothing, the letter again, two thirds of a euro sign, and a whole one."""
 
 
+def _encoded(documents: Sequence[bytes], vocabulary: int) -> list[Any]:
+    model = NoModel(vocabulary_size=vocabulary)
+    return tokens.encoded(documents, model, vocabulary, lambda: Words(documents))
+
+
 def test_bytes_that_are_no_utf8_are_bytes_to_a_vocabulary_of_bytes() -> None:
-    (found,) = tokens.encoded([_NOT_UTF8], NoModel(vocabulary_size=256), 256)
+    (found,) = _encoded([_NOT_UTF8], 256)
     assert bytes(found.tolist()) == _NOT_UTF8
 
 
 def test_bytes_that_are_no_utf8_are_replacement_characters_to_a_vocabulary_of_words() -> None:
-    (found,) = tokens.encoded([_NOT_UTF8], NoModel(vocabulary_size=1000), 1000)
+    (found,) = _encoded([_NOT_UTF8], 1000)
     words = ["caf", "\ufffd", " ", "\ufffd", "\ufffd", " ", "caf", "\ufffd", " ", "\ufffd", " ", "€"]
     assert len(found) == len(words)
     assert [found[place] == found[1] for place in range(len(words))] == [word == "\ufffd" for word in words]
@@ -192,6 +203,24 @@ def test_bytes_that_are_no_utf8_are_replacement_characters_to_a_vocabulary_of_wo
 
 
 def test_words_are_numbered_by_how_often_they_occur_over_all_documents() -> None:
-    found = tokens.encoded([b"b a,a", b"a c"], NoModel(vocabulary_size=300), 300)
+    found = _encoded([b"b a,a", b"a c"], 300)
     # "a" three times, " " twice, then once each in the order of their coming: b , c
     assert [document.tolist() for document in found] == [[2, 1, 0, 3, 0], [0, 1, 4]]
+
+
+def test_less_text_and_held_out_text_have_the_ids_of_the_whole(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"some some some words")
+    (tmp_path / "b.txt").write_bytes(b"other words words words words")
+    model, words = NoModel(vocabulary_size=300), tokens.words_of(str(tmp_path), None)
+    # "words" five times, " " seven times, "some" three times, "other" once
+    (found,) = tokens.encoded([b"other words"], model, 300, lambda: words)
+    assert found.tolist() == [3, 0, 1]
+    assert words.ranks(b"unheard words").tolist() == [4, 0, 1]
+
+    class OfWords(StandIn):
+        def vocabulary(self, module: nn.Module) -> int:
+            return 300
+
+    workload = Train.model_validate({"data": str(tmp_path)})
+    ids = [token for piece in quality.pieces(OfWords(), OfWords().skeleton(), workload) for token in piece.ids]
+    assert {0, 4} <= set(ids) <= {0, 1, 2, 3, 4}

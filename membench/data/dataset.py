@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -22,23 +23,33 @@ if TYPE_CHECKING:
 _BLOCKS_AT_ONCE = 4
 _DECODERS = 2
 """Threads that decode ahead, so that a fast codec does not wait for the batches to be made."""
+_TOKENS_WIDENED_AT_ONCE = 2**15
+"""A batch by itself may be so small that calling numpy for it takes longer than its work."""
 _MB = 1e6
+_CODEC_CLOCK = "monotonic clock around the codec, on one thread"
+_CODEC_TIMED_S = 0.2
+"""At least so long, for a fast codec is through with a small corpus before a clock means much."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a storage keeps of a corpus, and how it is to be read."""
+    """What a storage keeps of a corpus, and how it is to be read.
+
+    Attributes:
+        padding: how many tokens of the rows are padding.
+    """
 
     folder: Path
     storage: Storage
     extent: Extent
+    padding: int = 0
 
     @property
     def frame_rows(self) -> int:
         return frame_rows(self.storage, self.extent)
 
     @classmethod
-    def written(cls, rows: Ids, storage: Storage, vocabulary: int, folder: Path) -> Dataset:
+    def written(cls, rows: Ids, storage: Storage, vocabulary: int, folder: Path, padding: int = 0) -> Dataset:
         """Keep rows (rows, tokens) in a folder that is not there yet."""
         extent = Extent(len(rows), rows.shape[1], vocabulary)
         if storage.codec is not None:
@@ -46,29 +57,50 @@ class Dataset:
         step = frame_rows(storage, extent)
         frames = (rows[start : start + step] for start in range(0, len(rows), step))
         storage.format.write(frames, extent, storage, folder)
-        return cls(folder, storage, extent)
+        return cls(folder, storage, extent, padding)
 
     def packed_bytes(self) -> int:
         """Bytes of the rows as they are laid out, before they are compressed."""
         return self.extent.rows * self.storage.layout.bytes_per_row(self.extent)
 
+    def tokens(self) -> int:
+        """Tokens of an epoch, without padding."""
+        return self.extent.rows * self.extent.length - self.padding
+
     def facts(self) -> dict[str, tuple[float, str]]:
-        """Size, and where there is a codec its ratio and speeds, from reading every frame once.
+        """Size and share of padding, and where there is a codec its ratio and speed, after reading every frame once.
 
         Raises:
             Damaged: if what was written cannot be read.
         """
         size = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-        found: dict[str, tuple[float, str]] = {"data_bytes": (size, "size of the files that hold the training data")}
+        padding_percent = 100 * self.padding / (self.extent.rows * self.extent.length)
+        found: dict[str, tuple[float, str]] = {
+            "data_bytes": (size, "size of the files that hold the training data"),
+            "padding_percent": (padding_percent, "count of padding in the rows"),
+        }
+        self._decode()
+        if isinstance(clock := self.storage.codec, Timed):
+            speed = clock.raw_bytes / _MB / clock.compress_s
+            found["compression_ratio"] = (clock.raw_bytes / clock.stored_bytes, "bytes into the codec over bytes out")
+            found["compress_mb_per_s"] = (speed, f"{_CODEC_CLOCK}, under the pinned allocator")
+        return found
+
+    def decompressing(self) -> dict[str, tuple[float, str]]:
+        """How fast the codec alone is where it runs now, if there is one; to be held against how fast it is read."""
+        if not isinstance(clock := self.storage.codec, Timed):
+            return {}
+        clock.decompress_s, clock.decompressed_bytes = 0.0, 0
+        began = time.perf_counter()
+        while time.perf_counter() - began < _CODEC_TIMED_S:
+            self._decode()
+        speed = clock.decompressed_bytes / _MB / clock.decompress_s
+        return {"decompress_mb_per_s": (speed, f"{_CODEC_CLOCK}, under the default allocator")}
+
+    def _decode(self) -> None:
         frame = self.storage.format.open(self.extent, self.storage, self.folder)
         for number in range(-(-self.extent.rows // self.frame_rows)):
             frame(number)
-        if isinstance(clock := self.storage.codec, Timed):
-            source = "monotonic clock around the codec, on one thread, under the pinned allocator"
-            found["compression_ratio"] = (clock.raw_bytes / clock.stored_bytes, "bytes into the codec over bytes out")
-            found["compress_mb_per_s"] = (clock.raw_bytes / _MB / clock.compress_s, source)
-            found["decompress_mb_per_s"] = (clock.decompressed_bytes / _MB / clock.decompress_s, source)
-        return found
 
     def opened(self) -> Frame:
         """Ready to read: decoded now, if it is read whole."""
@@ -99,8 +131,9 @@ class Dataset:
 
         all_windows = windows(self.extent, self.frame_rows, _BLOCKS_AT_ONCE, seed, epoch)
         mine = itertools.islice(all_windows, share[0], None, share[1])
+        together = max(1, _TOKENS_WIDENED_AT_ONCE // (size * self.extent.length))
         left: Any = numpy.empty((0, self.extent.length), numpy.uint8)
-        for window, rows in _ahead(mine, frame, self.storage.reading == "stream"):
+        for window, rows in self._ahead(mine, frame):
             first = -len(left) % size  # so many rows fill the batch that the last window began
             if first:
                 left = numpy.concatenate([left, rows.take(window.order[:first], axis=0)])
@@ -108,13 +141,55 @@ class Dataset:
                     continue
                 yield torch.from_numpy(left.astype(numpy.int64))
             last = len(rows) - (len(rows) - first) % size
-            for start in range(first, last, size):
-                batch = rows.take(window.order[start : start + size], axis=0)
-                yield torch.from_numpy(batch.astype(numpy.int64))
+            for start in range(first, last, size * together):
+                some = rows.take(window.order[start : min(start + size * together, last)], axis=0).astype(numpy.int64)
+                yield from (torch.from_numpy(some[at : at + size]) for at in range(0, len(some), size))
             left = rows.take(window.order[last:], axis=0)
-            del rows  # before the next window's are put together
         if len(left):
             yield torch.from_numpy(left.astype(numpy.int64))
+
+    def _ahead(self, some: Iterable[Window], frame: Frame) -> Iterator[tuple[Window, Ids]]:
+        """Each window with its rows, which are there until the next is asked for.
+
+        Where frames are decoded, those of the next window are while this one is worked through.
+        """
+        import numpy
+
+        def buffer() -> Ids:
+            rows = min(self.extent.rows, _BLOCKS_AT_ONCE * block_rows(self.extent.length))
+            return numpy.empty((rows, self.extent.length), self.storage.layout.type(self.extent))
+
+        if self.storage.reading != "stream":
+            rows = buffer()
+            for window in some:
+                yield window, rows[: sum(self._fill(rows, *place, frame) for place in self._places(window))]
+            return
+        with ThreadPoolExecutor(_DECODERS) as threads:
+
+            def begun(window: Window, rows: Ids) -> tuple[Window, Ids, list[Future[int]]]:
+                return window, rows, [threads.submit(self._fill, rows, *place, frame) for place in self._places(window)]
+
+            coming = map(begun, some, itertools.cycle((buffer(), buffer())))
+            following = next(coming, None)
+            while following is not None:
+                window, rows, filling = following
+                count = sum(filled.result() for filled in filling)
+                following = next(coming, None)
+                yield window, rows[:count]
+
+    def _places(self, window: Window) -> Iterator[tuple[int, int]]:
+        """Where the rows of a window's frames come to lie: (first row, frame); the very last frame may be shorter."""
+        start = 0
+        for number in window.frames:
+            yield start, number
+            start += min(self.frame_rows, self.extent.rows - number * self.frame_rows)
+
+    @staticmethod
+    def _fill(buffer: Ids, start: int, number: int, frame: Frame) -> int:
+        """Put a frame's rows into a buffer; how many they are."""
+        rows = frame(number)
+        buffer[start : start + len(rows)] = rows
+        return len(rows)
 
 
 def endless(data: Dataset, batch_size: int, seed: int, workers: int) -> Iterator[torch.Tensor]:
@@ -164,27 +239,3 @@ def epochs(data: Dataset, batch_size: int, seed: int, workers: int) -> Callable[
 def frame_rows(storage: Storage, extent: Extent) -> int:
     """Rows of a frame: a power of two, as those of a block are, so that a block is so many whole frames."""
     return min(block_rows(extent.length), power_of_two(storage.frame_tokens // extent.length))
-
-
-def _ahead(some: Iterable[Window], frame: Frame, decodes: bool) -> Iterator[tuple[Window, Ids]]:
-    """Each window with its rows; where frames are decoded, the next window's are while this one is worked through."""
-    import numpy
-
-    if not decodes:
-        for window in some:
-            yield window, numpy.concatenate([frame(number) for number in window.frames])
-        return
-    with ThreadPoolExecutor(_DECODERS) as threads:
-
-        def begun(window: Window) -> tuple[Window, list[Future[Ids]]]:
-            return window, [threads.submit(frame, number) for number in window.frames]
-
-        coming = map(begun, some)
-        following = next(coming, None)
-        while following is not None:
-            window, decoding = following
-            rows = numpy.concatenate([decoded.result() for decoded in decoding])
-            del following, decoding  # frames that were decoded are not kept beside the rows that they gave
-            following = next(coming, None)
-            yield window, rows
-            del rows

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from membench.plugins import Unsuitable
 
 if TYPE_CHECKING:
-    from membench.data.storage import Extent, Ids
+    from membench.data.storage import Extent, Ids, Type
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,11 @@ class Integers:
     @property
     def width_bytes(self) -> int:
         return int(self.name.lstrip("uint")) // 8
+
+    def type(self, extent: Extent) -> Type:
+        import numpy
+
+        return numpy.dtype(f"<{self.name[0]}{self.width_bytes}")
 
     def bytes_per_row(self, extent: Extent) -> int:
         return extent.length * self.width_bytes
@@ -33,7 +38,7 @@ class Integers:
         wrong = too_many(extent.vocabulary, 8 * self.width_bytes)
         if wrong:
             raise Unsuitable(wrong)
-        return rows.astype(f"<{self.name[0]}{self.width_bytes}", copy=False)
+        return rows.astype(self.type(extent), copy=False)
 
     def pack(self, rows: Ids, extent: Extent) -> bytes:
         return self.narrowed(rows, extent).tobytes()
@@ -41,7 +46,7 @@ class Integers:
     def unpack(self, raw: bytes | memoryview, extent: Extent) -> Ids:
         import numpy
 
-        return numpy.frombuffer(raw, f"<{self.name[0]}{self.width_bytes}").reshape(-1, extent.length)
+        return numpy.frombuffer(raw, self.type(extent)).reshape(-1, extent.length)
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,11 @@ class Bits:
 
     def bits(self, extent: Extent) -> int:
         return max(1, (extent.vocabulary - 1).bit_length())
+
+    def type(self, extent: Extent) -> Type:
+        import numpy
+
+        return numpy.min_scalar_type(2 ** self.bits(extent) - 1)
 
     def bytes_per_row(self, extent: Extent) -> int:
         return -(-extent.length * self.bits(extent) // 8)
@@ -86,7 +96,7 @@ class Bits:
         filled = numpy.zeros((len(stored), eights * bits), numpy.uint8)
         filled[:, : stored.shape[1]] = stored
         packed = filled.reshape(len(stored), eights, bits)
-        ids = numpy.empty((len(stored), eights * 8), numpy.min_scalar_type(2**bits - 1))
+        ids = numpy.empty((len(stored), eights * 8), self.type(extent))
         for place in range(8):
             first, shift = divmod(place * bits, 8)
             shifted = numpy.zeros((len(stored), eights), numpy.uint32)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     Ids: TypeAlias = numpy.ndarray[tuple[int, int], numpy.dtype[numpy.unsignedinteger]]
     """Rows of token ids (rows, tokens of a row), of any unsigned type."""
+    Type: TypeAlias = numpy.dtype[numpy.unsignedinteger]
 
 
 class Damaged(Exception):
@@ -57,6 +58,9 @@ class Layout(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    def type(self, extent: Extent) -> Type:
+        """Of ids that are unpacked."""
 
     def bytes_per_row(self, extent: Extent) -> int: ...
 

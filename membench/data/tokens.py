@@ -6,10 +6,12 @@ and each character that is cut off is U+FFFD, as Unicode recommends and Python d
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+
+from membench.corpus import Words
+from membench.data import sources
 
 if TYPE_CHECKING:
     import numpy
@@ -22,24 +24,32 @@ if TYPE_CHECKING:
 PADDING = 0
 
 
-def encoded(documents: Sequence[bytes], model: Model, vocabulary: int) -> list[Numbers]:
+def are_words(model: Model, vocabulary: int) -> bool:
+    """Whether token ids are ranks of words: the model has no tokenizer, and its vocabulary is not of bytes."""
+    return vocabulary > 256 and model.encode(b"") is None
+
+
+@functools.cache
+def words_of(source: str, most_bytes: int | None) -> Words:
+    """The words of a whole source: less of it, or other text, has the same ids."""
+    return Words(sources.documents(source, most_bytes))
+
+
+def encoded(documents: Sequence[bytes], model: Model, vocabulary: int, words: Callable[[], Words]) -> list[Numbers]:
     """Token ids of each document: the model's own, bytes where the vocabulary is of bytes, else words by their rank."""
     import numpy
 
+    if are_words(model, vocabulary):
+        return [numpy.asarray(words().ranks(document), numpy.uint32) % vocabulary for document in documents]
     if model.encode(b"") is not None:
         return [numpy.asarray(model.encode(document), numpy.uint32) for document in documents]
-    if vocabulary <= 256:
-        # Views of one array: arrays of their own would leave holes in the heap, which count once they are filled.
-        flat = numpy.frombuffer(b"".join(documents), numpy.uint8).astype(numpy.uint32) % vocabulary
-        return numpy.split(flat, numpy.cumsum([len(document) for document in documents])[:-1])
-    words = [re.findall(r"\w+|[^\w\s]|\s+", document.decode(errors="replace")) for document in documents]
-    counts = Counter(word for document in words for word in document)
-    rank = {word: number % vocabulary for number, (word, _) in enumerate(counts.most_common())}
-    return [numpy.array([rank[word] for word in document], numpy.uint32) for document in words]
+    # Views of one array: arrays of their own would leave holes in the heap, which count once they are filled.
+    flat = numpy.frombuffer(b"".join(documents), numpy.uint8).astype(numpy.uint32) % vocabulary
+    return numpy.split(flat, numpy.cumsum([len(document) for document in documents])[:-1])
 
 
-def rows(documents: Sequence[Numbers], length: int, padded: bool) -> tuple[Ids, float]:
-    """Rows (rows, length), and the share of padding in them.
+def rows(documents: Sequence[Numbers], length: int, padded: bool) -> tuple[Ids, int]:
+    """Rows (rows, length), and how many of their tokens are padding.
 
     Documents follow one another, and what does not fill the last row is left out; or, padded, each begins a row.
     """
@@ -47,11 +57,11 @@ def rows(documents: Sequence[Numbers], length: int, padded: bool) -> tuple[Ids, 
 
     if not padded:
         flat = numpy.concatenate(documents)
-        return flat[: len(flat) // length * length].reshape(-1, length), 0.0
+        return flat[: len(flat) // length * length].reshape(-1, length), 0
     whole = numpy.full((sum(-(-len(document) // length) for document in documents), length), PADDING, numpy.uint32)
     row = 0
     for document in documents:
         count = -(-len(document) // length)
         whole[row : row + count].reshape(-1)[: len(document)] = document
         row += count
-    return whole, 1 - sum(map(len, documents)) / whole.size
+    return whole, whole.size - sum(map(len, documents))

@@ -51,6 +51,8 @@ def _is_shown(found: Comparison, group: Group, metric: Metric) -> bool:
     """
     if metric.in_table is True:
         return found.is_known(group, metric.field)
+    if not metric.has_ratio:
+        return len({found.value(group, technique, metric.field) for technique in found.techniques(group)} - {None}) > 1
     techniques = [technique for technique in found.techniques(group) if not _is_coarse(found, group, technique, metric)]
     ratios = [found.ratio(group, technique, metric.field) for technique in techniques]
     changes = any(ratio is not None and abs(ratio - 1) > _DIFFERENT for ratio in ratios)
