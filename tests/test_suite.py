@@ -460,14 +460,15 @@ def test_a_name_is_a_suite_s_and_a_path_is_a_file_s(tmp_path: Path, monkeypatch:
     assert _not_found("a\nb.toml") == r"'a\nb.toml': there is no such file"
 
 
-def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # long names are cut short
     folder, binary, loop = tmp_path / "folder.toml", tmp_path / "binary.toml", tmp_path / "loop.toml"
     folder.mkdir()
     binary.write_bytes(b"[suite]\nname = \xff\n")
     loop.symlink_to(loop)
     assert _not_found(folder) == f"{folder} is a folder; name the .toml file of a suite"
     assert _not_found(binary) == f"{binary}: not UTF-8, as TOML must be: byte 0xff in line 2"
-    assert _not_found(loop) == f"'{loop}': there is no such file"
+    assert _not_found(Path("loop.toml")) == "'loop.toml': there is no such file"
     assert _not_found("/dev/null/x.toml") == "'/dev/null/x.toml': there is no such file"
     assert _not_found(Path("/dev/zero")) == "/dev/zero is no file that a suite can be read from"
 
