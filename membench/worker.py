@@ -1,7 +1,8 @@
 """Inside the measured process: a case's phases, one after the other.
 
-XX
-under the default one, for durations and for the footprint that a user's process would show.
+Live memory is measured in ``store``, ``warmup``, ``run`` and ``breakdown`` under the pinned allocator; ``time`` runs
+other steps under the default one, for durations and for the footprint that a user's process would show, and ``finish``
+those that are left where a workload has so many in all.
 """
 
 from __future__ import annotations
