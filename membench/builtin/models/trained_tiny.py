@@ -81,7 +81,7 @@ class TrainedTiny(Model):
             # On one thread and by steps, every run of it on a kind of processor gives the same weights; another kind
             # may differ by a hundredth of a bit per byte.
             torch.set_num_threads(1)
-            module = trained(corpus.split()[0], STEPS, _RECIPE["seed"], progress)
+            module = trained(corpus.split()[0], _RECIPE["steps"], _RECIPE["seed"], progress)
             handle, partial = tempfile.mkstemp(dir=path.parent)
             os.close(handle)
             safetensors.torch.save_model(module, partial)
