@@ -38,10 +38,6 @@ _UNSUITABLE = 3
 """How a process that prepares ends where a technique cannot serve the case."""
 
 
-class DoesNotFit(Exception):
-    """Arithmetic says that the model needs more memory than there is."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Assembly:
     """A case's plug-ins; ``names`` are the stack's members as the suite wrote them."""
@@ -291,7 +287,7 @@ class Assembly:
         """Compare what the shapes need with what is free, before anything is loaded.
 
         Raises:
-            DoesNotFit: if it is more.
+            plugins.DoesNotFit: if it is more.
         """
         import torch
 
@@ -305,7 +301,7 @@ class Assembly:
         else:
             free, where = available_bytes(), "available on this machine"
         if needed > free:
-            raise DoesNotFit(f"loading needs {format_bytes(needed)}; {format_bytes(free)} are {where}")
+            raise plugins.DoesNotFit(f"loading needs {format_bytes(needed)}; {format_bytes(free)} are {where}")
 
 
 @functools.cache

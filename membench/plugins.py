@@ -47,6 +47,10 @@ class Unsuitable(Exception):
     """Raised by a stage that finds that it cannot serve the case; the case is skipped, and this is the reason."""
 
 
+class DoesNotFit(Exception):
+    """Arithmetic says that a case needs more memory than there is."""
+
+
 class Shape(NamedTuple):
     """The numbers that make a decoder."""
 

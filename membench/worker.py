@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from membench import allocator, census, checkpoint, corpus, notes, plugins, quality, registry
-from membench.assembly import Assembly, DoesNotFit
+from membench.assembly import Assembly
 from membench.meter import Meter
 from membench.weights import weight_bytes
 
@@ -51,7 +51,7 @@ def main(request: dict[str, Any], channel: socket.socket) -> None:
         meter.tell(event="done")
     except plugins.Unsuitable as error:
         meter.tell(event="status", status="skipped", message=str(error))
-    except DoesNotFit as error:
+    except plugins.DoesNotFit as error:
         meter.tell(event="status", status="out-of-memory", message=str(error))
     except Diverged as error:
         meter.tell(event="status", status="diverged", message=str(error), phase=error.phase)

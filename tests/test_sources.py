@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import membench
 from membench import corpus, quality
 from membench.builtin.models.no_model import NoModel
 from membench.builtin.workloads.train import Train
 from membench.corpus import Words
-from membench.data import tokens
+from membench.data import sources, tokens
 from membench.data.arrow import pyarrow
 from membench.data.sources import documents, problem
 from membench.data.storage import Damaged
-from membench.plugins import Unsuitable
+from membench.plugins import DoesNotFit, Unsuitable
+from membench.record import Record
 from membench.stand_in import StandIn
 
 if TYPE_CHECKING:
@@ -165,6 +170,199 @@ def test_parquet_that_is_cut_off_is_damaged_and_named(tmp_path: Path, size: int)
         documents(str(tmp_path), None)
 
 
+def test_whatever_byte_of_a_page_or_its_header_changes_the_text_is_right_or_the_file_named(tmp_path: Path) -> None:
+    texts: dict[str, Sequence[Any]] = {"text": [*_TEXTS, *(f"text {number}" for number in range(16))]}
+    path = _parquet(tmp_path / "a.parquet", texts, compression="zstd", row_group_size=7, write_page_checksum=True)
+    whole, expected = path.read_bytes(), documents(str(tmp_path), None)
+    foot = int.from_bytes(whole[-8:-4], "little") + 8
+    said = []
+    for place in range(len(whole) - foot):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        documents.cache_clear()
+        try:
+            assert documents(str(tmp_path), None) == expected
+        except Damaged as error:
+            said.append(str(error))
+    assert all(line.startswith(f"{path}") for line in said)
+    assert len(said) > (len(whole) - foot) / 2
+
+
+@pytest.mark.parametrize("file", ["data-00000-of-00001.arrow", "state.json", "dataset_info.json"])
+def test_what_datasets_saved_is_damaged_where_it_is_cut_off(tmp_path: Path, file: str) -> None:
+    _datasets().Dataset.from_dict({"text": _TEXTS}).save_to_disk(tmp_path / "saved")
+    path = tmp_path / "saved" / file
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert _refused(tmp_path / "saved").startswith(f"{tmp_path}/saved: ")
+
+
+_TEBIBYTE = 2**40
+
+
+def _of_nothing_but_holes(path: Path, size_bytes: int) -> None:
+    with path.open("wb") as file:
+        file.truncate(size_bytes)
+
+
+def _read_bytes() -> int:
+    """What this process has asked of files so far."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_more_text_than_memory_holds_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        _of_nothing_but_holes(tmp_path / name, _TEBIBYTE)
+    before = _read_bytes()
+    for size in (None, 3 * _TEBIBYTE):
+        with pytest.raises(DoesNotFit, match=f"^{tmp_path}: 2.000 TiB of text or more, .* set data_size to take less"):
+            documents(str(tmp_path), size)
+    assert _read_bytes() - before < 2**18
+
+
+def test_no_more_of_a_file_is_read_than_is_wanted(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"abc")
+    _of_nothing_but_holes(tmp_path / "b.txt", _TEBIBYTE)
+    before = _read_bytes()
+    found = documents(str(tmp_path), 2**20)
+    assert _read_bytes() - before < 2**20 + 2**18
+    assert list(map(len, found)) == [3, 2**20 - 3]
+
+
+@pytest.fixture(scope="module")
+def bomb(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a file of about a kibibyte: a document of 16 MiB, two thousand times."""
+    folder, arrow = tmp_path_factory.mktemp("bomb"), pyarrow()
+    text = arrow.array(["x" * 2**24]).dictionary_encode().take(arrow.array([0] * 2000))
+    _parquet(
+        folder / "a.parquet", {"text": text}, compression="zstd", dictionary_pagesize_limit=2**30, store_schema=False
+    )
+    assert (folder / "a.parquet").stat().st_size < 2000
+    return folder
+
+
+_READ_IN_LITTLE_MEMORY = """
+import resource, sys
+from membench.data.arrow import pyarrow
+from membench.data.sources import documents
+pyarrow()
+resource.setrlimit(resource.RLIMIT_DATA, (3 * 2**29, 3 * 2**29))
+print(*map(len, documents(sys.argv[1], 2**24 + 5)))
+"""
+
+
+def test_a_bomb_gives_no_more_than_is_wanted_and_takes_little_memory(bomb: Path) -> None:
+    ran = subprocess.run([sys.executable, "-c", _READ_IN_LITTLE_MEMORY, str(bomb)], capture_output=True, text=True)
+    assert (ran.stdout, ran.stderr) == (f"{2**24} 5\n", "")
+
+
+def test_a_bomb_is_stopped_where_memory_would_end(bomb: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "available_bytes", lambda: 2**28)
+    with pytest.raises(DoesNotFit, match=r": 144.0 MiB of text or more, .* 256.0 MiB are available"):
+        documents(str(bomb), None)
+
+
+def test_a_column_that_says_that_it_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _parquet(tmp_path / "a.parquet", {"text": ["x" * 2**20], "more": ["y" * 2**23]}, compression="zstd")
+    monkeypatch.setattr(sources, "available_bytes", lambda: 2**21 - 1)
+    with pytest.raises(DoesNotFit, match=r": 1.000 MiB of text or more"):
+        documents(str(tmp_path), None)
+    monkeypatch.setattr(sources, "available_bytes", lambda: 2**22)
+    assert [len(document) for document in documents(str(tmp_path), None)] == [2**20]
+
+
+def test_pipes_and_devices_and_folders_that_are_linked_are_left_out(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    os.mkfifo(folder / "pipe.txt")
+    (folder / "endless.txt").symlink_to("/dev/zero")
+    (folder / "itself").symlink_to(folder)
+    assert (problem(str(folder)) or "").startswith(f"'{folder}': there is no text in that folder")
+    (tmp_path / "elsewhere").write_bytes(b"abc")
+    (folder / "linked.txt").symlink_to(tmp_path / "elsewhere")
+    assert (problem(str(folder)), documents(str(folder), None)) == (None, [b"abc"])
+
+
+def test_a_pipe_in_what_datasets_saved_is_named(tmp_path: Path) -> None:
+    _datasets().Dataset.from_dict({"text": _TEXTS}).save_to_disk(tmp_path)
+    (tmp_path / "data-00000-of-00001.arrow").unlink()
+    os.mkfifo(tmp_path / "data-00000-of-00001.arrow")
+    assert _refused(tmp_path) == f"{tmp_path}/data-00000-of-00001.arrow: neither a file nor a folder"
+
+
+@pytest.mark.parametrize("leads_to", ["nowhere", "a.txt"])
+def test_a_link_that_leads_nowhere_or_to_itself_is_named(tmp_path: Path, leads_to: str) -> None:
+    (tmp_path / "a.txt").symlink_to(tmp_path / leads_to)
+    assert f"{tmp_path}/a.txt" in (problem(str(tmp_path)) or "")
+    with pytest.raises(OSError, match=f"{tmp_path}/a.txt"):
+        documents(str(tmp_path), None)
+
+
+@pytest.fixture
+def as_nobody() -> Iterator[Path]:
+    """A folder that anybody may read, as somebody whom permissions hold back."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        user = os.geteuid()
+        yield folder
+        os.seteuid(user)
+        for path in folder.iterdir():
+            path.chmod(0o700)
+
+
+@pytest.mark.parametrize("names", ["a.txt", "b/a.txt"])
+def test_what_may_not_be_read_is_named_and_not_left_out(as_nobody: Path, names: str) -> None:
+    (as_nobody / "c.txt").write_bytes(b"abc")
+    path = as_nobody / names
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"abc")
+    closed = as_nobody / names.partition("/")[0]
+    closed.chmod(0)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    with pytest.raises(PermissionError, match=f"{closed}"):
+        documents(str(as_nobody), None)
+
+
+def test_a_folder_that_may_not_be_read_is_said_to_be(as_nobody: Path) -> None:
+    (as_nobody / "closed").mkdir(mode=0)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    assert problem(f"{as_nobody}/closed") == f"'{as_nobody}/closed': [Errno 13] Permission denied: '{as_nobody}/closed'"
+
+
+def test_names_need_not_be_utf8(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"\xff.txt")).write_bytes(b"abc")
+    _parquet(tmp_path / "a.parquet", {"text": ["def"]}).rename(tmp_path / os.fsdecode(b"\xfe.parquet"))
+    assert (problem(str(tmp_path)), documents(str(tmp_path), None)) == (None, [b"def", b"abc"])
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
+    """Cases that read a text of a tebibyte, and half a Parquet file whose name is no UTF-8."""
+    folder = tmp_path_factory.mktemp("bad")
+    for name in ("large", "damaged"):
+        (folder / name).mkdir()
+    _of_nothing_but_holes(folder / "large" / "a.txt", _TEBIBYTE)
+    (folder / "damaged" / os.fsdecode(b"\xff.parquet")).write_bytes(b"PAR1")
+    path = folder / "bad.toml"
+    path.write_text(
+        '[suite]\nname = "bad"\n[matrix]\nmodel = ["no-model"]\ntechnique = ["none"]\nworkload = ["large", "damaged"]\n'
+        + "".join(f'[workload.{name}]\nuse = "read-data"\ndata = "{folder / name}"\n' for name in ("large", "damaged"))
+    )
+    run = membench.run(membench.load_suite(path), output=folder)
+    return dict(zip(("large", "damaged"), run.records, strict=True))
+
+
+def test_a_case_whose_text_does_not_fit_is_out_of_memory_and_says_what_to_do(bad: dict[str, Record]) -> None:
+    assert bad["large"].status == "out-of-memory"
+    assert "1.000 TiB of text or more" in (bad["large"].message or "")
+
+
+def test_a_case_whose_text_is_damaged_names_the_file(bad: dict[str, Record]) -> None:
+    assert bad["damaged"].status == "failed"
+    assert ".parquet: ArrowInvalid: " in (bad["damaged"].message or "")
+
+
 def test_a_library_that_is_missing_is_named_with_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +385,21 @@ _NOT_UTF8 = b"caf\xe9 \xff\xfe caf\xe9 \xe2\x82 \xe2\x82\xac"
 def _encoded(documents: Sequence[bytes], vocabulary: int) -> list[Any]:
     model = NoModel(vocabulary_size=vocabulary)
     return tokens.encoded(documents, model, vocabulary, lambda: Words(documents))
+
+
+def _no_utf8() -> Any:
+    """A column of text that is none: pyarrow does not look when it is told so."""
+    return pyarrow().array([_NOT_UTF8, None, b"ok"]).view("string")
+
+
+def test_bytes_that_are_no_utf8_come_out_of_parquet_as_they_are(tmp_path: Path) -> None:
+    _parquet(tmp_path / "a.parquet", {"text": _no_utf8()})
+    assert documents(str(tmp_path), None) == [_NOT_UTF8, b"ok"]
+
+
+def test_bytes_that_are_no_utf8_come_out_of_what_datasets_saved_as_they_are(tmp_path: Path) -> None:
+    _datasets().Dataset(pyarrow().table({"text": _no_utf8()})).save_to_disk(tmp_path / "saved")
+    assert documents(str(tmp_path / "saved"), None) == [_NOT_UTF8, b"ok"]
 
 
 def test_bytes_that_are_no_utf8_are_bytes_to_a_vocabulary_of_bytes() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from membench.data import index
 from membench.data.arrow import pyarrow
 from membench.data.layouts import Integers
 from membench.data.partial import whole_or_not_at_all
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
     from membench.data.storage import Ids
 
 COLUMN = "input_ids"
-_CRC32 = b"crc32"
+_PARQUET, _ARROW = "rows.parquet", "rows.arrow"
+_PARQUET_MAGIC, _ARROW_MAGIC = b"PAR1", b"ARROW1\0\0"
+"""What such a file begins with."""
 
 
 @dataclass(frozen=True)
@@ -28,37 +32,36 @@ class ParquetFormat:
 
     def write(self, frames: Iterable[Ids], extent: Extent, storage: Storage, folder: Path) -> None:
         arrow, schema = pyarrow(), _schema(extent, storage)
-        with (
-            whole_or_not_at_all(folder) as partial,
-            arrow.parquet.ParquetWriter(
-                partial / "rows.parquet", schema, compression=self.compression, use_dictionary=False,
-                write_statistics=False, write_page_checksum=True,
-            ) as writer,
-        ):  # fmt: skip
-            for rows in frames:
-                batch = _batch(_narrowed(rows, extent, storage), schema)
-                writer.write_table(arrow.Table.from_batches([batch]), row_group_size=len(rows))
+        with whole_or_not_at_all(folder) as partial:
+            ends = []
+            with (
+                (partial / _PARQUET).open("wb") as file,
+                arrow.parquet.ParquetWriter(
+                    file, schema, compression=self.compression, use_dictionary=False,
+                    write_statistics=False, write_page_checksum=True,
+                ) as writer,
+            ):  # fmt: skip
+                for rows in frames:
+                    batch = _batch(_narrowed(rows, extent, storage), schema)
+                    writer.write_table(arrow.Table.from_batches([batch]), row_group_size=len(rows))
+                    ends.append(file.tell())
+            _write_index(partial / _PARQUET, len(_PARQUET_MAGIC), ends, extent, storage)
 
     def open(self, extent: Extent, storage: Storage, folder: Path) -> Frame:
-        arrow, path = pyarrow(), folder / "rows.parquet"
-        try:
+        arrow, path = pyarrow(), folder / _PARQUET
+        entries = index.read(folder, extent, storage, lambda number: _PARQUET)
+        with _told_as_damage(path):
             metadata = arrow.parquet.read_metadata(path)
-        except (arrow.ArrowException, OSError) as error:
-            raise _damaged(path, error) from None
-        _refuse_others(metadata.schema.to_arrow_schema(), extent, storage, path)
-        if metadata.num_rows != extent.rows:
-            raise Damaged(f"{path}: {metadata.num_rows} rows are here, and {extent.rows} are to be read")
 
         def frame(number: int) -> Ids:
-            try:
+            entry = entries[number]
+            entry.read()
+            with (
+                _told_as_damage(f"{path}, offset {entry.offset}"),
                 # Opened for each frame: a reader of pyarrow is not to be shared by threads or processes.
-                with arrow.parquet.ParquetFile(
-                    path, metadata=metadata, pre_buffer=False, page_checksum_verification=True
-                ) as file:
-                    table = file.read_row_group(number, use_threads=False)
-            except (arrow.ArrowException, OSError) as error:
-                offset = metadata.row_group(number).column(0).data_page_offset
-                raise _damaged(f"{path}, offset {offset}", error) from None
+                arrow.parquet.ParquetFile(path, metadata=metadata, pre_buffer=False) as file,
+            ):
+                table = file.read_row_group(number, use_threads=False)
             return _rows(table.column(0).combine_chunks())
 
         return frame
@@ -66,39 +69,52 @@ class ParquetFormat:
 
 @dataclass(frozen=True)
 class ArrowFormat:
-    """One IPC file, mapped when it is read; a frame is a record batch, with its checksum as metadata of its own."""
+    """One IPC file, mapped when it is read; a frame is a record batch."""
 
     def write(self, frames: Iterable[Ids], extent: Extent, storage: Storage, folder: Path) -> None:
         arrow, schema = pyarrow(), _schema(extent, storage)
-        with (
-            whole_or_not_at_all(folder) as partial,
-            arrow.ipc.new_file(str(partial / "rows.arrow"), schema) as writer,
-        ):
-            for rows in frames:
-                narrowed = _narrowed(rows, extent, storage)
-                writer.write_batch(_batch(narrowed, schema), custom_metadata={_CRC32: _checksum(narrowed)})
+        with whole_or_not_at_all(folder) as partial:
+            ends = []
+            with (partial / _ARROW).open("wb") as file, arrow.ipc.new_file(file, schema) as writer:
+                for rows in frames:
+                    writer.write_batch(_batch(_narrowed(rows, extent, storage), schema))
+                    ends.append(file.tell())
+            _write_index(partial / _ARROW, len(_ARROW_MAGIC) + schema.serialize().size, ends, extent, storage)
 
     def open(self, extent: Extent, storage: Storage, folder: Path) -> Frame:
-        arrow, path = pyarrow(), folder / "rows.arrow"
-        try:
+        arrow, path = pyarrow(), folder / _ARROW
+        entries = index.read(folder, extent, storage, lambda number: _ARROW)
+        with _told_as_damage(path):
             mapped = arrow.memory_map(str(path)).read_buffer()
             reader = arrow.ipc.open_file(mapped)
-        except (arrow.ArrowException, OSError) as error:
-            raise _damaged(path, error) from None
-        _refuse_others(reader.schema, extent, storage, path)
 
         def frame(number: int) -> Ids:
-            try:
-                batch, metadata = reader.get_batch_with_custom_metadata(number)
-            except (arrow.ArrowException, OSError) as error:
-                raise _damaged(f"{path}, record batch {number}", error) from None
-            rows = _rows(batch.column(0))
-            if metadata is None or metadata[_CRC32] != _checksum(rows):
-                offset = batch.column(0).flatten().buffers()[1].address - mapped.address
-                raise Damaged(f"{path}, offset {offset}: the checksum of the record batch is not what was written")
-            return rows
+            entry = entries[number]
+            # Before it is parsed: a flipped bit in its header can make the library abort the process.
+            entry.check(memoryview(mapped)[entry.offset : entry.offset + entry.stored_bytes])
+            with _told_as_damage(f"{path}, offset {entry.offset}"):
+                return _rows(reader.get_batch(number).column(0))
 
         return frame
+
+
+def _write_index(path: Path, head_bytes: int, ends: list[int], extent: Extent, storage: Storage) -> None:
+    """Write the index of a file that has its frames between a head and a foot."""
+    with path.open("rb") as file:
+        head = file.read(head_bytes)
+        stored = (file.read(end - file.tell()) for end in ends)
+        frames = [index.Kept(len(frame), zlib.crc32(frame)) for frame in stored]
+        index.write(path.parent, extent, storage, frames, (head, file.read()))
+
+
+@contextmanager
+def _told_as_damage(where: str | Path) -> Iterator[None]:
+    """Raise ``Damaged`` for whatever the library says of its file."""
+    try:
+        yield
+    except (pyarrow().ArrowException, OSError) as error:
+        first = str(error).partition("\n")[0]
+        raise Damaged(f"{where}: {first}") from None
 
 
 def _schema(extent: Extent, storage: Storage) -> Any:
@@ -123,23 +139,3 @@ def _batch(rows: Ids, schema: Any) -> Any:
 def _rows(lists: Any) -> Ids:
     rows: Ids = lists.flatten().to_numpy(zero_copy_only=True).reshape(len(lists), -1)
     return rows
-
-
-def _checksum(rows: Ids) -> bytes:
-    return str(zlib.crc32(rows.data)).encode()
-
-
-def _refuse_others(schema: Any, extent: Extent, storage: Storage, path: Path) -> None:
-    """Raise ``Damaged`` if a file has other columns than are to be read."""
-    wanted = _schema(extent, storage)
-    if not schema.equals(wanted):
-        raise Damaged(f"{path}: what is here is {_named(schema)}, and {_named(wanted)} is to be read")
-
-
-def _named(schema: Any) -> str:
-    return ", ".join(f"{field.name}: {field.type}" for field in schema)
-
-
-def _damaged(where: str | Path, error: Exception) -> Damaged:
-    first = str(error).partition("\n")[0]
-    return Damaged(f"{where}: {first}")
