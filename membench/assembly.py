@@ -16,6 +16,7 @@ from membench import corpus, plugins, registry
 from membench.data import sources, tokens
 from membench.data.dataset import Dataset, endless
 from membench.data.layouts import Integers
+from membench.data.samples import StoredSamples
 from membench.data.shards import Shards
 from membench.data.storage import Storage
 from membench.environment import available_bytes
@@ -144,6 +145,11 @@ class Assembly:
             elif tokens.are_words(self.model, vocabulary):
                 tokens.words_of(wanted.source, wanted.most_bytes)
 
+    def digest(self) -> str:
+        """A hash of the text that the workload works on, before any technique."""
+        wanted = self.workload.corpus()
+        return corpus.digest() if wanted is None else sources.digest(wanted.source, wanted.most_bytes)
+
     @property
     def _changes_corpus(self) -> bool:
         return any(type(technique).corpus is not plugins.Technique.corpus for technique in self.techniques)
@@ -192,9 +198,11 @@ class Assembly:
         return dataclasses.replace(self, context=dataclasses.replace(self.context, data=data))
 
     def _store_samples(self, samples: Samples) -> Assembly:
+        if isinstance(samples, StoredSamples):
+            samples = samples.copied()  # those that were read before the baseline are the harness's
         for technique in self.techniques:
             samples = technique.samples(samples, self.context)
-        self.context.facts["data_bytes"] = (samples.kept_bytes, "bytes of the arrays that samples are drawn from")
+        self.context.facts["data_bytes"] = (samples.kept_bytes, "bytes of what samples are drawn from, as it is kept")
         return dataclasses.replace(self, context=dataclasses.replace(self.context, samples=samples))
 
     def tokens(self, module: nn.Module) -> plugins.Tokens:

@@ -55,6 +55,17 @@ class Comparison:
         values = [v for record in self.repeats(group, technique) if (v := record.metrics.get(field)) is not None]
         return statistics.median(values) if values else None
 
+    def reads_other_text(self, record: Record) -> bool:
+        """Whether a record says that its text was not the reference's: a folder has changed between the two."""
+        own = {process["corpus"] for process in record.processes if process.get("corpus")}
+        of = {
+            process["corpus"]
+            for reference in self.repeats(record.group, REFERENCE)
+            for process in reference.processes
+            if process.get("corpus")
+        }
+        return bool(own and of and own != of)
+
     def is_known(self, group: Group, field: str) -> bool:
         """Whether any case of the group has a metric."""
         return any(self.value(group, technique, field) is not None for technique in self.techniques(group))
@@ -93,17 +104,19 @@ class Comparison:
 
         What counts: live memory, speed, quality, and the size of the training data where the workload reads some.
         Speed is in tokens where a step has some: an epoch of less text is no faster for that. Quality is accuracy where
-        it is known, else the loss in bits per byte where the model is trained, else the divergence from the reference,
-        else how much of the text is kept; where none is known it does not count. As good is what runs of the same case
-        may differ by: a share of the metric's own, a figure's resolution, two standard errors of a loss.
+        it is known, else the loss in bits per byte where the model is trained, else the divergence from the reference;
+        where data are only read, how much of the text is kept; where none is known it does not count. As good is what
+        runs of the same case may differ by: a share of the metric's own, a figure's resolution, two standard errors of
+        a loss.
         """
         techniques = self.techniques(group)
 
         is_known = functools.partial(self.is_known, group)
         speed = "tokens_per_s" if is_known("tokens_per_s") else "step_median_s"
         fields = ["peak_live_bytes", speed, *filter(is_known, ["data_bytes"])]
-        qualities = ("accuracy_percent", "lost_bits_per_byte", "kl_nats", "corpus_kept_percent")
-        fields += list(filter(is_known, qualities))[:1]
+        is_read_only = is_known("read_mb_per_s")
+        qualities = ("accuracy_percent", "lost_bits_per_byte", "kl_nats")
+        fields += list(filter(is_known, ("corpus_kept_percent",) if is_read_only else qualities))[:1]
         scores: dict[str, tuple[_Score, ...]] = {}
         for technique in techniques:
             if any(record.status != "ok" for record in self.repeats(group, technique)):

@@ -50,7 +50,8 @@ def pieces(model: Any, module: nn.Module, workload: Workload) -> list[Piece]:
     if (encoded := model.encode(text)) is not None:
         source, ends = encoded, model.token_ends(text)
     elif (wanted := workload.corpus()) is not None and tokens.are_words(model, vocabulary):
-        source, ends = tokens.words_of(wanted.source, wanted.most_bytes).ranks(text), None
+        ranks = tokens.words_of(wanted.source, wanted.most_bytes).ranks(text)
+        source, ends = [min(rank, vocabulary - 1) for rank in ranks], None
     else:
         source = corpus.ids(vocabulary, held_out=True)
         ends = range(1, len(source) + 1) if vocabulary <= 256 else None

@@ -248,12 +248,22 @@ METRICS: tuple[Metric, ...] = (
         in_table=True,
     ),
     Metric(
+        "open_time",
+        "open_s",
+        "open time",
+        "lower",
+        format_seconds,
+        "until the first batch can be drawn: all is decoded then, where data are read whole",
+        in_table="where it changes",
+        same_within=_TIMES_DIFFER,
+    ),
+    Metric(
         "read_speed",
         "read_mb_per_s",
         "read MB/s",
         "higher",
         format_number,
-        "packed bytes of an epoch over the median duration of reading it",
+        "packed bytes of an epoch over the median duration of reading it; opening is not in it",
         in_table=True,
         has_ratio=False,  # of tokens packed otherwise there are other bytes; tokens a second have one
     ),

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from membench import allocator, census, checkpoint, corpus, notes, plugins, quality, registry
+from membench import allocator, census, checkpoint, notes, plugins, quality, registry
 from membench.assembly import Assembly
 from membench.meter import Meter
 from membench.weights import weight_bytes
@@ -99,7 +99,7 @@ class _Work:
         self._request = request
         self._settings = request["settings"]
         self._meter = meter
-        self._result: dict[str, Any] = {"remarks": [], "corpus": corpus.digest(), "is_trained": self.case.model.quality}
+        self._result: dict[str, Any] = {"remarks": [], "is_trained": self.case.model.quality}
 
     def make_ready(self) -> int | None:
         """Do all that must not be measured, up to the baseline; bytes of the plain weights, if they are known."""
@@ -110,6 +110,7 @@ class _Work:
             _refuse_missing_gpu(device)
         allocator.pin()  # else large blocks of the text leave holes in the heap, which count once something fills them
         case.read_text()
+        self._result["corpus"] = case.digest()
         allocator.unpin()
         case.prepare()
         self._result["pinned"] = allocator.pin()
@@ -226,7 +227,7 @@ class _Work:
                 durations_s.append(time.perf_counter() - began)
                 self._hear(loss)
         if (data := self.case.context.data) is not None:
-            self.case.context.facts.update(data.decompressing())  # here, where nothing but the reader differs
+            self.case.context.facts.update(data.timed_afresh())  # here, as the steps were
         allocator.pin()
         self._result |= {
             "durations_s": durations_s,

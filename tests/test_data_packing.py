@@ -108,7 +108,7 @@ def _written(name: str, folder: Path, rows: int = 75) -> tuple[Ids, Dataset]:
 @pytest.mark.parametrize("name", _FORMATS)
 def test_frames_can_be_read_in_any_order_and_are_what_was_written(name: str, tmp_path: Path) -> None:
     ids, data = _written(name, tmp_path / "data")
-    frame = data.opened()
+    frame = data.storage.format.open(data.extent, data.storage, data.folder)
     for number in (4, 0, 3, 1, 2, 4):
         assert (frame(number) == ids[number * 16 : (number + 1) * 16]).all()
     assert len(frame(4)) == 75 - 4 * 16
@@ -117,7 +117,7 @@ def test_frames_can_be_read_in_any_order_and_are_what_was_written(name: str, tmp
 
 def test_a_mapped_file_is_not_copied(tmp_path: Path) -> None:
     _, data = _written("mapped", tmp_path / "data")
-    frame = data.opened()
+    frame = data.storage.format.open(data.extent, data.storage, data.folder)
     (first, again) = frame(1), frame(1)
     assert first.ctypes.data == again.ctypes.data
 
@@ -299,6 +299,12 @@ def test_packed_documents_follow_each_other_without_padding() -> None:
     documents = [numpy.arange(start, start + 5, dtype=numpy.uint32) for start in (0, 5, 10, 15)]
     rows, filled = tokens.rows(documents, 8, padded=False)
     assert (rows.tolist(), filled) == ([list(range(8)), list(range(8, 16))], 0)
+
+
+def test_a_token_id_that_is_none_of_the_vocabulary_is_refused_and_not_packed_as_another(tmp_path: Path) -> None:
+    rows = numpy.array([[1, 2], [300, 4]], numpy.uint32)
+    with pytest.raises(Unsuitable, match="there is token id 300, and the model's vocabulary has 256"):
+        Dataset.written(rows, Storage(Shards(), Integers("uint8")), 256, tmp_path / "data")
 
 
 _STACKS = (

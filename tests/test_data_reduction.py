@@ -20,7 +20,7 @@ from membench.builtin.models.transformer import Llama
 from membench.builtin.techniques.data_reduction import bits_per_byte, middle_first
 from membench.data import sources
 from membench.errors import SuiteError
-from membench.plugins import Context, Shape
+from membench.plugins import Context, Shape, Unsuitable
 from membench.record import Record
 
 if TYPE_CHECKING:
@@ -314,3 +314,8 @@ def test_options_that_make_no_sense_are_refused_in_one_line(tmp_path: Path, tech
     with pytest.raises(SuiteError, match=said) as caught:
         membench.load_suite(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_share_of_which_nothing_is_left_is_no_text_to_train_on() -> None:
+    with pytest.raises(Unsuitable, match="nothing is left of 5 bytes of text"):
+        _kept("subset", [b"a b c"], share=1e-9, by="random")

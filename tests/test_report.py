@@ -218,13 +218,22 @@ def test_the_front_passes_over_what_two_runs_of_a_case_may_differ_by(
     assert ("a" in found.front(none.group)) is is_on
 
 
+def test_a_case_that_worked_on_another_text_than_its_reference_says_so() -> None:
+    def of(technique: str, corpus: str) -> Record:
+        return dataclasses.replace(_record(technique, peak_live_bytes=MIB), processes=({"corpus": corpus},))
+
+    (line,) = text.remarks([of("none", "aa"), of("same", "aa"), of("other", "bb")])
+    assert line.startswith("m/other/forward/cpu: worked on another text")
+
+
 def test_less_text_is_on_the_front_for_its_size_and_not_for_a_shorter_epoch() -> None:
     def read(technique: str, seconds: float, tokens_per_s: float, kept: float | None, data: int) -> Record:
         return _record(technique, peak_live_bytes=MIB, step_median_s=seconds, tokens_per_s=tokens_per_s,
-                       data_bytes=data, corpus_kept_percent=kept)  # fmt: skip
+                       data_bytes=data, corpus_kept_percent=kept, read_mb_per_s=1.0)  # fmt: skip
 
     whole, half = read("none", 1.0, 1000.0, None, 100), read("half", 0.5, 1000.0, 50.0, 50)
     assert Comparison([whole, half]).front(whole.group) == {"none", "half"}
+    assert text.verdicts([whole, half])[0].endswith("; cost 50 percent of the text")
     packed = read("packed", 1.0, 1000.0, None, 50)
     assert Comparison([whole, half, packed]).front(whole.group) == {"packed"}
 

@@ -121,7 +121,7 @@ def test_a_flipped_bit_is_named_with_file_and_offset_and_its_frame_gives_no_rows
             flipped[place] ^= 1 << place % 8
             path.write_bytes(flipped)
             number, offset = _frame_at(data, path.name, place)
-            frame = data.opened()
+            frame = data.storage.format.open(data.extent, data.storage, data.folder)
             with pytest.raises(Damaged, match=rf"^{path}, offset {offset}: "):
                 frame(number)
             with pytest.raises(Damaged, match=rf"^{path}, offset {offset}: "):
@@ -155,7 +155,7 @@ def test_a_shard_that_was_cut_is_named_with_file_and_offset_before_anything_is_r
 
 def test_a_shard_that_is_cut_while_it_is_read_gives_no_rows(tmp_path: Path) -> None:
     data = _written(tmp_path / "data", "zstd")
-    frame, path = data.opened(), tmp_path / "data" / "frames.zst"
+    frame, path = data.storage.format.open(data.extent, data.storage, data.folder), tmp_path / "data" / "frames.zst"
     assert len(frame(15)) == _ROWS - 15 * _FRAME_ROWS
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(Damaged, match=rf"^{path}, offset \d+: "):
@@ -170,7 +170,7 @@ def test_a_frame_that_holds_other_than_its_rows_gives_none(kind: str, rows: int,
     frames = [_rows(count) for count in (_FRAME_ROWS, _FRAME_ROWS, rows, *[_FRAME_ROWS] * 12, 8)]
     extent = Extent(15 * _FRAME_ROWS + 8, _LENGTH, 256)
     storage.format.write(frames, extent, storage, tmp_path / "data")
-    frame = Dataset(tmp_path / "data", storage, extent).opened()
+    frame = storage.format.open(extent, storage, tmp_path / "data")
     assert frame(1).tolist() == _rows(_FRAME_ROWS).tolist()
     assert frame(15).tolist() == _rows(8).tolist()
     with pytest.raises(Damaged, match=rf"^{tmp_path}/data/(frames|000002)\.\w+, offset \d+: "):

@@ -437,3 +437,10 @@ def test_less_text_and_held_out_text_have_the_ids_of_the_whole(tmp_path: Path) -
     workload = Train.model_validate({"data": str(tmp_path)})
     ids = [token for piece in quality.pieces(OfWords(), OfWords().skeleton(), workload) for token in piece.ids]
     assert {0, 4} <= set(ids) <= {0, 1, 2, 3, 4}
+
+
+def test_words_beyond_the_vocabulary_are_its_last_id_and_no_other_words() -> None:
+    words = [chr(0x4E00 + number).encode() for number in range(400) for _ in range(400 - number)]
+    (found,) = _encoded([b".".join(words)], 300)
+    assert int(found.max()) == 299
+    assert (found == 0).sum() == len(words) - 1  # the full stops, and nothing else

@@ -18,6 +18,10 @@ class Timed:
         self.raw_bytes = self.stored_bytes = self.decompressed_bytes = 0
         self.compress_s = self.decompress_s = 0.0
 
+    def afresh(self) -> Timed:
+        """The same codec with a clock at zero."""
+        return Timed(self._codec)
+
     def learn(self, frames: Iterable[bytes], folder: Path) -> None:
         began, made_s = time.perf_counter(), 0.0
 

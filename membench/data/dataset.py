@@ -16,9 +16,12 @@ from membench.data.storage import Damaged, Extent, Frame, Storage
 from membench.plugins import Unsuitable
 
 if TYPE_CHECKING:
+    import numpy
     import torch
 
     from membench.data.storage import Ids
+
+    Numbers = numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]]
 
 _BLOCKS_AT_ONCE = 4
 _DECODERS = 2
@@ -50,8 +53,14 @@ class Dataset:
 
     @classmethod
     def written(cls, rows: Ids, storage: Storage, vocabulary: int, folder: Path, padding: int = 0) -> Dataset:
-        """Keep rows (rows, tokens) in a folder that is not there yet."""
+        """Keep rows (rows, tokens) in a folder that is not there yet.
+
+        Raises:
+            Unsuitable: if a token id is none of the vocabulary; packed, it would be another.
+        """
         extent = Extent(len(rows), rows.shape[1], vocabulary)
+        if (largest := int(rows.max(initial=0))) >= vocabulary:
+            raise Unsuitable(f"there is token id {largest}, and the model's vocabulary has {vocabulary}")
         if storage.codec is not None:
             storage = replace(storage, codec=Timed(storage.codec))
         step = frame_rows(storage, extent)
@@ -86,44 +95,48 @@ class Dataset:
             found["compress_mb_per_s"] = (speed, f"{_CODEC_CLOCK}, under the pinned allocator")
         return found
 
-    def decompressing(self) -> dict[str, tuple[float, str]]:
-        """How fast the codec alone is where it runs now, if there is one; to be held against how fast it is read."""
-        if not isinstance(clock := self.storage.codec, Timed):
-            return {}
-        clock.decompress_s, clock.decompressed_bytes = 0.0, 0
+    def timed_afresh(self) -> dict[str, tuple[float, str]]:
+        """How long opening takes here and now, and how fast the codec alone is, if there is one, to be held against how
+        fast it is read.
+        """
         began = time.perf_counter()
-        while time.perf_counter() - began < _CODEC_TIMED_S:
-            self._decode()
-        speed = clock.decompressed_bytes / _MB / clock.decompress_s
-        return {"decompress_mb_per_s": (speed, f"{_CODEC_CLOCK}, under the default allocator")}
+        self.opened()
+        opening_s = time.perf_counter() - began
+        found = {"open_s": (opening_s, "monotonic clock, under the default allocator")}
+        if isinstance(self.storage.codec, Timed):
+            # By a clock of its own: a reader that decodes ahead may be at work still.
+            clock = self.storage.codec.afresh()
+            data, began = replace(self, storage=replace(self.storage, codec=clock)), time.perf_counter()
+            while time.perf_counter() - began < _CODEC_TIMED_S:
+                data._decode()
+            speed = clock.decompressed_bytes / _MB / clock.decompress_s
+            found["decompress_mb_per_s"] = (speed, f"{_CODEC_CLOCK}, under the default allocator")
+        return found
 
     def _decode(self) -> None:
         frame = self.storage.format.open(self.extent, self.storage, self.folder)
         for number in range(-(-self.extent.rows // self.frame_rows)):
             frame(number)
 
-    def opened(self) -> Frame:
-        """Ready to read: decoded now, if it is read whole."""
+    def opened(self) -> Ids | Frame:
+        """Ready to read: all rows, decoded now, if they are read whole."""
         import numpy
 
         frame = self.storage.format.open(self.extent, self.storage, self.folder)
         if self.storage.reading != "whole":
             return frame
-        step, whole = self.frame_rows, None
-        for number in range(-(-self.extent.rows // step)):
-            rows = frame(number)
-            if whole is None:
-                whole = numpy.empty((self.extent.rows, self.extent.length), rows.dtype)
-            whole[number * step : number * step + len(rows)] = rows
-        assert whole is not None
-        kept = whole
-        return lambda number: kept[number * step : (number + 1) * step]
+        whole = numpy.empty((self.extent.rows, self.extent.length), self.storage.layout.type(self.extent))
+        for number, start in enumerate(range(0, self.extent.rows, self.frame_rows)):
+            self._fill(whole, start, number, frame)
+        return whole
 
-    def batches(self, size: int, seed: int, epoch: int, frame: Frame, share: tuple[int, int] = (0, 1)) -> Iterator[Any]:
+    def batches(
+        self, size: int, seed: int, epoch: int, opened: Ids | Frame, share: tuple[int, int] = (0, 1)
+    ) -> Iterator[Any]:
         """The batches of an epoch, (size, tokens) int64; the last has the rows that are left.
 
         Args:
-            frame: as ``opened`` gives it.
+            opened: as the method of that name gives it.
             share: which of how many readers this is; each has windows of its own.
         """
         import numpy
@@ -133,49 +146,68 @@ class Dataset:
         mine = itertools.islice(all_windows, share[0], None, share[1])
         together = max(1, _TOKENS_WIDENED_AT_ONCE // (size * self.extent.length))
         left: Any = numpy.empty((0, self.extent.length), numpy.uint8)
-        for window, rows in self._ahead(mine, frame):
+        for rows, order in self._ahead(mine, opened):
             first = -len(left) % size  # so many rows fill the batch that the last window began
             if first:
-                left = numpy.concatenate([left, rows.take(window.order[:first], axis=0)])
+                left = numpy.concatenate([left, rows.take(order[:first], axis=0)])
                 if len(left) < size:
                     continue
                 yield torch.from_numpy(left.astype(numpy.int64))
-            last = len(rows) - (len(rows) - first) % size
+            last = len(order) - (len(order) - first) % size
             for start in range(first, last, size * together):
-                some = rows.take(window.order[start : min(start + size * together, last)], axis=0).astype(numpy.int64)
+                some = rows.take(order[start : min(start + size * together, last)], axis=0).astype(numpy.int64)
                 yield from (torch.from_numpy(some[at : at + size]) for at in range(0, len(some), size))
-            left = rows.take(window.order[last:], axis=0)
+            left = rows.take(order[last:], axis=0)
         if len(left):
             yield torch.from_numpy(left.astype(numpy.int64))
 
-    def _ahead(self, some: Iterable[Window], frame: Frame) -> Iterator[tuple[Window, Ids]]:
-        """Each window with its rows, which are there until the next is asked for.
+    def _ahead(self, some: Iterable[Window], opened: Ids | Frame) -> Iterator[tuple[Ids, Numbers]]:
+        """Rows for each window, and which of them it takes in which order; they are there until the next is asked for.
 
         Where frames are decoded, those of the next window are while this one is worked through.
         """
         import numpy
 
+        if not callable(opened):
+            for window in some:
+                yield opened, self._numbers(window)[window.order]
+            return
+        frame = opened
+
         def buffer() -> Ids:
             rows = min(self.extent.rows, _BLOCKS_AT_ONCE * block_rows(self.extent.length))
             return numpy.empty((rows, self.extent.length), self.storage.layout.type(self.extent))
 
-        if self.storage.reading != "stream":
+        if self.storage.reading == "mapped":
             rows = buffer()
             for window in some:
-                yield window, rows[: sum(self._fill(rows, *place, frame) for place in self._places(window))]
+                for place in self._places(window):
+                    self._fill(rows, *place, frame)
+                yield rows, window.order
             return
-        with ThreadPoolExecutor(_DECODERS) as threads:
+        threads = ThreadPoolExecutor(_DECODERS)
+        try:
 
-            def begun(window: Window, rows: Ids) -> tuple[Window, Ids, list[Future[int]]]:
+            def begun(window: Window, rows: Ids) -> tuple[Window, Ids, list[Future[None]]]:
                 return window, rows, [threads.submit(self._fill, rows, *place, frame) for place in self._places(window)]
 
             coming = map(begun, some, itertools.cycle((buffer(), buffer())))
             following = next(coming, None)
             while following is not None:
                 window, rows, filling = following
-                count = sum(filled.result() for filled in filling)
+                for filled in filling:
+                    filled.result()
                 following = next(coming, None)
-                yield window, rows[:count]
+                yield rows, window.order
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+    def _numbers(self, window: Window) -> Numbers:
+        """Of the rows of a window's frames among all rows."""
+        import numpy
+
+        step, rows = self.frame_rows, self.extent.rows
+        return numpy.concatenate([numpy.arange(n * step, min((n + 1) * step, rows)) for n in window.frames])
 
     def _places(self, window: Window) -> Iterator[tuple[int, int]]:
         """Where the rows of a window's frames come to lie: (first row, frame); the very last frame may be shorter."""
@@ -185,11 +217,10 @@ class Dataset:
             start += min(self.frame_rows, self.extent.rows - number * self.frame_rows)
 
     @staticmethod
-    def _fill(buffer: Ids, start: int, number: int, frame: Frame) -> int:
-        """Put a frame's rows into a buffer; how many they are."""
+    def _fill(buffer: Ids, start: int, number: int, frame: Frame) -> None:
+        """Put a frame's rows into a buffer."""
         rows = frame(number)
         buffer[start : start + len(rows)] = rows
-        return len(rows)
 
 
 def endless(data: Dataset, batch_size: int, seed: int, workers: int) -> Iterator[torch.Tensor]:
@@ -216,12 +247,13 @@ def epochs(data: Dataset, batch_size: int, seed: int, workers: int) -> Callable[
 
     Args:
         workers: processes of torch's ``DataLoader`` that read, each a share of the windows and with all that reading
-            wants; 0: this process does. They start anew with each epoch, as is the ``DataLoader``'s own way, and so run
-            under the allocator that the measuring has chosen by then.
+            wants; 0: this process does. They start anew with each epoch, as is the ``DataLoader``'s own way, and run
+            under the allocator that the measuring had chosen then. Their batches come in another order than those of
+            one process.
     """
     if workers == 0:
-        frame = data.opened()
-        return lambda epoch: data.batches(batch_size, seed, epoch, frame)
+        opened = data.opened()
+        return lambda epoch: data.batches(batch_size, seed, epoch, opened)
     from torch.utils.data import DataLoader
 
     from membench.data.loading import Batches
@@ -230,10 +262,18 @@ def epochs(data: Dataset, batch_size: int, seed: int, workers: int) -> Callable[
         source = Batches(data, batch_size, seed, epoch)
         try:
             yield from DataLoader(source, batch_size=None, num_workers=workers, multiprocessing_context="fork")
-        except Damaged as error:  # what it says stands at the end of the traceback that came with it
-            raise Damaged(str(error).strip().rpartition("\n")[2].partition(": ")[2]) from None
+        except (Damaged, MemoryError) as error:
+            raise type(error)(_said_by_worker(error)) from None
+        except Exception as error:
+            raise RuntimeError(_said_by_worker(error)) from None
 
     return batches
+
+
+def _said_by_worker(error: Exception) -> str:
+    """What an error says: from a worker it stands at the end of the traceback that came with it."""
+    last = str(error).strip().rpartition("\n")[2]
+    return last.partition(": ")[2] if isinstance(error, Damaged) else last
 
 
 def frame_rows(storage: Storage, extent: Extent) -> int:

@@ -1,6 +1,7 @@
 """In which order rows are read: shuffled, but so that a reader needs a few blocks of neighbours at a time.
 
-The order depends on nothing but the rows and the seed: however the rows are kept and read, the batches are the same.
+The order depends on nothing but the rows and the seed: however the rows are kept, and whether they are read whole or
+streamed, the batches are the same. Several processes share the windows out among them, and give another order.
 """
 
 from __future__ import annotations

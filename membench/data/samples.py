@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -48,12 +49,27 @@ class StoredSamples:
         features: (samples, width).
         labels: the class of each.
         largest: the number that stands for a feature of 1.
+        packed_bytes: that they were kept in, if they were unpacked from something; else they are kept as they are.
     """
 
     features: Features
     labels: Classes
     classes: int
     largest: int
+    packed_bytes: int | None = None
+
+    def unpacked_from_xz(self) -> StoredSamples:
+        """The same samples after they have been kept compressed: as xz(1) does it at its best."""
+        import numpy
+
+        packed = lzma.compress(self.features.tobytes() + self.labels.tobytes(), preset=9 | lzma.PRESET_EXTREME)
+        raw = numpy.frombuffer(lzma.decompress(packed), numpy.uint8)
+        features, labels = raw[: self.features.size].reshape(self.features.shape), raw[self.features.size :]
+        return replace(self, features=features, labels=labels, packed_bytes=len(packed))
+
+    def copied(self) -> StoredSamples:
+        """The same samples in memory of their own."""
+        return replace(self, features=self.features.copy(), labels=self.labels.copy())
 
     @property
     def width(self) -> int:
@@ -61,7 +77,7 @@ class StoredSamples:
 
     @property
     def kept_bytes(self) -> int:
-        return self.features.nbytes + self.labels.nbytes
+        return self.features.nbytes + self.labels.nbytes if self.packed_bytes is None else self.packed_bytes
 
     def of_class(self, label: int) -> Features:
         chosen: Features = self.features[self.labels == label]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import io
 import os
@@ -81,6 +82,16 @@ def documents(source: str, most_bytes: int | None) -> Sequence[bytes]:
     if not found:
         raise Unsuitable(f"there is no text in {source}: all of it is empty")
     return found
+
+
+@functools.cache
+def digest(source: str, most_bytes: int | None) -> str:
+    """A hash of the documents: figures that were had from two different texts do not go together."""
+    found = hashlib.sha256()
+    for document in documents(source, most_bytes):
+        found.update(len(document).to_bytes(8, "little"))
+        found.update(document)
+    return found.hexdigest()[:16]
 
 
 def _refuse_what_does_not_fit(source: str, text_bytes: int, free_bytes: int) -> None:

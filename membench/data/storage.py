@@ -94,8 +94,9 @@ class Storage:
     Attributes:
         reading: ``whole``: all is decoded at the start and kept; ``stream``: a few frames at a time; ``mapped``: frames
             are pages of the file.
-        frame_tokens: at most so many are compressed, checked and read at once, and never more than the block by which
-            rows are shuffled (see ``order``): however rows are kept, they come in the same order.
+        frame_tokens: at most so many (a row, if it has more) are compressed, checked and read at once, and never more
+            than the block by which rows are shuffled (see ``order``): however rows are kept, they come in the same
+            order.
         padded: whether each document begins a row of its own, filled up with padding; else documents follow each other.
     """
 

@@ -36,11 +36,14 @@ def words_of(source: str, most_bytes: int | None) -> Words:
 
 
 def encoded(documents: Sequence[bytes], model: Model, vocabulary: int, words: Callable[[], Words]) -> list[Numbers]:
-    """Token ids of each document: the model's own, bytes where the vocabulary is of bytes, else words by their rank."""
+    """Token ids of each document: the model's own, bytes where the vocabulary is of bytes, else words by their rank.
+
+    The last id of a vocabulary of words stands for all words that are rarer.
+    """
     import numpy
 
     if are_words(model, vocabulary):
-        return [numpy.asarray(words().ranks(document), numpy.uint32) % vocabulary for document in documents]
+        return [numpy.minimum(words().ranks(document), vocabulary - 1, dtype=numpy.uint32) for document in documents]
     if model.encode(b"") is not None:
         return [numpy.asarray(model.encode(document), numpy.uint32) for document in documents]
     # Views of one array: arrays of their own would leave holes in the heap, which count once they are filled.

@@ -337,6 +337,8 @@ def remarks(records: Sequence[Record]) -> list[str]:
     lines = []
     for record in records:
         lines += [f"{record.id}: {text}" for text in _said(record)]
+        if found.reads_other_text(record):
+            lines.append(f"{record.id}: worked on another text than its reference; ratios say nothing of the technique")
         running = found.value(record.group, REFERENCE, "peak_live_bytes")
         if record.repeat or record.technique == REFERENCE or running is None:
             continue
@@ -383,6 +385,12 @@ def verdicts(records: Sequence[Record]) -> list[str]:
         if told:
             shown = " to ".join(dict.fromkeys(f"{point:+.1f}" for point in (min(known), max(known))))
             said[_kind(told)].append(f"{shown} percent of samples")
+        kept = [
+            value for group in groups if (value := found.value(group, technique, "corpus_kept_percent")) is not None
+        ]
+        if kept:
+            shown = " to ".join(dict.fromkeys(f"{100 - value:.3g}" for value in (max(kept), min(kept))))
+            said["cost"].append(f"{shown} percent of the text")
         mixed = f"; depends on the case: {', '.join(said['mixed'])}" if said["mixed"] else ""
         saved, cost = (", ".join(said[kind]) or "nothing" for kind in ("saved", "cost"))
         lines.append(f"{technique}: saved {saved}; cost {cost}{mixed}")

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from membench.builtin.models.trained_tiny import PIECE_BYTES, TrainedTiny, seed_of
 from membench.builtin.techniques.data import DataTechnique
-from membench.plugins import Context
+from membench.plugins import Context, Unsuitable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,6 +32,8 @@ class _LessText(DataTechnique):
             return documents
         kept = self.kept(documents, context)
         before, after = sum(map(len, documents)), sum(map(len, kept))
+        if not after:
+            raise Unsuitable(f"nothing is left of {before:,} bytes of text")
         earlier_percent, earlier = context.facts.get("corpus_kept_percent", (100.0, ""))
         how = f"{len(kept):,} of {len(documents):,} documents, {after:,} of {before:,} bytes"
         context.facts["corpus_kept_percent"] = (

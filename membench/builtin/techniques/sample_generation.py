@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from membench.data.samples import Features
 
 
+_LOOKS = 6
+
+
 class SampleTechnique(Technique):
     """About labelled samples: it wants a workload that trains on some."""
 
@@ -57,7 +60,10 @@ class Gan(SampleTechnique):
 
 
 class FewerSamples(SampleTechnique):
-    """A given number of samples in the place of all: a byte a feature, and one for the class.
+    """A given number of samples in the place of all: a byte a feature and one for the class, all of it under xz.
+
+    Compressed, so that a generator is held against as much as its bytes can hold of them: of digits three times as many
+    as plainly, of hashed text six times.
 
     Attributes:
         size: bytes that they take at most ('11700 B'), each class with its share of them, and at least one.
@@ -75,39 +81,61 @@ class FewerSamples(SampleTechnique):
         import numpy
 
         stored = _stored(samples)
-        counts = self.counts(stored)
+        if self.per_class is not None:
+            there = numpy.bincount(stored.labels, minlength=stored.classes).min()
+            if self.per_class > there:
+                raise Unsuitable(f"per_class = {self.per_class}: of one class there are {there} samples")
+            return self._taken(stored, numpy.full(stored.classes, self.per_class), context)
+        return self._as_many_as_fit(stored, context)
+
+    def _as_many_as_fit(self, stored: StoredSamples, context: Context) -> StoredSamples:
+        """How many there are goes by what fewer or more of them were found to take; a few looks come within a few."""
+        fewest, most = stored.classes, len(stored.labels)
+        count = min(most, max(fewest, self.size // (stored.width + 1)))
+        fitting: StoredSamples | None = None
+        seen: set[int] = set()
+        while count not in seen and len(seen) < _LOOKS:
+            seen.add(count)
+            taken = self._taken(stored, shares(stored, count), context)
+            if taken.kept_bytes <= self.size and (fitting is None or len(taken.labels) > len(fitting.labels)):
+                fitting = taken
+            count = min(most, max(fewest, int(count * self.size / taken.kept_bytes)))
+        if fitting is None:
+            raise Unsuitable(
+                f"size = {units.format_bytes(self.size)}: {len(taken.labels)} samples, each class with one or more, "
+                f"take {units.format_bytes(taken.kept_bytes)}"
+            )
+        if len(fitting.labels) == most:
+            raise Unsuitable(
+                f"size = {units.format_bytes(self.size)}: all samples take {units.format_bytes(fitting.kept_bytes)}"
+            )
+        return fitting
+
+    def _taken(
+        self, stored: StoredSamples, counts: numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]], context: Context
+    ) -> StoredSamples:
+        """So many samples of each class, kept under xz."""
+        import numpy
+
         chosen = [self.choose(stored.of_class(label), int(count), context) for label, count in enumerate(counts)]
         labels = numpy.repeat(numpy.arange(stored.classes, dtype=numpy.uint8), counts)
-        return StoredSamples(numpy.concatenate(chosen), labels, stored.classes, stored.largest)
+        taken = StoredSamples(numpy.concatenate(chosen), labels, stored.classes, stored.largest)
+        return taken.unpacked_from_xz()
 
     def choose(self, features: Features, count: int, context: Context) -> Features:
         """So many samples in the place of all those of a class."""
         raise NotImplementedError
 
-    def counts(self, stored: StoredSamples) -> numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]]:
-        """How many samples of each class there are to be.
 
-        Raises:
-            Unsuitable: if that is none of a class, or more than there are.
-        """
-        import numpy
+def shares(stored: StoredSamples, count: int) -> numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]]:
+    """So many samples in all, shared out among the classes as they are there (Sainte-Laguë), at least one each."""
+    import numpy
 
-        there = numpy.bincount(stored.labels, minlength=stored.classes)
-        if self.per_class is not None:
-            if self.per_class > there.min():
-                raise Unsuitable(f"per_class = {self.per_class}: of one class there are {there.min()} samples")
-            return numpy.full(stored.classes, self.per_class)
-        in_all = self.size // (stored.width + 1)
-        if not stored.classes <= in_all <= len(stored.labels):
-            least, most = stored.classes * (stored.width + 1), stored.kept_bytes
-            raise Unsuitable(
-                f"size = {units.format_bytes(self.size)}: one sample of each class takes {units.format_bytes(least)}, "
-                f"and all samples {units.format_bytes(most)}"
-            )
-        counts = numpy.ones(stored.classes, numpy.int64)
-        for _ in range(in_all - stored.classes):
-            counts[(there / (counts + 0.5)).argmax()] += 1  # Sainte-Laguë: as near to the classes' shares as can be
-        return counts
+    there = numpy.bincount(stored.labels, minlength=stored.classes)
+    counts = numpy.ones(stored.classes, numpy.int64)
+    for _ in range(count - stored.classes):
+        counts[(there / (counts + 0.5)).argmax()] += 1
+    return counts
 
 
 class KmeansPrototypes(FewerSamples):
@@ -131,11 +159,7 @@ class KmeansPrototypes(FewerSamples):
 
 
 class SampleSubset(FewerSamples):
-    """Some of the samples themselves, drawn at random from each class: real data of a given size.
-
-    Limits: they are kept plainly, a byte a feature, as prototypes are. Packed or compressed, as many bytes hold more of
-    them: of digits, whose 17 values need five bits, 1.6 times as many.
-    """
+    """Some of the samples themselves, drawn at random from each class: real data of a given size, under xz."""
 
     def choose(self, features: Features, count: int, context: Context) -> Features:
         import numpy
