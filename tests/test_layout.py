@@ -29,7 +29,7 @@ _GROUPS = {
     "measured process": _MEASURED,
     "plug-ins": {"builtin"},
     "runner's process": {"figures", "nursery", "observer", "runner", "session"},
-    "records": {"compare", "report", "store"},
+    "records": {"compare", "report", "schema", "store"},
     "programs": {"__init__", "__main__", "cli", "console", "doctor", "progress"},
 }  # fmt: skip
 _MAY_IMPORT = {
