@@ -15,7 +15,7 @@ _FILES = sorted(_PACKAGE.rglob("*.py"))
 
 _HEAVY = {
     "torch", "transformers", "torchao", "bitsandbytes", "peft", "accelerate", "optimum", "safetensors", "triton",
-    "numpy", "pyarrow", "datasets", "sklearn", "datasketch",
+    "numpy", "scipy", "pyarrow", "datasets", "sklearn", "datasketch",
 }  # fmt: skip
 _MEASURED = {
     "allocator", "assembly", "census", "checkpoint", "forkserver", "meter", "notes", "quality", "stand_in", "weights",
@@ -25,22 +25,24 @@ _GROUPS = {
     "ground": {"corpus", "errors", "names", "nvml", "plugins", "procfs", "record", "registry", "scratch", "units",
                "validation", "environment", "data.storage"},
     "training data": {"data"},
+    "rules": {"regression.gates", "regression.tolerances"},
     "suites": {"expansion", "listing", "selection", "suite"},
     "measured process": _MEASURED,
     "plug-ins": {"builtin"},
     "runner's process": {"figures", "nursery", "observer", "runner", "session"},
-    "records": {"compare", "report", "schema", "store"},
-    "programs": {"__init__", "__main__", "cli", "console", "doctor", "progress"},
+    "records": {"compare", "regression", "report", "schema", "store"},
+    "programs": {"__init__", "__main__", "checking", "cli", "console", "doctor", "progress"},
 }  # fmt: skip
 _MAY_IMPORT = {
     "ground": {"ground"},
-    "suites": {"ground", "suites"},
+    "rules": {"ground", "rules"},
+    "suites": {"ground", "rules", "suites"},
     "training data": {"ground", "training data"},
     "measured process": {"ground", "training data", "measured process"},
     "plug-ins": {"ground", "training data", "measured process", "plug-ins"},
-    "runner's process": {"ground", "suites", "records", "runner's process"},
-    "records": {"ground", "records"},
-    "programs": {"ground", "suites", "records", "runner's process", "programs"},
+    "runner's process": {"ground", "rules", "suites", "records", "runner's process"},
+    "records": {"ground", "rules", "records"},
+    "programs": {"ground", "rules", "suites", "records", "runner's process", "programs"},
 }
 
 

@@ -17,7 +17,6 @@ from membench.errors import ResultsError
 from membench.record import SCHEMA_VERSION, Record
 from membench.store import RunFile, find_run, newest_run, read_run
 
-
 _PROCESS: dict[str, Any] = {"role": "worker", "rank": 0, "device": "cpu", "phases": []}
 
 
