@@ -48,6 +48,12 @@ class _Machine(_Table):
     gpus: list[_Gpu] | str | None = None
 
 
+class _Code(_Table):
+    commit: str
+    ref: str
+    is_changed: bool
+
+
 class _Header(_Table):
     run: str
     suite: str
@@ -56,6 +62,7 @@ class _Header(_Table):
     devices: list[str] = []
     machine: _Machine = _Machine()
     started_at: str = ""
+    code: _Code | None = None
 
 
 class _Plugin(_Table):

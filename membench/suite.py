@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import tomllib
@@ -129,6 +130,10 @@ class Suite:
             if keep(case.id):
                 wanted |= {(case.group, t) for t in (case.technique, REFERENCE, *parts(case.technique))}
         return tuple(case for case in self.cases if (case.group, case.technique) in wanted)
+
+    def with_repeats(self, repeats: int) -> Suite:
+        """The same suite with as many repeats of each case."""
+        return dataclasses.replace(self, settings=self.settings.model_copy(update={"repeats": repeats}))
 
 
 def suites() -> dict[str, Path]:
