@@ -81,6 +81,10 @@ class Runner:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._close()
 
+    def begin_afresh(self) -> None:
+        """End the fork server: the next case comes out of a new one, as that of another run does."""
+        self._close()
+
     def _close(self) -> None:
         if self._nursery:
             self._nursery.close()

@@ -109,6 +109,10 @@ class Session:
         finally:
             self._file.__exit__(kind, error, at)
 
+    def begin_afresh(self) -> None:
+        """Let the next case be measured as the first of another run would be."""
+        self._runner.begin_afresh()
+
     def measure(self, case: Case, repeat: int) -> Record:
         """Measure a case and keep its record."""
         if case.model not in self._not_ready:

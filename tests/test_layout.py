@@ -31,8 +31,8 @@ _GROUPS = {
     "plug-ins": {"builtin"},
     "runner's process": {"figures", "nursery", "observer", "runner", "session"},
     "records": {"compare", "regression", "report", "schema", "store"},
-    "programs": {"__init__", "__main__", "checking", "cli", "console", "doctor", "interleaving", "progress", "side",
-                 "worktree"},
+    "programs": {"__init__", "__main__", "calibrating", "checking", "cli", "console", "doctor", "interleaving",
+                 "progress", "side", "worktree"},
 }  # fmt: skip
 _MAY_IMPORT = {
     "ground": {"ground"},

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from membench.cli import ci
 from membench.cli.output import EXPLAIN, FORMATS, RESULTS, Verbs, print_run
 from membench.errors import EXIT_CASES_FAILED, EXIT_INTERRUPTED, EXIT_OK, MembenchError, ResultsError
 
@@ -26,6 +27,7 @@ def add(verbs: Verbs) -> None:
     run.add_argument("--dry-run", action="store_true", help="print the cases and measure nothing")
     run.add_argument("--explain", action="store_true", help=EXPLAIN)
     run.add_argument("--format", choices=FORMATS, default=FORMATS[0])
+    ci.add(run)
     run.set_defaults(do=_run)
 
 
@@ -47,12 +49,16 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print("\n".join(case.id for suite in chosen.values() for case in suite.select(keep)))
         return EXIT_OK
+    ci.refuse_unwritable(arguments)
     from rich.console import Console
 
     from membench.progress import Display
+    from membench.report import checked, text
 
     resumed = _resumed(list(chosen.values()), arguments.output) if arguments.resume else [False] * len(chosen)
     code, left, has_begun = EXIT_OK, list(chosen), False
+    cases: list[checked.CheckedCase] = []
+    tables: list[str] = []
     try:
         for suite, resume in zip(chosen.values(), resumed, strict=True):
             # The library takes FORCE_COLOR for a terminal, which a log in a file is not.
@@ -68,12 +74,15 @@ def _run(arguments: argparse.Namespace) -> int:
             if any(record.broken_limits or record.status not in ("ok", "skipped") for record in run.records):
                 code = EXIT_CASES_FAILED
             left, has_begun = left[1:], False
+            cases += checked.of_records(suite.name, run.records)
+            tables.append(text.comparison(run.records, "github"))
     except KeyboardInterrupt:
         if not left:
             raise
         command = _command(arguments, left, has_begun or bool(resumed[len(chosen) - len(left)]))
         print(f"interrupted; what is done is kept. To go on: {command}", file=sys.stderr)
         return EXIT_INTERRUPTED
+    ci.write(arguments, f"membench run {' '.join(suite.name for suite in chosen.values())}", cases, tables)
     return code
 
 

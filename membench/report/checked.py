@@ -1,0 +1,119 @@
+"""What became of each case, as every CI service knows it: passed, failed, not finished, skipped; and in what words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from membench.record import Record
+from membench.regression.gates import Outcome
+from membench.regression.verdict import Judgement
+
+End = Literal["passed", "skipped", "failed", "unfinished"]
+"""``failed``: measured, and a limit, a rule or a tolerance is broken. ``unfinished``: not measured to its end, or not
+comparable."""
+_ENDS: Mapping[str, End] = {"skipped": "skipped", "diverged": "failed"}
+_WORST_LAST: tuple[End, ...] = ("passed", "skipped", "failed", "unfinished")
+
+
+@dataclass(frozen=True)
+class CheckedCase:
+    """A case and what is to be said of it.
+
+    Attributes:
+        reasons: why it did not pass, or was skipped; a line each.
+        notes: what is worth knowing although it breaks nothing.
+        duration_s: of all its repeats; ``None`` where it was not measured here.
+        output: the end of what it printed, where it did not end well.
+    """
+
+    suite: str
+    id: str
+    end: End
+    reasons: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    duration_s: float | None = None
+    output: str = ""
+
+
+def of_records(suite: str, records: Sequence[Record], outcomes: Iterable[Outcome] = ()) -> list[CheckedCase]:
+    """The cases of a run, with the limits and rules of its suite.
+
+    Args:
+        outcomes: of the suite's rules.
+    """
+    broken: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        if outcome.holds is False:
+            broken.setdefault(outcome.case_id, []).append(outcome.sentence())
+    return [_of_repeats(suite, case_id, repeats, broken.get(case_id, [])) for case_id, repeats in _by_id(records)]
+
+
+def _by_id(records: Sequence[Record]) -> Iterable[tuple[str, list[Record]]]:
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        found.setdefault(record.id, []).append(record)
+    return found.items()
+
+
+def _of_repeats(suite: str, case_id: str, repeats: Sequence[Record], rules: Sequence[str]) -> CheckedCase:
+    ends: list[End] = ["failed"] if rules else []
+    reasons = list(rules)
+    for record in repeats:
+        if record.status == "ok":
+            ends.append("failed" if record.broken_limits else "passed")
+        else:
+            ends.append(_ENDS.get(record.status, "unfinished"))
+            where = f" in {record.ended_in}" if record.ended_in else ""
+            reasons.append(f"{record.status}{where}: {record.message}")
+        reasons += record.broken_limits
+    return CheckedCase(
+        suite,
+        case_id,
+        _worst(ends),
+        tuple(dict.fromkeys(reasons)),
+        tuple(dict.fromkeys(note for record in repeats for note in (*record.remarks, *record.notes))),
+        sum(record.duration_s for record in repeats),
+        "".join(record.output_tail for record in repeats),
+    )
+
+
+def of_judgement(judgement: Judgement) -> list[CheckedCase]:
+    """The cases of a comparison; where it is not of cases that it fails, one of the comparison itself."""
+    suite, missing = judgement.new.suite or judgement.base.suite, set(judgement.missing)
+    cases = []
+    for pair in judgement.pairs:
+        watched = [change for change in pair.changes if change.is_watched]
+        reasons = [change.sentence() for change in watched if change.verdict == "regressed"]
+        end: End = "failed" if reasons else "passed"
+        if pair.broke:
+            end, reasons = "unfinished", [f"it ended well in {judgement.base.name}, and now: {pair.broke}", *reasons]
+        elif pair.id in missing:
+            end, reasons = "unfinished", [f"it was measured in {judgement.base.name}, and was not now"]
+        better = [change.sentence() for change in watched if change.verdict == "better"]
+        cases.append(CheckedCase(suite, pair.id, end, tuple(reasons), tuple(better)))
+    if judgement.exit_code and not any(case.end in ("failed", "unfinished") for case in cases):
+        cases.append(CheckedCase(suite, "comparison", "unfinished", tuple(judgement.sentences())))
+    return cases
+
+
+def together(first: Sequence[CheckedCase], second: Sequence[CheckedCase]) -> list[CheckedCase]:
+    """Two checks of the same cases as one: of each the worse end, and all that is to be said."""
+    merged = {case.id: case for case in first}
+    for case in second:
+        other = merged.get(case.id, case)
+        merged[case.id] = CheckedCase(
+            case.suite,
+            case.id,
+            _worst((other.end, case.end)),
+            tuple(dict.fromkeys((*other.reasons, *case.reasons))),
+            tuple(dict.fromkeys((*other.notes, *case.notes))),
+            other.duration_s if case.duration_s is None else case.duration_s,
+            other.output or case.output,
+        )
+    return list(merged.values())
+
+
+def _worst(ends: Sequence[End]) -> End:
+    return max(ends, key=_WORST_LAST.index)
