@@ -86,7 +86,7 @@ class Interleaved:
                     "root": str(tree.path), "not_from": str(self._repository.root),
                     "code": {"commit": self.commit, "ref": self.ref, "is_changed": False}}  # fmt: skip
             paths = _import_paths(self._repository.root)
-            self._base = opened.enter_context(_Side("base", there, [*_counterparts(tree, paths)], base, self._tell))
+            self._base = opened.enter_context(_Side("base", there, _counterparts(tree, paths), base, self._tell))
             self._head = opened.enter_context(_Side("head", here, paths, head, self._tell))
             for side in (self._base, self._head):
                 side.wait_until_ready()
@@ -140,8 +140,7 @@ class _Side:
         self.ids: Sequence[str] = ()
 
     def __enter__(self) -> _Side:
-        already = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*self._paths, *already])}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(self._paths)}
         self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "membench.side"],
@@ -211,15 +210,18 @@ class _Side:
 
 
 def _import_paths(root: Path) -> list[Path]:
-    """Folders of the repository that Python imports from here, the repository itself and its ``src`` among them."""
+    """What is to stand first on Python's path: folders of the repository that Python imports from here, the repository
+    itself and its ``src`` among them; then what PYTHONPATH names outside it.
+    """
     entries = [Path(entry or ".").resolve() for entry in sys.path]
     inside = [path for path in (*entries, root, root / "src") if path.is_relative_to(root) and path.is_dir()]
     # What is installed below it (an environment's own folder) is of no commit.
-    return list(dict.fromkeys(path for path in inside if "site-packages" not in path.parts))
+    own = [path for path in inside if "site-packages" not in path.parts]
+    named = [Path(entry).resolve() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    return list(dict.fromkeys([*own, *(path for path in named if not path.is_relative_to(root))]))
 
 
-def _counterparts(tree: WorkTree, paths: Sequence[Path]) -> Iterator[Path]:
-    for path in paths:
-        counterpart = tree.counterpart(path)
-        if counterpart is not None and counterpart.is_dir():
-            yield counterpart
+def _counterparts(tree: WorkTree, paths: Sequence[Path]) -> list[Path]:
+    """The same of the other commit: what it does not have is left out, what is outside the repository stays."""
+    found = [tree.counterpart(path) or path for path in paths]
+    return [path for path in found if path.is_dir()]
