@@ -40,7 +40,7 @@ def summary(heading: str, cases: Sequence[CheckedCase], tables: Sequence[str]) -
             lines += ["", "The other tables are longer than a summary may be; see the log."]
             break
         lines += ["", table]
-    return "\n".join(lines)[:_LARGEST_SUMMARY_BYTES] + "\n"
+    return "\n".join(lines).encode()[:_LARGEST_SUMMARY_BYTES].decode(errors="ignore") + "\n"
 
 
 def _data(text: str) -> str:
