@@ -27,13 +27,7 @@ def calibrate(
     Raises:
         ResultsError: if the run's file cannot be written.
     """
-    cases, number = suite.select(keep), 0
+    cases = suite.select(keep)
     with Session(suite.with_repeats(repeats), cases, Path(output), tell=tell) as session:
-        tell("start", {"path": str(session.path), "of": repeats * len(cases)})
-        for repeat in range(repeats):
-            session.begin_afresh()
-            for case in cases:
-                number += 1
-                tell("case", {"id": case.id, "number": number, "of": repeats * len(cases)})
-                session.measure(case, repeat)
+        session.measure_all([(case, repeat) for repeat in range(repeats) for case in cases], afresh=True)
     return read_run(session.path)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -58,10 +59,7 @@ def run(
     with Session(suite, cases, Path(output), resume=resume, tell=tell) as session:
         done = {(record.id, record.repeat) for record in read_run(session.path).records}
         todo = [(case, r) for r in range(suite.settings.repeats) for case in cases if (case.id, r) not in done]
-        tell("start", {"path": str(session.path), "of": len(todo)})
-        for number, (case, repeat) in enumerate(todo, 1):
-            tell("case", {"id": case.id, "number": number, "of": len(todo)})
-            session.measure(case, repeat)
+        session.measure_all(todo)
     return read_run(session.path)
 
 
@@ -87,7 +85,7 @@ class Session:
         Raises:
             ResultsError: as ``run`` does.
         """
-        machine = _machine(suite)
+        machine = machine_of(suite)
         self._limits, self._tell = suite.limits, tell
         self._file = _file(suite, output, resume, machine, {"code": code} if code else {})
         self.path = self._file.path
@@ -109,9 +107,20 @@ class Session:
         finally:
             self._file.__exit__(kind, error, at)
 
-    def begin_afresh(self) -> None:
-        """Let the next case be measured as the first of another run would be."""
-        self._runner.begin_afresh()
+    def measure_all(self, todo: Sequence[tuple[Case, int]], *, afresh: bool = False) -> None:
+        """Measure cases, each with the number of its repeat, one after the other.
+
+        Args:
+            afresh: whether each repeat begins as another run would, with a fork server of its own.
+        """
+        self._tell("start", {"path": str(self.path), "of": len(todo)})
+        begun: int | None = None
+        for number, (case, repeat) in enumerate(todo, 1):
+            if afresh and repeat != begun:
+                begun = repeat
+                self._runner.begin_afresh()
+            self._tell("case", {"id": case.id, "number": number, "of": len(todo)})
+            self.measure(case, repeat)
 
     def measure(self, case: Case, repeat: int) -> Record:
         """Measure a case and keep its record."""
@@ -123,6 +132,29 @@ class Session:
         return record
 
 
+def measure_again(
+    suite: Suite,
+    path: Path,
+    case_ids: Collection[str],
+    times: int,
+    tell: Callable[[str, Mapping[str, Any]], None] = silent,
+) -> Run:
+    """Add repeats of some cases to a run, made here by the same code.
+
+    Args:
+        path: of the run's file.
+        times: how many more repeats of each.
+
+    Raises:
+        ResultsError: as ``run``.
+    """
+    cases = tuple(case for case in suite.cases if case.id in case_ids)
+    with Session(suite, cases, path.parent, resume=path, tell=tell) as session:
+        done = collections.Counter(record.id for record in read_run(path).records)
+        session.measure_all([(case, done[case.id] + number) for number in range(times) for case in cases])
+    return read_run(path)
+
+
 def resumable(suite: Suite, output: str | Path, since: str = "") -> Path | None:
     """The newest run of a suite in a folder, begun at ``since`` (ISO, UTC) or later; ``None`` if there is none.
 
@@ -131,11 +163,12 @@ def resumable(suite: Suite, output: str | Path, since: str = "") -> Path | None:
     """
     found = find_run(Path(output), suite.name, since)
     if found is not None:
-        _refuse_what_differs(found, suite, _machine(suite))
+        _refuse_what_differs(found, suite, machine_of(suite))
     return found
 
 
-def _machine(suite: Suite) -> dict[str, Any]:
+def machine_of(suite: Suite) -> dict[str, Any]:
+    """The description of this machine that stands in the records of a suite."""
     threads = suite.settings.threads or environment.usable_cores()
     return environment.describe(threads, with_gpus=any(case.device.startswith("cuda") for case in suite.cases))
 

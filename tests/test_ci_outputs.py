@@ -41,10 +41,8 @@ def test_junit_has_a_suite_a_suite_and_a_case_a_case_with_what_is_wrong_as_its_t
         ("testsuite", {"name": "s", "tests": "3", "failures": "1", "errors": "1", "skipped": "0", "time": "1.750"}),
         ("testsuite", {"name": "t", "tests": "1", "failures": "0", "errors": "0", "skipped": "1", "time": "0.000"}),
     ]
-    found = {
-        case.get("name"): [(child.tag, child.get("message"), child.text) for child in case]
-        for case in root.iter("testcase")
-    }
+    cases = list(root.iter("testcase"))
+    found = {case.get("name"): [(child.tag, child.get("message"), child.text) for child in case] for case in cases}
     assert found["m/none/w/cpu"] == [("system-out", None, "a note")]
     assert found["m/a/w/cpu"] == [("failure", "over its limit", "over its limit\nand worse")]
     assert found["m/c/w/cpu"] == [("skipped", "no CUDA device here", None)]

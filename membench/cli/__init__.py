@@ -7,10 +7,10 @@ import importlib.metadata
 from collections.abc import Sequence
 
 from membench import console
-from membench.cli import doctor, export, listing, run, show
+from membench.cli import calibrate, doctor, export, listing, run, show
 
 # In the order in which the help shows them.
-_VERBS = (run, listing, show, export, doctor)
+_VERBS = (run, listing, show, calibrate, export, doctor)
 
 
 def _parser() -> argparse.ArgumentParser:
