@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import membench
+from membench import cli
 from membench.errors import MembenchError
 from membench.interleaving import Interleaved
 from membench.worktree import GitError, Repository
@@ -161,3 +162,48 @@ def test_an_interrupt_in_the_middle_of_a_case_removes_the_work_tree(here: Path) 
     assert process.returncode == 130, said
     assert "interrupted" in said
     assert "Traceback" not in said
+
+
+def _membench(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "membench", *arguments], env={**os.environ, **variables},
+                          capture_output=True, text=True, timeout=300)  # fmt: skip
+
+
+def test_a_model_that_grew_since_the_commit_fails_and_is_told_where(here: Path) -> None:
+    commit(here, "Grow", {"model.py": MODEL.format(width=_WIDER)})
+    done = _membench("run", "small.toml", "--against-ref", "HEAD~1", "--repeats", "2", "--fail", "time:off",
+                     "--junit", "junit.xml", GITHUB_ACTIONS="true")  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    grown = f"{_CASE}: weights 4.001 MiB → 8.001 MiB (+100.0%, tolerance 1%): +4.000 MiB weights of"
+    assert f"regressed: {grown}" in done.stdout
+    assert "::error title=membench%3A own/none/forward/cpu::weights 4.001 MiB → 8.001 MiB (+100.0%25" in done.stderr
+    assert 'failures="1"' in (here / "junit.xml").read_text()
+    # A suspect was measured again on both sides before that was said.
+    for path in (membench.newest_run("results"), membench.newest_run("results/base")):
+        assert [record.repeat for record in membench.read_run(path).records] == [0, 1, 2, 3, 4]
+
+
+def test_what_has_not_changed_passes(here: Path) -> None:
+    done = _membench("run", "small.toml", "--against-ref", "HEAD", "--repeats", "2", "--fail", "time:off")
+    assert (done.returncode, "nothing regressed" in done.stdout) == (0, True), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--against-ref", "nowhere"], "'nowhere' names no commit here"),
+        (["--against-ref", "HEAD", "--resume"], "--resume goes on with one run; --against-ref measures two in turn"),
+        (["--against-ref", "HEAD", "quickstart"], "--against-ref compares one suite; name one"),
+        (["--against-ref", "HEAD", "--fail", "peak_lve:2%"], "no metric is named 'peak_lve'; did you mean 'peak_live'?"),
+        (["--repeats", "3"], "--repeats belongs to --against-ref GIT_REF"),
+        (["--fail", "time:off"], "--fail belongs to --against-ref GIT_REF"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_compared_is_one_line_and_measures_nothing(
+    here: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["run", "small.toml", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not (here / "results").exists()

@@ -59,7 +59,7 @@ def test_junit_leaves_out_what_xml_cannot_hold() -> None:
 
 def test_an_annotation_is_one_command_whatever_is_in_its_text() -> None:
     failed, unfinished = github.workflow_commands(_CASES)
-    assert failed == "::error title=membench%3A m/a/w/cpu::over its limit; and worse"
+    assert failed == "::error title=membench%3A m/a/w/cpu::over its limit%0Aand worse"
     assert unfinished.startswith("::error title=membench%3A m/b/w/cpu::50%25 of <b>it</b>")
     assert unfinished.isprintable()
     (titled,) = github.workflow_commands([CheckedCase("s", "a,b::c%0A", "failed", ("x",))])

@@ -7,10 +7,10 @@ import importlib.metadata
 from collections.abc import Sequence
 
 from membench import console
-from membench.cli import calibrate, doctor, export, listing, run, show
+from membench.cli import calibrate, doctor, export, listing, regression, run, show
 
 # In the order in which the help shows them.
-_VERBS = (run, listing, show, calibrate, export, doctor)
+_VERBS = (run, listing, show, regression, calibrate, export, doctor)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -24,7 +24,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; its exit code: 0 fine, 1 a case failed or broke a limit, 2 bad input, 130 interrupted."""
+    """Run a verb; its exit code.
+
+    0 fine, 1 a case failed, broke a limit or a gate, or regressed, 2 bad input, 3 nothing to compare with, 130
+    interrupted.
+    """
 
     def work() -> int:
         arguments = _parser().parse_args(argv)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING
 
 from membench.cli import ci
+from membench.cli.output import FOR_MACHINES
+from membench.cli.regression import print_judgements, tell_of_gates
 from membench.errors import EXIT_CASES_FAILED, MembenchError
 
 if TYPE_CHECKING:
     from membench import Suite
+    from membench.regression.verdict import Judgement
 
-_ROUNDS = 5
+ROUNDS = 5
 """Time is judged over three repeats or more; five tell it from chance more surely."""
-_ROUNDS_MORE = 3
+_MORE_ROUNDS = 3
 
 
 def run(arguments: argparse.Namespace, suite: Suite) -> int:
@@ -27,6 +31,7 @@ def run(arguments: argparse.Namespace, suite: Suite) -> int:
 
     from membench import interleaving, selection
     from membench.progress import Display
+    from membench.regression.gates import outcomes
     from membench.regression.measured import of_run
     from membench.regression.tolerances import Tolerances, parse_fail
     from membench.regression.verdict import judge
@@ -34,8 +39,10 @@ def run(arguments: argparse.Namespace, suite: Suite) -> int:
 
     if arguments.resume:
         raise MembenchError("--resume goes on with one run; --against-ref measures two in turn, afresh")
-    tolerances = Tolerances(suite=suite.tolerances, command_line=[parse_fail(text) for text in arguments.fail or ()])
-    rounds = arguments.repeats or max(_ROUNDS, suite.settings.repeats)
+    asked = [parse_fail(text) for text in arguments.fail]
+    tolerances = Tolerances(suite.tolerances, asked)
+    Tolerances(command_line=asked).refuse_idle(case.id for case in suite.cases)
+    rounds = arguments.repeats or max(ROUNDS, suite.settings.repeats)
     keep = selection.parse(arguments.expression) if arguments.expression else None
     with (
         Display(Console(stderr=True, force_terminal=sys.stderr.isatty())) as display,
@@ -48,25 +55,24 @@ def run(arguments: argparse.Namespace, suite: Suite) -> int:
             tell=display,
         ) as both,
     ):
-        head_name = "what is here" + (", with changes that are not committed" if both.is_changed else "")
-        names = (f"{arguments.against_ref} ({both.commit[:12]})", head_name)
+        changed = ", with changes that are not committed" if both.is_changed else ""
+        names = (f"{arguments.against_ref} ({both.commit[:12]})", f"what is here{changed}")
 
-        def judged(sides: interleaving.Sides):  # type: ignore[no-untyped-def]
+        def judged(sides: interleaving.Sides) -> Judgement:
             base, head = (of_run(side, name) for side, name in zip(sides, names, strict=True))
             return judge(base, head, tolerances)
 
         sides = both.measure(rounds)
         judgement = judged(sides)
         if judgement.suspects:
-            sides = both.measure(_ROUNDS_MORE, judgement.suspects)
+            sides = both.measure(_MORE_ROUNDS, judgement.suspects)
             judgement = judged(sides)
-    print(regression.table([judgement], arguments.format))
-    for line in (*judgement.sentences(), f"kept in {sides.base.path} and {sides.head.path}"):
-        print(line, file=sys.stderr if arguments.format in ("csv", "json") else sys.stdout)
-    cases = checked.together(checked.of_records(suite.name, sides.head.records), checked.of_judgement(judgement))
-    ci.write(
-        arguments, f"{suite.name} against {arguments.against_ref}", cases, [regression.table([judgement], "github")]
-    )
-    if judgement.exit_code != EXIT_CASES_FAILED and any(record.broken_limits for record in sides.head.records):
-        return EXIT_CASES_FAILED
-    return judgement.exit_code
+    print_judgements([judgement], arguments.format)
+    held = outcomes(suite.gates, sides.head.records)
+    is_broken = tell_of_gates(sides.head, suite.gates, arguments.format)
+    is_broken |= any(record.broken_limits for record in sides.head.records)
+    beside = sys.stderr if arguments.format in FOR_MACHINES else sys.stdout
+    print("kept in {} and {}".format(*(os.path.relpath(side.path) for side in sides)), file=beside)
+    cases = checked.together(checked.of_records(suite.name, sides.head.records, held), checked.of_judgement(judgement))
+    ci.write(arguments, regression.summary(judgement), cases, [regression.table([judgement], "github")])
+    return EXIT_CASES_FAILED if is_broken else judgement.exit_code

@@ -17,7 +17,7 @@ FORMATS = ("simple", "github", "csv", "json", "latex", "html", "plain", "grid")
 EXPLAIN = "every metric of every case, member by member of a stack (csv and json hold every metric anyway)"
 RESULTS = Path("results")
 # Whatever reads these must find nothing else in the output.
-_FOR_MACHINES = ("csv", "json", "latex", "html")
+FOR_MACHINES = ("csv", "json", "latex", "html")
 
 
 def print_run(run: Run, form: str, explain: bool) -> None:
@@ -29,10 +29,10 @@ def print_run(run: Run, form: str, explain: bool) -> None:
     print(text.comparison(run.records, form, shutil.get_terminal_size().columns if fits else None))
     if explain and form not in ("csv", "json"):
         print(f"\n{text.explanation(run.records, form)}")
-    if form not in _FOR_MACHINES:
+    if form not in FOR_MACHINES:
         print()
     for line in (*text.remarks(run.records), *text.verdicts(run.records), *_nothing(run), f"kept in {run.path}"):
-        print(line, file=sys.stderr if form in _FOR_MACHINES else sys.stdout)
+        print(line, file=sys.stderr if form in FOR_MACHINES else sys.stdout)
 
 
 def _nothing(run: Run) -> list[str]:

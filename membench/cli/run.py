@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from membench.cli import ci
+from membench.cli import against, ci
 from membench.cli.output import EXPLAIN, FORMATS, RESULTS, Verbs, print_run
+from membench.cli.regression import add_fail, tell_of_gates
 from membench.errors import EXIT_CASES_FAILED, EXIT_INTERRUPTED, EXIT_OK, MembenchError, ResultsError
 
 if TYPE_CHECKING:
@@ -27,8 +28,20 @@ def add(verbs: Verbs) -> None:
     run.add_argument("--dry-run", action="store_true", help="print the cases and measure nothing")
     run.add_argument("--explain", action="store_true", help=EXPLAIN)
     run.add_argument("--format", choices=FORMATS, default=FORMATS[0])
+    run.add_argument(
+        "--against-ref", metavar="GIT_REF",
+        help="measure that commit's code and suite, too, in turn with what is here, and fail if something regressed",
+    )  # fmt: skip
+    run.add_argument("--repeats", type=_repeats, help=f"with --against-ref: rounds of both ({against.ROUNDS})")
+    add_fail(run, "with --against-ref: ")
     ci.add(run)
     run.set_defaults(do=_run)
+
+
+def _repeats(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1000:
+        raise argparse.ArgumentTypeError("write a number from 1 to 1000")
+    return int(text)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -50,9 +63,16 @@ def _run(arguments: argparse.Namespace) -> int:
         print("\n".join(case.id for suite in chosen.values() for case in suite.select(keep)))
         return EXIT_OK
     ci.refuse_unwritable(arguments)
+    if arguments.against_ref:
+        if len(chosen) > 1:
+            raise MembenchError("--against-ref compares one suite; name one")
+        return against.run(arguments, *chosen.values())
+    if arguments.repeats or arguments.fail:
+        raise MembenchError(f"--{'repeats' if arguments.repeats else 'fail'} belongs to --against-ref GIT_REF")
     from rich.console import Console
 
     from membench.progress import Display
+    from membench.regression.gates import outcomes
     from membench.report import checked, text
 
     resumed = _resumed(list(chosen.values()), arguments.output) if arguments.resume else [False] * len(chosen)
@@ -71,10 +91,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
                 run = membench.run(suite, keep=keep, output=arguments.output, resume=resume, tell=tell)
             print_run(run, arguments.format, arguments.explain)
-            if any(record.broken_limits or record.status not in ("ok", "skipped") for record in run.records):
+            broken = tell_of_gates(run, suite.gates, arguments.format)
+            if broken or any(record.broken_limits or record.status not in ("ok", "skipped") for record in run.records):
                 code = EXIT_CASES_FAILED
             left, has_begun = left[1:], False
-            cases += checked.of_records(suite.name, run.records)
+            cases += checked.of_records(suite.name, run.records, outcomes(suite.gates, run.records))
             tables.append(text.comparison(run.records, "github"))
     except KeyboardInterrupt:
         if not left:

@@ -46,7 +46,7 @@ def of_records(suite: str, records: Sequence[Record], outcomes: Iterable[Outcome
     broken: dict[str, list[str]] = {}
     for outcome in outcomes:
         if outcome.holds is False:
-            broken.setdefault(outcome.case_id, []).append(outcome.sentence())
+            broken.setdefault(outcome.case_id, []).append(_of(outcome.case_id, outcome.sentence()))
     return [_of_repeats(suite, case_id, repeats, broken.get(case_id, [])) for case_id, repeats in _by_id(records)]
 
 
@@ -85,17 +85,22 @@ def of_judgement(judgement: Judgement) -> list[CheckedCase]:
     cases = []
     for pair in judgement.pairs:
         watched = [change for change in pair.changes if change.is_watched]
-        reasons = [change.sentence() for change in watched if change.verdict == "regressed"]
+        reasons = [_of(pair.id, change.sentence()) for change in watched if change.verdict == "regressed"]
         end: End = "failed" if reasons else "passed"
         if pair.broke:
             end, reasons = "unfinished", [f"it ended well in {judgement.base.name}, and now: {pair.broke}", *reasons]
         elif pair.id in missing:
             end, reasons = "unfinished", [f"it was measured in {judgement.base.name}, and was not now"]
-        better = [change.sentence() for change in watched if change.verdict == "better"]
+        better = [_of(pair.id, change.sentence()) for change in watched if change.verdict == "better"]
         cases.append(CheckedCase(suite, pair.id, end, tuple(reasons), tuple(better)))
     if judgement.exit_code and not any(case.end in ("failed", "unfinished") for case in cases):
         cases.append(CheckedCase(suite, "comparison", "unfinished", tuple(judgement.sentences())))
     return cases
+
+
+def _of(case_id: str, sentence: str) -> str:
+    """A sentence that stands with its case, which it need not name."""
+    return sentence.removeprefix(f"{case_id}: ")
 
 
 def together(first: Sequence[CheckedCase], second: Sequence[CheckedCase]) -> list[CheckedCase]:

@@ -18,7 +18,7 @@ def workflow_commands(cases: Sequence[CheckedCase]) -> Iterator[str]:
     for case in cases:
         if case.end in _LEVELS:
             title = _property(f"membench: {case.id}")
-            yield f"::{_LEVELS[case.end]} title={title}::{_data('; '.join(case.reasons))}"
+            yield f"::{_LEVELS[case.end]} title={title}::{'%0A'.join(map(_data, case.reasons))}"
 
 
 def summary(heading: str, cases: Sequence[CheckedCase], tables: Sequence[str]) -> str:
