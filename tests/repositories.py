@@ -50,7 +50,7 @@ def commit(folder: Path, message: str, files: dict[str, str]) -> str:
     return git(folder, "rev-parse", "HEAD")
 
 
-def repository(folder: Path, width: int = 2048) -> Path:
+def repository(folder: Path, width: int = 256) -> Path:
     """A repository whose only commit has a model of two layers and a suite that measures it."""
     folder.mkdir()
     git(folder, "init", "--quiet")
