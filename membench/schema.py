@@ -147,7 +147,7 @@ class _Record(_Table):
     metrics: dict[str, float | None]
     reasons: dict[str, str]
     obtained: dict[str, _How]
-    processes: list[_Process]
+    processes: list[_Process] = Field(min_length=1)
     remarks: list[str]
     notes: list[str] = []
     broken_limits: list[str]
@@ -182,6 +182,15 @@ def check_header(entry: Mapping[str, Any]) -> None:
     _check_name("suite", entry["suite"], checked_name)
     for number, device in enumerate(entry.get("devices", ())):
         _check_name(f"devices.{number}", device, checked_device)
+
+
+def check_machine(machine: Mapping[str, Any]) -> None:
+    """Check the description of a machine.
+
+    Raises:
+        ResultsError: key, value and what would be right.
+    """
+    _check(_Machine, machine)
 
 
 def check_record(entry: Mapping[str, Any]) -> None:

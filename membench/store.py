@@ -7,9 +7,7 @@ import dataclasses
 import errno
 import fcntl
 import json
-import math
 import os
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +17,8 @@ from typing import Any
 from membench.errors import ResultsError
 from membench.record import SCHEMA_VERSION, Record
 from membench.schema import Membership, check_header, check_record, check_version
+from membench.strict_json import open_file, parsed
 from membench.units import format_bytes
-from membench.validation import shown
 
 _LONGEST_LINE_BYTES = 2**29
 """Above the largest record: durations of the most steps that a suite may ask for, a number a part of each."""
@@ -172,10 +170,7 @@ def _lines(path: Path) -> Iterator[bytes]:
         OSError: if it cannot be read.
         ResultsError: if a line is longer than any record.
     """
-    # A pipe that nobody writes to must not hold us up.
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "it is no file")
+    with open_file(path) as file:
         while line := file.readline(_LONGEST_LINE_BYTES + 1):
             if len(line) > _LONGEST_LINE_BYTES:
                 yield line  # the reader counts it, then refuses it
@@ -191,23 +186,7 @@ def _parsed(line: bytes) -> object:
     """
     if len(line) > _LONGEST_LINE_BYTES:
         raise ResultsError(f"longer than any record: more than {format_bytes(_LONGEST_LINE_BYTES)}")
-    try:
-        return json.loads(line, parse_constant=_refuse, parse_float=_finite)
-    except RecursionError:
-        raise ResultsError("not JSON that a run has: nested too deeply") from None
-    except ValueError:
-        raise ResultsError("not JSON") from None
-
-
-def _refuse(constant: str) -> object:
-    raise ResultsError(f"{constant} is no number of JSON")
-
-
-def _finite(digits: str) -> float:
-    number = float(digits)
-    if math.isinf(number):
-        raise ResultsError(f"{shown(digits)} is more than a number holds")
-    return number
+    return parsed(line)
 
 
 def _record(entry: dict[str, Any]) -> Record:

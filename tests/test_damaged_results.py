@@ -15,7 +15,11 @@ import pytest
 from membench import cli, store
 from membench.errors import ResultsError
 from membench.record import METRICS, Record
-from membench.report import text
+from membench.regression import baselines
+from membench.regression.measured import Measured, of_run
+from membench.regression.tolerances import Tolerances
+from membench.regression.verdict import judge
+from membench.report import checked, github, junit, regression, text
 from membench.store import find_run, newest_run, read_run
 
 _KEPT = Path(__file__).parent.parent / "results" / "quickstart@2-cores-epyc.jsonl"
@@ -34,12 +38,14 @@ _ODD = [*_ODD_NUMBERS, *map(json.dumps, _ODD_TEXTS), *_ODD_VALUES]
 
 @pytest.fixture(scope="module")
 def entries() -> list[dict[str, Any]]:
-    """The header of a kept run and two of its records, with few samples."""
+    """The header of a kept run and two of its records, with few samples and figures."""
     kept = [json.loads(line) for line in _KEPT.read_text().splitlines()[:3]]
     for record in kept[1:]:
         record["timeline"] = {name: column[:2] for name, column in record["timeline"].items()}
         record["processes"][0]["phases"] = [p for p in record["processes"][0]["phases"] if p["name"] in ("load", "run")]
         record["processes"][0]["quality"] = None
+        record["obtained"] = dict(list(record["obtained"].items())[:3])
+        record["metrics"] = dict(list(record["metrics"].items())[:12])
     return kept
 
 
@@ -109,20 +115,112 @@ def test_anything_anywhere_is_refused_with_its_line_and_key_or_can_be_shown(
             if str(place[-1]) not in _write(path, changed).decode():
                 continue
             template = path.read_text()
-            # All kinds of nonsense in the keys that matter; three of them, drawn by lot, in each of the rest.
-            for odd in _ODD if len(place) <= 2 else draw.sample(_ODD, 3):
+            # All kinds of nonsense in the keys that matter; two of them, drawn by lot, in each of the rest.
+            for odd in _ODD if len(place) <= 2 else draw.sample(_ODD, 2):
                 path.write_text(template.replace('"PLACE"', odd, 1))
                 try:
                     run = read_run(path)
+                    measured = of_run(run)
                 except ResultsError as error:
                     message = _clear(error, path)
                     assert f", line {line + 1}: " in message or ", line 2: " in message, message
                     refused += 1
                 else:
-                    assert "\x1b" not in _all_views(run.records)
+                    said = _all_views(run.records) + _all_views_of(measured, measured)
+                    assert not [c for c in said if not c.isprintable() and c not in "\r\n"]
                     shown += 1
-    assert refused > 500
+    assert refused > 400
     assert shown > 100
+
+
+@pytest.fixture
+def baseline(path: Path, entries: list[dict[str, Any]]) -> tuple[Path, Measured]:
+    """A baseline of two cases with their noise, and what it is of."""
+    repeats = [{**copy.deepcopy(entry), "repeat": 1} for entry in entries[1:]]
+    repeats[0]["metrics"]["peak_live_bytes"] += 2**20
+    _write(path, [*entries, *repeats])
+    measured = of_run(read_run(path))
+    kept = path.with_name("quickstart@here.json")
+    baselines.write(measured, kept)
+    return kept, measured
+
+
+def _all_views_of(base: Measured, new: Measured) -> str:
+    """Every text that is made of comparisons."""
+    judgements = [judge(base, new, Tolerances(), across_machines=True), judge(new, base, Tolerances())]
+    views = [regression.table(judgements[:1], form) for form in ("simple", "github", "csv")]
+    views += [
+        line for judgement in judgements for line in (*regression.remarks(judgement), regression.summary(judgement))
+    ]
+    cases = [case for judgement in judgements for case in checked.of_judgement(judgement)]
+    views += [regression.figures(base), regression.figures(base, "csv"), junit.document(cases)]
+    return "\n".join([*views, *github.workflow_commands(cases), github.summary("s", cases, [])])
+
+
+def test_a_baseline_cut_anywhere_is_refused(baseline: tuple[Path, Measured]) -> None:
+    path, measured = baseline
+    whole = path.read_bytes()
+    assert {*baselines.read(path).cases} == {*measured.cases}
+    for length in range(0, len(whole) - 2, 7):  # the last two are a bracket and the end of its line
+        path.write_bytes(whole[:length])
+        with pytest.raises(ResultsError) as raised:
+            baselines.read(path)
+        _clear(raised, path)
+
+
+def test_anything_anywhere_in_a_baseline_is_refused_or_can_be_compared(baseline: tuple[Path, Measured]) -> None:
+    path, measured = baseline
+    draw = random.Random(7)
+    content = json.loads(path.read_text())
+    refused = shown = 0
+    for place in _places(content):
+        changed = copy.deepcopy(content)
+        _at(changed, place[:-1])[place[-1]] = "PLACE"
+        template = json.dumps(changed)
+        for odd in _ODD if len(place) == 1 else draw.sample(_ODD, 2):
+            path.write_text(template.replace('"PLACE"', odd, 1))
+            try:
+                base = baselines.read(path)
+            except ResultsError as error:
+                _clear(error, path)
+                refused += 1
+            else:
+                assert not [c for c in _all_views_of(base, measured) if not c.isprintable() and c not in "\r\n"]
+                shown += 1
+    assert refused > 100
+    assert shown > 20
+
+
+def test_folders_pipes_and_other_files_are_no_baselines(baseline: tuple[Path, Measured]) -> None:
+    path, _ = baseline
+    for name, make in (("folder", os.mkdir), ("pipe", os.mkfifo)):
+        make(path.with_name(f"{name}.json"))
+    assert baselines.names(path.parent) == ["quickstart@here"]
+    for name, content, message in (
+        ("pipe", None, "cannot be read: it is no file"),
+        ("folder", None, "cannot be read: Is a directory"),
+        ("empty", b"", "not JSON"),
+        ("binary", bytes(range(256)), "not JSON"),
+        ("deep", b"[" * 200_000, "not JSON of membench: nested too deeply"),
+        ("nan", b'{"schema": 1, "cases": {}, "machine": {"x": NaN}}', "NaN is no number of JSON"),
+        ("newer", b'{"schema": 2, "cases": {}}', "schema 2 is newer than 1; a newer membench reads it"),
+    ):
+        other = path.with_name(f"{name}.json")
+        if content is not None:
+            other.write_bytes(content)
+        with pytest.raises(ResultsError) as raised:
+            baselines.read(other)
+        assert _clear(raised, other) == f"{other}: {message}"
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/passwd", "a/b", "..", ".", "", "a@b@c", "a\x1b[2J", "<b>", "a b", "n" * 300, "\u202ea"]
+)
+def test_a_baselines_name_leads_nowhere_else(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ResultsError) as raised:
+        baselines.path_of(name, tmp_path)
+    assert str(raised.value).isprintable()
+    assert "is no name for a baseline" in str(raised.value)
 
 
 def test_a_missing_key_is_named(path: Path, entries: list[dict[str, Any]]) -> None:
@@ -199,7 +297,7 @@ def test_two_runs_in_one_file_and_a_record_twice_are_refused(path: Path, entries
         (b"\0" * 4096 + b"\n", "line 1: not JSON"),
         (bytes(range(256)) * 8, "line 1: not JSON"),
         (b"\x7fELF\x02\x01\n", "line 1: not JSON"),
-        (b"[" * 200_000 + b"\n", "line 1: not JSON that a run has: nested too deeply"),
+        (b"[" * 200_000 + b"\n", "line 1: not JSON of membench: nested too deeply"),
         (b'{"schema": ' + b"9" * 4000 + b"}\n", "line 1: schema a very large number is newer than 1"),
         (b'{"schema": 1, "run": NaN}\n', "line 1: NaN is no number of JSON"),
         (b'{"schema": 1, "run": "r", "suite": {"name": "s"}}\n', "line 1: suite = {name = 's'}: text is wanted"),

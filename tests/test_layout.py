@@ -30,7 +30,7 @@ _GROUPS = {
     "measured process": _MEASURED,
     "plug-ins": {"builtin"},
     "runner's process": {"figures", "nursery", "observer", "runner", "session"},
-    "records": {"compare", "regression", "report", "schema", "store"},
+    "records": {"compare", "regression", "report", "schema", "store", "strict_json"},
     "programs": {"__init__", "__main__", "calibrating", "checking", "cli", "console", "doctor", "interleaving",
                  "progress", "side", "worktree"},
 }  # fmt: skip

@@ -14,11 +14,15 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from membench import strict_json
 from membench.errors import ResultsError, did_you_mean
+from membench.names import checked_name
 from membench.record import METRIC_OF_FIELD
 from membench.regression.machines import machine_class
 from membench.regression.measured import Measured, MeasuredCase
 from membench.regression.noise import Noise
+from membench.schema import check_machine
+from membench.units import format_bytes
 from membench.validation import shown
 
 SCHEMA_VERSION = 1
@@ -30,6 +34,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,79}(@[A-Za-z0-9_][A-Za-z0-9_.
 _DIGITS_OF_TIMES = 4
 _DIGITS = 7
 _LARGEST = 2.0**63
+_LARGEST_FILE_BYTES = 2**26
 _WIDTH = 110
 
 
@@ -91,18 +96,22 @@ def read(path: Path) -> Measured:
         ResultsError: in one line, if it is none, is damaged or of a newer schema.
     """
     try:
-        parsed = json.loads(path.read_bytes())
+        with strict_json.open_file(path) as file:
+            text = file.read(_LARGEST_FILE_BYTES + 1)
+        if len(text) > _LARGEST_FILE_BYTES:
+            raise ResultsError(f"larger than any baseline: more than {format_bytes(_LARGEST_FILE_BYTES)}")
+        parsed = strict_json.parsed(text)
     except OSError as error:
         raise ResultsError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise ResultsError(f"{path}: not JSON, as a baseline is") from None
+    except ResultsError as error:
+        raise ResultsError(f"{path}: {error}") from None
     if not isinstance(parsed, dict) or type(parsed.get("schema")) is not int or "cases" not in parsed:
         raise ResultsError(f"{path}: no baseline ('schema' or 'cases' is missing)")
     schema = parsed.pop("schema")
     if schema > SCHEMA_VERSION:
-        raise ResultsError(f"{path}: schema {schema} is newer than {SCHEMA_VERSION}; a newer membench reads it")
+        raise ResultsError(f"{path}: schema {shown(schema)} is newer than {SCHEMA_VERSION}; a newer membench reads it")
     if schema < 1:
-        raise ResultsError(f"{path}: there is no schema {schema}")
+        raise ResultsError(f"{path}: there is no schema {shown(schema)}")
     try:
         measured = TypeAdapter(Measured).validate_json(json.dumps(_unfolded(parsed)))
     except ValidationError as error:
@@ -110,7 +119,7 @@ def read(path: Path) -> Measured:
         place = ".".join(map(str, first["loc"]))
         raise ResultsError(f"{path}: damaged: {shown(place)}: {first['msg'].lower()}") from None
     _refuse_impossible(measured, path)
-    return measured
+    return dataclasses.replace(measured, name=path.stem)  # whoever renames a file renames the baseline
 
 
 def names(folder: Path = FOLDER) -> list[str]:
@@ -156,6 +165,14 @@ def remove(name: str, folder: Path = FOLDER) -> None:
 
 def _refuse_impossible(measured: Measured, path: Path) -> None:
     """What fits the schema and is still nothing that was measured."""
+    try:
+        check_machine(measured.machine)
+        if measured.suite:  # what was measured without one has none
+            checked_name(measured.suite)
+    except ResultsError as error:
+        raise ResultsError(f"{path}: damaged: machine.{error}") from None
+    except ValueError as error:
+        raise ResultsError(f"{path}: damaged: suite = {shown(measured.suite)}: {error}") from None
     for case_id, case in measured.cases.items():
         if case_id != case.id or not case_id.isprintable():
             raise ResultsError(f"{path}: damaged: case {shown(case_id)} calls itself {shown(case.id)}")

@@ -193,8 +193,10 @@ def written(rows: Sequence[Mapping[str, object]], form: str) -> str:
 
 
 def _harmless(value: object) -> object:
-    """A cell that no spreadsheet takes for a formula."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    """A cell that no spreadsheet takes for a formula, and no terminal for a command."""
+    if not isinstance(value, str):
+        return value
+    return f"'{one_line(value)}" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else one_line(value)
 
 
 def _heading(title: str, form: str) -> str:
