@@ -104,6 +104,8 @@ def _check(arguments: argparse.Namespace) -> int:
     from membench.suite import is_suite
 
     asked = [parse_fail(text) for text in arguments.fail]
+    if arguments.update and arguments.against and _baseline_named(arguments.against, arguments.output) is None:
+        raise MembenchError(f"--update moves a baseline, and '{arguments.against}' is none")
     is_run = arguments.new.endswith((".json", ".jsonl"))
     if is_suite(arguments.new) and not is_run:
         base, judgement, run, gates = _of_suite(arguments, asked)
@@ -250,9 +252,8 @@ def _update(base: Measured, judgement: Judgement, arguments: argparse.Namespace,
     from membench.regression.sources import baseline_path
 
     named = arguments.against
-    path = baseline_path(judgement.new, arguments.output) if named is None else _baseline_named(named, arguments.output)
-    if path is None:
-        raise MembenchError(f"--update moves a baseline, and '{named}' is a run; 'membench baseline save' keeps one")
+    path = _baseline_named(named, arguments.output) if named else baseline_path(judgement.new, arguments.output)
+    assert path is not None
     if code != EXIT_OK:
         print(f"{path} stays as it is", file=sys.stderr)
         return

@@ -69,7 +69,7 @@ class MeasuredCase:
     status: Status
     message: str | None = None
     ended_in: str | None = None
-    values: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    values: Mapping[str, Sequence[int | float]] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
     resolution_bytes: Mapping[str, int] = field(default_factory=dict)
     bounds: Mapping[str, str] = field(default_factory=dict)
