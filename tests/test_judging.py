@@ -176,9 +176,9 @@ def _steps(pace_s: float, repeats: int, spread: float = 0.02, seed: int = 0) -> 
         # A neighbour came for two repeats of three: the third shows the true pace.
         (_steps(1.0, 3), [*_steps(1.8, 2, seed=1), *_steps(1.0, 1, seed=2)], "undecided"),
         # The base has a repeat as slow as these: with so few, that may be all there is to it.
-        ([*_steps(1.0, 2), *_steps(1.3, 1)], _steps(1.2, 3, seed=1), "undecided"),
+        ([*_steps(1.0, 2), *_steps(1.2, 1, seed=3)], _steps(1.2, 3, seed=1), "undecided"),
         # Each pace comes with five steps, which are no five witnesses.
-        ([*_steps(1.0, 3), *_steps(1.3, 2)], _steps(1.2, 5, seed=1), "undecided"),
+        ([*_steps(1.0, 3), *_steps(1.2, 2)], _steps(1.2, 5, seed=1), "undecided"),
         (_steps(1.2, 3), _steps(1.0, 3, seed=1), "better"),
         (_steps(1.2, 3), _steps(1.0, 1, seed=1), "same"),
     ],
