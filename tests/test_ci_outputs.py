@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from membench.record import METRICS, Record
+from membench.regression.measured import of_records
+from membench.regression.tolerances import Tolerances
+from membench.regression.verdict import judge
 from membench.report import checked, exchange, github, junit
 from membench.report.checked import CheckedCase
 
@@ -195,3 +200,52 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(tmp_p
 @pytest.mark.parametrize("form", ["bencher", "benchmark-action"])
 def test_an_export_of_a_run_without_figures_is_empty_json(form: str) -> None:
     assert json.loads(exchange.FORMATS[form]([_record(status="failed")])) in ({}, [])
+
+
+def test_a_check_fails_for_what_got_worse_and_not_for_what_was_broken_before() -> None:
+    weights = {"weights_bytes": 2**20}
+    broken: dict[str, Any] = {
+        "status": "out-of-memory",
+        "ended_in": "run",
+        "message": "killed by the kernel",
+        "metrics": {},
+    }
+    process = {"role": "worker", "rank": 0, "device": "cpu", "phases": []}
+    base = [
+        _record(metrics=weights),
+        _record("a", metrics=weights),
+        _record("b", **broken),
+        _record("c", metrics=weights),
+    ]
+    new = [
+        _record(metrics=weights, broken_limits=("weights 1.000 MiB is over its limit of 1 B",)),
+        _record("a", metrics={"weights_bytes": 2**21}), _record("b", **broken), _record("c", **broken),
+    ]  # fmt: skip
+    sides = [
+        of_records([dataclasses.replace(record, processes=(process,)) for record in side], name, "s")
+        for side, name in ((base, "before"), (new, "now"))
+    ]
+    judgement = judge(sides[0], sides[1], Tolerances())
+    told = {case.id: (case.end, case.reasons) for case in checked.of_check(judgement, new)}
+    assert told["m/none/w/cpu"] == ("failed", ("weights 1.000 MiB is over its limit of 1 B",))
+    assert told["m/a/w/cpu"][0] == "failed"
+    assert told["m/a/w/cpu"][1][0].startswith("weights 1.000 MiB → 2.000 MiB (+100.0%, tolerance 1%")
+    assert told["m/b/w/cpu"] == ("skipped", ("out-of-memory in run: killed by the kernel",))
+    assert told["m/c/w/cpu"][0] == "unfinished"
+    assert "killed by the kernel" in told["m/c/w/cpu"][1][-1]
+
+
+def test_a_case_that_is_not_measured_any_more_is_told_as_such() -> None:
+    process = {"role": "worker", "rank": 0, "device": "cpu", "phases": []}
+    base, new = (
+        of_records([dataclasses.replace(record, processes=(process,)) for record in side], name, "s")
+        for side, name in (
+            ([_record(metrics={"weights_bytes": 1}), _record("a", metrics={"weights_bytes": 1})], "before"),
+            ([_record(metrics={"weights_bytes": 1})], "now"),
+        )
+    )
+    judgement = judge(base, new, Tolerances())
+    assert judgement.exit_code == 3
+    assert [(case.id, case.end) for case in checked.of_judgement(judgement)] == [
+        ("m/none/w/cpu", "passed"), ("m/a/w/cpu", "unfinished"),
+    ]  # fmt: skip

@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from membench.cli import ci
-from membench.cli.output import FOR_MACHINES
+from membench.cli.output import beside
 from membench.cli.regression import print_judgements, tell_of_gates
 from membench.errors import EXIT_CASES_FAILED, MembenchError
 
@@ -71,8 +71,7 @@ def run(arguments: argparse.Namespace, suite: Suite) -> int:
     held = outcomes(suite.gates, sides.head.records)
     is_broken = tell_of_gates(sides.head, suite.gates, arguments.format)
     is_broken |= any(record.broken_limits for record in sides.head.records)
-    beside = sys.stderr if arguments.format in FOR_MACHINES else sys.stdout
-    print("kept in {} and {}".format(*(os.path.relpath(side.path) for side in sides)), file=beside)
-    cases = checked.together(checked.of_records(suite.name, sides.head.records, held), checked.of_judgement(judgement))
+    print("kept in {} and {}".format(*(os.path.relpath(side.path) for side in sides)), file=beside(arguments.format))
+    cases = checked.of_check(judgement, sides.head.records, held)
     ci.write(arguments, regression.summary(judgement), cases, [regression.table([judgement], "github")])
     return EXIT_CASES_FAILED if is_broken else judgement.exit_code

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from membench.cli.output import RESULTS, Verbs
+from membench.cli.output import RESULTS, Verbs, beside
 from membench.errors import EXIT_CASES_FAILED, EXIT_OK, MembenchError
 
 _FORMATS = ("simple", "github", "csv", "json")
@@ -67,5 +67,5 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         f"kept in {path}" + (", which is a baseline of this code" if is_new else ", whose figures are as they were"),
         f"measured in {run.path}",
     ):
-        print(line, file=sys.stderr if arguments.format in ("csv", "json") else sys.stdout)
+        print(line, file=beside(arguments.format))
     return EXIT_CASES_FAILED if any(record.status not in ("ok", "skipped") for record in run.records) else EXIT_OK

@@ -6,7 +6,7 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TextIO, TypeAlias
 
 if TYPE_CHECKING:
     from membench import Run
@@ -18,6 +18,11 @@ EXPLAIN = "every metric of every case, member by member of a stack (csv and json
 RESULTS = Path("results")
 # Whatever reads these must find nothing else in the output.
 FOR_MACHINES = ("csv", "json", "latex", "html")
+
+
+def beside(form: str) -> TextIO:
+    """Where lines for people go, beside a table of this format."""
+    return sys.stderr if form in FOR_MACHINES else sys.stdout
 
 
 def print_run(run: Run, form: str, explain: bool) -> None:
@@ -32,7 +37,7 @@ def print_run(run: Run, form: str, explain: bool) -> None:
     if form not in FOR_MACHINES:
         print()
     for line in (*text.remarks(run.records), *text.verdicts(run.records), *_nothing(run), f"kept in {run.path}"):
-        print(line, file=sys.stderr if form in FOR_MACHINES else sys.stdout)
+        print(line, file=beside(form))
 
 
 def _nothing(run: Run) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from membench.cli import ci
-from membench.cli.output import FOR_MACHINES, RESULTS, Verbs
+from membench.cli.output import FOR_MACHINES, RESULTS, Verbs, beside
 from membench.errors import EXIT_CANNOT_COMPARE, EXIT_CASES_FAILED, EXIT_OK, CannotCompare, MembenchError
 
 if TYPE_CHECKING:
@@ -112,21 +112,26 @@ def _check(arguments: argparse.Namespace) -> int:
 
     ci.refuse_unwritable(arguments)
     asked = [parse_fail(text) for text in arguments.fail]
-    is_run = arguments.new.endswith((".json", ".jsonl"))
-    if is_suite(arguments.new) and not is_run:
+    if arguments.update and arguments.against and _baseline_named(arguments.against, arguments.output) is None:
+        raise MembenchError(f"--update moves a baseline, and '{arguments.against}' is none")
+    is_kept = arguments.new.endswith((".json", ".jsonl")) or not is_suite(arguments.new)
+    if not is_kept:
         base, judgement, run, gates = _of_suite(arguments, asked)
     else:
         if arguments.device:
             raise MembenchError("--device is for a suite that is to be run; a run has its devices")
         base, judgement, run, gates = _of_run(arguments, asked)
     print_judgements([judgement], arguments.format)
+    if is_kept and any(change.repeats == 1 for change in judgement.regressions):
+        what = f"'membench check {judgement.new.suite}'" if judgement.new.suite else "a check of its suite"
+        print(
+            f"each was measured once; {what} runs the suite and measures suspects again", file=beside(arguments.format)
+        )
     code = judgement.exit_code
     if _broken_rules(run, gates, arguments.format):
         code = EXIT_CASES_FAILED
-    cases = checked.of_judgement(judgement)
-    if run:
-        suite = judgement.new.suite
-        cases = checked.together(checked.of_records(suite, run.records, outcomes(gates, run.records)), cases)
+    records = run.records if run else ()
+    cases = checked.of_check(judgement, records, outcomes(gates, records))
     ci.write(arguments, regression.summary(judgement), cases, [regression.table([judgement], "github")])
     if arguments.update:
         _update(base, judgement, arguments, code)
@@ -224,11 +229,11 @@ def print_judgements(judgements: Sequence[Judgement], form: str) -> None:
     from membench.report import regression
 
     print(regression.table(judgements, form))
-    beside = sys.stderr if form in FOR_MACHINES else sys.stdout
-    print(file=beside)
+    where = beside(form)
+    print(file=where)
     for judgement in judgements:
         for line in (*regression.remarks(judgement), regression.summary(judgement)):
-            print(line, file=beside)
+            print(line, file=where)
 
 
 def tell_of_gates(run: Run, gates: Sequence[Gate], form: str) -> bool:
@@ -239,11 +244,11 @@ def tell_of_gates(run: Run, gates: Sequence[Gate], form: str) -> bool:
     held = outcomes(gates, run.records)
     if not held:
         return False
-    beside = sys.stderr if form in FOR_MACHINES else sys.stdout
-    print(f"\n{regression.gates(held, 'simple' if form in FOR_MACHINES else form)}\n", file=beside)
+    where = beside(form)
+    print(f"\n{regression.gates(held, 'simple' if form in FOR_MACHINES else form)}\n", file=where)
     for outcome in held:
         if not outcome.holds:
-            print(outcome.sentence(), file=beside)
+            print(outcome.sentence(), file=where)
     return any(outcome.holds is False for outcome in held)
 
 
@@ -254,7 +259,7 @@ def _broken_rules(run: Run | None, gates: Sequence[Gate], form: str) -> bool:
     broken = tell_of_gates(run, gates, form)
     over = [f"{record.id}: {limit}" for record in run.records for limit in record.broken_limits]
     for line in over:
-        print(line, file=sys.stderr if form in FOR_MACHINES else sys.stdout)
+        print(line, file=beside(form))
     return broken or bool(over)
 
 
@@ -264,9 +269,8 @@ def _update(base: Measured, judgement: Judgement, arguments: argparse.Namespace,
     from membench.regression.sources import baseline_path
 
     named = arguments.against
-    path = baseline_path(judgement.new, arguments.output) if named is None else _baseline_named(named, arguments.output)
-    if path is None:
-        raise MembenchError(f"--update moves a baseline, and '{named}' is a run; 'membench baseline save' keeps one")
+    path = _baseline_named(named, arguments.output) if named else baseline_path(judgement.new, arguments.output)
+    assert path is not None
     if code != EXIT_OK:
         print(f"{path} stays as it is", file=sys.stderr)
         return

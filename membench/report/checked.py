@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from membench.record import Record
+from membench.record import Record, Status
 from membench.regression.gates import Outcome
 from membench.regression.verdict import Judgement
 
 End = Literal["passed", "skipped", "failed", "unfinished"]
 """``failed``: measured, and a limit, a rule or a tolerance is broken. ``unfinished``: not measured to its end, or not
 comparable."""
-_ENDS: Mapping[str, End] = {"skipped": "skipped", "diverged": "failed"}
 _WORST_LAST: tuple[End, ...] = ("passed", "skipped", "failed", "unfinished")
 
 
@@ -37,17 +37,23 @@ class CheckedCase:
     output: str = ""
 
 
-def of_records(suite: str, records: Sequence[Record], outcomes: Iterable[Outcome] = ()) -> list[CheckedCase]:
+_ENDS: Mapping[str, End] = {"skipped": "skipped", "diverged": "failed"}
+
+
+def of_records(
+    suite: str, records: Sequence[Record], outcomes: Iterable[Outcome] = (), ends: Mapping[str, End] = _ENDS
+) -> list[CheckedCase]:
     """The cases of a run, with the limits and rules of its suite.
 
     Args:
         outcomes: of the suite's rules.
+        ends: what a status other than ``ok`` stands for; ``unfinished`` where it is not said.
     """
     broken: dict[str, list[str]] = {}
     for outcome in outcomes:
         if outcome.holds is False:
             broken.setdefault(outcome.case_id, []).append(_of(outcome.case_id, outcome.sentence()))
-    return [_of_repeats(suite, case_id, repeats, broken.get(case_id, [])) for case_id, repeats in _by_id(records)]
+    return [_of_repeats(suite, case_id, repeats, broken.get(case_id, []), ends) for case_id, repeats in _by_id(records)]
 
 
 def _by_id(records: Sequence[Record]) -> Iterable[tuple[str, list[Record]]]:
@@ -57,21 +63,23 @@ def _by_id(records: Sequence[Record]) -> Iterable[tuple[str, list[Record]]]:
     return found.items()
 
 
-def _of_repeats(suite: str, case_id: str, repeats: Sequence[Record], rules: Sequence[str]) -> CheckedCase:
-    ends: list[End] = ["failed"] if rules else []
+def _of_repeats(
+    suite: str, case_id: str, repeats: Sequence[Record], rules: Sequence[str], ends: Mapping[str, End]
+) -> CheckedCase:
+    found: list[End] = ["failed"] if rules else []
     reasons = list(rules)
     for record in repeats:
         if record.status == "ok":
-            ends.append("failed" if record.broken_limits else "passed")
+            found.append("failed" if record.broken_limits else "passed")
         else:
-            ends.append(_ENDS.get(record.status, "unfinished"))
+            found.append(ends.get(record.status, "unfinished"))
             where = f" in {record.ended_in}" if record.ended_in else ""
             reasons.append(f"{record.status}{where}: {record.message}")
         reasons += record.broken_limits
     return CheckedCase(
         suite,
         case_id,
-        _worst(ends),
+        _worst(found),
         tuple(dict.fromkeys(reasons)),
         tuple(dict.fromkeys(note for record in repeats for note in (*record.remarks, *record.notes))),
         sum(record.duration_s for record in repeats),
@@ -101,6 +109,16 @@ def of_judgement(judgement: Judgement) -> list[CheckedCase]:
 def _of(case_id: str, sentence: str) -> str:
     """A sentence that stands with its case, which it need not name."""
     return sentence.removeprefix(f"{case_id}: ")
+
+
+def of_check(judgement: Judgement, records: Sequence[Record], outcomes: Iterable[Outcome] = ()) -> list[CheckedCase]:
+    """The cases of a comparison whose new side was measured here: with the limits and rules of its suite, too.
+
+    How a case ended is judged by how it ended in the base. One that ended no better there fails nothing: it is told as
+    skipped.
+    """
+    ends: Mapping[str, End] = dict.fromkeys(typing.get_args(Status), "skipped")
+    return together(of_records(judgement.new.suite, records, outcomes, ends), of_judgement(judgement))
 
 
 def together(first: Sequence[CheckedCase], second: Sequence[CheckedCase]) -> list[CheckedCase]:
