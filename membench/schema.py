@@ -128,6 +128,7 @@ class _Process(_Table):
     baseline: dict[str, Size] | None = None
     phases: list[_Phase]
     durations_s: list[Seconds] | None = None
+    waited_s: list[Seconds] | None = None
     losses_nats: list[float | None] | None = None
     breakdown_bytes: dict[str, dict[str, SignedSize]] | None = None
     peak_part: str | None = None
