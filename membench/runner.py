@@ -81,6 +81,10 @@ class Runner:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._close()
 
+    def begin_afresh(self) -> None:
+        """End the fork server: the next case comes out of a new one, as that of another run does."""
+        self._close()
+
     def _close(self) -> None:
         if self._nursery:
             self._nursery.close()
@@ -315,8 +319,10 @@ def _process(case: Case, outcome: _Outcome) -> dict[str, Any]:
         "baseline": outcome.baseline,
         "phases": outcome.phases,
         "durations_s": outcome.result.get("durations_s"),
+        "waited_s": outcome.result.get("waited_s"),
         "corpus": outcome.result.get("corpus"),
         "losses_nats": outcome.result.get("losses_nats"),
+        "modules_bytes": outcome.result.get("modules_bytes"),
         "breakdown_bytes": outcome.result.get("breakdown_bytes"),
         "peak_part": outcome.result.get("peak_part"),
         "quality": outcome.result.get("quality"),

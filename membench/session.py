@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from membench import environment
 from membench.errors import ResultsError
+from membench.record import Case, Record
 from membench.runner import Runner
 from membench.store import Run, RunFile, find_run, read_run
 from membench.suite import Suite
@@ -53,21 +56,103 @@ def run(
             run's file cannot be written; the records written before are kept.
     """
     cases = suite.select(keep)
-    machine = _machine(suite)
-    with _file(suite, Path(output), resume, machine) as file:
-        done = {(record.id, record.repeat) for record in read_run(file.path).records}
+    with Session(suite, cases, Path(output), resume=resume, tell=tell) as session:
+        done = {(record.id, record.repeat) for record in read_run(session.path).records}
         todo = [(case, r) for r in range(suite.settings.repeats) for case in cases if (case.id, r) not in done]
-        tell("start", {"path": str(file.path), "of": len(todo)})
-        with Runner(cases, suite.settings, file.path.with_suffix(".references"), tell, machine) as runner:
-            prepared: dict[str, str | None] = {}
-            for number, (case, repeat) in enumerate(todo, 1):
-                tell("case", {"id": case.id, "number": number, "of": len(todo)})
-                if case.model not in prepared:
-                    prepared[case.model] = runner.prepare(case)
-                record = runner.run_case(case, repeat, suite.limits, prepared[case.model])
-                file.append(record)
-                tell("record", {"id": case.id, "status": record.status, "duration_s": record.duration_s})
-    return read_run(file.path)
+        session.measure_all(todo)
+    return read_run(session.path)
+
+
+class Session:
+    """A run under way: its file is open, its runner ready. Use as a context manager."""
+
+    def __init__(
+        self,
+        suite: Suite,
+        cases: tuple[Case, ...],
+        output: Path,
+        *,
+        resume: bool | Path = False,
+        tell: Callable[[str, Mapping[str, Any]], None] = silent,
+        code: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Open the run's file; ``run`` says what the arguments are.
+
+        Args:
+            cases: all that may be measured.
+            code: which commit of what is under test it is, for the header of a new run.
+
+        Raises:
+            ResultsError: as ``run`` does.
+        """
+        machine = machine_of(suite)
+        self._limits, self._tell = suite.limits, tell
+        self._file = _file(suite, output, resume, machine, {"code": code} if code else {})
+        self.path = self._file.path
+        try:
+            self._runner = Runner(cases, suite.settings, self.path.with_suffix(".references"), tell, machine)
+        except BaseException:
+            self._file.__exit__(None, None, None)
+            raise
+        self._not_ready: dict[str, str | None] = {}
+
+    def __enter__(self) -> Session:
+        self._file.__enter__()
+        self._runner.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            self._runner.__exit__(kind, error, at)
+        finally:
+            self._file.__exit__(kind, error, at)
+
+    def measure_all(self, todo: Sequence[tuple[Case, int]], *, afresh: bool = False) -> None:
+        """Measure cases, each with the number of its repeat, one after the other.
+
+        Args:
+            afresh: whether each repeat begins as another run would, with a fork server of its own.
+        """
+        self._tell("start", {"path": str(self.path), "of": len(todo)})
+        begun: int | None = None
+        for number, (case, repeat) in enumerate(todo, 1):
+            if afresh and repeat != begun:
+                begun = repeat
+                self._runner.begin_afresh()
+            self._tell("case", {"id": case.id, "number": number, "of": len(todo)})
+            self.measure(case, repeat)
+
+    def measure(self, case: Case, repeat: int) -> Record:
+        """Measure a case and keep its record."""
+        if case.model not in self._not_ready:
+            self._not_ready[case.model] = self._runner.prepare(case)
+        record = self._runner.run_case(case, repeat, self._limits, self._not_ready[case.model])
+        self._file.append(record)
+        self._tell("record", {"id": case.id, "status": record.status, "duration_s": record.duration_s})
+        return record
+
+
+def measure_again(
+    suite: Suite,
+    path: Path,
+    case_ids: Collection[str],
+    times: int,
+    tell: Callable[[str, Mapping[str, Any]], None] = silent,
+) -> Run:
+    """Add repeats of some cases to a run, made here by the same code.
+
+    Args:
+        path: of the run's file.
+        times: how many more repeats of each.
+
+    Raises:
+        ResultsError: as ``run``.
+    """
+    cases = tuple(case for case in suite.cases if case.id in case_ids)
+    with Session(suite, cases, path.parent, resume=path, tell=tell) as session:
+        done = collections.Counter(record.id for record in read_run(path).records)
+        session.measure_all([(case, done[case.id] + number) for number in range(times) for case in cases])
+    return read_run(path)
 
 
 def resumable(suite: Suite, output: str | Path, since: str = "") -> Path | None:
@@ -78,16 +163,19 @@ def resumable(suite: Suite, output: str | Path, since: str = "") -> Path | None:
     """
     found = find_run(Path(output), suite.name, since)
     if found is not None:
-        _refuse_what_differs(found, suite, _machine(suite))
+        _refuse_what_differs(found, suite, machine_of(suite))
     return found
 
 
-def _machine(suite: Suite) -> dict[str, Any]:
+def machine_of(suite: Suite) -> dict[str, Any]:
+    """The description of this machine that stands in the records of a suite."""
     threads = suite.settings.threads or environment.usable_cores()
     return environment.describe(threads, with_gpus=any(case.device.startswith("cuda") for case in suite.cases))
 
 
-def _file(suite: Suite, folder: Path, resume: bool | Path, machine: Mapping[str, Any]) -> RunFile:
+def _file(
+    suite: Suite, folder: Path, resume: bool | Path, machine: Mapping[str, Any], more: Mapping[str, Any]
+) -> RunFile:
     if resume:
         path = find_run(folder, suite.name) if resume is True else resume
         if path is None:
@@ -106,6 +194,7 @@ def _file(suite: Suite, folder: Path, resume: bool | Path, machine: Mapping[str,
             "devices": _devices(suite),
             "machine": machine,
             "started_at": started.isoformat(timespec="microseconds"),
+            **more,
         },
     )
 

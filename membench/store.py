@@ -8,6 +8,7 @@ import errno
 import fcntl
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,13 @@ from typing import Any
 
 from membench.errors import ResultsError
 from membench.record import SCHEMA_VERSION, Record
+from membench.schema import Membership, check_header, check_record, check_version
+from membench.strict_json import open_file, parsed
+from membench.units import format_bytes
+
+_LONGEST_LINE_BYTES = 2**29
+"""Above the largest record: durations of the most steps that a suite may ask for, a number a part of each."""
+_FIELDS = tuple(field.name for field in dataclasses.fields(Record))
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,9 @@ class RunFile:
         os.close(self._descriptor)
 
     def _write(self, entry: dict[str, Any]) -> None:
-        line = memoryview(json.dumps(entry, allow_nan=False, separators=(",", ":")).encode() + b"\n")
+        text = json.dumps(entry, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+        # Names of files in messages may hold what is no character; readers refuse that.
+        line = memoryview(text.encode(errors="replace") + b"\n")
         before = os.lseek(self._descriptor, 0, os.SEEK_END)
         try:
             while line:
@@ -122,39 +132,67 @@ class RunFile:
 
 
 def read_run(path: str | Path) -> Run:
-    """Read a run; a half-written last line (a runner killed while writing) is passed over.
+    """Read a run and check all of it; a half-written last line (a runner killed while writing) is passed over.
 
     Raises:
-        ResultsError: naming file and line, if the file is no run or of a newer schema.
+        ResultsError: naming file, line and key, if the file is no run, of a newer schema, or holds what no run does.
     """
     path = Path(path)
+    header: dict[str, Any] | None = None
+    membership: Membership | None = None
+    records = []
+    number = 0  # of the line that an error is about
     try:
-        lines = path.read_bytes().split(b"\n")
+        for number, line in enumerate(_lines(path), 1):  # noqa: B007
+            entry = check_version(_parsed(line))
+            if header is None or membership is None:
+                if "run" not in entry:
+                    break
+                check_header(entry)
+                header, membership = entry, Membership(entry)
+            else:
+                check_record(entry)
+                membership.check(entry)
+                records.append(_record(entry))
+    except ResultsError as error:
+        raise ResultsError(f"{path}, line {number}: {error}") from None
     except OSError as error:
         raise ResultsError(f"{path}: cannot be read: {error.strerror}") from None
-    entries: list[dict[str, Any]] = []
-    for number, line in enumerate(lines[:-1], 1):
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            raise ResultsError(f"{path}, line {number}: not JSON") from None
-        if not isinstance(entry, dict) or not isinstance(entry.get("schema"), int):
-            raise ResultsError(f"{path}, line {number}: no membench record ('schema' is missing)")
-        if entry["schema"] > SCHEMA_VERSION:
-            raise ResultsError(f"{path}, line {number}: schema {entry['schema']} is newer than {SCHEMA_VERSION}")
-        entries.append(entry)
-    if not entries or "run" not in entries[0]:
+    if header is None:
         raise ResultsError(f"{path}: not the results of a run (no header)")
-    try:
-        records = tuple(_record(entry) for entry in entries[1:])
-    except TypeError as error:
-        raise ResultsError(f"{path}: a record does not fit schema {SCHEMA_VERSION}: {error}") from None
-    return Run(path, entries[0], records)
+    return Run(path, header, tuple(records))
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The whole lines of a file, one after the other.
+
+    Raises:
+        OSError: if it cannot be read.
+        ResultsError: if a line is longer than any record.
+    """
+    with open_file(path) as file:
+        while line := file.readline(_LONGEST_LINE_BYTES + 1):
+            if len(line) > _LONGEST_LINE_BYTES:
+                yield line  # the reader counts it, then refuses it
+            elif line.endswith(b"\n"):
+                yield line
+
+
+def _parsed(line: bytes) -> object:
+    """What a line holds.
+
+    Raises:
+        ResultsError: if that is not JSON.
+    """
+    if len(line) > _LONGEST_LINE_BYTES:
+        raise ResultsError(f"longer than any record: more than {format_bytes(_LONGEST_LINE_BYTES)}")
+    return parsed(line)
 
 
 def _record(entry: dict[str, Any]) -> Record:
-    """JSON knows no tuples; a record holds nothing else."""
-    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    """JSON knows no tuples; a record holds nothing else. Keys that this version does not know are left out."""
+    known = {name: entry[name] for name in _FIELDS if name in entry}
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
     return Record(**{"notes": (), **fields})
 
 
@@ -175,7 +213,7 @@ def find_run(folder: Path, suite: str | None = None, since: str = "") -> Path | 
     newest: tuple[int, Path] | None = None
     for path in sorted(folder.glob("*.jsonl")):
         header = _header(path)
-        if header is None or suite not in (None, header.get("suite")) or header.get("started_at", "") < since:
+        if header is None or suite not in (None, header["suite"]) or header.get("started_at", "") < since:
             continue
         with contextlib.suppress(OSError):  # removed meanwhile
             written_at = path.stat().st_mtime_ns
@@ -187,8 +225,10 @@ def find_run(folder: Path, suite: str | None = None, since: str = "") -> Path | 
 def _header(path: Path) -> dict[str, Any] | None:
     """A run's first line, or ``None`` if the file is no run."""
     try:
-        with open(path, "rb") as file:
-            header = json.loads(file.readline())
-    except (OSError, ValueError):
+        header = _parsed(next(_lines(path), b""))
+        if not isinstance(header, dict) or "run" not in header:
+            return None
+        check_header(header)
+    except (OSError, ResultsError):
         return None
-    return header if isinstance(header, dict) and "run" in header else None
+    return header

@@ -98,6 +98,8 @@ def shown(value: Any) -> str:
 
 def _written(value: Any) -> str:
     match value:
+        case None:
+            return "null"
         case bool():
             return str(value).lower()
         case int() if abs(value) >= 10**_LONGEST_VALUE:
@@ -112,7 +114,8 @@ def _written(value: Any) -> str:
 
 
 def _dotted(path: Sequence[str | int]) -> str:
-    return ".".join(map(str, path))
+    names = map(str, path)
+    return ".".join(name if len(name) <= _LONGEST_VALUE else name[: _LONGEST_VALUE - 1] + "…" for name in names)
 
 
 def _place(path: Sequence[str | int], given: Any) -> tuple[str | int, ...]:

@@ -17,10 +17,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from membench import allocator, census, checkpoint, notes, plugins, quality, registry
+from membench import allocator, census, checkpoint, notes, plugins, procfs, quality, registry
 from membench.assembly import Assembly
 from membench.meter import Meter
-from membench.weights import weight_bytes
+from membench.weights import bytes_by_module, weight_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -176,6 +176,7 @@ class _Work:
             meter.memory_in_parts = False
         # Counted only now: some libraries pack weights anew in their first pass.
         result["weights_bytes"] = weight_bytes(module)
+        result["modules_bytes"] = bytes_by_module(module)
         result["notes"] = self._rehearsal_failed + notes.on_weights(module, case.techniques, self._plain_bytes)
         if (optimizer := case.context.inventory.get("optimizer")) is not None:
             trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -213,6 +214,7 @@ class _Work:
         """Phase ``time``, under the default allocator."""
         meter, warmups, measured = self._meter, self._settings["warmup_steps"], self._settings["measured_steps"]
         durations_s: list[float] = []
+        waited_s: list[float] = []
         allocator.unpin()
         with meter.phase("time", "default") as timed:
             timed["steps"] = warmups + measured
@@ -221,16 +223,22 @@ class _Work:
             meter.parts.clear()
             for _ in range(measured):
                 meter.synchronize()
+                waited_before_s = procfs.waited_s()
                 began = time.perf_counter()
                 loss = step()
                 meter.synchronize()
                 durations_s.append(time.perf_counter() - began)
+                waited_after_s = procfs.waited_s()
+                if waited_before_s is not None and waited_after_s is not None:
+                    # A thread that ends takes along what it had waited.
+                    waited_s.append(max(0.0, waited_after_s - waited_before_s))
                 self._hear(loss)
         if (data := self.case.context.data) is not None:
             self.case.context.facts.update(data.timed_afresh())  # here, as the steps were
         allocator.pin()
         self._result |= {
             "durations_s": durations_s,
+            "waited_s": waited_s if len(waited_s) == len(durations_s) else None,
             "losses_nats": self._losses_nats(),
             "tokens_per_step": self.case.workload.tokens_per_step() or self._tokens_of_an_epoch(),
             "epoch_bytes": self._bytes_of_an_epoch(),

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import tabulate
 
 from membench.compare import CERTAIN, SAME_ACCURACY, Comparison, Group, prefixes
+from membench.errors import one_line
 from membench.record import METRICS, REFERENCE, Metric, Record
 from membench.units import format_bytes, format_difference, format_ratio, format_seconds
 
@@ -179,18 +180,25 @@ def _flat(found: Comparison, form: str) -> str:
                 if metric.has_ratio:
                     row[f"{metric.name}_ratio"] = found.ratio(group, technique, metric.field)
             rows.append(row)
-    return _written(rows, form)
+    return written(rows, form)
 
 
-def _written(rows: Sequence[Mapping[str, object]], form: str) -> str:
+def written(rows: Sequence[Mapping[str, object]], form: str) -> str:
     """Rows as ``csv`` or ``json``."""
     if form == "json":
         return json.dumps(rows, indent=2)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else [])
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: _harmless(value) for key, value in row.items()} for row in rows)
     return text.getvalue().rstrip()
+
+
+def _harmless(value: object) -> object:
+    """A cell that no spreadsheet takes for a formula, and no terminal for a command."""
+    if not isinstance(value, str):
+        return value
+    return f"'{one_line(value)}" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else one_line(value)
 
 
 def _heading(title: str, form: str) -> str:
@@ -244,7 +252,7 @@ def _breakdown(found: Comparison, group: Group, chain: Sequence[str]) -> dict[st
             for process in record.processes:
                 parts = process.get("breakdown_bytes") or {}
                 for category, size in parts.get(process.get("peak_part"), {}).items():
-                    categories.setdefault(category, {})[technique] = format_bytes(size)
+                    categories.setdefault(one_line(category), {})[technique] = format_bytes(size)
     return categories
 
 
@@ -255,7 +263,7 @@ def phases(records: Sequence[Record], form: str = "simple") -> str:
     bytes and seconds.
     """
     if form in ("csv", "json"):
-        return _written([row for record in records for row in _phase_rows(record)], form)
+        return written([row for record in records for row in _phase_rows(record)], form)
     tables = []
     for record in records:
         rows = list(_phase_rows(record))
@@ -305,8 +313,9 @@ def _phase_rows(record: Record) -> Iterator[dict[str, Any]]:
                 # The meter's own entry for what runs between parts says nothing that is shown here.
                 if part is None or any(value is not None for value in row.values()):
                     yield {"case": record.id, "repeat": record.repeat, "status": record.status,
-                           "role": process["role"], "rank": process["rank"], "phase": phase["name"], "part": part,
-                           "allocator": phase["allocator"], **row}  # fmt: skip
+                           "role": one_line(process["role"]), "rank": process["rank"],
+                           "phase": one_line(phase["name"]), "part": None if part is None else one_line(part),
+                           "allocator": one_line(phase["allocator"]), **row}  # fmt: skip
 
 
 def _worst(repeats: Sequence[Record]) -> Record:
@@ -328,7 +337,7 @@ def _said(record: Record) -> list[str]:
     if record.status != "ok":
         where = f" in {record.ended_in}" if record.ended_in else ""
         said.append(f"{record.status}{where}: {record.message}")
-    return [*said, *record.broken_limits, *record.remarks, *record.notes]
+    return [one_line(text) for text in (*said, *record.broken_limits, *record.remarks, *record.notes)]
 
 
 def remarks(records: Sequence[Record]) -> list[str]:

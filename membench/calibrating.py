@@ -1,0 +1,33 @@
+"""Measure the same code again and again: by how much figures of this machine differ although nothing has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from membench.session import Session, silent
+from membench.store import Run, read_run
+from membench.suite import Suite
+
+
+def calibrate(
+    suite: Suite,
+    repeats: int,
+    *,
+    keep: Callable[[str], bool] = lambda _: True,
+    output: str | Path = "results",
+    tell: Callable[[str, Mapping[str, Any]], None] = silent,
+) -> Run:
+    """Measure each case so many times, each time out of a new fork server, as runs that are compared are.
+
+    Args:
+        tell: hears what ``session.run`` tells.
+
+    Raises:
+        ResultsError: if the run's file cannot be written.
+    """
+    cases = suite.select(keep)
+    with Session(suite.with_repeats(repeats), cases, Path(output), tell=tell) as session:
+        session.measure_all([(case, repeat) for repeat in range(repeats) for case in cases], afresh=True)
+    return read_run(session.path)

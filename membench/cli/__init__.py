@@ -1,0 +1,38 @@
+"""The command line: one verb a file, each only wires."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+from collections.abc import Sequence
+
+from membench import console
+from membench.cli import calibrate, doctor, export, listing, regression, run, show
+
+# In the order in which the help shows them.
+_VERBS = (run, listing, show, regression, calibrate, export, doctor)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="membench", description="Measure what memory-saving techniques really save.")
+    version = importlib.metadata.version("membench")
+    parser.add_argument("--version", action="version", version=f"membench {version}")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for verb in _VERBS:
+        verb.add(verbs)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; its exit code.
+
+    0 fine, 1 a case failed, broke a limit or a gate, or regressed, 2 bad input, 3 nothing to compare with, 130
+    interrupted.
+    """
+
+    def work() -> int:
+        arguments = _parser().parse_args(argv)
+        code: int = arguments.do(arguments)
+        return code
+
+    return console.main(work)

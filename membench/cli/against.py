@@ -1,0 +1,77 @@
+"""``membench run --against-ref``: another commit and what is here, measured in turn and judged."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from membench.cli import ci
+from membench.cli.output import beside
+from membench.cli.regression import print_judgements, tell_of_gates
+from membench.errors import EXIT_CASES_FAILED, MembenchError
+
+if TYPE_CHECKING:
+    from membench import Suite
+    from membench.regression.verdict import Judgement
+
+ROUNDS = 5
+"""Time is judged over three repeats or more; five tell it from chance more surely."""
+_MORE_ROUNDS = 3
+
+
+def run(arguments: argparse.Namespace, suite: Suite) -> int:
+    """Measure both, print the comparison; the exit code: 0 fine, 1 regressed, 3 not to be compared.
+
+    Raises:
+        MembenchError: if there is nothing to compare with.
+    """
+    from rich.console import Console
+
+    from membench import interleaving, selection
+    from membench.progress import Display
+    from membench.regression.gates import outcomes
+    from membench.regression.measured import of_run
+    from membench.regression.tolerances import Tolerances, parse_fail
+    from membench.regression.verdict import judge
+    from membench.report import checked, regression
+
+    if arguments.resume:
+        raise MembenchError("--resume goes on with one run; --against-ref measures two in turn, afresh")
+    asked = [parse_fail(text) for text in arguments.fail]
+    tolerances = Tolerances(suite.tolerances, asked)
+    Tolerances(command_line=asked).refuse_idle(case.id for case in suite.cases)
+    rounds = arguments.repeats or max(ROUNDS, suite.settings.repeats)
+    keep = selection.parse(arguments.expression) if arguments.expression else None
+    with (
+        Display(Console(stderr=True, force_terminal=sys.stderr.isatty())) as display,
+        interleaving.Interleaved(
+            suite.with_repeats(rounds),
+            arguments.against_ref,
+            ids=[case.id for case in suite.select(keep)] if keep else None,
+            devices=arguments.device,
+            output=arguments.output,
+            tell=display,
+        ) as both,
+    ):
+        changed = ", with changes that are not committed" if both.is_changed else ""
+        names = (f"{arguments.against_ref} ({both.commit[:12]})", f"what is here{changed}")
+
+        def judged(sides: interleaving.Sides) -> Judgement:
+            base, head = (of_run(side, name) for side, name in zip(sides, names, strict=True))
+            return judge(base, head, tolerances)
+
+        sides = both.measure(rounds)
+        judgement = judged(sides)
+        if judgement.suspects:
+            sides = both.measure(_MORE_ROUNDS, judgement.suspects)
+            judgement = judged(sides)
+    print_judgements([judgement], arguments.format)
+    held = outcomes(suite.gates, sides.head.records)
+    is_broken = tell_of_gates(sides.head, suite.gates, arguments.format)
+    is_broken |= any(record.broken_limits for record in sides.head.records)
+    print("kept in {} and {}".format(*(os.path.relpath(side.path) for side in sides)), file=beside(arguments.format))
+    cases = checked.of_check(judgement, sides.head.records, held)
+    ci.write(arguments, regression.summary(judgement), cases, [regression.table([judgement], "github")])
+    return EXIT_CASES_FAILED if is_broken else judgement.exit_code

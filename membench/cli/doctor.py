@@ -1,0 +1,20 @@
+"""``membench doctor``."""
+
+from __future__ import annotations
+
+import argparse
+
+from membench.cli.output import FORMATS, Verbs
+
+
+def add(verbs: Verbs) -> None:
+    doctor = verbs.add_parser("doctor", help="prove on known amounts what can be measured on this machine")
+    doctor.add_argument("--full", action="store_true", help="also measure what the harness promises (some minutes)")
+    doctor.add_argument("--format", choices=FORMATS[:2], default=FORMATS[0])
+    doctor.set_defaults(do=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from membench import doctor
+
+    return doctor.report(full=arguments.full, form=arguments.format)

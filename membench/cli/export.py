@@ -1,0 +1,28 @@
+"""``membench export``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from membench.cli.output import RESULTS, Verbs
+from membench.errors import EXIT_OK
+
+_FORMATS = ("benchmark-action", "bencher")
+
+
+def add(verbs: Verbs) -> None:
+    export = verbs.add_parser("export", help="a run's figures for services that keep a history of them")
+    export.add_argument("format", choices=_FORMATS, help="github-action-benchmark's or Bencher's JSON")
+    export.add_argument("run", nargs="?", type=Path, help="the newest if none is named")
+    export.add_argument("--output", type=Path, default=RESULTS, help="folder to look for the newest run in")
+    export.set_defaults(do=_export)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    import membench
+    from membench.report import exchange
+
+    run = membench.read_run(arguments.run or membench.newest_run(arguments.output))
+    print(exchange.FORMATS[arguments.format](run.records))
+    return EXIT_OK

@@ -1,0 +1,35 @@
+"""``membench list``."""
+
+from __future__ import annotations
+
+import argparse
+
+from membench.cli.output import Verbs
+from membench.errors import EXIT_OK
+
+
+def add(verbs: Verbs) -> None:
+    listing = verbs.add_parser("list", help="what there is: models, techniques, workloads, suites, a suite's cases")
+    listing.add_argument(
+        "what",
+        nargs="?",
+        help="models, techniques, workloads or suites; a suite's name or path, for its cases;"
+        " the name of a model, technique or workload, for its options",
+    )
+    listing.set_defaults(do=_list)
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from membench import listing
+    from membench.suite import is_suite, load_suite
+
+    # A kind first, then a suite, then a plug-in: what a name means must not hang on what is installed.
+    if arguments.what is None or arguments.what in listing.KINDS:
+        lines = listing.overview((arguments.what,) if arguments.what else listing.KINDS)
+    elif is_suite(arguments.what):
+        lines = (case.id for case in load_suite(arguments.what).cases)
+    else:
+        lines = listing.details(arguments.what)
+    for line in lines:
+        print(line)
+    return EXIT_OK

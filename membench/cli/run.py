@@ -1,0 +1,141 @@
+"""``membench run``."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from membench.cli import against, ci
+from membench.cli.output import EXPLAIN, FORMATS, RESULTS, Verbs, print_run
+from membench.cli.regression import add_fail, tell_of_gates
+from membench.errors import EXIT_CASES_FAILED, EXIT_INTERRUPTED, EXIT_OK, MembenchError, ResultsError
+
+if TYPE_CHECKING:
+    from membench import Suite
+
+
+def add(verbs: Verbs) -> None:
+    run = verbs.add_parser("run", help="measure the cases of a suite and print a table")
+    run.add_argument("suite", nargs="+", help="a suite's name or path")
+    run.add_argument("-k", dest="expression", help="only cases whose id fits, such as 'int8 and not train'")
+    run.add_argument("--device", action="append", help="in place of the suite's devices: cpu, cuda, cuda:0")
+    run.add_argument("--resume", action="store_true", help="go on with the newest run of the suite")
+    run.add_argument("--output", type=Path, default=RESULTS, help="folder of the run's file")
+    run.add_argument("--dry-run", action="store_true", help="print the cases and measure nothing")
+    run.add_argument("--explain", action="store_true", help=EXPLAIN)
+    run.add_argument("--format", choices=FORMATS, default=FORMATS[0])
+    run.add_argument(
+        "--against-ref", metavar="GIT_REF",
+        help="measure that commit's code and suite, too, in turn with what is here, and fail if something regressed",
+    )  # fmt: skip
+    run.add_argument("--repeats", type=_repeats, help=f"with --against-ref: rounds of both ({against.ROUNDS})")
+    add_fail(run, "with --against-ref: ")
+    ci.add(run)
+    run.set_defaults(do=_run)
+
+
+def _repeats(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1000:
+        raise argparse.ArgumentTypeError("write a number from 1 to 1000")
+    return int(text)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    import membench
+    from membench import selection
+
+    keep = selection.parse(arguments.expression) if arguments.expression else lambda _: True
+    # What is typed and what it stands for; a suite of which -k leaves nothing is left out.
+    chosen: dict[str, Suite] = {}
+    for name in arguments.suite:
+        suite = membench.load_suite(name, arguments.device)
+        if suite.select(keep):
+            chosen[name] = suite
+        else:
+            print(f"membench: {name} is left out: -k '{arguments.expression}' fits none of its cases", file=sys.stderr)
+    if not chosen:
+        raise MembenchError(f"-k '{arguments.expression}' fits no case; 'membench list SUITE' names them")
+    if arguments.dry_run:
+        print("\n".join(case.id for suite in chosen.values() for case in suite.select(keep)))
+        return EXIT_OK
+    ci.refuse_unwritable(arguments)
+    if arguments.against_ref:
+        if len(chosen) > 1:
+            raise MembenchError("--against-ref compares one suite; name one")
+        return against.run(arguments, *chosen.values())
+    if arguments.repeats or arguments.fail:
+        raise MembenchError(f"--{'repeats' if arguments.repeats else 'fail'} belongs to --against-ref GIT_REF")
+    from rich.console import Console
+
+    from membench.progress import Display
+    from membench.regression.gates import outcomes
+    from membench.report import checked, text
+
+    resumed = _resumed(list(chosen.values()), arguments.output) if arguments.resume else [False] * len(chosen)
+    code, left, has_begun = EXIT_OK, list(chosen), False
+    cases: list[checked.CheckedCase] = []
+    tables: list[str] = []
+    try:
+        for suite, resume in zip(chosen.values(), resumed, strict=True):
+            # The library takes FORCE_COLOR for a terminal, which a log in a file is not.
+            with Display(Console(stderr=True, force_terminal=sys.stderr.isatty())) as display:
+
+                def tell(event: str, details: Mapping[str, Any], display: Display = display) -> None:
+                    nonlocal has_begun
+                    has_begun = has_begun or event == "start"
+                    display(event, details)
+
+                run = membench.run(suite, keep=keep, output=arguments.output, resume=resume, tell=tell)
+            print_run(run, arguments.format, arguments.explain)
+            broken = tell_of_gates(run, suite.gates, arguments.format)
+            if broken or any(record.broken_limits or record.status not in ("ok", "skipped") for record in run.records):
+                code = EXIT_CASES_FAILED
+            left, has_begun = left[1:], False
+            cases += checked.of_records(suite.name, run.records, outcomes(suite.gates, run.records))
+            tables.append(text.comparison(run.records, "github"))
+    except KeyboardInterrupt:
+        if not left:
+            raise
+        command = _command(arguments, left, has_begun or bool(resumed[len(chosen) - len(left)]))
+        print(f"interrupted; what is done is kept. To go on: {command}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    ci.write(arguments, f"membench run {' '.join(suite.name for suite in chosen.values())}", cases, tables)
+    return code
+
+
+def _resumed(suites: Sequence[Suite], output: Path) -> list[bool | Path]:
+    """The run to go on with of each suite; ``False`` for one that is to be begun.
+
+    A command takes its suites in order: one that it had begun is of a later time than the first.
+    """
+    import membench
+
+    first = membench.resumable(suites[0], output)
+    if first is None:
+        raise ResultsError(f"{output}: no run of suite '{suites[0].name}' there to go on with")
+    since = membench.read_run(first).header.get("started_at", "")
+    return [first, *(membench.resumable(suite, output, since) or False for suite in suites[1:])]
+
+
+def _command(arguments: argparse.Namespace, suites: Sequence[str], resume: bool) -> str:
+    """The command that does what is left of this one."""
+    is_on_path = Path(sys.argv[0]).name == "membench"
+    words = ["membench"] if is_on_path else [sys.executable, "-m", "membench"]
+    words += ["run", *suites]
+    if arguments.expression:
+        words += ["-k", arguments.expression]
+    for device in arguments.device or ():
+        words += ["--device", device]
+    if resume:
+        words.append("--resume")
+    if arguments.output != RESULTS:
+        words += ["--output", str(arguments.output)]
+    if arguments.explain:
+        words.append("--explain")
+    if arguments.format != "simple":
+        words += ["--format", arguments.format]
+    return shlex.join(words)

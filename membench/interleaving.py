@@ -1,0 +1,227 @@
+"""Measure another commit and what is checked out in turn, so that what the machine does meanwhile meets both alike."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from membench.errors import MembenchError
+from membench.session import silent
+from membench.store import Run, read_run
+from membench.suite import Suite
+from membench.worktree import Repository, WorkTree
+
+_END_TIMEOUT_S = 20
+
+Tell = Callable[[str, Mapping[str, Any]], None]
+
+
+class Sides(NamedTuple):
+    """Of each version what was measured of it."""
+
+    base: Run
+    head: Run
+
+
+class Interleaved:
+    """Two versions under way. Use as a context manager."""
+
+    def __init__(
+        self,
+        suite: Suite,
+        ref: str,
+        *,
+        ids: Sequence[str] | None = None,
+        devices: Sequence[str] | None = None,
+        output: Path = Path("results"),
+        tell: Tell = silent,
+    ) -> None:
+        """Name what is to be compared; nothing is started yet.
+
+        Args:
+            suite: as it is here; the other commit's own file is read there.
+            ref: what git knows a commit by.
+            ids: of the cases to measure, with what they are compared with; ``None``: all.
+            devices: in place of the suite's own.
+            output: the folder of the runs' files: that of what is here, and in ``base`` below it that of the commit.
+            tell: hears what ``run`` of the session tells; ids begin with the side's name.
+
+        Raises:
+            GitError: if there is no such commit here.
+        """
+        self._repository = Repository(Path.cwd())
+        self._suite, self._ids, self._devices = suite, ids, devices
+        self._output, self._tell = output, tell
+        self.ref, self.commit = ref, self._repository.commit(ref)
+        self.is_changed = self._repository.is_changed()
+        self._rounds = 0
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> Interleaved:
+        """Check the commit out and start both sides.
+
+        Raises:
+            MembenchError: if a side lacks the suite or cannot be started.
+        """
+        with contextlib.ExitStack() as opened:
+            tree = opened.enter_context(self._repository.work_tree(self.commit))
+            here = Path.cwd()
+            there = self._in(tree, here, "this folder")
+            theirs = self._in(tree, self._suite.path, f"suite {self._suite.path}")
+            order = {"devices": self._devices, "ids": self._ids, "repeats": self._suite.settings.repeats}
+            head_commit = self._repository.commit("HEAD")
+            head = {**order, "suite": str(self._suite.path.resolve()), "output": str(self._output.absolute()),
+                    "root": str(self._repository.root), "not_from": None,
+                    "code": {"commit": head_commit, "ref": "HEAD", "is_changed": self.is_changed}}  # fmt: skip
+            base = {**order, "suite": str(theirs), "output": str(self._output.absolute() / "base"),
+                    "root": str(tree.path), "not_from": str(self._repository.root),
+                    "code": {"commit": self.commit, "ref": self.ref, "is_changed": False}}  # fmt: skip
+            paths = _import_paths(self._repository.root)
+            self._base = opened.enter_context(_Side("base", there, _counterparts(tree, paths), base, self._tell))
+            self._head = opened.enter_context(_Side("head", here, paths, head, self._tell))
+            for side in (self._base, self._head):
+                side.wait_until_ready()
+            self._open = opened.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._open.__exit__(kind, error, at)
+
+    def _in(self, tree: WorkTree, path: Path, what: str) -> Path:
+        """A path's counterpart in the other commit; of one outside the repository, itself.
+
+        Raises:
+            MembenchError: if it is not there.
+        """
+        counterpart = tree.counterpart(path)
+        if counterpart is not None and not counterpart.exists():
+            raise MembenchError(f"{what} is not in '{self.ref}' ({self.commit[:12]}): there is nothing to compare with")
+        return counterpart or path.resolve()
+
+    def measure(self, rounds: int, ids: Sequence[str] | None = None) -> Sides:
+        """Measure every case of both sides, or those named, so many times: base and head in turn, in odd rounds head
+        first.
+
+        Raises:
+            MembenchError: if a side is lost; what was measured is kept.
+        """
+        known = dict.fromkeys((*self._head.ids, *self._base.ids))
+        wanted = [case_id for case_id in known if ids is None or case_id in ids]
+        of = rounds * sum(case_id in side.ids for case_id in wanted for side in (self._base, self._head))
+        self._tell("start", {"path": str(self._head.path), "of": of})
+        number = 0
+        for _ in range(rounds):
+            for case_id in wanted:
+                for side in (self._base, self._head) if self._rounds % 2 == 0 else (self._head, self._base):
+                    if case_id in side.ids:
+                        number += 1
+                        self._tell("case", {"id": f"{side.name} {case_id}", "number": number, "of": of})
+                        side.measure(case_id, self._rounds)
+            self._rounds += 1
+        return Sides(*(read_run(side.path) for side in (self._base, self._head)))
+
+
+class _Side:
+    """A version's own process. Use as a context manager."""
+
+    def __init__(self, name: str, folder: Path, paths: Sequence[Path], order: Mapping[str, Any], tell: Tell) -> None:
+        self.name, self._folder, self._order, self._tell = name, folder, order, tell
+        self._paths = list(map(str, paths))
+        self.path: Path = Path()
+        self.ids: Sequence[str] = ()
+
+    def __enter__(self) -> _Side:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(self._paths)}
+        self._errors = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "membench.side"],
+            cwd=self._folder, env=environment, text=True, encoding="utf-8",
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+            start_new_session=True,  # a Ctrl-C in the terminal is for us alone, who pass it on
+        )  # fmt: skip
+        self._send(self._order)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if error is not None:
+            self._process.send_signal(signal.SIGTERM)  # it may be in the middle of a case
+        with contextlib.suppress(OSError):
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+        try:
+            self._process.wait(_END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        self._errors.close()
+
+    def wait_until_ready(self) -> None:
+        """Hear which cases there are.
+
+        Raises:
+            MembenchError: what the side says of its suite or plug-ins.
+        """
+        ready = self._wait_for("ready")
+        if ready["path"] is None:
+            raise MembenchError(f"{self.name}: its suite has none of the cases that are to be compared")
+        self.path, self.ids = Path(ready["path"]), ready["ids"]
+
+    def measure(self, case_id: str, repeat: int) -> None:
+        """Let a case be measured, and return when its record is on the disk."""
+        self._send({"id": case_id, "repeat": repeat})
+        self._wait_for("record")
+
+    def _send(self, message: Mapping[str, Any]) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended; what it said of that is still to be read
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+
+    def _wait_for(self, wanted: str) -> Mapping[str, Any]:
+        for message in self._messages():
+            event = message["event"]
+            if event == "refused":
+                raise MembenchError(f"{self.name}: {message['message']}")
+            if event != "ready":
+                named = {"id": f"{self.name} {message['id']}"} if "id" in message else {}
+                self._tell(event, {**message, **named})
+            if event == wanted:
+                return message
+        self._errors.seek(0)
+        written = self._errors.read().decode(errors="replace").strip().splitlines()
+        last = written[-1] if written else "without a word"
+        raise MembenchError(f"{self.name}: its process in {self._folder} ended unexpectedly: {last}")
+
+    def _messages(self) -> Iterator[Mapping[str, Any]]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            yield json.loads(line)
+
+
+def _import_paths(root: Path) -> list[Path]:
+    """What is to stand first on Python's path: folders of the repository that Python imports from here, the repository
+    itself and its ``src`` among them; then what PYTHONPATH names outside it.
+    """
+    entries = [Path(entry or ".").resolve() for entry in sys.path]
+    inside = [path for path in (*entries, root, root / "src") if path.is_relative_to(root) and path.is_dir()]
+    # What is installed below it (an environment's own folder) is of no commit.
+    own = [path for path in inside if "site-packages" not in path.parts]
+    named = [Path(entry).resolve() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    return list(dict.fromkeys([*own, *(path for path in named if not path.is_relative_to(root))]))
+
+
+def _counterparts(tree: WorkTree, paths: Sequence[Path]) -> list[Path]:
+    """The same of the other commit: what it does not have is left out, what is outside the repository stays."""
+    found = [tree.counterpart(path) or path for path in paths]
+    return [path for path in found if path.is_dir()]

@@ -1,0 +1,142 @@
+"""What became of each case, as every CI service knows it: passed, failed, not finished, skipped; and in what words."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from membench.record import Record, Status
+from membench.regression.gates import Outcome
+from membench.regression.verdict import Judgement
+
+End = Literal["passed", "skipped", "failed", "unfinished"]
+"""``failed``: measured, and a limit, a rule or a tolerance is broken. ``unfinished``: not measured to its end, or not
+comparable."""
+_WORST_LAST: tuple[End, ...] = ("passed", "skipped", "failed", "unfinished")
+
+
+@dataclass(frozen=True)
+class CheckedCase:
+    """A case and what is to be said of it.
+
+    Attributes:
+        reasons: why it did not pass, or was skipped; a line each.
+        notes: what is worth knowing although it breaks nothing.
+        duration_s: of all its repeats; ``None`` where it was not measured here.
+        output: the end of what it printed, where it did not end well.
+    """
+
+    suite: str
+    id: str
+    end: End
+    reasons: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    duration_s: float | None = None
+    output: str = ""
+
+
+_ENDS: Mapping[str, End] = {"skipped": "skipped", "diverged": "failed"}
+
+
+def of_records(
+    suite: str, records: Sequence[Record], outcomes: Iterable[Outcome] = (), ends: Mapping[str, End] = _ENDS
+) -> list[CheckedCase]:
+    """The cases of a run, with the limits and rules of its suite.
+
+    Args:
+        outcomes: of the suite's rules.
+        ends: what a status other than ``ok`` stands for; ``unfinished`` where it is not said.
+    """
+    broken: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        if outcome.holds is False:
+            broken.setdefault(outcome.case_id, []).append(_of(outcome.case_id, outcome.sentence()))
+    return [_of_repeats(suite, case_id, repeats, broken.get(case_id, []), ends) for case_id, repeats in _by_id(records)]
+
+
+def _by_id(records: Sequence[Record]) -> Iterable[tuple[str, list[Record]]]:
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        found.setdefault(record.id, []).append(record)
+    return found.items()
+
+
+def _of_repeats(
+    suite: str, case_id: str, repeats: Sequence[Record], rules: Sequence[str], ends: Mapping[str, End]
+) -> CheckedCase:
+    found: list[End] = ["failed"] if rules else []
+    reasons = list(rules)
+    for record in repeats:
+        if record.status == "ok":
+            found.append("failed" if record.broken_limits else "passed")
+        else:
+            found.append(ends.get(record.status, "unfinished"))
+            where = f" in {record.ended_in}" if record.ended_in else ""
+            reasons.append(f"{record.status}{where}: {record.message}")
+        reasons += record.broken_limits
+    return CheckedCase(
+        suite,
+        case_id,
+        _worst(found),
+        tuple(dict.fromkeys(reasons)),
+        tuple(dict.fromkeys(note for record in repeats for note in (*record.remarks, *record.notes))),
+        sum(record.duration_s for record in repeats),
+        "".join(record.output_tail for record in repeats),
+    )
+
+
+def of_judgement(judgement: Judgement) -> list[CheckedCase]:
+    """The cases of a comparison; where it is not of cases that it fails, one of the comparison itself."""
+    suite, missing = judgement.new.suite or judgement.base.suite, set(judgement.missing)
+    cases = []
+    for pair in judgement.pairs:
+        watched = [change for change in pair.changes if change.is_watched]
+        reasons = [_of(pair.id, change.sentence()) for change in watched if change.verdict == "regressed"]
+        end: End = "failed" if reasons else "passed"
+        if pair.broke:
+            end, reasons = "unfinished", [f"it ended well in {judgement.base.name}, and now: {pair.broke}", *reasons]
+        elif pair.id in missing:
+            end, reasons = "unfinished", [f"it was measured in {judgement.base.name}, and was not now"]
+        better = [_of(pair.id, change.sentence()) for change in watched if change.verdict == "better"]
+        cases.append(CheckedCase(suite, pair.id, end, tuple(reasons), tuple(better)))
+    if judgement.exit_code and not any(case.end in ("failed", "unfinished") for case in cases):
+        cases.append(CheckedCase(suite, "comparison", "unfinished", tuple(judgement.sentences())))
+    return cases
+
+
+def _of(case_id: str, sentence: str) -> str:
+    """A sentence that stands with its case, which it need not name."""
+    return sentence.removeprefix(f"{case_id}: ")
+
+
+def of_check(judgement: Judgement, records: Sequence[Record], outcomes: Iterable[Outcome] = ()) -> list[CheckedCase]:
+    """The cases of a comparison whose new side was measured here: with the limits and rules of its suite, too.
+
+    How a case ended is judged by how it ended in the base. One that ended no better there fails nothing: it is told as
+    skipped.
+    """
+    ends: Mapping[str, End] = dict.fromkeys(typing.get_args(Status), "skipped")
+    return together(of_records(judgement.new.suite, records, outcomes, ends), of_judgement(judgement))
+
+
+def together(first: Sequence[CheckedCase], second: Sequence[CheckedCase]) -> list[CheckedCase]:
+    """Two checks of the same cases as one: of each the worse end, and all that is to be said."""
+    merged = {case.id: case for case in first}
+    for case in second:
+        other = merged.get(case.id, case)
+        merged[case.id] = CheckedCase(
+            case.suite,
+            case.id,
+            _worst((other.end, case.end)),
+            tuple(dict.fromkeys((*other.reasons, *case.reasons))),
+            tuple(dict.fromkeys((*other.notes, *case.notes))),
+            other.duration_s if case.duration_s is None else case.duration_s,
+            other.output or case.output,
+        )
+    return list(merged.values())
+
+
+def _worst(ends: Sequence[End]) -> End:
+    return max(ends, key=_WORST_LAST.index)

@@ -1,0 +1,85 @@
+"""What A/A repeats showed, as a table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import tabulate
+
+from membench.record import METRIC_OF_FIELD, METRICS, Metric, Record
+from membench.regression.noise import Noise
+from membench.regression.tolerances import DEFAULTS
+
+_WATCHED = frozenset(tolerance.metric.name for tolerance in DEFAULTS)
+
+
+def table(records: Sequence[Record], noise: Noise, form: str = "simple") -> str:
+    """A row a case and metric: the median, how far apart repeats were, and below which a difference means nothing.
+
+    For reading: the metrics that are watched without being named. As ``csv`` and ``json``: all, in bytes and seconds.
+    """
+    rows = list(_rows(records, noise))
+    if form == "json":
+        return json.dumps(rows, indent=2)
+    if form == "csv":
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]) if rows else [])
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue().rstrip()
+    shown = [_shown(row) for row in rows if row["metric"] in _WATCHED]
+    return tabulate.tabulate(shown, headers="keys", tablefmt=form, disable_numparse=True)
+
+
+def _rows(records: Sequence[Record], noise: Noise) -> Iterator[dict[str, Any]]:
+    for case_id in dict.fromkeys(record.id for record in records):
+        repeats = [record for record in records if record.id == case_id]
+        for metric in METRICS:
+            if not any(metric.field in record.metrics for record in repeats):
+                continue
+            values = [
+                value
+                for record in repeats
+                if record.status == "ok" and (value := record.metrics.get(metric.field)) is not None
+            ]
+            spread = noise.spreads.get(case_id, {}).get(metric.field)
+            yield {
+                "case": case_id,
+                "metric": metric.name,
+                "field": metric.field,
+                "repeats": len(values),
+                "median": statistics.median(values) if values else None,
+                "range": spread.range if spread else None,
+                "noise": spread.floor if spread else None,
+                "reason": None if spread else _reason(metric, repeats, len(values)),
+            }
+
+
+def _reason(metric: Metric, repeats: Sequence[Record], known: int) -> str:
+    """Why there is no spread."""
+    ends = {record.status for record in repeats if record.status != "ok"}
+    why = ", ".join(sorted(ends)) or next(
+        (record.reasons[metric.field] for record in repeats if metric.field in record.reasons), "not known"
+    )
+    return f"known of {known} of {len(repeats)} repeats, two are needed: {why}"
+
+
+def _shown(row: dict[str, Any]) -> dict[str, str]:
+    metric = METRIC_OF_FIELD[row["field"]]
+    known = row["range"] is not None
+    share = f"{row['noise'] / abs(row['median']) * 100:.2f}%" if known and row["median"] else "–"
+    return {
+        "case": row["case"],
+        "metric": row["metric"],
+        "repeats": str(row["repeats"]),
+        "median": "–" if row["median"] is None else metric.format(row["median"]),
+        "range": metric.format(row["range"]) if known else "–",
+        "noise": metric.format(row["noise"]) if known else "–",
+        "of median": share,
+        "note": row["reason"] or "",
+    }

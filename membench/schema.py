@@ -1,0 +1,284 @@
+"""What a run's file may hold: the header's and the records' keys with their types, checked when they are read."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from membench.errors import ResultsError
+from membench.names import checked_device, checked_name, checked_stack, members
+from membench.record import REFERENCE, SCHEMA_VERSION, Status
+from membench.validation import problem, shown
+
+_LARGEST_SIZE = 2**63 - 1
+# Figures above a baseline, losses and divergences: these may be below zero.
+_SIGNED = ("_live_bytes", "_footprint_bytes", "context_overhead_bytes", "_bits_per_byte", "_nats")
+
+Size = Annotated[int, Field(ge=0, le=_LARGEST_SIZE)]
+SignedSize = Annotated[int, Field(ge=-_LARGEST_SIZE, le=_LARGEST_SIZE)]
+Seconds = Annotated[float, Field(ge=0)]
+
+
+class _Table(BaseModel):
+    """A later version may add keys without changing what is here: unknown ones are left alone."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+class _Gpu(_Table):
+    name: str | None
+    memory_bytes: Size | None
+    driver: str | None
+
+
+class _Machine(_Table):
+    system: str | None = None
+    processor: str | None = None
+    cpu: dict[str, Any] | None = None
+    cores: int | None = None
+    memory_bytes: Size | None = None
+    python: str | None = None
+    packages: dict[str, str | None] | None = None
+    commit: str | None = None
+    threads: int | None = None
+    variables: dict[str, str | None] | None = None
+    gpus: list[_Gpu] | str | None = None
+
+
+class _Code(_Table):
+    commit: str
+    ref: str
+    is_changed: bool
+
+
+class _Header(_Table):
+    run: str
+    suite: str
+    suite_sha256: str = ""
+    suite_text: str = ""
+    devices: list[str] = []
+    machine: _Machine = _Machine()
+    started_at: str = ""
+    code: _Code | None = None
+
+
+class _Plugin(_Table):
+    use: str
+    options: dict[str, Any]
+
+
+class _Case(_Table):
+    model: str
+    technique: str
+    workload: str
+    device: str
+    model_plugin: _Plugin | None = None
+    technique_plugins: list[_Plugin] = []
+    workload_plugin: _Plugin | None = None
+
+
+class _How(_Table):
+    source: str | None = None
+    bound: Literal["exact", "at least", "at most"] = "exact"
+    resolution_bytes: Size = 0
+    at_least_bytes: Size | None = None
+    at_most_bytes: SignedSize | None = None
+    interval_s: Seconds | None = None
+    children: bool | None = None
+
+
+class _Part(_Table):
+    duration_s: Seconds | None = None
+    durations_s: list[Seconds] | None = None
+    peak_live_bytes: SignedSize | None = None
+    held_live_bytes: SignedSize | None = None
+    peak_footprint_bytes: SignedSize | None = None
+    held_footprint_bytes: SignedSize | None = None
+    file_end_bytes: SignedSize | None = None
+    cuda_peak_allocated_bytes: Size | None = None
+    cuda_held_allocated_bytes: Size | None = None
+    cuda_peak_reserved_bytes: Size | None = None
+    cuda_held_reserved_bytes: Size | None = None
+    children_peak_bytes: Size | None = None
+
+
+class _Phase(_Part):
+    name: str
+    allocator: str
+    began_s: float | None = None
+    ended_s: float | None = None
+    parts: dict[str, _Part] = {}
+
+
+class _Modules(_Table):
+    modules: str
+    count: int = Field(ge=1)
+    bytes: Size
+
+
+class _Process(_Table):
+    role: str
+    rank: int
+    device: str
+    pid: int | None = None
+    gpu: dict[str, Any] | None = None
+    baseline: dict[str, Size] | None = None
+    phases: list[_Phase]
+    durations_s: list[Seconds] | None = None
+    waited_s: list[Seconds] | None = None
+    losses_nats: list[float | None] | None = None
+    breakdown_bytes: dict[str, dict[str, SignedSize]] | None = None
+    peak_part: str | None = None
+    modules_bytes: list[_Modules] | None = None
+    quality: dict[str, Any] | None = None
+
+
+class _Record(_Table):
+    case: _Case
+    id: str
+    repeat: int = Field(ge=0)
+    status: Status
+    ended_in: str | None
+    message: str | None
+    started_at: str
+    duration_s: Seconds
+    metrics: dict[str, float | None]
+    reasons: dict[str, str]
+    obtained: dict[str, _How]
+    processes: list[_Process] = Field(min_length=1)
+    remarks: list[str]
+    notes: list[str] = []
+    broken_limits: list[str]
+    timeline: dict[str, list[float | None]]
+    output_tail: str
+    machine: _Machine
+    settings: dict[str, Any]
+
+
+def check_version(entry: object) -> dict[str, Any]:
+    """What a line holds, if it is of a schema that is known here.
+
+    Raises:
+        ResultsError: if it is none, or a newer one.
+    """
+    if not isinstance(entry, dict) or type(entry.get("schema")) is not int:
+        raise ResultsError("no membench record ('schema' is missing)")
+    if entry["schema"] > SCHEMA_VERSION:
+        raise ResultsError(f"schema {shown(entry['schema'])} is newer than {SCHEMA_VERSION}; a newer membench reads it")
+    if entry["schema"] < 1:
+        raise ResultsError(f"schema {shown(entry['schema'])}: there is none before 1")
+    return entry
+
+
+def check_header(entry: Mapping[str, Any]) -> None:
+    """Check a run's first line.
+
+    Raises:
+        ResultsError: key, value and what would be right.
+    """
+    _check(_Header, entry)
+    _check_name("suite", entry["suite"], checked_name)
+    for number, device in enumerate(entry.get("devices", ())):
+        _check_name(f"devices.{number}", device, checked_device)
+
+
+def check_machine(machine: Mapping[str, Any]) -> None:
+    """Check the description of a machine.
+
+    Raises:
+        ResultsError: key, value and what would be right.
+    """
+    _check(_Machine, machine)
+
+
+def check_record(entry: Mapping[str, Any]) -> None:
+    """Check a record's line by itself.
+
+    Raises:
+        ResultsError: key, value and what would be right.
+    """
+    if "run" in entry:
+        raise ResultsError("a second header: two runs do not go into one file")
+    _check(_Record, entry)
+    for field, value in entry["metrics"].items():
+        if value is None:
+            continue
+        if value < 0 and not field.endswith(_SIGNED):
+            raise ResultsError(f"metrics.{field} = {shown(value)}: must be at least 0")
+        if field.endswith("_bytes") and abs(value) > _LARGEST_SIZE:
+            raise ResultsError(f"metrics.{field} = {shown(value)}: no machine has so much")
+    case = entry["case"]
+    for axis, checked in (("model", checked_name), ("technique", checked_stack), ("workload", checked_name),
+                          ("device", checked_device)):  # fmt: skip
+        _check_name(f"case.{axis}", case[axis], checked)
+    own = f"{case['model']}/{case['technique']}/{case['workload']}/{case['device']}"
+    if entry["id"] != own:
+        raise ResultsError(f"id = {shown(entry['id'])}: the case is {own}")
+
+
+def _check(schema: type[BaseModel], entry: Mapping[str, Any]) -> None:
+    try:
+        schema.model_validate(entry)
+    except ValidationError as error:
+        raise ResultsError(problem(error, schema, entry).sentence()) from None
+
+
+def _check_name(key: str, name: str, checked: Callable[[str], str]) -> None:
+    """What stands in tables and names files must be a name there, too."""
+    try:
+        checked(name)
+    except ValueError as error:
+        raise ResultsError(f"{key} = {shown(name)}: {error}") from None
+
+
+class Membership:
+    """Tells whether a record can be of the run whose header is given."""
+
+    def __init__(self, header: Mapping[str, Any]) -> None:
+        self._suite = header["suite"]
+        self._devices: Sequence[str] = header.get("devices", [])
+        self._named = _names(header.get("suite_text", ""))
+        self._seen: set[tuple[str, int]] = set()
+
+    def check(self, entry: Mapping[str, Any]) -> None:
+        """Check the next record's line.
+
+        Raises:
+            ResultsError: if it is of another suite or device, or is there already.
+        """
+        case = entry["case"]
+        for axis, named in self._named.items():
+            names = members(case[axis]) if axis == "technique" else [case[axis]]
+            stranger = next((name for name in names if name not in named), None)
+            if stranger is not None:
+                raise ResultsError(f"case.{axis} = {shown(case[axis])}: suite '{self._suite}' has no {axis} {stranger}")
+        if self._devices and case["device"] not in self._devices:
+            raise ResultsError(f"case.device = {shown(case['device'])}: the run is on {' and '.join(self._devices)}")
+        if (entry["id"], entry["repeat"]) in self._seen:
+            raise ResultsError(f"{entry['id']}, repeat {entry['repeat']}: it is there already")
+        self._seen.add((entry["id"], entry["repeat"]))
+
+
+def _names(suite_text: str) -> dict[str, set[str]]:
+    """By axis, the names that a suite's text puts into cases. None of an axis that cannot be made out."""
+    try:
+        suite = tomllib.loads(suite_text)
+        tables = [suite["matrix"], *suite.get("include", [])]
+        listed = {
+            axis: [name for table in tables for name in _listed(table[axis])]
+            for axis in ("model", "technique", "workload")
+        }
+    except (ValueError, KeyError, TypeError, RecursionError):  # it was checked when it was run; here it may be damaged
+        return {}
+    listed["technique"] = [REFERENCE, *(name for stack in listed["technique"] for name in members(stack))]
+    return {axis: set(names) for axis, names in listed.items()}
+
+
+def _listed(value: object) -> list[str]:
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TypeError
+    return names

@@ -1,0 +1,108 @@
+"""One of two versions that are measured in turn: a process that lives in its version's folder and obeys over a pipe.
+
+The program that compares the two starts it there, with its version's folders first on Python's path. It loads the
+suite as it is there, opens a run's file, tells which cases there are, and measures one whenever it is told to. It reads
+and writes a JSON object a line.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from membench import console, registry
+from membench.errors import EXIT_OK, MembenchError
+from membench.record import Case, Plugin
+from membench.session import Session
+from membench.suite import Suite, load_suite
+
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+class ForeignCode(MembenchError):
+    """What is measured is not of the version that it is measured for."""
+
+
+def main() -> int:
+    """Serve until standard input ends."""
+    told = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    # What a user's module prints when it is loaded must not be taken for a message.
+    os.dup2(2, 1)
+
+    def tell(event: str, details: Mapping[str, Any]) -> None:
+        told.write(json.dumps({"event": event, **details}) + "\n")
+        told.flush()
+
+    def work() -> int:
+        try:
+            _serve(json.loads(sys.stdin.readline()), tell)
+        except MembenchError as error:
+            tell("refused", {"message": str(error)})
+            return error.exit_code
+        return EXIT_OK
+
+    return console.main(work)
+
+
+def _serve(order: Mapping[str, Any], tell: Any) -> None:
+    suite = load_suite(order["suite"], order["devices"]).with_repeats(order["repeats"])
+    if order["not_from"]:
+        _refuse_foreign_code(suite, Path(order["not_from"]), Path(order["root"]))
+    chosen = suite.cases if order["ids"] is None else suite.select(lambda case_id: case_id in order["ids"])
+    if not chosen:
+        tell("ready", {"path": None, "ids": []})
+        return
+    cases = {case.id: case for case in chosen}
+    with Session(suite, chosen, Path(order["output"]), tell=tell, code=order["code"]) as session:
+        tell("ready", {"path": str(session.path.resolve()), "ids": list(cases)})
+        for line in sys.stdin:
+            wanted = json.loads(line)
+            session.measure(cases[wanted["id"]], wanted["repeat"])
+
+
+def _refuse_foreign_code(suite: Suite, other: Path, own: Path) -> None:
+    """Hold that no plug-in comes out of the folder of the other version.
+
+    Raises:
+        ForeignCode: if one does: its name, and where it is.
+    """
+    for case in suite.cases:
+        for what, file in _origins(case):
+            if file is None or "site-packages" in file.parts:
+                continue
+            resolved = file.resolve()
+            if resolved.is_relative_to(other) and not resolved.is_relative_to(own):
+                raise ForeignCode(
+                    f"{what} would come out of {other} and not out of the other commit:"
+                    " put the folder that it is imported from on PYTHONPATH"
+                )
+
+
+def _origins(case: Case) -> Iterator[tuple[str, Path | None]]:
+    """What a case is made of, with the file that it is loaded from."""
+    techniques = [("technique", plugin) for plugin in case.technique_plugins]
+    for kind, plugin in (("model", case.model_plugin), *techniques, ("workload", case.workload_plugin)):
+        family = registry.find(kind, plugin.use)[0]
+        yield f"{kind} '{plugin.use}'", Path(inspect.getfile(family))
+        for name in _functions(plugin):
+            # Only the package is looked for: to import it may take seconds and much memory.
+            found = importlib.util.find_spec(name.partition(":")[0].partition(".")[0])
+            if found is not None and found.origin not in (None, "built-in", "frozen"):
+                yield f"'{name}' of {kind} '{plugin.use}'", Path(str(found.origin))
+
+
+def _functions(plugin: Plugin) -> Iterator[str]:
+    for value in plugin.options.values():
+        if isinstance(value, str) and _FUNCTION.fullmatch(value):
+            yield value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
