@@ -359,6 +359,21 @@ def test_a_peak_without_categories_is_told_apart_into_what_stays_and_what_is_tak
     ]
 
 
+def test_a_name_that_stands_for_something_else_now_is_told() -> None:
+    two, three = (
+        dataclasses.replace(
+            _case(weights_bytes=MIB), stands_for={"workload": {"use": "train", "options": {"batch": n}}}
+        )
+        for n in (2, 3)
+    )
+    assert _judged(two, two).sentences() == []
+    (line,) = _judged(two, three).sentences()
+    assert line == (
+        "m/x/train/cpu: its workload is not what it was: {'use': 'train', 'options': {'batch': 2}},"
+        " now {'use': 'train', 'options': {'batch': 3}}"
+    )
+
+
 def test_words_of_a_worker_cannot_steer_the_terminal() -> None:
     bad = MeasuredCase("m/x/train/cpu", "failed", "evil \x1b[2J\n::error::", "apply")
     (line,) = judge(_measured(_case()), _measured(bad), Tolerances()).sentences()
