@@ -305,6 +305,13 @@ def test_a_case_that_breaks_fails_and_one_that_is_missing_cannot_be_compared() -
     assert (added.exit_code, added.added) == (0, ("m/y/train/cpu",))
 
 
+def test_a_machine_that_is_described_in_another_way_is_no_reason_to_give_up() -> None:
+    odd: dict[str, Any] = {"cpu": 3, "packages": [], "gpus": [None, {"name": 4}], "memory_bytes": "much", "threads": {}}
+    case = _case(weights_bytes=MIB)
+    judgement = judge(_measured(case), _measured(case, **odd), Tolerances())
+    assert [_verdict(judgement, "weights"), machines.machine_class(odd, on_gpu=True)] == ["same", "some-cores-cpu"]
+
+
 def test_nothing_in_common_is_nothing_compared() -> None:
     assert judge(_measured(_case("a")), _measured(_case("b")), Tolerances()).exit_code == 3
 

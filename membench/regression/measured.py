@@ -149,10 +149,13 @@ def of_records(records: Sequence[Record], name: str, suite: str = "") -> Measure
             cases[case_id] = _case(case_id, repeats)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise ResultsError(f"the record of {case_id} does not hold what a run writes: {summary(error)}") from None
+    machine = records[0].machine if records else {}
+    if not isinstance(machine, Mapping):
+        raise ResultsError("its records do not say of which machine they are")
     return Measured(
         name,
         suite,
-        dict(records[0].machine) if records else {},
+        machine,
         records[0].started_at if records else "",
         cases,
         Noise.of_values({case_id: _untimed(case) for case_id, case in cases.items()}),
