@@ -214,17 +214,20 @@ def _respects(machine: Mapping[str, Any]) -> dict[str, Any]:
     flat = {name: machine[name] for name in ("architecture", "page_bytes", "processor", "cores", "memory_bytes",
                                                  "python", "threads") if name in machine}  # fmt: skip
     for table in ("cpu", "packages", "variables"):
-        flat |= {f"{table}.{name}": value for name, value in (machine.get(table) or {}).items()}
+        entries = machine.get(table)
+        flat |= {f"{table}.{name}": value for name, value in entries.items()} if isinstance(entries, Mapping) else {}
     gpus = machine.get("gpus")
     if isinstance(gpus, list):
         # Two cards of one kind are as good as one and the same: their UUIDs do not count.
         flat["gpus"] = len(gpus)
-        flat |= {f"gpus.{number}.{name}": gpu[name] for number, gpu in enumerate(gpus)
-                 for name in ("name", "memory_bytes", "driver")}  # fmt: skip
+        flat |= {f"gpus.{number}.{name}": gpu[name] for number, gpu in enumerate(gpus) if isinstance(gpu, Mapping)
+                 for name in ("name", "memory_bytes", "driver") if name in gpu}  # fmt: skip
     elif gpus is not None:
         flat["gpus"] = gpus
     return flat
 
 
 def _nearly(first: int | None, second: int | None) -> bool:
-    return first is not None and second is not None and abs(first - second) <= _SAME_MEMORY * max(first, second)
+    return (
+        isinstance(first, int) and isinstance(second, int) and abs(first - second) <= _SAME_MEMORY * max(first, second)
+    )

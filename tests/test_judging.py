@@ -305,6 +305,13 @@ def test_a_case_that_breaks_fails_and_one_that_is_missing_cannot_be_compared() -
     assert (added.exit_code, added.added) == (0, ("m/y/train/cpu",))
 
 
+def test_a_machine_that_is_described_in_another_way_is_no_reason_to_give_up() -> None:
+    odd: dict[str, Any] = {"cpu": 3, "packages": [], "gpus": [None, {"name": 4}], "memory_bytes": "much", "threads": {}}
+    case = _case(weights_bytes=MIB)
+    judgement = judge(_measured(case), _measured(case, **odd), Tolerances())
+    assert [_verdict(judgement, "weights"), machines.machine_class(odd, on_gpu=True)] == ["same", "some-cores-cpu"]
+
+
 def test_nothing_in_common_is_nothing_compared() -> None:
     assert judge(_measured(_case("a")), _measured(_case("b")), Tolerances()).exit_code == 3
 
@@ -357,6 +364,21 @@ def test_a_peak_without_categories_is_told_apart_into_what_stays_and_what_is_tak
         "regressed: m/x/train/cpu: peak_live 100.0 MiB → 120.0 MiB (+20.0%, tolerance 1%):"
         " +20.00 MiB memory that is taken meanwhile and given back (phase run)"
     ]
+
+
+def test_a_name_that_stands_for_something_else_now_is_told() -> None:
+    two, three = (
+        dataclasses.replace(
+            _case(weights_bytes=MIB), stands_for={"workload": {"use": "train", "options": {"batch": n}}}
+        )
+        for n in (2, 3)
+    )
+    assert _judged(two, two).sentences() == []
+    (line,) = _judged(two, three).sentences()
+    assert line == (
+        "m/x/train/cpu: its workload is not what it was: {'use': 'train', 'options': {'batch': 2}},"
+        " now {'use': 'train', 'options': {'batch': 3}}"
+    )
 
 
 def test_words_of_a_worker_cannot_steer_the_terminal() -> None:

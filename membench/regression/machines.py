@@ -109,7 +109,8 @@ def machine_class(machine: Mapping[str, Any], on_gpu: bool) -> str:
     gpus = machine.get("gpus")
     if on_gpu and isinstance(gpus, list) and gpus and isinstance(gpus[0], dict):
         return f"{len(gpus)}-{_slug(gpus[0].get('name')) or 'gpu'}"
-    cpu = machine.get("cpu") or {}
+    cpu = machine.get("cpu")
+    cpu = cpu if isinstance(cpu, Mapping) else {}
     name = _slug(machine.get("processor")) or _slug("-".join(str(cpu.get(key) or "") for key in ("vendor", "model")))
     return f"{machine.get('threads') or machine.get('cores') or 'some'}-cores-{name or 'cpu'}"
 

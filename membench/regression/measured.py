@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,6 +65,7 @@ class MeasuredCase:
         peak_part: the part with the highest live peak.
         modules: what the weights are made of, the largest first. ``None``: the record does not say.
         phases: by phase, ``peak_live_bytes`` and ``held_live_bytes``.
+        stands_for: what the names in the id stood for: ``model``, ``technique`` and ``workload``, each with options.
     """
 
     __pydantic_config__ = _AS_WRITTEN
@@ -82,6 +84,7 @@ class MeasuredCase:
     peak_part: str | None = None
     modules: Sequence[Modules] | None = None
     phases: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    stands_for: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_measured(self) -> bool:
@@ -146,10 +149,13 @@ def of_records(records: Sequence[Record], name: str, suite: str = "") -> Measure
             cases[case_id] = _case(case_id, repeats)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise ResultsError(f"the record of {case_id} does not hold what a run writes: {summary(error)}") from None
+    machine = records[0].machine if records else {}
+    if not isinstance(machine, Mapping):
+        raise ResultsError("its records do not say of which machine they are")
     return Measured(
         name,
         suite,
-        dict(records[0].machine) if records else {},
+        machine,
         records[0].started_at if records else "",
         cases,
         Noise.of_values({case_id: _untimed(case) for case_id, case in cases.items()}),
@@ -193,6 +199,7 @@ def _case(case_id: str, repeats: Sequence[Record]) -> MeasuredCase:
         process.get("peak_part"),
         None if modules is None else [Modules(**entry) for entry in modules],
         _phases(process),
+        _stands_for(last.case),
     )
 
 
@@ -246,6 +253,13 @@ def _waited_s(measured: Sequence[Record]) -> list[list[float]]:
     found = [list(record.processes[0].get("waited_s") or ()) for record in measured]
     steps = [len(record.processes[0].get("durations_s") or ()) for record in measured]
     return found if all(steps) and [len(repeat) for repeat in found] == steps else []
+
+
+def _stands_for(case: Mapping[str, Any]) -> dict[str, Any]:
+    """As a file would have it, where there are no tuples."""
+    named = {"model": "model_plugin", "technique": "technique_plugins", "workload": "workload_plugin"}
+    found: dict[str, Any] = json.loads(json.dumps({name: case[key] for name, key in named.items() if key in case}))
+    return found
 
 
 def _phases(process: Mapping[str, Any]) -> dict[str, dict[str, int]]:

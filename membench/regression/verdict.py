@@ -225,6 +225,7 @@ class Judgement:
         lines += [f"regressed: {change.sentence()}" for change in self.regressions]
         lines += [f"undecided: {change.sentence()}" for change in self.undecided]
         lines += self._lines_on_what_was_not_judged()
+        lines += [line for pair in self.pairs for line in _redefined(pair)]
         lines += [f"not measured now: {case_id}{self._why_missing(case_id)}" for case_id in self.missing]
         lines += [f"better: {change.sentence()}" for change in self.better]
         lines += [
@@ -247,6 +248,18 @@ class Judgement:
             f"not judged: {metric} of {ids[0] if len(ids) == 1 else f'{len(ids)} cases'}: {reason}"
             for (metric, reason), ids in cases.items()
         ]
+
+
+def _redefined(pair: Pair) -> list[str]:
+    """What a name in the id stands for now and did not before: such a case is another one."""
+    if pair.base is None or pair.new is None:
+        return []
+    before, now = pair.base.stands_for, pair.new.stands_for
+    return [
+        f"{pair.id}: its {name} is not what it was: {before[name]}, now {now[name]}"
+        for name in before
+        if name in now and before[name] != now[name]
+    ]
 
 
 class _Judged(NamedTuple):
