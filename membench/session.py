@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def run(
         done = {(record.id, record.repeat) for record in read_run(file.path).records}
         todo = [(case, r) for r in range(suite.settings.repeats) for case in cases if (case.id, r) not in done]
         tell("start", {"path": str(file.path), "of": len(todo)})
-        with Runner(cases, suite.settings, file.path.with_suffix(".references"), tell, machine) as runner:
+        with Runner(cases, suite.settings, references(file.path), tell, machine) as runner:
             prepared: dict[str, str | None] = {}
             for number, (case, repeat) in enumerate(todo, 1):
                 tell("case", {"id": case.id, "number": number, "of": len(todo)})
@@ -94,25 +94,40 @@ def _file(suite: Suite, folder: Path, resume: bool | Path, machine: Mapping[str,
             raise ResultsError(f"{folder}: no run of suite '{suite.name}' there to go on with")
         _refuse_what_differs(path, suite, machine)
         return RunFile.reopen(path)
-    started = datetime.now(UTC)
-    path = folder / f"{suite.name}-{started:%Y%m%dT%H%M%S%fZ}.jsonl"
-    return RunFile.create(
-        path,
-        {
-            "run": path.stem,
-            "suite": suite.name,
-            "suite_sha256": _fingerprint(suite),
-            "suite_text": suite.text,
-            "devices": _devices(suite),
-            "machine": machine,
-            "started_at": started.isoformat(timespec="microseconds"),
-        },
-    )
+    header = run_header(suite.name, suite.text, _devices(suite), datetime.now(UTC))
+    return RunFile.create(run_path(folder, header), {**header, "machine": machine})
+
+
+def run_header(name: str, text: str, devices: Sequence[str], started: datetime) -> dict[str, Any]:
+    """What a run's file says of the run, the machine aside.
+
+    Args:
+        name: of the suite.
+        text: the suite as it is written.
+    """
+    return {
+        "run": f"{name}-{started:%Y%m%dT%H%M%S%fZ}",
+        "suite": name,
+        "suite_sha256": _sha256(text),
+        "suite_text": text,
+        "devices": list(devices),
+        "started_at": started.isoformat(timespec="microseconds"),
+    }
+
+
+def run_path(folder: Path, header: Mapping[str, Any]) -> Path:
+    """The file of a run in a folder."""
+    return folder / f"{header['run']}.jsonl"
+
+
+def references(path: Path) -> Path:
+    """The folder of the reference cases' logits that goes with a run's file."""
+    return path.with_suffix(".references")
 
 
 def _refuse_what_differs(path: Path, suite: Suite, machine: Mapping[str, Any]) -> None:
     header = read_run(path).header
-    if header.get("suite") != suite.name or header.get("suite_sha256") != _fingerprint(suite):
+    if header.get("suite") != suite.name or header.get("suite_sha256") != _sha256(suite.text):
         raise ResultsError(
             f"{path}: its suite '{header.get('suite')}' is not '{suite.name}' as it is now; run it afresh"
         )
@@ -127,8 +142,8 @@ def _refuse_what_differs(path: Path, suite: Suite, machine: Mapping[str, Any]) -
         raise ResultsError(f"{path}: began on another machine ({unlike[0]}); figures of two do not go together")
 
 
-def _fingerprint(suite: Suite) -> str:
-    return hashlib.sha256(suite.text.encode()).hexdigest()
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _devices(suite: Suite) -> list[str]:

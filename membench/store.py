@@ -146,14 +146,18 @@ def read_run(path: str | Path) -> Run:
     if not entries or "run" not in entries[0]:
         raise ResultsError(f"{path}: not the results of a run (no header)")
     try:
-        records = tuple(_record(entry) for entry in entries[1:])
+        records = tuple(record_of(entry) for entry in entries[1:])
     except TypeError as error:
         raise ResultsError(f"{path}: a record does not fit schema {SCHEMA_VERSION}: {error}") from None
     return Run(path, entries[0], records)
 
 
-def _record(entry: dict[str, Any]) -> Record:
-    """JSON knows no tuples; a record holds nothing else."""
+def record_of(entry: dict[str, Any]) -> Record:
+    """A record that went through JSON, which knows no tuples; a record holds nothing else.
+
+    Raises:
+        TypeError: if a field is missing or unknown.
+    """
     fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
     return Record(**{"notes": (), **fields})
 

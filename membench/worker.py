@@ -16,17 +16,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from membench import allocator, census, checkpoint, corpus, notes, plugins, quality, registry
+from membench import allocator, calls, census, checkpoint, corpus, device, notes, plugins, quality, registry
 from membench.assembly import Assembly, DoesNotFit
-from membench.meter import Meter
+from membench.meter import STEPS_FOR_MEMORY, Meter
 from membench.weights import weight_bytes
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-# The kernel counts pages per core and may read some 0.1 MiB low; the highest of five steps comes close to the truth.
-_STEPS_FOR_MEMORY = 5
 
 
 class Diverged(Exception):
@@ -45,6 +42,8 @@ def main(request: dict[str, Any], channel: socket.socket) -> None:
     try:
         if request.get("prepare"):
             _prepare(request, meter)
+        elif "pickled" in request:
+            calls.measure(request, meter)
         else:
             _measure(request, meter)
         meter.tell(event="done")
@@ -104,9 +103,9 @@ class _Work:
         """Do all that must not be measured, up to the baseline; bytes of the plain weights, if they are known."""
         import torch
 
-        case, device = self.case, self._request["device"]
+        case, where = self.case, self._request["device"]
         if self._meter.on_gpu:
-            _refuse_missing_gpu(device)
+            device.refuse_missing(where)
         allocator.pin()  # else large blocks of the text leave holes in the heap, which count once something fills them
         case.read_text()
         allocator.unpin()
@@ -117,7 +116,7 @@ class _Work:
         if (failed := case.rehearse()) is not None:
             self._rehearsal_failed = [f"what libraries set up once is in the figures: rehearsing ended in {failed}"]
         if self._meter.on_gpu:
-            _announce_gpu(self._meter, device)
+            device.announce_gpu(self._meter, where)
         converted = any(technique.applies_rest for technique in case.techniques)
         plain_bytes = case.plain_weight_bytes() if converted else None
         if case.context.diverged:
@@ -167,7 +166,7 @@ class _Work:
             result |= _trained_and_frozen(module)
         with meter.phase("run", "pinned") as run:
             meter.memory_in_parts = True
-            for _ in range(_STEPS_FOR_MEMORY):
+            for _ in range(STEPS_FOR_MEMORY):
                 self._hear(step())
             meter.memory_in_parts = False
         # Counted only now: some libraries pack weights anew in their first pass.
@@ -300,33 +299,6 @@ def _trained_and_frozen(module: Any) -> dict[str, int]:
     """Bytes of parameters that the optimizer trains, and of all other weights: packed ones are no parameters."""
     trained = sum(census.storages(p for p in module.parameters() if p.requires_grad).values())
     return {"trained_weights_bytes": trained, "frozen_weights_bytes": weight_bytes(module) - trained}
-
-
-def _refuse_missing_gpu(device: str) -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise plugins.Unsuitable("no CUDA device here, or a torch build without CUDA")
-    if (torch.device(device).index or 0) >= torch.cuda.device_count():
-        last = torch.cuda.device_count() - 1
-        raise plugins.Unsuitable(f"there is no {device} here: the last is cuda:{last}")
-
-
-def _announce_gpu(meter: Meter, device: str) -> None:
-    """Tell the runner which device it is, so that it can find it in NVML, where devices have another order."""
-    import torch
-
-    # cuBLAS keeps workspaces of the rehearsal in torch's allocator; a case that needs them takes them anew.
-    torch._C._cuda_clearCublasWorkspaces()
-    properties = torch.cuda.get_device_properties(device)
-    meter.tell(
-        event="device",
-        uuid=str(properties.uuid),
-        name=properties.name,
-        capability=[properties.major, properties.minor],
-        memory_bytes=properties.total_memory,
-        cuda=torch.version.cuda,
-    )
 
 
 if __name__ == "__main__":
