@@ -8,16 +8,17 @@ import pickle
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from membench import allocator, device
+from membench import allocator, device, sending
+from membench.errors import is_out_of_memory, summary
 from membench.meter import STEPS_FOR_MEMORY, Meter
 
 
-class CallEnded(Exception):
-    """What was raised is none of the exceptions that a case may end in: a call of ``sys.exit``, say."""
+class _Raised(Exception):
+    """The function raised something, which has been left for the caller."""
 
 
 def measure(request: dict[str, Any], meter: Meter) -> None:
@@ -31,7 +32,7 @@ def measure(request: dict[str, Any], meter: Meter) -> None:
             of their own its ``call``: function, arguments and keyword arguments. ``raised``: where an exception of the
             function goes, as bytes of its own or ``None``, beside the text of its traceback.
     """
-    settings, where = request["settings"], request["device"]
+    where = request["device"]
     if meter.on_gpu:
         device.refuse_missing(where)
     pinned = allocator.pin()
@@ -44,6 +45,19 @@ def measure(request: dict[str, Any], meter: Meter) -> None:
     gc.freeze()  # what the caller's modules made is no garbage of the function's
     calls = _Calls(lambda: function(*arguments, **options), Path(request["raised"]))
     meter.set_baseline()
+    try:
+        durations_s = _gone_through(calls, meter, request["settings"])
+    except _Raised as raised:
+        error = raised.__cause__
+        assert error is not None
+        status = "out-of-memory" if is_out_of_memory(error) else "failed"
+        meter.tell(event="status", status=status, message=summary(error)[:500])
+        return
+    meter.tell(event="result", result={"pinned": pinned, "durations_s": durations_s, "tokens_per_step": None})
+
+
+def _gone_through(calls: _Calls, meter: Meter, settings: Mapping[str, Any]) -> list[float]:
+    """The phases; how long the timed calls took."""
     with meter.phase("warmup", "pinned"):
         calls.next()
     with meter.phase("run", "pinned"):
@@ -61,7 +75,7 @@ def measure(request: dict[str, Any], meter: Meter) -> None:
             calls.next()
             meter.synchronize()
             durations_s.append(time.perf_counter() - began)
-    meter.tell(event="result", result={"pinned": pinned, "durations_s": durations_s, "tokens_per_step": None})
+    return durations_s
 
 
 def _unpickled(path: Path) -> Any:
@@ -83,22 +97,18 @@ class _Calls:
         self._returned = None
         try:
             self._returned = self._call()
-        except BaseException as error:
+        except BaseException as error:  # sys.exit and pytest.skip, too
             self._keep(error)
-            if isinstance(error, Exception):
-                raise
-            raise CallEnded(f"{type(error).__name__}: {error}") from error
+            raise _Raised from error
 
     def _keep(self, error: BaseException) -> None:
         """Leave the exception for the caller; the frames of this module are not part of its traceback."""
-        import cloudpickle
-
         frames = error.__traceback__
         for _ in range(2):
             frames = frames.tb_next if frames else None
         text = "".join(traceback.format_exception(type(error), error, frames))
         try:
-            pickled = cloudpickle.dumps(error.with_traceback(None))
+            pickled = sending.as_bytes(error.with_traceback(None), by_value=())
         except Exception:  # it holds what cannot be sent; its text can
             pickled = None
         self._raised.write_bytes(pickle.dumps((pickled, text)))

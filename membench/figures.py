@@ -188,9 +188,7 @@ def _children(found: Figures, phases: Sequence[Mapping[str, Any]], interval_s: f
                    interval_s=interval_s)  # fmt: skip
 
 
-def _warmup(
-    found: Figures, phase: Mapping[str, Any], on_gpu: bool, pinned: bool, baseline: Mapping[str, int]
-) -> None:
+def _warmup(found: Figures, phase: Mapping[str, Any], on_gpu: bool, pinned: bool, baseline: Mapping[str, int]) -> None:
     _live(found, phase, "warmup_peak_live_bytes", on_gpu, pinned, baseline)
     found.know("warmup_s", phase["duration_s"], "monotonic clock, under the pinned allocator")
 

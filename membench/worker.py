@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from membench import allocator, calls, census, checkpoint, corpus, device, notes, plugins, quality, registry
 from membench.assembly import Assembly, DoesNotFit
+from membench.errors import is_out_of_memory
 from membench.meter import STEPS_FOR_MEMORY, Meter
 from membench.weights import weight_bytes
 
@@ -54,15 +55,9 @@ def main(request: dict[str, Any], channel: socket.socket) -> None:
     except Diverged as error:
         meter.tell(event="status", status="diverged", message=str(error), phase=error.phase)
     except Exception as error:
-        status = "out-of-memory" if _is_out_of_memory(error) else "failed"
+        status = "out-of-memory" if is_out_of_memory(error) else "failed"
         meter.tell(event="status", status=status, message=f"{type(error).__name__}: {error}".partition("\n")[0][:500])
         raise
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    text = str(error).lower()
-    kinds = ("MemoryError", "OutOfMemoryError")
-    return type(error).__name__ in kinds or "can't allocate memory" in text or "cannot allocate memory" in text
 
 
 def _prepare(request: dict[str, Any], meter: Meter) -> None:

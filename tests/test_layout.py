@@ -18,11 +18,11 @@ _HEAVY = {
     "numpy", "pyarrow", "datasets", "sklearn", "datasketch",
 }  # fmt: skip
 _MEASURED = {
-    "allocator", "assembly", "census", "checkpoint", "forkserver", "meter", "notes", "quality", "stand_in", "weights",
+    "allocator", "assembly", "calls", "census", "checkpoint", "device", "forkserver", "meter", "notes", "quality", "stand_in", "weights",
     "worker",
 }  # fmt: skip
 _GROUPS = {
-    "ground": {"corpus", "errors", "names", "nvml", "plugins", "procfs", "record", "registry", "scratch", "units",
+    "ground": {"corpus", "errors", "names", "nvml", "plugins", "procfs", "record", "registry", "quantities", "scratch", "sending", "units",
                "validation", "environment", "data.storage"},
     "training data": {"data"},
     "suites": {"expansion", "listing", "selection", "suite"},
@@ -30,7 +30,7 @@ _GROUPS = {
     "plug-ins": {"builtin"},
     "runner's process": {"figures", "nursery", "observer", "runner", "session"},
     "records": {"compare", "report", "store"},
-    "programs": {"__init__", "__main__", "cli", "console", "doctor", "progress"},
+    "programs": {"__init__", "__main__", "cli", "console", "doctor", "progress", "pytest_plugin"},
 }  # fmt: skip
 _MAY_IMPORT = {
     "ground": {"ground"},
