@@ -175,6 +175,8 @@ def describe(threads: int, *, with_gpus: bool = False) -> dict[str, Any]:
     environment = worker_environment(threads)
     return {
         "system": platform.platform(),
+        "architecture": platform.machine(),
+        "page_bytes": os.sysconf("SC_PAGE_SIZE"),
         "processor": _cpu_info().get("model name"),
         "cpu": _cpu(),
         "cores": usable_cores(),
@@ -193,19 +195,24 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str
 
     What one of them does not say (GPUs, where no case ran on one) is no difference.
     """
+    return [f"{name}: {before}, now {now}" for name, before, now in unlike(first, second)]
+
+
+def unlike(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The same, as (respect, of the first, of the second), by respect: 'cores', 'packages.torch', 'gpus.0.name'."""
     before, now = _respects(first), _respects(second)
     found = []
-    for name in before.keys() & now.keys():
+    for name in sorted(before.keys() & now.keys()):
         is_size = name == "memory_bytes" or name.endswith(".memory_bytes")
         if before[name] != now[name] and not (is_size and _nearly(before[name], now[name])):
-            found.append(f"{name}: {before[name]}, now {now[name]}")
-    return sorted(found)
+            found.append((name, before[name], now[name]))
+    return found
 
 
 def _respects(machine: Mapping[str, Any]) -> dict[str, Any]:
     """What figures depend on, flat, by a readable name."""
-    flat = {name: machine[name] for name in ("processor", "cores", "memory_bytes", "python", "threads")
-            if name in machine}  # fmt: skip
+    flat = {name: machine[name] for name in ("architecture", "page_bytes", "processor", "cores", "memory_bytes",
+                                                 "python", "threads") if name in machine}  # fmt: skip
     for table in ("cpu", "packages", "variables"):
         flat |= {f"{table}.{name}": value for name, value in (machine.get(table) or {}).items()}
     gpus = machine.get("gpus")

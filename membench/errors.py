@@ -8,6 +8,7 @@ from collections.abc import Iterable
 EXIT_OK = 0
 EXIT_CASES_FAILED = 1
 EXIT_BAD_INPUT = 2
+EXIT_CANNOT_COMPARE = 3
 EXIT_INTERRUPTED = 130
 
 
@@ -48,6 +49,16 @@ class PluginError(MembenchError):
 
 class ResultsError(MembenchError):
     """A results file that cannot be read or continued."""
+
+
+class RuleError(MembenchError):
+    """A tolerance or a gate that cannot be understood."""
+
+
+class CannotCompare(MembenchError):
+    """Two measurements that say nothing about each other: no case in common, no baseline of this machine."""
+
+    exit_code = EXIT_CANNOT_COMPARE
 
 
 _MOST_NAMES = 10

@@ -233,7 +233,8 @@ def _held(found: Figures, run: Mapping[str, Any], on_gpu: bool, pinned: bool) ->
     if on_gpu:
         found.know("held_live_bytes", run["cuda_held_allocated_bytes"], "torch.cuda.memory_allocated")
     elif pinned:
-        found.know("held_live_bytes", run["held_live_bytes"], "RssAnon after collecting and trimming", children=False)
+        found.know("held_live_bytes", run["held_live_bytes"], "RssAnon after collecting and trimming",
+                   resolution_bytes=resolution_bytes(), children=False)  # fmt: skip
     else:
         found.miss("held_live_bytes", "the C library's malloc cannot be pinned: only glibc's can")
 
@@ -244,7 +245,7 @@ def _cpu_footprint(found: Figures, time: Mapping[str, Any], baseline: Mapping[st
     found.know("peak_footprint_bytes", source="kernel's peak (VmHWM), under the default allocator",
                resolution_bytes=resolution_bytes(), **how)  # fmt: skip
     found.know("held_footprint_bytes", time["held_footprint_bytes"], "RSS after collecting and trimming",
-               children=False)  # fmt: skip
+               resolution_bytes=resolution_bytes(), children=False)  # fmt: skip
 
 
 def _gpu_footprint(found: Figures, by_name: Mapping[str, Mapping[str, Any]], interval_s: float) -> None:

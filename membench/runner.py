@@ -403,6 +403,7 @@ def _process(device: str, outcome: _Outcome) -> dict[str, Any]:
         "durations_s": outcome.result.get("durations_s"),
         "corpus": outcome.result.get("corpus"),
         "losses_nats": outcome.result.get("losses_nats"),
+        "modules_bytes": outcome.result.get("modules_bytes"),
         "breakdown_bytes": outcome.result.get("breakdown_bytes"),
         "peak_part": outcome.result.get("peak_part"),
         "quality": outcome.result.get("quality"),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from membench import environment
 from membench.errors import ResultsError
+from membench.record import Case
 from membench.runner import Runner
 from membench.store import Run, RunFile, find_run, read_run
 from membench.suite import Suite
@@ -53,21 +55,59 @@ def run(
             run's file cannot be written; the records written before are kept.
     """
     cases = suite.select(keep)
-    machine = _machine(suite)
+    machine = machine_of(suite)
     with _file(suite, Path(output), resume, machine) as file:
         done = {(record.id, record.repeat) for record in read_run(file.path).records}
         todo = [(case, r) for r in range(suite.settings.repeats) for case in cases if (case.id, r) not in done]
-        tell("start", {"path": str(file.path), "of": len(todo)})
-        with Runner(cases, suite.settings, references(file.path), tell, machine) as runner:
-            prepared: dict[str, str | None] = {}
-            for number, (case, repeat) in enumerate(todo, 1):
-                tell("case", {"id": case.id, "number": number, "of": len(todo)})
-                if case.model not in prepared:
-                    prepared[case.model] = runner.prepare(case)
-                record = runner.run_case(case, repeat, suite.limits, prepared[case.model])
-                file.append(record)
-                tell("record", {"id": case.id, "status": record.status, "duration_s": record.duration_s})
+        _measure(suite, cases, todo, file, machine, tell)
     return read_run(file.path)
+
+
+def measure_again(
+    suite: Suite,
+    path: Path,
+    case_ids: Collection[str],
+    times: int,
+    tell: Callable[[str, Mapping[str, Any]], None] = silent,
+) -> Run:
+    """Add repeats of some cases to a run, made here by the same code.
+
+    Args:
+        path: of the run's file.
+        times: how many more repeats of each.
+
+    Raises:
+        ResultsError: as ``run``.
+    """
+    machine = machine_of(suite)
+    _refuse_what_differs(path, suite, machine)
+    cases = tuple(case for case in suite.cases if case.id in case_ids)
+    with RunFile.reopen(path) as file:
+        done = collections.Counter(record.id for record in read_run(path).records)
+        todo = [(case, done[case.id] + number) for number in range(times) for case in cases]
+        _measure(suite, cases, todo, file, machine, tell)
+    return read_run(path)
+
+
+def _measure(
+    suite: Suite,
+    cases: tuple[Case, ...],
+    todo: Sequence[tuple[Case, int]],
+    file: RunFile,
+    machine: Mapping[str, Any],
+    tell: Callable[[str, Mapping[str, Any]], None],
+) -> None:
+    """Measure cases, each with the number of its repeat, one after the other into a run's file."""
+    tell("start", {"path": str(file.path), "of": len(todo)})
+    with Runner(cases, suite.settings, references(file.path), tell, machine) as runner:
+        prepared: dict[str, str | None] = {}
+        for number, (case, repeat) in enumerate(todo, 1):
+            tell("case", {"id": case.id, "number": number, "of": len(todo)})
+            if case.model not in prepared:
+                prepared[case.model] = runner.prepare(case)
+            record = runner.run_case(case, repeat, suite.limits, prepared[case.model])
+            file.append(record)
+            tell("record", {"id": case.id, "status": record.status, "duration_s": record.duration_s})
 
 
 def resumable(suite: Suite, output: str | Path, since: str = "") -> Path | None:
@@ -78,11 +118,12 @@ def resumable(suite: Suite, output: str | Path, since: str = "") -> Path | None:
     """
     found = find_run(Path(output), suite.name, since)
     if found is not None:
-        _refuse_what_differs(found, suite, _machine(suite))
+        _refuse_what_differs(found, suite, machine_of(suite))
     return found
 
 
-def _machine(suite: Suite) -> dict[str, Any]:
+def machine_of(suite: Suite) -> dict[str, Any]:
+    """The description of this machine that stands in the records of a suite."""
     threads = suite.settings.threads or environment.usable_cores()
     return environment.describe(threads, with_gpus=any(case.device.startswith("cuda") for case in suite.cases))
 

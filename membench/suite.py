@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import fnmatch
 import os
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -13,10 +13,15 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from membench import units
-from membench.errors import SuiteError, did_you_mean, nearest, one_line
+from membench.amounts import amount, wanted
+from membench.errors import RuleError, SuiteError, did_you_mean, nearest, one_line
 from membench.expansion import expand
 from membench.names import checked_device, checked_name, checked_stack, parts
-from membench.record import METRICS, REFERENCE, Case, Metric
+from membench.record import METRICS, REFERENCE, Case
+from membench.regression.gates import Gate
+from membench.regression.gates import of_table as gates_of_table
+from membench.regression.tolerances import Tolerance
+from membench.regression.tolerances import of_table as tolerances_of_table
 from membench.validation import problem, shown
 
 _BESIDE_PACKAGE = Path(__file__).parent / "suites"
@@ -108,11 +113,13 @@ class Contents(_Table):
     workload: dict[str, dict[str, Any]] = {}
     settings: Settings = Settings.model_validate({})
     limits: dict[str, Any] = {}
+    regression: dict[str, Any] = {}
+    gate: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite, checked: its cases (references included), settings, and limits by metric field."""
+    """A suite, checked: its cases (references included), settings, limits by metric field, tolerances and gates."""
 
     path: Path
     name: str
@@ -121,6 +128,8 @@ class Suite:
     settings: Settings
     limits: Mapping[str, float]
     text: str
+    tolerances: tuple[Tolerance, ...] = ()
+    gates: tuple[Gate, ...] = ()
 
     def select(self, keep: Callable[[str], bool]) -> tuple[Case, ...]:
         """The cases whose id is kept, and what they are compared with: references, and the parts of stacks."""
@@ -185,9 +194,50 @@ def load_suite(name: str | Path, devices: list[str] | None = None) -> Suite:
     try:
         cases = expand(contents, devices)
         limits = dict(_limit(key, value) for key, value in contents.limits.items())
-    except SuiteError as error:
+        tolerances, gates = _rules(contents.regression, contents.gate)
+        if devices is None:  # others may be what a pattern is about
+            _refuse_idle_patterns(tolerances, gates, [case.id for case in cases])
+    except (SuiteError, RuleError) as error:
         raise SuiteError(f"{path}: {error}") from None
-    return Suite(path, contents.suite.name, contents.suite.description, cases, contents.settings, limits, text)
+    return Suite(
+        path,
+        contents.suite.name,
+        contents.suite.description,
+        cases,
+        contents.settings,
+        limits,
+        text,
+        tolerances,
+        gates,
+    )
+
+
+def rules_in(text: str) -> tuple[tuple[Tolerance, ...], tuple[Gate, ...]]:
+    """Tolerances and gates of a suite of which only the text is left, in the header of a run.
+
+    Raises:
+        RuleError: if they cannot be understood.
+    """
+    try:
+        tables = tomllib.loads(text)
+    except (ValueError, RecursionError):
+        raise RuleError("the suite's text in the run is not TOML") from None
+    found = [tables.get(name, {}) for name in ("regression", "gate")]
+    if not all(isinstance(table, dict) for table in found):
+        raise RuleError("[regression] and [gate] are tables")
+    return _rules(*found)
+
+
+def _rules(regression: Mapping[str, Any], gate: Mapping[str, Any]) -> tuple[tuple[Tolerance, ...], tuple[Gate, ...]]:
+    return tolerances_of_table(regression), gates_of_table(gate)
+
+
+def _refuse_idle_patterns(tolerances: Sequence[Tolerance], gates: Sequence[Gate], case_ids: Sequence[str]) -> None:
+    """A pattern that fits no case guards nothing."""
+    for table, pattern in (*(("regression", each.match) for each in tolerances), *(("gate", g.match) for g in gates)):
+        if not any(fnmatch.fnmatchcase(case_id, pattern) for case_id in case_ids):
+            hint = did_you_mean(pattern, case_ids)
+            raise SuiteError(f"{table}.case: match = {shown(pattern)} fits no case of the suite; {hint}")
 
 
 def _found(name: str | Path) -> Path:
@@ -246,47 +296,9 @@ def _limit(key: str, value: Any) -> tuple[str, float]:
     if metric is None:
         raise SuiteError(f"limits.{key}: no such metric; {did_you_mean(key, (m.name for m in METRICS))}")
     try:
-        limit = _amount(metric, value)
+        limit = amount(metric, value)
     except (ValueError, OverflowError):
-        raise SuiteError(f"limits.{key} = {shown(value)}: write {_wanted(metric)}") from None
+        raise SuiteError(f"limits.{key} = {shown(value)}: write {wanted(metric)}") from None
     if limit < 0 and metric.format is not units.format_difference:
         raise SuiteError(f"limits.{key} = {shown(value)}: a limit must not be negative")
     return metric.field, limit
-
-
-def _amount(metric: Metric, value: Any) -> float:
-    """A limit in the unit of its metric's field; sizes must say their unit, durations may.
-
-    Raises:
-        ValueError: if it is none.
-        OverflowError: if it is more than a number holds.
-    """
-    if isinstance(value, str) and metric.field.endswith("_bytes"):
-        return units.parse_bytes(value)
-    if isinstance(value, str) and _is_duration(metric):
-        return units.parse_seconds(value)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or metric.field.endswith("_bytes") or not math.isfinite(value):
-        raise ValueError
-    return float(value)
-
-
-def _is_duration(metric: Metric) -> bool:
-    return metric.field.endswith("_s") and not metric.field.endswith("_per_s")
-
-
-def _wanted(metric: Metric) -> str:
-    if metric.field.endswith("_bytes"):
-        return "a size in B, KiB, MiB, GiB or TiB, such as '2 GiB'"
-    if _is_duration(metric):
-        return "a duration in µs, ms, s, min or h, such as '200 ms'; a bare number is seconds"
-    units_by_end = {
-        "tokens_per_s": "tokens a second",
-        "_percent": "percent",
-        "_nats": "nats a token",
-        "_j": "joules",
-        "bits_per_byte": "bits per byte",
-        "bits_per_byte_standard_error": "bits per byte",
-    }
-    unit = next((unit for end, unit in units_by_end.items() if metric.field.endswith(end)), None)
-    return f"a bare number of {unit}" if unit else "a bare number, without a unit"

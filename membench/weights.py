@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,41 @@ def weight_bytes(module: nn.Module) -> int:
             else:
                 storages[(str(plain.device), storage.data_ptr())] = storage.nbytes()
     return sum(storages.values())
+
+
+_NUMBER_IN_NAME = re.compile(r"(?<![^.])\d+(?![^.])")
+_MOST_GROUPS = 100
+
+
+def bytes_by_module(module: nn.Module) -> list[dict[str, Any]]:
+    """What a module's weights are made of, the largest first; each storage counts once, where it is met first.
+
+    Layers whose names differ in a number alone and whose sizes are the same are one entry: ``modules`` (the name, with
+    ``*`` for the number), ``count`` and ``bytes`` of all of them. Beyond a hundred entries the smallest are summed up.
+    """
+    seen: set[tuple[str, int]] = set()
+    groups: dict[tuple[str, int], list[str]] = {}
+    for name, layer in module.named_modules():
+        own = 0
+        for _, tensor in own_tensors(layer):
+            for plain in plain_tensors(tensor):
+                storage = plain.untyped_storage()
+                key = (str(plain.device), storage.data_ptr())
+                if plain.device.type != "meta" and key not in seen:
+                    seen.add(key)
+                    own += storage.nbytes()
+        if own:
+            groups.setdefault((_NUMBER_IN_NAME.sub("*", name), own), []).append(name or "the model itself")
+    found: list[dict[str, Any]] = [
+        {"modules": pattern if len(names) > 1 else names[0], "count": len(names), "bytes": own * len(names)}
+        for (pattern, own), names in groups.items()
+    ]
+    found.sort(key=lambda entry: -entry["bytes"])
+    kept, rest = found[:_MOST_GROUPS], found[_MOST_GROUPS:]
+    if rest:
+        count, size = (sum(entry[key] for entry in rest) for key in ("count", "bytes"))
+        kept.append({"modules": "smaller ones", "count": count, "bytes": size})
+    return kept
 
 
 def fingerprint(module: nn.Module) -> list[tuple[object, ...]]:

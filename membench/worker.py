@@ -20,7 +20,7 @@ from membench import allocator, calls, census, checkpoint, corpus, device, notes
 from membench.assembly import Assembly, DoesNotFit
 from membench.errors import is_out_of_memory
 from membench.meter import STEPS_FOR_MEMORY, Meter
-from membench.weights import weight_bytes
+from membench.weights import bytes_by_module, weight_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -166,6 +166,7 @@ class _Work:
             meter.memory_in_parts = False
         # Counted only now: some libraries pack weights anew in their first pass.
         result["weights_bytes"] = weight_bytes(module)
+        result["modules_bytes"] = bytes_by_module(module)
         result["notes"] = self._rehearsal_failed + notes.on_weights(module, case.techniques, self._plain_bytes)
         if (optimizer := case.context.inventory.get("optimizer")) is not None:
             trained = [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -152,7 +152,8 @@ class MembenchFixture:
 
     def _keep(self, record: Record) -> None:
         sharing = Sharing.of(self._item.config)
-        entries.add(self._item, run_header(_SUITE, "", [self._demands.device], sharing.started), dataclasses.asdict(record))
+        header = run_header(_SUITE, "", [self._demands.device], sharing.started)
+        entries.add(self._item, header, dataclasses.asdict(record))
         outcome.add_figures(self._item, [record], "" if self._count == 1 else f"{self._count}.")
         if self._timing is not None:
             self._timing.tell(durations_s([record]), outcome.figures([record]))

@@ -1,0 +1,1 @@
+"""Judging a measurement against an earlier one: tolerances, noise, statistics, attribution, gates, baselines."""

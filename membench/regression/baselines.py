@@ -1,0 +1,254 @@
+"""Baselines on disk: small JSON files that can be reviewed in a diff."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from membench.errors import ResultsError, did_you_mean
+from membench.record import METRIC_OF_FIELD
+from membench.regression.machines import machine_class
+from membench.regression.measured import Measured, MeasuredCase
+from membench.regression.noise import Noise
+from membench.validation import shown
+
+SCHEMA_VERSION = 1
+"""History: 1, the first."""
+
+FOLDER = Path("results") / "baselines"
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,79}(@[A-Za-z0-9_][A-Za-z0-9_.+-]{0,79})?")
+_DIGITS_OF_TIMES = 4
+_DIGITS = 7
+_LARGEST = 2.0**63
+_WIDTH = 110
+
+
+def default_name(measured: Measured) -> str:
+    """``SUITE@MACHINE-CLASS``."""
+    return f"{measured.suite}@{machine_class(measured.machine, measured.on_gpu)}"
+
+
+def path_of(name: str, folder: Path = FOLDER) -> Path:
+    """Where a baseline of this name lies: ``FOLDER/NAME.json``.
+
+    Raises:
+        ResultsError: if it is no name: letters, digits, '.', '_', '-' and one '@', and nothing that leads elsewhere.
+    """
+    if not is_name(name):
+        raise ResultsError(
+            f"{shown(name)} is no name for a baseline: it has letters, digits, '.', '_', '+', '-' and one '@',"
+            " such as 'quickstart@2-cores-epyc'"
+        )
+    return folder / f"{name}.json"
+
+
+def is_name(name: str) -> bool:
+    """Whether a baseline may be called so."""
+    return _NAME.fullmatch(name) is not None
+
+
+def write(measured: Measured, path: Path) -> None:
+    """Keep a measurement as a baseline, whole or not at all.
+
+    Raises:
+        ResultsError: if it cannot be written, or no case of it ended well.
+    """
+    if not any(case.is_measured for case in measured.cases.values()):
+        raise ResultsError(f"{measured.name}: no case of it ended well; that is no baseline")
+    text = _text(dataclasses.replace(measured, name=path.stem))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".draft")
+        try:
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+                os.fchmod(file.fileno(), 0o644)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(draft)
+            raise
+    except OSError as error:
+        raise ResultsError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def read(path: Path) -> Measured:
+    """Read a baseline.
+
+    Raises:
+        ResultsError: in one line, if it is none, is damaged or of a newer schema.
+    """
+    try:
+        parsed = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ResultsError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise ResultsError(f"{path}: not JSON, as a baseline is") from None
+    if not isinstance(parsed, dict) or type(parsed.get("schema")) is not int or "cases" not in parsed:
+        raise ResultsError(f"{path}: no baseline ('schema' or 'cases' is missing)")
+    schema = parsed.pop("schema")
+    if schema > SCHEMA_VERSION:
+        raise ResultsError(f"{path}: schema {schema} is newer than {SCHEMA_VERSION}; a newer membench reads it")
+    if schema < 1:
+        raise ResultsError(f"{path}: there is no schema {schema}")
+    try:
+        measured = TypeAdapter(Measured).validate_json(json.dumps(_unfolded(parsed)))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ResultsError(f"{path}: damaged: {shown(place)}: {first['msg'].lower()}") from None
+    _refuse_impossible(measured, path)
+    return measured
+
+
+def names(folder: Path = FOLDER) -> list[str]:
+    """The baselines that lie in a folder."""
+    try:
+        return sorted(path.stem for path in folder.glob("*.json") if is_name(path.stem) and path.is_file())
+    except OSError as error:
+        raise ResultsError(f"{folder}: cannot be read: {error.strerror}") from None
+
+
+def remove(name: str, folder: Path = FOLDER) -> None:
+    """Remove a baseline.
+
+    Raises:
+        ResultsError: if there is none of this name.
+    """
+    path = path_of(name, folder)
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        raise ResultsError(
+            f"{folder}: no baseline is named {shown(name)}; {did_you_mean(name, names(folder))}"
+        ) from None
+    except OSError as error:
+        raise ResultsError(f"{path}: cannot be removed: {error.strerror}") from None
+
+
+def _refuse_impossible(measured: Measured, path: Path) -> None:
+    """What fits the schema and is still nothing that was measured."""
+    for case_id, case in measured.cases.items():
+        if case_id != case.id or not case_id.isprintable():
+            raise ResultsError(f"{path}: damaged: case {shown(case_id)} calls itself {shown(case.id)}")
+        if case.is_measured and not case.values:
+            raise ResultsError(f"{path}: damaged: case {shown(case_id)} ended well and has no figures")
+        for name, values in case.values.items():
+            if not values or any(abs(value) > _LARGEST for value in values):
+                raise ResultsError(f"{path}: damaged: cases.{case_id}.values.{name} holds nothing that was measured")
+    for case_id, spreads in measured.noise.spreads.items():
+        for name, spread in spreads.items():
+            if spread.runs < 2 or not 0 <= spread.range <= _LARGEST:
+                raise ResultsError(f"{path}: damaged: noise.{case_id}.{name} is no spread of two runs or more")
+
+
+def _unfolded(parsed: dict[str, Any]) -> dict[str, Any]:
+    """From the file's shape to that of the classes: a case does not repeat its id, nor the noise its one key."""
+    cases = parsed["cases"]
+    if isinstance(cases, dict):
+        parsed["cases"] = {case_id: _unfolded_case(case_id, case) for case_id, case in cases.items()}
+    parsed["noise"] = {"spreads": parsed.get("noise", {})}
+    return parsed
+
+
+def _unfolded_case(case_id: str, case: Any) -> Any:
+    if not isinstance(case, dict):
+        return case
+    sizes = case.get("resolution_bytes", {})
+    if isinstance(sizes, dict) and all(size.isdecimal() and isinstance(names, list) for size, names in sizes.items()):
+        case["resolution_bytes"] = {str(name): int(size) for size, names in sizes.items() for name in names}
+    return {"id": case_id, **case}
+
+
+def _text(measured: Measured) -> str:
+    """Keys sorted, a line a figure, so that a diff shows which figure of which case has moved."""
+    content = {
+        "schema": SCHEMA_VERSION,
+        "name": measured.name,
+        "suite": measured.suite,
+        "measured_at": measured.measured_at,
+        "machine": dict(measured.machine),
+        "cases": {case_id: _folded(case) for case_id, case in sorted(measured.cases.items())},
+        "noise": _spreads(measured.noise),
+    }
+    return "\n".join(_lines(content, "")) + "\n"
+
+
+def _folded(case: MeasuredCase) -> dict[str, Any]:
+    fields = {key: value for key, value in dataclasses.asdict(case).items() if key != "id" and value not in ({}, None)}
+    for kept in ("values", "samples"):
+        if kept in fields:
+            fields[kept] = {name: _rounded(name, values) for name, values in fields[kept].items()}
+    if "resolution_bytes" in fields:
+        by_size: dict[str, list[str]] = {}
+        for name, size in sorted(fields["resolution_bytes"].items()):
+            by_size.setdefault(str(size), []).append(name)
+        fields["resolution_bytes"] = by_size
+    # Rates follow from the durations of the same steps.
+    if "samples" in fields:
+        fields["samples"] = {name: each for name, each in fields["samples"].items() if name in _KEPT_SAMPLES}
+    return fields
+
+
+_KEPT_SAMPLES = ("step_median_s", "time_to_first_token_s", "decode_tokens_per_s")
+
+
+def _rounded(name: str, values: Any) -> Any:
+    """Times to as many digits as mean something, so that a file is small and its diffs are readable."""
+    if isinstance(values, list | tuple):
+        return [_rounded(name, value) for value in values]
+    if isinstance(values, int) or not values:
+        return values
+    is_time = name.endswith("_s") or name not in METRIC_OF_FIELD
+    return float(f"{values:.{_DIGITS_OF_TIMES if is_time else _DIGITS}g}")
+
+
+def _spreads(noise: Noise) -> dict[str, Any]:
+    """A spread of nothing says no more than none."""
+    found = {
+        case_id: {
+            name: {"runs": spread.runs, "range": _rounded(name, spread.range)}
+            for name, spread in spreads.items()
+            if spread.range
+        }
+        for case_id, spreads in sorted(noise.spreads.items())
+    }
+    return {case_id: spreads for case_id, spreads in found.items() if spreads}
+
+
+def _lines(value: Any, indent: str, before: str = "", after: str = "") -> Iterator[str]:
+    """JSON with a line an entry, where an entry that fits a line stays on it."""
+    flat = json.dumps(value, sort_keys=True, allow_nan=False)
+    opens = isinstance(value, Mapping | list | tuple) and value
+    if not opens or (_is_flat(value) and len(indent) + len(before) + len(flat) <= _WIDTH):
+        yield f"{indent}{before}{flat}{after}"
+        return
+    is_table = isinstance(value, Mapping)
+    entries = (
+        [(f"{json.dumps(key)}: ", inner) for key, inner in (value.items() if not indent else sorted(value.items()))]
+        if is_table
+        else [("", inner) for inner in value]
+    )
+    yield f"{indent}{before}{'{' if is_table else '['}"
+    for number, (key, inner) in enumerate(entries, 1):
+        yield from _lines(inner, indent + "  ", key, "," if number < len(entries) else "")
+    yield f"{indent}{'}' if is_table else ']'}{after}"
+
+
+def _is_flat(value: Any) -> bool:
+    """Whether a diff can show it on one line: numbers, a few facts of one thing."""
+    if isinstance(value, Mapping):
+        return len(value) <= 3 and not any(isinstance(inner, Mapping) for inner in value.values())
+    return not any(isinstance(inner, Mapping) for inner in value)

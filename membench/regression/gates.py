@@ -1,0 +1,357 @@
+"""Rules that a suite states about its figures: ``peak_live <= 0.6 * reference``."""
+
+from __future__ import annotations
+
+import fnmatch
+import operator
+import re
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from membench.amounts import is_duration
+from membench.errors import RuleError, did_you_mean
+from membench.record import METRICS, REFERENCE, Metric, Record
+from membench.units import format_bytes, format_number, format_seconds, parse_bytes, parse_seconds
+from membench.validation import shown
+
+_LONGEST_RULE = 400
+_DEEPEST = 20
+_REFERENCE = "reference"
+_NAMED = {metric.name: metric for metric in METRICS}
+_COMPARISONS: Mapping[str, Callable[[float, float], bool]] = {
+    "<=": operator.le, "<": operator.lt, ">=": operator.ge, ">": operator.gt,
+}  # fmt: skip
+_WORDS = {"<=": "over", "<": "not under", ">=": "under", ">": "not over"}
+_ARITHMETIC: Mapping[str, Callable[[float, float], float]] = {
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
+}  # fmt: skip
+_TOKEN = re.compile(
+    r"\s*(?:(?P<number>\d+(?:\.\d+)?)(?:\s*(?P<unit>[A-Za-zµ%]+))?|(?P<name>[A-Za-z]\w*(?:\.\w+)?)"
+    r"|(?P<sign><=|>=|[<>+*/()-]))"
+)
+
+
+class _Unit(NamedTuple):
+    """Powers of what a value counts; anything but sizes and durations is a bare number."""
+
+    bytes: int = 0
+    seconds: int = 0
+
+    def __str__(self) -> str:
+        names = {(0, 0): "a bare number", (1, 0): "a size", (0, 1): "a duration"}
+        return names.get((self.bytes, self.seconds), "neither size, duration nor number")
+
+
+_NUMBER, _SIZE, _DURATION = _Unit(), _Unit(bytes=1), _Unit(seconds=1)
+
+
+class _Unknown(Exception):
+    """A figure that a rule needs is not known."""
+
+
+class _Absent(Exception):
+    """A figure that a rule needs has no meaning for the case."""
+
+
+_Lookup = Callable[[bool, Metric], float]
+"""The figure of a metric, of the reference case or of the case itself."""
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One side of a rule: how to work it out, in which unit."""
+
+    value: Callable[[_Lookup], float]
+    unit: _Unit
+    uses_reference: bool = False
+
+    def shown(self, value: float) -> str:
+        return {_SIZE: format_bytes, _DURATION: format_seconds}.get(self.unit, format_number)(value)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A rule and the cases that it holds for; ``parse`` makes one.
+
+    ``text`` is the rule as it was written. ``match``: a shell pattern over case ids.
+    """
+
+    text: str
+    match: str
+    left: _Side = field(repr=False, compare=False)
+    comparison: str = field(repr=False, compare=False)
+    right: _Side = field(repr=False, compare=False)
+
+    @property
+    def uses_reference(self) -> bool:
+        return self.left.uses_reference or self.right.uses_reference
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A gate held against a case.
+
+    Attributes:
+        case_id: the gate's pattern where no case has the figures that it is about.
+        holds: ``None`` where a figure is not known; ``reason`` says which and why.
+        left, right: what the two sides came to, as text with units.
+    """
+
+    case_id: str
+    gate: Gate
+    holds: bool | None
+    left: str | None = None
+    right: str | None = None
+    reason: str | None = None
+
+    def sentence(self) -> str:
+        """'m/int8/forward/cpu: peak_live <= 0.6 * reference is broken: 202.8 MiB is over 164.8 MiB'."""
+        if self.holds is None:
+            return f"{self.case_id}: {self.gate.text} was not checked: {self.reason}"
+        if self.holds:
+            return f"{self.case_id}: {self.gate.text} holds: {self.left} against {self.right}"
+        word = _WORDS[self.gate.comparison]
+        return f"{self.case_id}: {self.gate.text} is broken: {self.left} is {word} {self.right}"
+
+
+def parse(text: str, match: str = "*") -> Gate:
+    """A rule: two sums of products of numbers with units, metrics and ``reference``, and <=, <, >= or > between.
+
+    A metric's name is that of the case; ``reference`` is the first metric of the rule in the reference case, and
+    ``reference.weights`` any other of it.
+
+    Raises:
+        RuleError: in one line, with the column.
+    """
+    try:
+        if len(text) > _LONGEST_RULE:
+            raise RuleError(f"a rule has {_LONGEST_RULE} characters at most")
+        return _Parser(text).gate(match)
+    except RuleError as error:
+        raise RuleError(f"rule {shown(text)}{error}") from None
+
+
+@dataclass(frozen=True)
+class _Token:
+    kind: str
+    text: str
+    column: int
+    unit: str = ""
+
+
+class _Parser:
+    """Reads a rule from left to right."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._tokens = list(_tokens(text))
+        self._at = 0
+        self._depth = 0
+        self._first = next(
+            (_NAMED[token.text] for token in self._tokens if token.kind == "name" and token.text in _NAMED), None
+        )
+
+    def gate(self, match: str) -> Gate:
+        left = self._sum()
+        comparison = self._take()
+        if comparison.text not in _COMPARISONS:
+            raise self._wrong(comparison, "write <=, <, >= or > here")
+        right = self._sum()
+        if (rest := self._take()).kind != "end":
+            raise self._wrong(rest, "the rule should end here")
+        if left.unit != right.unit:
+            raise self._wrong(comparison, f"{left.unit} stands on its left and {right.unit} on its right")
+        return Gate(self._text, match, left, comparison.text, right)
+
+    def _take(self) -> _Token:
+        token = self._tokens[self._at]
+        self._at += token.kind != "end"
+        return token
+
+    def _wrong(self, token: _Token, remedy: str) -> RuleError:
+        found = f"'{token.text}'" if token.text else "the end"
+        return RuleError(f", column {token.column}: {found}: {remedy}")
+
+    def _chain(self, part: Callable[[], _Side], signs: str) -> _Side:
+        """Parts joined by signs of equal rank, worked out from the left."""
+        whole = part()
+        while self._tokens[self._at].text in tuple(signs):
+            sign = self._take()
+            whole = self._joined(whole, sign, part())
+        return whole
+
+    def _sum(self) -> _Side:
+        return self._chain(lambda: self._chain(self._factor, "*/"), "+-")
+
+    def _joined(self, first: _Side, sign: _Token, second: _Side) -> _Side:
+        if sign.text in "+-":
+            if first.unit != second.unit:
+                raise self._wrong(sign, f"{first.unit} and {second.unit} do not add up")
+            unit = first.unit
+        else:
+            power = 1 if sign.text == "*" else -1
+            unit = _Unit(first.unit.bytes + power * second.unit.bytes, first.unit.seconds + power * second.unit.seconds)
+        work_out = _ARITHMETIC[sign.text]
+        return _Side(
+            lambda lookup: work_out(first.value(lookup), second.value(lookup)),
+            unit,
+            first.uses_reference or second.uses_reference,
+        )
+
+    def _factor(self) -> _Side:
+        token = self._take()
+        if token.text == "(":
+            self._depth += 1
+            if self._depth > _DEEPEST:
+                raise self._wrong(token, f"more than {_DEEPEST} brackets within each other")
+            inner = self._sum()
+            if (closing := self._take()).text != ")":
+                raise self._wrong(closing, "')' is missing")
+            self._depth -= 1
+            return inner
+        if token.kind == "number":
+            return self._number(token)
+        if token.kind == "name":
+            return self._figure(token)
+        raise self._wrong(token, "a number, a metric or 'reference' is wanted here")
+
+    def _number(self, token: _Token) -> _Side:
+        if not token.unit:
+            number, unit = float(token.text), _NUMBER
+        elif token.unit == "%":
+            raise self._wrong(token, f"write {float(token.text) / 100:g} for a share of {token.text}%")
+        else:
+            number, unit = self._with_unit(token)
+        return _Side(lambda _: number, unit)
+
+    def _with_unit(self, token: _Token) -> tuple[float, _Unit]:
+        written = f"{token.text} {token.unit}"
+        for parsed, unit in ((parse_bytes, _SIZE), (parse_seconds, _DURATION)):
+            try:
+                return float(parsed(written)), unit
+            except ValueError:
+                continue
+        raise self._wrong(token, f"unit '{token.unit}' is none of B, KiB, MiB, GiB, TiB, µs, ms, s, min and h")
+
+    def _figure(self, token: _Token) -> _Side:
+        whose, _, named = token.text.partition(".")
+        if whose == _REFERENCE:
+            of_reference, name = True, named
+        elif not named:
+            of_reference, name = False, whose
+        else:
+            raise self._wrong(token, f"only 'reference' has figures of its own: {_REFERENCE}.{named}")
+        metric = _NAMED.get(name) if name else self._first
+        if metric is None and not name:
+            raise self._wrong(token, "of which metric? the rule names none; write reference.peak_live, say")
+        if metric is None:
+            raise self._wrong(token, f"no metric is named '{name}'; {did_you_mean(name, [*_NAMED, _REFERENCE])}")
+        found = metric
+        unit = _SIZE if metric.field.endswith("_bytes") else _DURATION if is_duration(metric) else _NUMBER
+        return _Side(lambda lookup: lookup(of_reference, found), unit, of_reference)
+
+
+def _tokens(text: str) -> Iterator[_Token]:
+    position = 0
+    while text[position:].strip():
+        match = _TOKEN.match(text, position)
+        if match is None:
+            column = position + len(text[position:]) - len(text[position:].lstrip()) + 1
+            raise RuleError(f", column {column}: '{text[column - 1]}' has no place in a rule")
+        kind = next(name for name in ("number", "name", "sign") if match[name])
+        yield _Token(kind, match[kind], match.start(kind) + 1, match["unit"] or "")
+        position = match.end()
+    yield _Token("end", "", len(text) + 1)
+
+
+def of_table(table: Mapping[str, Any]) -> tuple[Gate, ...]:
+    """A suite's ``[gate]`` table: ``rules``, and ``[[gate.case]]`` tables of ``match`` and ``rules``.
+
+    Raises:
+        RuleError: naming key, rule and column.
+    """
+    unknown = next((key for key in table if key not in ("rules", "case")), None)
+    if unknown is not None:
+        raise RuleError(f"unknown key 'gate.{unknown}'; {did_you_mean(unknown, ('rules', 'case'))}")
+    found = list(_of_rules("gate", table.get("rules", []), "*"))
+    cases = table.get("case", [])
+    if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
+        raise RuleError(f"gate.case = {shown(cases)}: tables are wanted, each under [[gate.case]]")
+    for number, case in enumerate(cases):
+        where = f"gate.case.{number}"
+        unknown = next((key for key in case if key not in ("match", "rules")), None)
+        if unknown is not None:
+            raise RuleError(f"unknown key '{where}.{unknown}'; {did_you_mean(unknown, ('match', 'rules'))}")
+        match = case.get("match")
+        if not isinstance(match, str) or not match:
+            raise RuleError(f"{where}.match: a pattern over case ids is wanted, such as 'llama-*/int8/*'")
+        found += _of_rules(where, case.get("rules", []), match)
+    return tuple(found)
+
+
+def _of_rules(where: str, rules: Any, match: str) -> Iterator[Gate]:
+    if not isinstance(rules, list) or not all(isinstance(rule, str) for rule in rules):
+        raise RuleError(f"{where}.rules = {shown(rules)}: a list of rules is wanted: ['peak_live <= 0.6 * reference']")
+    for number, rule in enumerate(rules):
+        try:
+            yield parse(rule, match)
+        except RuleError as error:
+            raise RuleError(f"{where}.rules.{number}: {error}") from None
+
+
+def outcomes(gates: Sequence[Gate], records: Sequence[Record]) -> list[Outcome]:
+    """Hold every gate against every case that its pattern fits, but the reference against itself.
+
+    A case that has no such figure (bits per byte of a model that is not trained) is passed over; a gate that is about
+    figures which no case has is told of once.
+    """
+    cases: dict[str, list[Record]] = {}
+    for record in records:
+        cases.setdefault(record.id, []).append(record)
+    references = {repeats[0].group: repeats for repeats in cases.values() if repeats[0].technique == REFERENCE}
+    found = []
+    for gate in gates:
+        held = [
+            outcome
+            for case_id, repeats in cases.items()
+            if fnmatch.fnmatchcase(case_id, gate.match)
+            and not (gate.uses_reference and repeats[0].technique == REFERENCE)
+            and (outcome := _held(gate, repeats, references.get(repeats[0].group, []))) is not None
+        ]
+        found += held or [Outcome(gate.match, gate, None, reason="no case here has these figures")]
+    return found
+
+
+def _held(gate: Gate, repeats: Sequence[Record], reference: Sequence[Record]) -> Outcome | None:
+    """A gate against one case; ``None`` where it is about figures that the case does not have."""
+
+    def lookup(of_reference: bool, metric: Metric) -> float:
+        return _median(reference if of_reference else repeats, metric, "the reference" if of_reference else "the case")
+
+    try:
+        left, right = gate.left.value(lookup), gate.right.value(lookup)
+    except _Absent:
+        return None
+    except _Unknown as unknown:
+        return Outcome(repeats[0].id, gate, None, reason=str(unknown))
+    except ZeroDivisionError:
+        return Outcome(repeats[0].id, gate, None, reason="it divides by a figure that is 0")
+    holds = _COMPARISONS[gate.comparison](left, right)
+    return Outcome(repeats[0].id, gate, holds, gate.left.shown(left), gate.right.shown(right))
+
+
+def _median(repeats: Sequence[Record], metric: Metric, whose: str) -> float:
+    if not repeats:
+        raise _Unknown(f"{whose} was not measured")
+    bad = next((record for record in repeats if record.status not in ("ok", "diverged")), None)
+    if bad is not None:
+        raise _Unknown(f"{whose} ended as {bad.status}")
+    values = [value for record in repeats if (value := record.metrics.get(metric.field)) is not None]
+    if values:
+        return statistics.median(values)
+    if metric.field in repeats[0].metrics:
+        reason = repeats[0].reasons.get(metric.field, "no reason is kept")
+        raise _Unknown(f"{metric.name} of {whose} is not known: {reason}")
+    raise _Absent

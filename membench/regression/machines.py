@@ -1,0 +1,119 @@
+"""In what two machines differ, and what of the figures that touches."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from membench import environment
+from membench.record import METRIC_OF_FIELD
+
+Kind = Literal["counted", "live", "footprint", "time"]
+"""What a figure hangs on. ``counted``: bytes of storages and files, on no machine. ``live`` and ``footprint``: also on
+what decides which kernels run and how much they take for themselves. ``time``: on everything."""
+
+_NOTHING: frozenset[Kind] = frozenset()
+_TIME: frozenset[Kind] = frozenset({"time"})
+_MEMORY: frozenset[Kind] = frozenset({"live", "footprint", "time"})
+_FOOTPRINT: frozenset[Kind] = frozenset({"footprint", "time"})
+
+_BARS: Mapping[str, frozenset[Kind]] = {
+    # Each thread takes buffers of its own; which kernels run, and what they pack, goes by the instructions there are.
+    "threads": _MEMORY,
+    "cpu.instructions": _MEMORY,
+    "cpu.vendor": _MEMORY,
+    "architecture": _MEMORY,
+    "page_bytes": _MEMORY,
+    "variables.LD_PRELOAD": _MEMORY,  # another malloc, most often
+    "variables.PYTORCH_CUDA_ALLOC_CONF": _MEMORY,
+    "gpus": _MEMORY,
+    "processor": _TIME,
+    "cores": _TIME,
+    "cpu.family": _TIME,
+    "cpu.model": _TIME,
+    "cpu.stepping": _NOTHING,
+    "variables.OMP_NUM_THREADS": _MEMORY,
+    "variables.OMP_WAIT_POLICY": _TIME,
+    "variables.GOMP_SPINCOUNT": _TIME,
+    "variables.KMP_BLOCKTIME": _TIME,
+    "memory_bytes": _NOTHING,
+    "python": _NOTHING,
+}
+_BARS_OF_A_GPU: Mapping[str, frozenset[Kind]] = {"name": _MEMORY, "memory_bytes": _NOTHING, "driver": _FOOTPRINT}
+
+_COUNTED = (
+    "weights", "trained_weights", "frozen_weights", "optimizer_state", "cache", "activations", "disk", "data",
+    "compression_ratio", "corpus_kept", "padding",
+)  # fmt: skip
+_OF_THE_MODEL = ("final_loss", "accuracy", "bits_per_byte", "quality_loss", "quality_loss_error", "perplexity", "kl",
+                 "top1_agreement")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One respect in which two machines or their software differ.
+
+    ``bars``: the kinds of figures that cannot be compared for it. Versions bar nothing: what they change is what one
+    wants to know.
+    """
+
+    respect: str
+    base: Any
+    new: Any
+    bars: frozenset[Kind] = frozenset()
+
+    def __str__(self) -> str:
+        """``cores: 2, now 4``."""
+        return f"{self.respect}: {self.base}, now {self.new}"
+
+
+def differences(base: Mapping[str, Any], new: Mapping[str, Any], on_gpu: bool) -> tuple[Difference, ...]:
+    """All that differs between two descriptions of machines."""
+    found = []
+    if base.get("system") != new.get("system"):
+        found.append(Difference("system", base.get("system"), new.get("system"), _FOOTPRINT - _TIME))
+    for respect, before, now in environment.unlike(base, new):
+        bars = _bars(respect)
+        if on_gpu and respect in ("cpu.instructions", "cpu.vendor", "threads", "variables.OMP_NUM_THREADS"):
+            bars = _TIME  # live memory is the card's own
+        found.append(Difference(respect, before, now, bars))
+    return tuple(found)
+
+
+def _bars(respect: str) -> frozenset[Kind]:
+    if respect.startswith("gpus."):
+        return _BARS_OF_A_GPU.get(respect.rpartition(".")[2], _MEMORY)
+    return _BARS.get(respect, _NOTHING)
+
+
+def kind(field: str) -> Kind:
+    """What a metric hangs on."""
+    metric = METRIC_OF_FIELD[field]
+    if metric.name in _COUNTED or metric.name in _OF_THE_MODEL:
+        return "counted"
+    if field.endswith("_bytes"):
+        is_taken = any(word in metric.name for word in ("footprint", "reserved", "overhead", "children"))
+        return "footprint" if is_taken else "live"
+    return "time"
+
+
+_OF_NO_USE = re.compile(
+    r"\((?:r|tm)\)|@.*|\b(?:amd|intel|nvidia|ampere|cpu|processor|with .*graphics|\d+-core|[\d.]+ghz)\b", re.IGNORECASE
+)
+
+
+def machine_class(machine: Mapping[str, Any], on_gpu: bool) -> str:
+    """A short name for machines whose timings may be compared: '2-cores-epyc', '1-h100-80gb-hbm3'."""
+    gpus = machine.get("gpus")
+    if on_gpu and isinstance(gpus, list) and gpus and isinstance(gpus[0], dict):
+        return f"{len(gpus)}-{_slug(gpus[0].get('name')) or 'gpu'}"
+    cpu = machine.get("cpu") or {}
+    name = _slug(machine.get("processor")) or _slug("-".join(str(cpu.get(key) or "") for key in ("vendor", "model")))
+    return f"{machine.get('threads') or machine.get('cores') or 'some'}-cores-{name or 'cpu'}"
+
+
+def _slug(name: Any) -> str:
+    plain = _OF_NO_USE.sub(" ", str(name or ""))
+    return "-".join(re.findall(r"[a-z0-9.]+", plain.lower()))[:40].strip(".-")

@@ -1,0 +1,238 @@
+"""What comparing reads of a run, and all that a baseline keeps of one."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ConfigDict
+
+from membench.errors import ResultsError, summary
+from membench.record import Record, Status
+from membench.regression.noise import Noise
+from membench.store import Run
+
+_AS_WRITTEN = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+_MEASURED_TO_THE_END = ("ok", "diverged")
+_FROM_BAD_TO_WORSE = ("ok", "skipped", "diverged", "failed", "timeout", "out-of-memory", "crashed")
+
+_PART_OF_METRIC = {
+    "time_to_first_token_s": "prefill", "decode_tokens_per_s": "decode",
+    "forward_s": "forward", "backward_s": "backward", "optimizer_s": "optimizer",
+}  # fmt: skip
+"""Metrics that are the median of a part's durations, or what is done a step over it."""
+
+_TOLD_BY_PHASE = ("load", "apply", "store", "warmup")
+"""Phases whose peaks are metrics, and of which what is held afterwards tells where the peak comes from."""
+
+_OF_STEPS = ("step_median_s", "tokens_per_s", "read_mb_per_s")
+"""Metrics that are the median of the steps' durations, or what is done a step over it."""
+
+
+@dataclass(frozen=True)
+class Modules:
+    """Layers of a model that are alike, and the bytes of their weights.
+
+    ``modules``: a name, or one with ``*`` for the numbers in which their names differ.
+    """
+
+    __pydantic_config__ = _AS_WRITTEN
+
+    modules: str
+    count: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class MeasuredCase:
+    """One case over all its repeats.
+
+    Attributes:
+        status: of the worst repeat, with ``message`` and ``ended_in`` of that one; where most repeats came to their
+            end, of the worst of these, and ``message`` says how many others there were.
+        values: by metric field, that of each repeat that has one.
+        reasons: by metric field, why it is not known.
+        resolution_bytes: by metric field, how far off its source may be.
+        bounds: by metric field, ``at least`` or ``at most`` where it is not exact.
+        samples: by metric field, the single measurements (of steps) of each repeat, in the metric's unit.
+        breakdown_bytes: by part of a step and category, at the part's highest moment.
+        peak_part: the part with the highest live peak.
+        modules: what the weights are made of, the largest first. ``None``: the record does not say.
+        phases: by phase, ``peak_live_bytes`` and ``held_live_bytes``.
+    """
+
+    __pydantic_config__ = _AS_WRITTEN
+
+    id: str
+    status: Status
+    message: str | None = None
+    ended_in: str | None = None
+    values: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    resolution_bytes: Mapping[str, int] = field(default_factory=dict)
+    bounds: Mapping[str, str] = field(default_factory=dict)
+    samples: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+    breakdown_bytes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    peak_part: str | None = None
+    modules: Sequence[Modules] | None = None
+    phases: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether every repeat came to its end."""
+        return self.status in _MEASURED_TO_THE_END
+
+    def value(self, field: str) -> float | None:
+        """The median over the repeats."""
+        values = self.values.get(field)
+        return statistics.median(values) if values else None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A run or a baseline, as far as comparing needs it.
+
+    Attributes:
+        name: what it is called in tables and messages: a run's or a baseline's name.
+        machine: as ``environment.describe`` says it.
+        noise: of A/A repeats kept with a baseline, and of a run's own repeats.
+    """
+
+    __pydantic_config__ = _AS_WRITTEN
+
+    name: str
+    suite: str
+    machine: Mapping[str, Any]
+    measured_at: str
+    cases: Mapping[str, MeasuredCase]
+    noise: Noise = field(default_factory=Noise)
+
+    @property
+    def on_gpu(self) -> bool:
+        return any(case_id.rpartition("/")[2].startswith("cuda") for case_id in self.cases)
+
+
+def of_run(run: Run, name: str | None = None) -> Measured:
+    """A run as it was read. What its own repeats show of noise is taken up.
+
+    Raises:
+        ResultsError: if a record holds something else than a run writes.
+    """
+    try:
+        measured = of_records(run.records, name or str(run.header["run"]), str(run.header.get("suite", "")))
+    except ResultsError as error:
+        raise ResultsError(f"{run.path}: {error}") from None
+    return measured
+
+
+def of_records(records: Sequence[Record], name: str, suite: str = "") -> Measured:
+    """Records that are at hand, of one machine; of the same case and repeat, all count as repeats.
+
+    Raises:
+        ResultsError: if a record holds something else than a run writes.
+    """
+    by_case: dict[str, list[Record]] = {}
+    for record in records:
+        by_case.setdefault(record.id, []).append(record)
+    cases = {}
+    for case_id, repeats in by_case.items():
+        try:
+            cases[case_id] = _case(case_id, repeats)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ResultsError(f"the record of {case_id} does not hold what a run writes: {summary(error)}") from None
+    return Measured(
+        name,
+        suite,
+        dict(records[0].machine) if records else {},
+        records[0].started_at if records else "",
+        cases,
+        Noise.of_values({case_id: _untimed(case) for case_id, case in cases.items()}),
+    )
+
+
+def _untimed(case: MeasuredCase) -> dict[str, Sequence[float]]:
+    """What is not judged by its samples, in which the repeats' own noise is already."""
+    return {name: values for name, values in case.values.items() if name not in case.samples}
+
+
+def _case(case_id: str, repeats: Sequence[Record]) -> MeasuredCase:
+    worst = max(repeats, key=_badness)
+    measured = [record for record in repeats if record.status in _MEASURED_TO_THE_END]
+    if 2 * len(measured) <= len(repeats) and worst not in measured:
+        return MeasuredCase(case_id, worst.status, worst.message, worst.ended_in, reasons=dict(worst.reasons))
+    message = worst.message
+    if worst not in measured:
+        message = f"{len(repeats) - len(measured)} of {len(repeats)} repeats ended as {worst.status}: {worst.message}"
+        worst = max(measured, key=_badness)
+    last = measured[-1]
+    process = last.processes[0]
+    values: dict[str, list[float]] = {}
+    for record in measured:
+        for name, value in record.metrics.items():
+            if value is not None:
+                values.setdefault(name, []).append(value + 0)  # what is no number fails here
+    modules = process.get("modules_bytes")
+    return MeasuredCase(
+        case_id,
+        worst.status,
+        message,
+        worst.ended_in,
+        values,
+        dict(last.reasons),
+        {name: size for name in last.metrics if (size := _resolution(last, name))},
+        {name: how["bound"] for name, how in last.obtained.items() if how.get("bound", "exact") != "exact"},
+        _samples(measured),
+        {part: dict(sizes) for part, sizes in (process.get("breakdown_bytes") or {}).items()},
+        process.get("peak_part"),
+        None if modules is None else [Modules(**entry) for entry in modules],
+        _phases(process),
+    )
+
+
+def _badness(record: Record) -> int:
+    return _FROM_BAD_TO_WORSE.index(record.status)
+
+
+def _resolution(record: Record, name: str) -> int:
+    """How far off a figure's source may be; early records say it of peaks alone."""
+    how = record.obtained.get(name, {})
+    if "resolution_bytes" in how or not str(how.get("source", "")).startswith(("Rss", "RSS")):
+        return int(how.get("resolution_bytes", 0))
+    return max((int(other.get("resolution_bytes", 0)) for other in record.obtained.values()), default=0)
+
+
+def _samples(measured: Sequence[Record]) -> dict[str, list[list[float]]]:
+    """The durations behind each metric that is a median of them, repeat by repeat."""
+    found: dict[str, list[list[float]]] = {}
+    for record in measured:
+        process = record.processes[0]
+        timed: Mapping[str, Any] = next(
+            (phase for phase in process["phases"] if phase["name"] == "time"), {"parts": {}}
+        )
+        steps = process.get("durations_s") or []
+        durations = dict.fromkeys(_OF_STEPS, steps)
+        for name, part in _PART_OF_METRIC.items():
+            of_part = timed["parts"].get(part, {}).get("durations_s", [])
+            durations[name] = of_part if len(of_part) == len(steps) else []
+        for name, seconds in durations.items():
+            value = record.metrics.get(name)
+            if value is not None and seconds:
+                middle = statistics.median(seconds)
+                rates = not name.endswith("_s") or name.endswith("_per_s")
+                of_repeat = [value * middle / each for each in seconds] if rates else list(seconds)
+                found.setdefault(name, []).append(of_repeat)
+    return found
+
+
+def _phases(process: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    found = {}
+    for phase in process["phases"]:
+        if phase["name"] not in _TOLD_BY_PHASE:
+            continue
+        on_gpu = "cuda_peak_allocated_bytes" in phase
+        peak = phase["cuda_peak_allocated_bytes" if on_gpu else "peak_live_bytes"]
+        held = phase["cuda_held_allocated_bytes" if on_gpu else "held_live_bytes"]
+        found[phase["name"]] = {"peak_live_bytes": peak, "held_live_bytes": held}
+    return found
