@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from membench import console
+from membench import console, regression_verbs
 from membench.errors import EXIT_CASES_FAILED, EXIT_INTERRUPTED, EXIT_OK, MembenchError, ResultsError
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--full", action="store_true", help="also measure what the harness promises (some minutes)")
     doctor.add_argument("--format", choices=formats[:2], default=formats[0])
     doctor.set_defaults(do=_doctor)
+
+    regression_verbs.add(verbs)
     return parser
 
 
@@ -109,7 +111,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
                 run = membench.run(suite, keep=keep, output=arguments.output, resume=resume, tell=tell)
             _print(run, arguments.format, arguments.explain)
-            if any(record.broken_limits or record.status not in ("ok", "skipped") for record in run.records):
+            broken = regression_verbs.tell_of_gates(run, suite.gates, arguments.format)
+            if broken or any(record.broken_limits or record.status not in ("ok", "skipped") for record in run.records):
                 code = EXIT_CASES_FAILED
             left, has_begun = left[1:], False
     except KeyboardInterrupt:
@@ -212,7 +215,11 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; its exit code: 0 fine, 1 a case failed or broke a limit, 2 bad input, 130 interrupted."""
+    """Run a verb; its exit code.
+
+    0 fine, 1 a case failed, broke a limit or a gate, or regressed, 2 bad input, 3 nothing to compare with, 130
+    interrupted.
+    """
 
     def work() -> int:
         arguments = _parser().parse_args(argv)

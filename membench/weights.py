@@ -78,8 +78,9 @@ _MOST_GROUPS = 100
 def bytes_by_module(module: nn.Module) -> list[dict[str, Any]]:
     """What a module's weights are made of, the largest first; each storage counts once, where it is met first.
 
-    Layers whose names differ in a number alone and whose sizes are the same are one entry: ``modules`` (the name, with
-    ``*`` for the number), ``count`` and ``bytes`` of all of them. Beyond a hundred entries the smallest are summed up.
+    Layers whose names differ in numbers alone and whose sizes are the same are one entry: ``modules`` (the name, with
+    ``*`` for numbers that differ), ``count`` and ``bytes`` of all of them. Beyond a hundred entries the smallest are
+    summed up.
     """
     seen: set[tuple[str, int]] = set()
     groups: dict[tuple[str, int], list[str]] = {}
@@ -95,8 +96,8 @@ def bytes_by_module(module: nn.Module) -> list[dict[str, Any]]:
         if own:
             groups.setdefault((_NUMBER_IN_NAME.sub("*", name), own), []).append(name or "the model itself")
     found: list[dict[str, Any]] = [
-        {"modules": pattern if len(names) > 1 else names[0], "count": len(names), "bytes": own * len(names)}
-        for (pattern, own), names in groups.items()
+        {"modules": _in_common(names), "count": len(names), "bytes": own * len(names)}
+        for (_, own), names in groups.items()
     ]
     found.sort(key=lambda entry: -entry["bytes"])
     kept, rest = found[:_MOST_GROUPS], found[_MOST_GROUPS:]
@@ -104,6 +105,12 @@ def bytes_by_module(module: nn.Module) -> list[dict[str, Any]]:
         count, size = (sum(entry[key] for entry in rest) for key in ("count", "bytes"))
         kept.append({"modules": "smaller ones", "count": count, "bytes": size})
     return kept
+
+
+def _in_common(names: Sequence[str]) -> str:
+    """The name that fits them all: those of layers of one kind differ in numbers alone."""
+    parts = zip(*(name.split(".") for name in names), strict=True)
+    return ".".join(part[0] if len(set(part)) == 1 else "*" for part in parts)
 
 
 def fingerprint(module: nn.Module) -> list[tuple[object, ...]]:

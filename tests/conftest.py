@@ -10,12 +10,14 @@ import pytest
 _ENTRY_POINTS = """\
 [membench.models]
 block = tests.amounts:Block
+net = tests.growth:Net
 too-large = tests.amounts:TooLarge
 [membench.workloads]
 known-burst = tests.amounts:Burst
 parent-then-child = tests.amounts:Apart
 [membench.techniques]
 ends = tests.amounts:Ends
+grows = tests.growth:Grows
 """
 
 

@@ -22,8 +22,8 @@ _MEASURED = {
     "stand_in", "weights", "worker",
 }  # fmt: skip
 _GROUPS = {
-    "ground": {"amounts", "corpus", "errors", "names", "nvml", "plugins", "procfs", "quantities", "record", "registry",
-               "scratch", "sending", "units",
+    "ground": {"amounts", "quantities", "sending",
+               "corpus", "errors", "names", "nvml", "plugins", "procfs", "record", "registry", "scratch", "units",
                "validation", "environment", "data.storage"},
     "training data": {"data"},
     "rules": {"regression.gates", "regression.tolerances"},
@@ -32,7 +32,8 @@ _GROUPS = {
     "plug-ins": {"builtin"},
     "runner's process": {"figures", "nursery", "observer", "runner", "session"},
     "records": {"compare", "regression", "report", "store"},
-    "programs": {"__init__", "__main__", "checking", "cli", "console", "doctor", "progress", "pytest_plugin"},
+    "programs": {"__init__", "__main__", "checking", "cli", "console", "doctor", "progress", "pytest_plugin",
+                 "regression_verbs"},
 }  # fmt: skip
 _MAY_IMPORT = {
     "ground": {"ground"},

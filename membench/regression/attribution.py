@@ -122,14 +122,15 @@ def _by_pattern(modules: Sequence[Modules]) -> dict[str, list[Modules]]:
 
 
 def _named(before: Mapping[str, list[Modules]], now: Mapping[str, list[Modules]], pattern: str) -> str:
-    """Which layers of a pattern differ: the one, if it is told apart from its likes, or all of them."""
-    known = {(group.modules, group.bytes) for group in before.get(pattern, ())}
-    changed = [group for group in now.get(pattern, ()) if (group.modules, group.bytes) not in known]
-    single = [group.modules for group in changed if group.count == 1 and "*" not in group.modules]
-    if single and len(single) == len(changed):
-        return ", ".join(single)
-    count = sum(group.count for group in changed)
-    return f"{pattern} ({count} of them)" if count > 1 else pattern
+    """Which layers of a pattern differ: those of a size that none had before, or all where there are more or fewer."""
+    sizes = {group.bytes // group.count for group in before.get(pattern, ())}
+    changed = [group for group in now.get(pattern, ()) if group.bytes // group.count not in sizes]
+    named = [f"{group.modules} ({group.count} of them)" if group.count > 1 else group.modules for group in changed]
+    if named:
+        return ", ".join(named)
+    names = [group.modules for group in (*now.get(pattern, ()), *before.get(pattern, ()))]
+    count_before, count_now = (sum(group.count for group in side.get(pattern, ())) for side in (before, now))
+    return f"{names[0]} ({count_now} of them, before {count_before})"
 
 
 def _category(category: str, base: MeasuredCase, new: MeasuredCase) -> list[Cause]:
@@ -140,6 +141,8 @@ def _category(category: str, base: MeasuredCase, new: MeasuredCase) -> list[Caus
         return max(sizes, default=(0, None), key=lambda size: size[0])
 
     (before, _), (now, part) = most(base), most(new)
+    if category == "optimizer":
+        part = "optimizer"  # which makes the states, wherever they are seen
     return [Cause(now - before, category, "category", "run", part)] if now != before else []
 
 

@@ -121,6 +121,22 @@ def names(folder: Path = FOLDER) -> list[str]:
         raise ResultsError(f"{folder}: cannot be read: {error.strerror}") from None
 
 
+def named(name: str, folder: Path = FOLDER) -> Measured:
+    """Read a baseline by its name.
+
+    Raises:
+        ResultsError: as ``read``; if there is none of this name, with the nearest one.
+    """
+    path = path_of(name, folder)
+    if not path.is_file():
+        raise _none_of(name, folder)
+    return read(path)
+
+
+def _none_of(name: str, folder: Path) -> ResultsError:
+    return ResultsError(f"{folder}: no baseline is named {shown(name)}; {did_you_mean(name, names(folder))}")
+
+
 def remove(name: str, folder: Path = FOLDER) -> None:
     """Remove a baseline.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from membench.errors import CannotCompare, ResultsError, did_you_mean
 from membench.regression import baselines
 from membench.regression.measured import Measured, of_run
-from membench.store import read_run
+from membench.store import Run, read_run
 from membench.validation import shown
 
 _RESULTS = Path("results")
@@ -23,19 +23,32 @@ def load(what: str, results: Path = _RESULTS) -> Measured:
     Raises:
         ResultsError: if there is no such thing, with the nearest name, or it cannot be read.
     """
-    folder = results / baselines.FOLDER.name
+    return load_with_run(what, results)[0]
+
+
+def load_with_run(what: str, results: Path = _RESULTS) -> tuple[Measured, Run | None]:
+    """As ``load``, and the run itself where it is one."""
+    path = _path(what, results)
+    if path.suffix == ".json":
+        return baselines.read(path), None
+    run = read_run(path)
+    return of_run(run, path.stem), run
+
+
+def _path(what: str, results: Path) -> Path:
     if os.sep in what or what.endswith((".json", ".jsonl")):
         path = Path(what)
         if not path.is_file():
             raise ResultsError(f"{shown(what)}: there is no such file")
-        return baselines.read(path) if path.suffix == ".json" else of_run(read_run(path), path.stem)
+        return path
     if not baselines.is_name(what):
         raise ResultsError(f"{shown(what)} is neither a file nor the name of a run or a baseline")
+    folder = results / baselines.FOLDER.name
     if what in baselines.names(folder):
-        return baselines.read(baselines.path_of(what, folder))
+        return baselines.path_of(what, folder)
     run = results / f"{what}.jsonl"
     if run.is_file():
-        return of_run(read_run(run), what)
+        return run
     known = [*baselines.names(folder), *(path.stem for path in results.glob("*.jsonl"))]
     raise ResultsError(f"no baseline and no run is named {shown(what)} in {results}; {did_you_mean(what, known)}")
 

@@ -28,6 +28,10 @@ by itself at one moment; a peak is read over several, and the highest of 50 runs
 _PAGE_BYTES = 4096
 """No memory comes in less: a change by less is none."""
 
+_SAME_WITHOUT_RATIO = 0.05
+_NOTHING = 1e-6
+"""How near figures without a ratio (divergences, shares) are the same, where nobody says otherwise."""
+
 _MOST_CAUSES = 3
 
 
@@ -349,7 +353,8 @@ def _allowed(
     metric: Metric, before: float, closest: Tolerance | None, base: MeasuredCase, new: MeasuredCase, floor: float
 ) -> float:
     """By how much a figure may get worse: what is tolerated on top of what its sources may be off, or the noise."""
-    tolerated = metric.same_within * abs(before) if closest is None else closest.allowed(before)
+    within = metric.same_within if metric.has_ratio else _SAME_WITHOUT_RATIO
+    tolerated = max(within * abs(before), _NOTHING) if closest is None else closest.allowed(before)
     off = sum(case.resolution_bytes.get(metric.field, 0) for case in (base, new))
     smallest = _PAGE_BYTES if metric.field.endswith("_bytes") else 0
     return max(tolerated + _RESOLUTIONS * off, floor, smallest)
@@ -394,22 +399,19 @@ def _judged(
     if bounds[0] != bounds[1]:
         bound = next(bound for bound in reversed(bounds) if bound)
         return _Judged("undecided" if is_worse and is_watched else "same", f"it is a bound: {bound} this much")
-    if not is_watched:
-        return _Judged("worse" if is_worse else "better")
     if kind(metric.field) == "time":
         share = allowed / abs(before) if before else 0.0
-        if timing is None:
-            return _Judged(
-                "undecided" if is_worse else "same", "single durations are not kept: chance is not ruled out"
-            )
         if not is_worse:
-            return _Judged("better" if timing.is_certainly_faster(share) else "same")
-        if not timing.is_certainly_slower(share):
-            return _Judged("undecided", _why_uncertain(timing))
-    return _Judged("regressed" if is_worse else "better")
+            return _Judged("better" if timing and timing.is_certainly_faster(share) else "same")
+        if not timing or not timing.is_certainly_slower(share):
+            return _Judged("undecided", _why_uncertain(timing)) if is_watched else _Judged("same")
+    worse: Verdict = "regressed" if is_watched else "worse"
+    return _Judged(worse if is_worse else "better")
 
 
-def _why_uncertain(timing: Timing) -> str:
+def _why_uncertain(timing: Timing | None) -> str:
+    if timing is None:
+        return "it is 0 on one side"
     if timing.repeats_new < LEAST_REPEATS:
         times = "once" if timing.repeats_new == 1 else f"{timing.repeats_new} times"
         return f"measured {times}, which a busy machine can look like: {LEAST_REPEATS} repeats tell"

@@ -177,10 +177,10 @@ def _flat(found: Comparison, form: str) -> str:
                 if metric.has_ratio:
                     row[f"{metric.name}_ratio"] = found.ratio(group, technique, metric.field)
             rows.append(row)
-    return _written(rows, form)
+    return written(rows, form)
 
 
-def _written(rows: Sequence[Mapping[str, object]], form: str) -> str:
+def written(rows: Sequence[Mapping[str, object]], form: str) -> str:
     """Rows as ``csv`` or ``json``."""
     if form == "json":
         return json.dumps(rows, indent=2)
@@ -253,7 +253,7 @@ def phases(records: Sequence[Record], form: str = "simple") -> str:
     bytes and seconds.
     """
     if form in ("csv", "json"):
-        return _written([row for record in records for row in _phase_rows(record)], form)
+        return written([row for record in records for row in _phase_rows(record)], form)
     tables = []
     for record in records:
         rows = list(_phase_rows(record))

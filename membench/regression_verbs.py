@@ -1,0 +1,317 @@
+"""The verbs that hold a measurement against an earlier one: compare, check, baseline. They only wire."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from membench.errors import EXIT_CANNOT_COMPARE, EXIT_CASES_FAILED, EXIT_OK, CannotCompare, MembenchError
+
+if TYPE_CHECKING:
+    from membench.regression.gates import Gate
+    from membench.regression.measured import Measured
+    from membench.regression.tolerances import Tolerance
+    from membench.regression.verdict import Judgement
+    from membench.store import Run
+
+_RESULTS = Path("results")
+# Whatever reads these must find nothing else in the output.
+_FOR_MACHINES = ("csv", "json", "latex", "html")
+_FORMATS = ("simple", "github", "csv", "json", "plain", "grid")
+_WHAT = "a run's or a baseline's file, or the name of one in results"
+
+
+def add(verbs: Any) -> None:
+    """Add the verbs to a parser of the command line."""
+    _add_compare(verbs)
+    _add_check(verbs)
+    _add_baseline(verbs)
+
+
+def _add_compare(verbs: Any) -> None:
+    compare = verbs.add_parser("compare", help="measurements beside an earlier one: ratios, and what changed")
+    compare.add_argument("base", help=_WHAT)
+    compare.add_argument("new", nargs="+", help=_WHAT)
+    _add_what_is_common(compare)
+    compare.set_defaults(do=_compare)
+
+
+def _add_check(verbs: Any) -> None:
+    check = verbs.add_parser("check", help="compare, and exit with 1 if something regressed, 3 if that cannot be told")
+    check.add_argument("new", help=f"{_WHAT}; or a suite, which is then run, and its suspects are measured again")
+    check.add_argument("--against", metavar="BASE", help="the same; else the baseline of the suite and this machine")
+    check.add_argument(
+        "--fail", action="append", default=[], metavar="[CASES:]METRIC:AMOUNT",
+        help="how much worse a metric may get: peak_live:2%%, peak_live:16MiB, 'llama-*:time:10%%', time:off",
+    )  # fmt: skip
+    check.add_argument("--device", action="append", help="of a suite, in place of its devices")
+    check.add_argument("--update", action="store_true", help="make this the baseline, if nothing regressed")
+    _add_what_is_common(check)
+    check.set_defaults(do=_check)
+
+
+def _add_what_is_common(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("-k", dest="expression", help="only cases whose id fits, such as 'int8 and not train'")
+    verb.add_argument(
+        "--across-machines", action="store_true", help="judge what hangs on the machine although machines differ"
+    )
+    verb.add_argument("--output", type=Path, default=_RESULTS, help="folder of runs and of baselines/")
+    verb.add_argument("--format", choices=_FORMATS, default=_FORMATS[0])
+
+
+def _add_baseline(verbs: Any) -> None:
+    baseline = verbs.add_parser("baseline", help="keep, list, show and remove what later runs are held against")
+    doing = baseline.add_subparsers(dest="action", required=True)
+    save = doing.add_parser("save", help="keep a run as a baseline")
+    save.add_argument("name", nargs="?", help="SUITE@MACHINE-CLASS if none is given")
+    save.add_argument("--run", help="a run's file or name; the newest if none is given")
+    save.set_defaults(do=_save)
+    listing = doing.add_parser("list", help="the baselines there are")
+    listing.set_defaults(do=_list)
+    show = doing.add_parser("show", help="what a baseline holds")
+    show.add_argument("name")
+    show.add_argument("--format", choices=_FORMATS, default=_FORMATS[0])
+    show.set_defaults(do=_show)
+    remove = doing.add_parser("remove", help="remove a baseline")
+    remove.add_argument("name")
+    remove.set_defaults(do=_remove)
+    for each in (save, listing, show, remove):
+        each.add_argument("--output", type=Path, default=_RESULTS, help="folder of runs and of baselines/")
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from membench.regression.sources import load
+    from membench.regression.tolerances import Tolerances
+    from membench.regression.verdict import judge
+
+    keep = _keep(arguments.expression)
+    base = _only(load(arguments.base, arguments.output), keep)
+    judgements = [
+        judge(base, _only(load(name, arguments.output), keep), Tolerances(), across_machines=arguments.across_machines)
+        for name in arguments.new
+    ]
+    _print(judgements, arguments.format)
+    in_common = any(pair.base and pair.new for judgement in judgements for pair in judgement.pairs)
+    return EXIT_OK if in_common else EXIT_CANNOT_COMPARE
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from membench.regression.tolerances import parse_fail
+    from membench.suite import is_suite
+
+    asked = [parse_fail(text) for text in arguments.fail]
+    is_run = arguments.new.endswith((".json", ".jsonl"))
+    if is_suite(arguments.new) and not is_run:
+        base, judgement, run, gates = _of_suite(arguments, asked)
+    else:
+        if arguments.device:
+            raise MembenchError("--device is for a suite that is to be run; a run has its devices")
+        base, judgement, run, gates = _of_run(arguments, asked)
+    _print([judgement], arguments.format)
+    code = judgement.exit_code
+    if _broken_rules(run, gates, arguments.format):
+        code = EXIT_CASES_FAILED
+    if arguments.update:
+        _update(base, judgement, arguments, code)
+    return code
+
+
+def _of_suite(
+    arguments: argparse.Namespace, asked: Sequence[Tolerance]
+) -> tuple[Measured, Judgement, Run | None, Sequence[Gate]]:
+    """Run a suite, and measure its suspects again."""
+    from rich.console import Console
+
+    from membench import checking, session
+    from membench.progress import Display
+    from membench.regression import sources
+    from membench.regression.measured import Measured, MeasuredCase
+    from membench.regression.tolerances import Tolerances
+    from membench.suite import load_suite
+
+    suite = load_suite(arguments.new, arguments.device)
+    keep = _keep(arguments.expression)
+    if not suite.select(keep):
+        raise MembenchError(f"-k '{arguments.expression}' fits no case; 'membench list SUITE' names them")
+    # All that can be wrong is found before anything is measured.
+    to_be = {case.id: MeasuredCase(case.id, "ok") for case in suite.cases}
+    expected = Measured(suite.name, suite.name, session.machine_of(suite), "", to_be)
+    base = _only(_base(arguments, expected, sources), keep)
+    tolerances = Tolerances(suite.tolerances, asked)
+    _refuse_idle(asked, base, expected)
+    with Display(Console(stderr=True, force_terminal=sys.stderr.isatty())) as display:
+
+        def tell(event: str, details: Mapping[str, Any]) -> None:
+            display(event, details)
+
+        run, judgement = checking.check(
+            suite, base, tolerances,
+            keep=keep, output=arguments.output, across_machines=arguments.across_machines, tell=tell,
+        )  # fmt: skip
+    return base, dataclasses.replace(judgement, pairs=_kept_pairs(judgement, keep)), run, suite.gates
+
+
+def _kept_pairs(judgement: Judgement, keep: Callable[[str], bool]) -> Any:
+    """Without the references that were measured only for what they are compared with."""
+    return tuple(pair for pair in judgement.pairs if keep(pair.id))
+
+
+def _of_run(
+    arguments: argparse.Namespace, asked: Sequence[Tolerance]
+) -> tuple[Measured, Judgement, Run | None, Sequence[Gate]]:
+    """Judge a run as it was kept, by the tolerances and gates of the suite that it was made of."""
+    from membench.regression import sources
+    from membench.regression.tolerances import Tolerances
+    from membench.regression.verdict import judge
+    from membench.suite import rules_in
+
+    keep = _keep(arguments.expression)
+    measured, run = sources.load_with_run(arguments.new, arguments.output)
+    base = _only(_base(arguments, measured, sources), keep)
+    own, gates = rules_in(str(run.header.get("suite_text", ""))) if run else ((), ())
+    _refuse_idle(asked, base, measured)
+    judgement = judge(base, _only(measured, keep), Tolerances(own, asked), across_machines=arguments.across_machines)
+    return base, judgement, run, gates
+
+
+def _base(arguments: argparse.Namespace, measured: Measured, sources: Any) -> Measured:
+    found: Measured = (
+        sources.load(arguments.against, arguments.output)
+        if arguments.against
+        else sources.baseline_for(measured, arguments.output)
+    )
+    return found
+
+
+def _refuse_idle(asked: Sequence[Tolerance], *sides: Measured) -> None:
+    from membench.regression.tolerances import Tolerances
+
+    Tolerances(command_line=asked).refuse_idle([case_id for side in sides for case_id in side.cases])
+
+
+def _keep(expression: str | None) -> Callable[[str], bool]:
+    from membench import selection
+
+    return selection.parse(expression) if expression else lambda _: True
+
+
+def _only(measured: Measured, keep: Callable[[str], bool]) -> Measured:
+    cases = {case_id: case for case_id, case in measured.cases.items() if keep(case_id)}
+    if measured.cases and not cases:
+        raise CannotCompare(f"-k fits no case of {measured.name}")
+    return dataclasses.replace(measured, cases=cases)
+
+
+def _print(judgements: Sequence[Judgement], form: str) -> None:
+    from membench.report import regression
+
+    print(regression.table(judgements, form))
+    beside = sys.stderr if form in _FOR_MACHINES else sys.stdout
+    print(file=beside)
+    for judgement in judgements:
+        for line in (*regression.remarks(judgement), regression.summary(judgement)):
+            print(line, file=beside)
+
+
+def tell_of_gates(run: Run, gates: Sequence[Gate], form: str) -> bool:
+    """Tell what a suite's gates came to in a run; whether one is broken."""
+    from membench.regression.gates import outcomes
+    from membench.report import regression
+
+    held = outcomes(gates, run.records)
+    if not held:
+        return False
+    beside = sys.stderr if form in _FOR_MACHINES else sys.stdout
+    print(f"\n{regression.gates(held, 'simple' if form in _FOR_MACHINES else form)}\n", file=beside)
+    for outcome in held:
+        if not outcome.holds:
+            print(outcome.sentence(), file=beside)
+    return any(outcome.holds is False for outcome in held)
+
+
+def _broken_rules(run: Run | None, gates: Sequence[Gate], form: str) -> bool:
+    """Tell what gates and limits came to; whether one is broken."""
+    if run is None:
+        return False
+    broken = tell_of_gates(run, gates, form)
+    over = [f"{record.id}: {limit}" for record in run.records for limit in record.broken_limits]
+    for line in over:
+        print(line, file=sys.stderr if form in _FOR_MACHINES else sys.stdout)
+    return broken or bool(over)
+
+
+def _update(base: Measured, judgement: Judgement, arguments: argparse.Namespace, code: int) -> None:
+    """Move the baseline, if all is fine; what it knows of noise stays."""
+    from membench.regression import baselines
+    from membench.regression.sources import baseline_path
+
+    named = arguments.against
+    path = baseline_path(judgement.new, arguments.output) if named is None else _baseline_named(named, arguments.output)
+    if path is None:
+        raise MembenchError(f"--update moves a baseline, and '{named}' is a run; 'membench baseline save' keeps one")
+    if code != EXIT_OK:
+        print(f"{path} stays as it is", file=sys.stderr)
+        return
+    kept = baselines.read(path)
+    moved = dataclasses.replace(
+        judgement.new, cases={**kept.cases, **judgement.new.cases}, noise=kept.noise | judgement.new.noise
+    )
+    baselines.write(moved, path)
+    print(f"{path} is moved to {judgement.new.name}", file=sys.stderr)
+
+
+def _baseline_named(name: str, results: Path) -> Path | None:
+    from membench.regression import baselines
+
+    if name.endswith(".json"):
+        return Path(name)
+    folder = results / baselines.FOLDER.name
+    return baselines.path_of(name, folder) if baselines.is_name(name) and name in baselines.names(folder) else None
+
+
+def _save(arguments: argparse.Namespace) -> int:
+    from membench.regression import baselines, sources
+    from membench.store import newest_run
+
+    named = arguments.run or str(newest_run(arguments.output))
+    measured = sources.load(named, arguments.output)
+    folder = arguments.output / baselines.FOLDER.name
+    path = baselines.path_of(arguments.name or baselines.default_name(measured), folder)
+    is_there = path.is_file()
+    baselines.write(measured, path)
+    print(f"{path}: {len(measured.cases)} cases of {measured.name}{', in place of what was there' if is_there else ''}")
+    for case in measured.cases.values():
+        if not case.is_measured:
+            print(f"{case.id}: kept as {case.status}; nothing is held against it")
+    return EXIT_OK
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from membench.regression import baselines
+
+    folder = arguments.output / baselines.FOLDER.name
+    for name in baselines.names(folder):
+        measured = baselines.read(baselines.path_of(name, folder))
+        repeats = f"noise of {len(measured.noise.spreads)} cases known" if measured.noise.spreads else "noise not known"
+        print(f"{name}  {len(measured.cases)} cases  {measured.measured_at[:10]}  {repeats}")
+    return EXIT_OK
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from membench.regression import baselines
+    from membench.report import regression
+
+    found = baselines.named(arguments.name, arguments.output / baselines.FOLDER.name)
+    print(regression.figures(found, arguments.format))
+    return EXIT_OK
+
+
+def _remove(arguments: argparse.Namespace) -> int:
+    from membench.regression import baselines
+
+    baselines.remove(arguments.name, arguments.output / baselines.FOLDER.name)
+    return EXIT_OK

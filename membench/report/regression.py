@@ -1,0 +1,194 @@
+"""One measurement against others, drawn: what changed, by how much, and what is to be said of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import tabulate
+
+from membench.errors import one_line
+from membench.record import METRICS, Metric
+from membench.regression.gates import Outcome
+from membench.regression.measured import Measured
+from membench.regression.verdict import Change, Judgement, Pair
+from membench.report.text import written
+from membench.units import format_ratio
+
+_ALWAYS_SHOWN = ("weights", "peak_live", "time")
+_SAID_BY_TIME = ("tokens_per_s", "read_speed")
+
+
+def table(judgements: Sequence[Judgement], form: str = "simple") -> str:
+    """Figures by case, those of the base first, then a column for each measurement that is held against it.
+
+    For reading: weights, live peak and time of each case, and whatever else is watched or shown in tables and changed
+    by more than it may. As ``csv`` and ``json``: every figure, with bytes, seconds, ratios and verdicts apart.
+    """
+    if form in ("csv", "json"):
+        return written([row for judgement in judgements for row in _flat(judgement)], form)
+    rows: list[dict[str, str]] = []
+    titles = _titles(judgements)
+    for case_id in dict.fromkeys(pair.id for judgement in judgements for pair in judgement.pairs):
+        pairs = [_pair(judgement, case_id) for judgement in judgements]
+        rows += _rows(case_id, pairs, titles)
+    return tabulate.tabulate(rows, headers="keys", tablefmt=form, disable_numparse=True)
+
+
+def remarks(judgement: Judgement) -> list[str]:
+    """In what the machines and versions differ, then a line for all that is to be said."""
+    name = one_line(judgement.new.name)
+    lines = [f"{name} differs in {difference}" for difference in judgement.differences]
+    lines += judgement.sentences()
+    if judgement.added:
+        lines.append(f"not in {judgement.base.name}: {', '.join(judgement.added)}")
+    return [one_line(line) for line in lines]
+
+
+def summary(judgement: Judgement) -> str:
+    """The outcome in one line."""
+    counts = {
+        "regressed": len(judgement.regressions),
+        "broken": len(judgement.broken),
+        "undecided": len(judgement.undecided),
+        "not judged": len(judgement.not_judged),
+        "not measured now": len(judgement.missing),
+        "better": len(judgement.better),
+    }
+    compared = [pair for pair in judgement.pairs if pair.changes]
+    figures = sum(change.is_watched for pair in compared for change in pair.changes)
+    said = ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "nothing regressed"
+    whose = f"{judgement.new.name} against {judgement.base.name}"
+    return one_line(f"{whose}: {said}; {figures} figures of {len(compared)} cases watched")
+
+
+def gates(outcomes: Sequence[Outcome], form: str = "simple") -> str:
+    """What each rule came to in each case."""
+    held = {True: "holds", False: "broken", None: "not checked"}
+    rows = [
+        {
+            "case": one_line(outcome.case_id),
+            "rule": one_line(outcome.gate.text),
+            "outcome": held[outcome.holds],
+            "left": outcome.left or "–",
+            "right": outcome.right or "–",
+        }
+        for outcome in outcomes
+    ]
+    return tabulate.tabulate(rows, headers="keys", tablefmt=form, disable_numparse=True)
+
+
+def figures(measured: Measured, form: str = "simple") -> str:
+    """What a baseline holds: a row a case, the medians over its repeats."""
+    cases = measured.cases.values()
+    known = [
+        metric for metric in METRICS if metric.in_table and any(case.value(metric.field) is not None for case in cases)
+    ]
+    if form in ("csv", "json"):
+        rows: list[dict[str, object]] = [
+            {"case": case.id, "status": case.status, **{metric.field: case.value(metric.field) for metric in METRICS}}
+            for case in cases
+        ]
+        return written(rows, form)
+    shown = [
+        {
+            "case": one_line(case.id),
+            "status": case.status,
+            **{metric.title: _figure(metric, case.value(metric.field)) for metric in known},
+        }
+        for case in cases
+    ]
+    return tabulate.tabulate(shown, headers="keys", tablefmt=form, disable_numparse=True)
+
+
+def _titles(judgements: Sequence[Judgement]) -> list[str]:
+    """Of the columns, base first; two of one name are told apart."""
+    found: list[str] = []
+    for measured in (judgements[0].base, *(judgement.new for judgement in judgements)):
+        name, again = one_line(measured.name), 2
+        while name in found:
+            name, again = f"{one_line(measured.name)} ({again})", again + 1
+        found.append(name)
+    return found
+
+
+def _pair(judgement: Judgement, case_id: str) -> Pair | None:
+    return next((pair for pair in judgement.pairs if pair.id == case_id), None)
+
+
+def _rows(case_id: str, pairs: Sequence[Pair | None], titles: Sequence[str]) -> Iterator[dict[str, str]]:
+    base = next((pair.base for pair in pairs if pair and pair.base), None)
+    statuses = [base.status if base else "–", *(pair.new.status if pair and pair.new else "–" for pair in pairs)]
+    first = one_line(case_id)
+    if set(statuses) != {"ok"}:
+        yield {"case": first, "figure": "status", **dict(zip(titles, statuses, strict=True))}
+        first = ""
+    for metric in METRICS:
+        changes = [_of_metric(pair, metric) for pair in pairs]
+        if not _is_shown(metric, changes):
+            continue
+        before = next((change.base for change in changes if change and change.base is not None), None)
+        cells = [_figure(metric, before), *(_cell(change) for change in changes)]
+        yield {"case": first, "figure": metric.title, **dict(zip(titles, cells, strict=True))}
+        first = ""
+
+
+def _of_metric(pair: Pair | None, metric: Metric) -> Change | None:
+    return next((change for change in pair.changes if change.metric is metric), None) if pair else None
+
+
+def _is_shown(metric: Metric, changes: Sequence[Change | None]) -> bool:
+    known = [change for change in changes if change is not None]
+    if metric.name in _ALWAYS_SHOWN:
+        return bool(known)
+    of_interest = metric.in_table and metric.name not in _SAID_BY_TIME
+    return any(change.verdict != "same" and (change.is_watched or of_interest) for change in known)
+
+
+def _figure(metric: Metric, value: float | None) -> str:
+    return "–" if value is None else metric.format(value)
+
+
+def _cell(change: Change | None) -> str:
+    if change is None:
+        return "–"
+    told = [_figure(change.metric, change.new)]
+    if change.ratio is not None:
+        told.append(format_ratio(change.ratio))
+    if change.interval is not None:
+        told.append("[{}]".format(", ".join(format_ratio(end).removeprefix("×") for end in change.interval)))
+    if change.verdict != "same":
+        told.append(change.verdict)
+    return " ".join(told)
+
+
+def _flat(judgement: Judgement) -> Iterator[Mapping[str, object]]:
+    for pair in judgement.pairs:
+        status = {
+            "case": pair.id,
+            "base": judgement.base.name,
+            "new": judgement.new.name,
+            "base_status": pair.base.status if pair.base else None,
+            "new_status": pair.new.status if pair.new else None,
+        }
+        if not pair.changes:
+            yield {**status, **dict.fromkeys(_FLAT), "verdict": pair.verdict, "message": pair.broke}
+        for change in pair.changes:
+            low, high = change.interval or (None, None)
+            yield {
+                **status,
+                "metric": change.metric.field,
+                "base_value": change.base,
+                "new_value": change.new,
+                "ratio": change.ratio,
+                "ratio_low": low,
+                "ratio_high": high,
+                "p_value": change.p_value,
+                "allowed": change.allowed,
+                "verdict": change.verdict,
+                "message": change.sentence() if change.is_watched and change.verdict != "same" else None,
+            }
+
+
+_FLAT = (
+    "metric", "base_value", "new_value", "ratio", "ratio_low", "ratio_high", "p_value", "allowed", "verdict", "message",
+)  # fmt: skip
