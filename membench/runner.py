@@ -179,7 +179,7 @@ class Runner:
         duration_s = time.monotonic() - began - outcome.waited_s
         return self._record(names, case.id, repeat, outcome, figures, limits, started_at, duration_s)
 
-    def run_call(self, call: Call, limits: Mapping[str, float]) -> Record:
+    def run_call(self, call: Call, repeat: int, limits: Mapping[str, float]) -> Record:
         """Measure a function of the user's in phases like those of a case; always a record."""
         began, started_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
         request = {
@@ -194,7 +194,7 @@ class Runner:
         # No technique is applied, and it stands alone: it is its own reference.
         names = {"model": call.model, "technique": REFERENCE, "workload": call.workload, "device": call.device}
         duration_s = time.monotonic() - began - outcome.waited_s
-        return self._record(names, call.id, 0, outcome, figures_of_calls, limits, started_at, duration_s)
+        return self._record(names, call.id, repeat, outcome, figures_of_calls, limits, started_at, duration_s)
 
     def _record(
         self,

@@ -6,6 +6,7 @@ work is imported where it is used.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +21,51 @@ if TYPE_CHECKING:
     from membench.pytest_plugin.timing import Timing
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("membench", "memory that techniques, suites and functions take")
+    group.addoption(
+        "--membench-save",
+        metavar="NAME",
+        nargs="?",
+        const="",
+        type=_baseline,
+        help="Keep what is measured as a baseline; without NAME, as that of its suite on this class of machines.",
+    )
+    group.addoption(
+        "--membench-compare",
+        metavar="NAME",
+        nargs="?",
+        const="",
+        type=_baseline,
+        help="Fail tests that take more than a baseline or run says; without NAME, than that of their suite on this"
+        " class of machines. What looks worse is measured three times more before it fails.",
+    )
+    group.addoption(
+        "--membench-fail",
+        metavar="TOLERANCE",
+        action="append",
+        default=[],
+        help="How much worse a figure may get: peak_live:2%%, time:10%%, peak_live:16MiB, 'llama-*:time:off'. Can be"
+        " given several times.",
+    )
+
+
+def _baseline(name: str) -> str:
+    if name.endswith((".toml", ".py")) or "::" in name:
+        raise argparse.ArgumentTypeError(f"'{name}' is a test and no baseline; write the option after it, or with '='")
+    return name
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if any(config.getoption(f"membench_{name}") not in (None, []) for name in ("save", "compare", "fail")):
+        from membench.pytest_plugin import judging
+
+        judging.check_options(config)
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; cases of membench suites on cuda have it.")
     config.addinivalue_line(
         "markers",
-        "membench(limit='1 GiB', device='cuda'): for tests with the fixture 'membench': how much live memory a function"
-        " may take at most, and where that is measured.",
+        "membench(limit='1 GiB', compare='2%', device='cuda'): for tests with the fixture 'membench': how much live"
+        " memory a function may take at most, how much more than --membench-compare says, and where it is measured.",
     )
     # Whether there is pytest-benchmark decides what the fixture depends on, and with it what --benchmark-skip means.
     if config.pluginmanager.hasplugin("benchmark"):
@@ -60,6 +100,11 @@ class _Records:
             self._keeper = Keeper(self._config)
         if self._keeper is not None:
             self._keeper.keep(found)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self._keeper is not None and (code := self._keeper.finish()):
+            session.exitstatus = code
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         if self._keeper is not None:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,8 +83,8 @@ class SuiteFile(pytest.File):
         devices = list(dict.fromkeys(case.device for case in self.suite.cases))
         return run_header(self.suite.name, self.suite.text, devices, Sharing.of(self.config).started)
 
-    def measure(self, item: CaseItem) -> list[Record]:
-        """A record a repeat of an item's case.
+    def measure(self, item: CaseItem) -> tuple[list[Record], list[Record]]:
+        """Of an item's case, and of its reference, a record a repeat.
 
         Its reference comes first, because its logits are what others are compared with. Whichever test of whichever
         worker needs it first measures it; it is not measured again.
@@ -96,26 +96,34 @@ class SuiteFile(pytest.File):
         )
         records = self._reference(item, reference)
         if item.case is reference:
-            return records
-        records = self._measured(item.case)
-        self._keep(item, [dataclasses.asdict(record) for record in records])
-        return records
+            return records, records
+        own = self._measured(item.case, range(self.suite.settings.repeats))
+        self._keep(item, own)
+        return own, records
+
+    def measure_again(self, item: CaseItem, repeat: int) -> Record:
+        """One more repeat of an item's case."""
+        (record,) = self._measured(item.case, (repeat,))
+        self._keep(item, [record])
+        return record
 
     def _reference(self, item: CaseItem, case: Case) -> list[Record]:
         from membench.store import record_of
 
-        found, is_new = Sharing.of(self.config).once(
-            f"{self.nodeid}::{case.id}", lambda: [dataclasses.asdict(record) for record in self._measured(case)]
-        )
+        def measured() -> list[dict[str, Any]]:
+            return [dataclasses.asdict(each) for each in self._measured(case, range(self.suite.settings.repeats))]
+
+        found, is_new = Sharing.of(self.config).once(f"{self.nodeid}::{case.id}", measured)
+        records = [record_of(record) for record in found]
         if is_new:
-            self._keep(item, found)
-        return [record_of(record) for record in found]
+            self._keep(item, records)
+        return records
 
-    def _keep(self, item: CaseItem, records: Sequence[dict[str, Any]]) -> None:
+    def _keep(self, item: CaseItem, records: Sequence[Record]) -> None:
         for record in records:
-            entries.add(item, self.header, record)
+            entries.add(item, self.header, dataclasses.asdict(record))
 
-    def _measured(self, case: Case) -> list[Record]:
+    def _measured(self, case: Case, repeats: Iterable[int]) -> list[Record]:
         sharing = Sharing.of(self.config)
         gpu = sharing.gpu([case.device for case in self._wanted()])
         with gpu.held if case.device.startswith("cuda") else contextlib.nullcontext():
@@ -123,7 +131,6 @@ class SuiteFile(pytest.File):
             if case.model not in self._not_ready:
                 self._not_ready[case.model] = runner.prepare(case)
             not_ready = self._not_ready[case.model]
-            repeats = range(self.suite.settings.repeats)
             return [runner.run_case(case, repeat, self.suite.limits, not_ready) for repeat in repeats]
 
     def _wanted(self) -> tuple[Case, ...]:
@@ -163,15 +170,19 @@ class CaseItem(pytest.Item):
             # By this --benchmark-skip and --benchmark-only know what a benchmark is.
             self.fixturenames = ["benchmark"]
 
-    def reportinfo(self) -> tuple[Path, None, str]:
-        return self.path, None, self.name
+    def reportinfo(self) -> tuple[Path, int, str]:
+        return self.path, 0, self.name
 
     def runtest(self) -> None:
         from membench.errors import MembenchError
         from membench.pytest_plugin import outcome
 
         try:
-            records = self.parent.measure(self)
+            records, reference = self.parent.measure(self)
+            wrong = [
+                *outcome.broken_gates(self, self.parent.suite.gates, records, reference),
+                *self._worse(records),
+            ]
         except MembenchError as error:
             raise pytest.fail.Exception(f"membench: {error}", pytrace=False) from None
         outcome.add_figures(self, records)
@@ -179,4 +190,17 @@ class CaseItem(pytest.Item):
             from membench.pytest_plugin import timing
 
             timing.of_case(self, records)
-        outcome.settle(self, records)
+        outcome.settle(self, records, wrong)
+
+    def _worse(self, records: Sequence[Record]) -> list[str]:
+        """What is worse than before."""
+        if self.config.getoption("membench_compare") is None or any(record.status != "ok" for record in records):
+            return []
+        from membench.pytest_plugin.judging import Judge
+
+        judge = Judge.of(self.config)
+        assert judge is not None
+        suite = self.parent.suite
+        return judge.complaints(
+            suite.name, records, suite.tolerances, lambda repeat: self.parent.measure_again(self, repeat)
+        )

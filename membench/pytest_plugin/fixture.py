@@ -101,24 +101,23 @@ class MembenchFixture:
         if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
             _fail(f"'{name}' does nothing when it is called; give membench a function that goes through it to its end")
         self._count += 1
-        record, raised = self._measured(function, args, kwargs, name)
-        self._keep(record)
-        if raised is not None:
-            raise raised
+        record, worse = self._measured(function, args, kwargs, name)
         if record.status == "skipped":
             pytest.skip(str(record.message))
-        if wrong := outcome.complaints(record):
+        if wrong := [*outcome.complaints(record), *worse]:
             outcome.add_output(self._item, [record])
             _fail("\n".join(wrong))
         return Result(record, name)
 
     def _measured(
         self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], name: str
-    ) -> tuple[Record, BaseException | None]:
+    ) -> tuple[Record, list[str]]:
+        """The record, and what is worse in it than before."""
         __tracebackhide__ = True
         sharing, device = Sharing.of(self._item.config), self._demands.device
         pickled, raised = sharing.passing("call"), sharing.passing("raised")
         caller = _Caller.of(self._item.config, device)
+        limits = {} if self._demands.limit_bytes is None else {"peak_live_bytes": self._demands.limit_bytes}
         try:
             given = sending.as_bytes((function, args, kwargs), by_value=self._of_tests())
         except Exception as error:
@@ -126,10 +125,12 @@ class MembenchFixture:
         here = {"path": sys.path, "folder": str(Path.cwd()), "environment": caller.environment(), "call": given}
         pickled.write_bytes(pickle.dumps(here))
         try:
-            names = self._names(device)
-            limits = {} if self._demands.limit_bytes is None else {"peak_live_bytes": self._demands.limit_bytes}
-            record = caller.measure(Call(**names, pickled=pickled, raised=raised), limits)
-            return record, _raised(raised) if raised.exists() else None
+            call = Call(**self._names(device), pickled=pickled, raised=raised)
+            record = caller.measure(call, limits)
+            self._keep(record)
+            if raised.exists():
+                raise _raised(raised)
+            return record, self._worse(record, lambda repeat: caller.measure(call, limits, repeat))
         finally:
             pickled.unlink(missing_ok=True)
             raised.unlink(missing_ok=True)
@@ -150,10 +151,31 @@ class MembenchFixture:
             "device": device,
         }
 
-    def _keep(self, record: Record) -> None:
+    def _worse(self, record: Record, measure: Callable[[int], Record]) -> list[str]:
+        __tracebackhide__ = True
+        if self._item.config.getoption("membench_compare") is None or record.status != "ok":
+            return []
+        from membench.pytest_plugin.judging import Judge
+
+        def again(repeat: int) -> Record:
+            more = measure(repeat)
+            self._add(more)
+            return more
+
+        try:
+            judge = Judge.of(self._item.config)
+            assert judge is not None
+            return judge.complaints(_SUITE, [record], self._demands.tolerances, again)
+        except MembenchError as error:
+            _fail(f"membench: {error}")
+
+    def _add(self, record: Record) -> None:
         sharing = Sharing.of(self._item.config)
         header = run_header(_SUITE, "", [self._demands.device], sharing.started)
         entries.add(self._item, header, dataclasses.asdict(record))
+
+    def _keep(self, record: Record) -> None:
+        self._add(record)
         outcome.add_figures(self._item, [record], "" if self._count == 1 else f"{self._count}.")
         if self._timing is not None:
             self._timing.tell(durations_s([record]), outcome.figures([record]))
@@ -190,9 +212,9 @@ class _Caller:
         threads = environment.usable_cores()
         return {**environment.worker_environment(threads), **self._gpu.variables}
 
-    def measure(self, call: Call, limits: Mapping[str, float]) -> Record:
+    def measure(self, call: Call, limits: Mapping[str, float], repeat: int = 0) -> Record:
         with self._gpu.held:
-            return self._runner.run_call(call, limits)
+            return self._runner.run_call(call, repeat, limits)
 
 
 _CALLERS = pytest.StashKey[dict[str, _Caller]]()

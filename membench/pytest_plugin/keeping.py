@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from membench.errors import MembenchError
-from membench.pytest_plugin.sharing import Sharing
+from membench.pytest_plugin.sharing import Sharing, own_name
+from membench.regression import baselines
+from membench.regression.measured import of_run
 from membench.session import run_path
-from membench.store import RunFile, record_of
+from membench.store import RunFile, read_run, record_of
 
 
 class Keeper:
@@ -20,6 +22,8 @@ class Keeper:
 
     def __init__(self, config: pytest.Config) -> None:
         self._output = Sharing.of(config).output
+        self._save_as: str | None = config.getoption("membench_save")
+        self._said: list[str] = []
         self._files: dict[Path, RunFile] = {}
         self._counts: dict[Path, int] = {}
         self._open = contextlib.ExitStack()
@@ -38,8 +42,30 @@ class Keeper:
         except MembenchError as error:
             pytest.exit(f"membench: {error}", returncode=error.exit_code)
 
+    def finish(self) -> int:
+        """Close the files, and save them as baselines if that was asked for; the exit code if it could not be done."""
+        self._open.close()
+        if self._save_as is None:
+            return 0
+        try:
+            runs = [of_run(read_run(path)) for path in self._files]
+            for run in runs:
+                name = self._save_as and (own_name(self._save_as, run.suite) if len(runs) > 1 else self._save_as)
+                path = baselines.path_of(name or baselines.default_name(run), self._output / baselines.FOLDER.name)
+                baselines.write(run, path)
+                self._said.append(f"saved as baseline {_shown(path)}")
+        except MembenchError as error:
+            self._said.append(f"not saved as a baseline: {error}")
+            return error.exit_code
+        return 0
+
     def summarize(self, terminal: Any) -> None:
         """Say where the records are."""
         for path, count in self._counts.items():
-            shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-            terminal.write_line(f"membench: {count} {'record' if count == 1 else 'records'} kept in {shown}")
+            terminal.write_line(f"membench: {count} {'record' if count == 1 else 'records'} kept in {_shown(path)}")
+        for line in self._said:
+            terminal.write_line(f"membench: {line}")
+
+
+def _shown(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

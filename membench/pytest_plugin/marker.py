@@ -10,6 +10,7 @@ import pytest
 
 from membench.errors import MembenchError, did_you_mean
 from membench.names import checked_device
+from membench.regression.tolerances import DEFAULTS, Tolerance, of_table
 from membench.units import parse_bytes
 
 FIXTURE = "membench"
@@ -21,10 +22,12 @@ class Demands:
 
     Attributes:
         limit_bytes: how much live memory a measured function may take at most.
+        tolerances: how much more than before it may take.
         device: where it is measured: ``cpu``, ``cuda`` or ``cuda:0``.
     """
 
     limit_bytes: int | None = None
+    tolerances: tuple[Tolerance, ...] = ()
     device: str = "cpu"
 
 
@@ -32,6 +35,14 @@ def _limit(value: Any) -> int:
     if not isinstance(value, str):
         raise ValueError("write a size with its unit, such as '1 GiB'")
     return parse_bytes(value)
+
+
+def _compare(value: Any) -> tuple[Tolerance, ...]:
+    memory = [one.metric.name for one in DEFAULTS if one.metric.field.endswith("_bytes")]
+    try:
+        return of_table(dict.fromkeys(memory, value))
+    except MembenchError:
+        raise ValueError("write a share such as '2%', a size such as '16 MiB', or 'off'") from None
 
 
 def _device(value: Any) -> str:
@@ -42,6 +53,7 @@ def _device(value: Any) -> str:
 
 _KEYS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "limit": ("limit_bytes", _limit),
+    "compare": ("tolerances", _compare),
     "device": ("device", _device),
 }
 

@@ -8,6 +8,11 @@ import pytest
 
 from membench.compare import Comparison
 from membench.record import METRICS, Record
+from membench.regression.gates import Gate, outcomes
+
+
+class MembenchWarning(pytest.PytestWarning):
+    """Something about a case that is no failure: a technique that changed nothing, a limit that was not checked."""
 
 
 def figures(records: Sequence[Record]) -> Mapping[str, float]:
@@ -23,15 +28,36 @@ def add_figures(item: pytest.Item, records: Sequence[Record], prefix: str = "") 
         item.user_properties.append((f"{prefix}{field}", value))
 
 
-def settle(item: pytest.Item, records: Sequence[Record]) -> None:
+def settle(item: pytest.Item, records: Sequence[Record], also_wrong: Sequence[str]) -> None:
     """End the test of a case as its records say: return, skip, or fail with what went wrong."""
-    wrong = [text for record in records for text in complaints(record)]
+    wrong = [*(text for record in records for text in complaints(record)), *also_wrong]
+    for record in records:
+        for remark in record.remarks:
+            item.warn(MembenchWarning(f"{record.id}: {remark}"))
     if wrong:
         add_output(item, records)
         raise pytest.fail.Exception("\n".join(dict.fromkeys(wrong)), pytrace=False)
     skipped = next((record for record in records if record.status == "skipped"), None)
     if skipped is not None:
         raise pytest.skip.Exception(str(skipped.message))
+
+
+def broken_gates(
+    item: pytest.Item, gates: Sequence[Gate], records: Sequence[Record], reference: Sequence[Record]
+) -> list[str]:
+    """The gates that a case breaks, a line each; of those that nothing could be held against it is warned."""
+    if any(record.status != "ok" for record in records):
+        return []
+    of_case = records if records is reference else [*reference, *records]
+    lines = []
+    for found in outcomes(gates, of_case):
+        if found.case_id != records[0].id:
+            continue
+        if found.holds is None:
+            item.warn(MembenchWarning(found.sentence()))
+        elif not found.holds:
+            lines.append(found.sentence())
+    return lines
 
 
 def complaints(record: Record) -> list[str]:

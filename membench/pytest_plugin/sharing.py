@@ -174,6 +174,11 @@ class Turns:
         os.close(self._floor)
 
 
+def own_name(name: str, suite: str) -> str:
+    """What a suite's baseline is called where a pytest run of several is saved under one name."""
+    return f"{name}-{suite}"
+
+
 def _digest(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()[:32]
 
