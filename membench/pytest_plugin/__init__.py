@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("membench", "memory that techniques, suites and functions take")
+    group = parser.getgroup("membench")
     group.addoption(
         "--membench-save",
         metavar="NAME",

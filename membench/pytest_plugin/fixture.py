@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import pytest
 
 from membench import environment, sending
+from membench.amounts import is_duration
 from membench.errors import MembenchError, did_you_mean, summary
 from membench.pytest_plugin import entries, marker, outcome
 from membench.pytest_plugin.sharing import Sharing
@@ -60,8 +61,10 @@ class Result:
 
     def __getattr__(self, name: str) -> Any:
         __tracebackhide__ = True
+        if name.startswith("_") or name == "record":  # asked for by whoever copies a result
+            raise AttributeError(name)
         metric = next((metric for metric in METRICS if metric.name == name), None)
-        if metric is None or name.startswith("_"):
+        if metric is None:
             hint = did_you_mean(name, (metric.name for metric in METRICS if metric.field in self.record.metrics))
             raise AttributeError(f"a result has no '{name}'; {hint}")
         value = self.record.metrics.get(metric.field)
@@ -70,7 +73,7 @@ class Result:
             raise MembenchError(f"{name} of {self._name} is not known: {reason}")
         if metric.field.endswith("_bytes"):
             return ByteSize(value)
-        return Duration(value) if metric.field.endswith("_s") and "_per_" not in metric.field else value
+        return Duration(value) if is_duration(metric) else value
 
     def __repr__(self) -> str:
         return f"membench({self._name})"

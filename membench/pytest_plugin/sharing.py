@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -109,7 +110,7 @@ class Sharing:
 
     def turn(self) -> Turns | None:
         """By which workers of xdist take turns; ``None`` where there are no others."""
-        return None if self.worker is None else Turns(self._file("door"), self._file("floor"))
+        return None if self.worker is None else _turns(self._file("door"), self._file("floor"))
 
     def gpu(self, devices: Sequence[str]) -> Gpu:
         """The GPU of this worker, if there are several and the devices leave it open which (``cuda``)."""
@@ -169,9 +170,9 @@ class Turns:
         fcntl.flock(self._floor, fcntl.LOCK_UN)
         self._shares = False
 
-    def close(self) -> None:
-        os.close(self._door)
-        os.close(self._floor)
+
+# A process has one place in the queue, whichever of its runners is at work.
+_turns = functools.cache(Turns)
 
 
 def own_name(name: str, suite: str) -> str:
