@@ -12,9 +12,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from membench import allocator, device, sending
+from membench import allocator, device, plugins, sending
 from membench.errors import is_out_of_memory, summary
 from membench.meter import STEPS_FOR_MEMORY, Meter
+
+_SKIPPING = ("Skipped", "SkipTest")
+"""By which pytest and unittest skip a test."""
 
 
 class _Raised(Exception):
@@ -97,7 +100,9 @@ class _Calls:
         self._returned = None
         try:
             self._returned = self._call()
-        except BaseException as error:  # sys.exit and pytest.skip, too
+        except BaseException as error:  # sys.exit, too
+            if type(error).__name__ in _SKIPPING:
+                raise plugins.Unsuitable(str(error)) from None
             self._keep(error)
             raise _Raised from error
 

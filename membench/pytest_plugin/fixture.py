@@ -124,7 +124,8 @@ class MembenchFixture:
         try:
             given = sending.as_bytes((function, args, kwargs), by_value=self._of_tests())
         except Exception as error:
-            _fail(f"'{name}' or an argument cannot be sent to a process of its own: {summary(error)}")
+            what = f"'{name}' or an argument cannot be sent to a process of its own: {summary(error)}"
+            raise pytest.fail.Exception(what) from None
         here = {"path": sys.path, "folder": str(Path.cwd()), "environment": caller.environment(), "call": given}
         pickled.write_bytes(pickle.dumps(here))
         try:
@@ -170,7 +171,7 @@ class MembenchFixture:
             assert judge is not None
             return judge.complaints(_SUITE, [record], self._demands.tolerances, again)
         except MembenchError as error:
-            _fail(f"membench: {error}")
+            raise pytest.fail.Exception(f"membench: {error}") from None
 
     def _add(self, record: Record) -> None:
         sharing = Sharing.of(self._item.config)
