@@ -104,14 +104,21 @@ def _check(arguments: argparse.Namespace) -> int:
     from membench.suite import is_suite
 
     asked = [parse_fail(text) for text in arguments.fail]
-    is_run = arguments.new.endswith((".json", ".jsonl"))
-    if is_suite(arguments.new) and not is_run:
+    if arguments.update and arguments.against and _baseline_named(arguments.against, arguments.output) is None:
+        raise MembenchError(f"--update moves a baseline, and '{arguments.against}' is none")
+    is_kept = arguments.new.endswith((".json", ".jsonl")) or not is_suite(arguments.new)
+    if not is_kept:
         base, judgement, run, gates = _of_suite(arguments, asked)
     else:
         if arguments.device:
             raise MembenchError("--device is for a suite that is to be run; a run has its devices")
         base, judgement, run, gates = _of_run(arguments, asked)
     _print([judgement], arguments.format)
+    if is_kept and any(change.repeats == 1 for change in judgement.regressions):
+        what = f"'membench check {judgement.new.suite}'" if judgement.new.suite else "a check of its suite"
+        print(
+            f"each was measured once; {what} runs the suite and measures suspects again", file=_beside(arguments.format)
+        )
     code = judgement.exit_code
     if _broken_rules(run, gates, arguments.format):
         code = EXIT_CASES_FAILED
@@ -206,11 +213,16 @@ def _only(measured: Measured, keep: Callable[[str], bool]) -> Measured:
     return dataclasses.replace(measured, cases=cases)
 
 
+def _beside(form: str) -> Any:
+    """Where lines for people go, beside a table of this format."""
+    return sys.stderr if form in _FOR_MACHINES else sys.stdout
+
+
 def _print(judgements: Sequence[Judgement], form: str) -> None:
     from membench.report import regression
 
     print(regression.table(judgements, form))
-    beside = sys.stderr if form in _FOR_MACHINES else sys.stdout
+    beside = _beside(form)
     print(file=beside)
     for judgement in judgements:
         for line in (*regression.remarks(judgement), regression.summary(judgement)):
@@ -225,7 +237,7 @@ def tell_of_gates(run: Run, gates: Sequence[Gate], form: str) -> bool:
     held = outcomes(gates, run.records)
     if not held:
         return False
-    beside = sys.stderr if form in _FOR_MACHINES else sys.stdout
+    beside = _beside(form)
     print(f"\n{regression.gates(held, 'simple' if form in _FOR_MACHINES else form)}\n", file=beside)
     for outcome in held:
         if not outcome.holds:
@@ -240,7 +252,7 @@ def _broken_rules(run: Run | None, gates: Sequence[Gate], form: str) -> bool:
     broken = tell_of_gates(run, gates, form)
     over = [f"{record.id}: {limit}" for record in run.records for limit in record.broken_limits]
     for line in over:
-        print(line, file=sys.stderr if form in _FOR_MACHINES else sys.stdout)
+        print(line, file=_beside(form))
     return broken or bool(over)
 
 
@@ -250,9 +262,8 @@ def _update(base: Measured, judgement: Judgement, arguments: argparse.Namespace,
     from membench.regression.sources import baseline_path
 
     named = arguments.against
-    path = baseline_path(judgement.new, arguments.output) if named is None else _baseline_named(named, arguments.output)
-    if path is None:
-        raise MembenchError(f"--update moves a baseline, and '{named}' is a run; 'membench baseline save' keeps one")
+    path = _baseline_named(named, arguments.output) if named else baseline_path(judgement.new, arguments.output)
+    assert path is not None
     if code != EXIT_OK:
         print(f"{path} stays as it is", file=sys.stderr)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,7 +70,7 @@ class MeasuredCase:
     status: Status
     message: str | None = None
     ended_in: str | None = None
-    values: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    values: Mapping[str, Sequence[int | float]] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
     resolution_bytes: Mapping[str, int] = field(default_factory=dict)
     bounds: Mapping[str, str] = field(default_factory=dict)
@@ -182,7 +183,7 @@ def _case(case_id: str, repeats: Sequence[Record]) -> MeasuredCase:
         values,
         dict(last.reasons),
         {name: size for name in last.metrics if (size := _resolution(last, name))},
-        {name: how["bound"] for name, how in last.obtained.items() if how.get("bound", "exact") != "exact"},
+        _bounds(measured),
         _samples(measured),
         {part: dict(sizes) for part, sizes in (process.get("breakdown_bytes") or {}).items()},
         process.get("peak_part"),
@@ -201,6 +202,17 @@ def _resolution(record: Record, name: str) -> int:
     if "resolution_bytes" in how or not str(how.get("source", "")).startswith(("Rss", "RSS")):
         return int(how.get("resolution_bytes", 0))
     return max((int(other.get("resolution_bytes", 0)) for other in record.obtained.values()), default=0)
+
+
+def _bounds(measured: Sequence[Record]) -> dict[str, str]:
+    """What is only a bound in most repeats."""
+    found = collections.Counter(
+        (name, str(how["bound"]))
+        for record in measured
+        for name, how in record.obtained.items()
+        if how.get("bound", "exact") != "exact"
+    )
+    return {name: bound for (name, bound), times in found.items() if 2 * times > len(measured)}
 
 
 def _samples(measured: Sequence[Record]) -> dict[str, list[list[float]]]:

@@ -32,7 +32,7 @@ class Spread:
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     runs: int
-    range: float
+    range: int | float
 
     @property
     def floor(self) -> float:

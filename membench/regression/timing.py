@@ -32,7 +32,8 @@ class Timing:
         interval: 95 % of it, by bootstrap (percentiles); ``None`` with less than two samples a side.
         p_value: that the new one is as fast or faster, and looks slower by chance (Mann-Whitney, one-sided).
         p_value_of_gain: the same the other way round.
-        extreme: the fastest repeat's median over the fastest one's of the base.
+        fastest: the fastest repeat's median over that of the base's repeats.
+        apart: the same over the base's slowest repeat.
         repeats_base, repeats_new: how many there were.
     """
 
@@ -40,24 +41,29 @@ class Timing:
     interval: tuple[float, float] | None
     p_value: float
     p_value_of_gain: float
-    extreme: float
+    fastest: float
+    apart: float
     repeats_base: int
     repeats_new: int
 
     def is_certainly_slower(self, by: float) -> bool:
         """Whether it got slower, and not by chance.
 
+        With too few repeats for a test of their own, each has to be slower than every one of the base.
+
         Args:
             by: the share that is tolerated. The fastest repeat has to show half of it, and all of it where the base has
-                too few repeats to know its own fastest.
+                too few repeats to know its own luck.
         """
         shown = by / 2 if self.repeats_base >= LEAST_REPEATS else by
+        are_few = min(self.repeats_base, self.repeats_new) < _REPEATS_FOR_THEMSELVES
         return (
             self.repeats_new >= LEAST_REPEATS
             and self.ratio > 1 + by
             and self.p_value < _BY_CHANCE
             and (self.interval is None or self.interval[0] > 1)
-            and self.extreme > 1 + shown
+            and self.fastest > 1 + shown
+            and (self.apart > 1 or not are_few)
         )
 
     def is_certainly_faster(self, by: float) -> bool:
@@ -84,7 +90,8 @@ def compare(base: Sequence[Sequence[float]], new: Sequence[Sequence[float]]) -> 
         _interval(samples_base, samples_new),
         float(stats.mannwhitneyu(samples_new, samples_base, alternative="greater").pvalue),
         float(stats.mannwhitneyu(samples_new, samples_base, alternative="less").pvalue),
-        min(medians_new) / min(medians_base),
+        min(medians_new) / statistics.median(medians_base),
+        min(medians_new) / max(medians_base),
         len(base),
         len(new),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -31,6 +32,9 @@ _PAGE_BYTES = 4096
 _SAME_WITHOUT_RATIO = 0.05
 _NOTHING = 1e-6
 """How near figures without a ratio (divergences, shares) are the same, where nobody says otherwise."""
+
+_MEDIAN_OVER_MEAN = 1.2533
+"""Standard deviation of a normal sample's median over that of its mean: the root of π/2."""
 
 _MOST_CAUSES = 3
 
@@ -175,8 +179,11 @@ class Judgement:
 
     @property
     def suspects(self) -> tuple[str, ...]:
-        """Ids of cases worth measuring again: something watched regressed or is undecided, or the case broke."""
-        return tuple(pair.id for pair in self.pairs if pair.verdict in ("regressed", "undecided"))
+        """Ids of cases worth measuring again: something watched regressed or is undecided.
+
+        One that broke is not among them: that is no noise.
+        """
+        return tuple(pair.id for pair in self.pairs if pair.verdict in ("regressed", "undecided") and not pair.broke)
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -321,7 +328,7 @@ def _change(
         closest = held[0] if held and before is not None else None
         return Change(base.id, metric, before, now, "not judged", reason=reason, tolerance=closest)
     closest = min(held, key=lambda one: one.allowed(before)) if held else None
-    floor = noise.floor(base.id, field)
+    floor = noise.floor(base.id, field) * _share_of_noise(len(base.values[field]), len(new.values[field]))
     allowed = _allowed(metric, before, closest, base, new, floor)
     timing = _timing(base, new, metric)
     ratio = now / before if metric.has_ratio and before else None
@@ -347,6 +354,12 @@ def _change(
         len(new.values[field]),
         bool(is_barred),
     )
+
+
+def _share_of_noise(repeats_base: int, repeats_new: int) -> float:
+    """What is left of the noise of single runs where medians of several are compared."""
+    of_means = math.sqrt((1 / repeats_base + 1 / repeats_new) / 2)
+    return min(1.0, _MEDIAN_OVER_MEAN * of_means)
 
 
 def _allowed(
