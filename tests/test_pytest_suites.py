@@ -134,6 +134,14 @@ def test_a_broken_suite_that_is_named_is_one_clear_line(
     assert ".py:" not in ran.stdout.str()
 
 
+def test_cases_are_benchmarks_to_pytest_benchmark(inner: pytest.Pytester, suite: Path) -> None:
+    inner.runpytest_subprocess(".", "-q", "--benchmark-skip").assert_outcomes(passed=1, skipped=len(_IDS))
+    assert not (inner.path / "results").exists()
+    only = inner.runpytest_subprocess(".", "-q", "--benchmark-only", "-k", "cuda or test_it")
+    only.assert_outcomes(skipped=2, deselected=len(_IDS) - 1)
+    only.stdout.fnmatch_lines(["membench: * kept in results/every-end-*.jsonl"])
+
+
 def test_how_cases_end_is_how_their_tests_end(inner: pytest.Pytester, suite: Path) -> None:
     ran = inner.runpytest_subprocess("suites", "-v", "-rfs", "--junitxml=junit.xml", "--benchmark-json=times.json")
     ran.assert_outcomes(passed=3, failed=4, skipped=1, warnings=1)

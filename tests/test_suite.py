@@ -10,6 +10,7 @@ import membench
 from membench import selection
 from membench.errors import SuiteError
 from membench.suite import description, suites
+from membench.validation import shown
 from tests.installing import install
 
 _MATRIX = '[suite]\nname = "s"\n[matrix]\nmodel = ["llama-60m"]\ntechnique = ["bf16"]\nworkload = ["forward"]\n'
@@ -467,7 +468,7 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
     loop.symlink_to(loop)
     assert _not_found(folder) == f"{folder} is a folder; name the .toml file of a suite"
     assert _not_found(binary) == f"{binary}: not UTF-8, as TOML must be: byte 0xff in line 2"
-    assert _not_found(loop) == f"'{loop}': there is no such file"
+    assert _not_found(loop) == f"{shown(str(loop))}: there is no such file"
     assert _not_found("/dev/null/x.toml") == "'/dev/null/x.toml': there is no such file"
     assert _not_found(Path("/dev/zero")) == "/dev/zero is no file that a suite can be read from"
 

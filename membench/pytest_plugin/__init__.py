@@ -16,6 +16,8 @@ import pytest
 from membench.pytest_plugin import entries
 
 if TYPE_CHECKING:
+    import pluggy
+
     from membench.pytest_plugin.fixture import MembenchFixture
     from membench.pytest_plugin.keeping import Keeper
     from membench.pytest_plugin.timing import Timing
@@ -146,12 +148,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         marker.check(item)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    report = yield
+# Of the older kind of wrappers: one that pytest does not know would end every run of whoever has an older pytest.
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pluggy.Result[pytest.TestReport], None]:
+    report = (yield).get_result()
     entries.put_on(report, item)
     where = getattr(item, "skipped_at", None)
     if where is not None and report.skipped and isinstance(report.longrepr, tuple):
         # Else it would be the line of ours that found out.
         report.longrepr = (str(where), None, report.longrepr[2])  # type: ignore[assignment]
-    return report
