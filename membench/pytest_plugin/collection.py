@@ -167,8 +167,9 @@ class CaseItem(pytest.Item):
         if case.device.startswith("cuda"):
             self.add_marker("gpu")
         if self.config.pluginmanager.hasplugin("benchmark"):
-            # By this --benchmark-skip and --benchmark-only know what a benchmark is.
+            # By these it knows what a benchmark is, for --benchmark-skip and --benchmark-only, and finds it.
             self.fixturenames = ["benchmark"]
+            self.funcargs: dict[str, Any] = {}
 
     def reportinfo(self) -> tuple[Path, int, str]:
         return self.path, 0, self.name

@@ -110,6 +110,7 @@ def of_case(item: CaseItem, records: Sequence[Record]) -> None:
         disabled=session.disabled,
         **{**session.options, "timer": timer, "group": " · ".join(item.case.group)},
     )
+    item.funcargs["benchmark"] = benchmark
     Timing(benchmark, clock).tell(durations_s(records), outcome.figures(records))
 
 
