@@ -32,6 +32,18 @@ def resident(pid: int | str = "self") -> Resident:
     return Resident(found["RssAnon"], found["RssFile"] + found["RssShmem"], found["VmHWM"])
 
 
+def waited_s() -> float | None:
+    """Seconds for which threads of this process were ready to run and had no core, summed over those there are now.
+
+    ``None``: the kernel does not tell (/proc/<pid>/task/<tid>/schedstat, second figure, nanoseconds).
+    """
+    try:
+        tasks = os.listdir("/proc/self/task")
+        return sum(int(Path(f"/proc/self/task/{task}/schedstat").read_text().split()[1]) for task in tasks) / 1e9
+    except (OSError, IndexError, ValueError):
+        return None
+
+
 def file_mappings() -> list[tuple[int, int]]:
     """Ranges of this process's addresses that are pages of files: (first, one after the last)."""
     found = []

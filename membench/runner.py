@@ -401,6 +401,7 @@ def _process(device: str, outcome: _Outcome) -> dict[str, Any]:
         "baseline": outcome.baseline,
         "phases": outcome.phases,
         "durations_s": outcome.result.get("durations_s"),
+        "waited_s": outcome.result.get("waited_s"),
         "corpus": outcome.result.get("corpus"),
         "losses_nats": outcome.result.get("losses_nats"),
         "modules_bytes": outcome.result.get("modules_bytes"),

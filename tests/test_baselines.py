@@ -133,6 +133,7 @@ def test_a_name_that_leads_elsewhere_is_none(name: str, tmp_path: Path) -> None:
         (lambda c: c["cases"][_TRAIN].update(values={}), "ended well and has no figures"),
         (lambda c: c["cases"].update({"a\x1b[2J": c["cases"].pop(_TRAIN)}), "damaged: case"),
         (lambda c: c.update(noise={_TRAIN: {"weights_bytes": {"runs": 1, "range": 3}}}), "is no spread"),
+        (lambda c: c["cases"][_TRAIN].update(waited_s=[[0.1]]), "waited_s is not of the steps in samples"),
         (lambda c: c.update(noise=[]), "damaged: 'noise.spreads':"),
     ],
 )  # fmt: skip

@@ -206,6 +206,16 @@ def test_runs_of_the_same_pace_on_a_busy_machine_raise_no_alarm_once_suspects_ar
     assert [is_alarm() for _ in range(100)] == [False] * 100
 
 
+@pytest.mark.parametrize(("waited_s", "verdict"), [(0.0, "regressed"), (0.05, "regressed"), (0.2, "undecided")])
+def test_steps_that_waited_for_a_core_are_no_slower(waited_s: float, verdict: str) -> None:
+    base, new = _case(times=_steps(1.0, 3)), _case(times=_steps(1.25, 3, seed=1))
+    new = dataclasses.replace(new, waited_s=[[waited_s] * 5] * 3)
+    judgement = _judged(base, new)
+    assert _verdict(judgement, "time") == verdict
+    reason = "the rest of it went to waiting for a core: the machine is busy" if verdict == "undecided" else None
+    assert _change(judgement, "time").reason == reason
+
+
 def test_a_rate_that_falls_is_a_time_that_grows() -> None:
     def rated(pace_s: float) -> MeasuredCase:
         rates = [[10 / each for each in repeat] for repeat in _steps(pace_s, 3)]

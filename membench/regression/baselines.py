@@ -161,6 +161,9 @@ def _refuse_impossible(measured: Measured, path: Path) -> None:
             raise ResultsError(f"{path}: damaged: case {shown(case_id)} calls itself {shown(case.id)}")
         if case.is_measured and not case.values:
             raise ResultsError(f"{path}: damaged: case {shown(case_id)} ended well and has no figures")
+        steps = [len(repeat) for repeat in case.samples.get("step_median_s", ())]
+        if case.waited_s and [len(repeat) for repeat in case.waited_s] != steps:
+            raise ResultsError(f"{path}: damaged: cases.{case_id}.waited_s is not of the steps in samples")
         for name, values in case.values.items():
             if not values or any(abs(value) > _LARGEST for value in values):
                 raise ResultsError(f"{path}: damaged: cases.{case_id}.values.{name} holds nothing that was measured")
@@ -203,10 +206,14 @@ def _text(measured: Measured) -> str:
 
 
 def _folded(case: MeasuredCase) -> dict[str, Any]:
-    fields = {key: value for key, value in dataclasses.asdict(case).items() if key != "id" and value not in ({}, None)}
+    fields = {
+        key: value for key, value in dataclasses.asdict(case).items() if key != "id" and value not in ({}, (), [], None)
+    }
     for kept in ("values", "samples"):
         if kept in fields:
             fields[kept] = {name: _rounded(name, values) for name, values in fields[kept].items()}
+    if fields.get("waited_s"):
+        fields["waited_s"] = _rounded("waited_s", fields["waited_s"])
     if "resolution_bytes" in fields:
         by_size: dict[str, list[str]] = {}
         for name, size in sorted(fields["resolution_bytes"].items()):

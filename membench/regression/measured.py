@@ -28,7 +28,7 @@ _PART_OF_METRIC = {
 _TOLD_BY_PHASE = ("load", "apply", "store", "warmup")
 """Phases whose peaks are metrics, and of which what is held afterwards tells where the peak comes from."""
 
-_OF_STEPS = ("step_median_s", "tokens_per_s", "read_mb_per_s")
+OF_STEPS = ("step_median_s", "tokens_per_s", "read_mb_per_s")
 """Metrics that are the median of the steps' durations, or what is done a step over it."""
 
 
@@ -58,6 +58,8 @@ class MeasuredCase:
         resolution_bytes: by metric field, how far off its source may be.
         bounds: by metric field, ``at least`` or ``at most`` where it is not exact.
         samples: by metric field, the single measurements (of steps) of each repeat, in the metric's unit.
+        waited_s: for how long the threads of each step waited for a core, repeat by repeat; empty where that is not
+            known of every one.
         breakdown_bytes: by part of a step and category, at the part's highest moment.
         peak_part: the part with the highest live peak.
         modules: what the weights are made of, the largest first. ``None``: the record does not say.
@@ -75,6 +77,7 @@ class MeasuredCase:
     resolution_bytes: Mapping[str, int] = field(default_factory=dict)
     bounds: Mapping[str, str] = field(default_factory=dict)
     samples: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+    waited_s: Sequence[Sequence[float]] = ()
     breakdown_bytes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     peak_part: str | None = None
     modules: Sequence[Modules] | None = None
@@ -185,6 +188,7 @@ def _case(case_id: str, repeats: Sequence[Record]) -> MeasuredCase:
         {name: size for name in last.metrics if (size := _resolution(last, name))},
         _bounds(measured),
         _samples(measured),
+        _waited_s(measured),
         {part: dict(sizes) for part, sizes in (process.get("breakdown_bytes") or {}).items()},
         process.get("peak_part"),
         None if modules is None else [Modules(**entry) for entry in modules],
@@ -224,7 +228,7 @@ def _samples(measured: Sequence[Record]) -> dict[str, list[list[float]]]:
             (phase for phase in process["phases"] if phase["name"] == "time"), {"parts": {}}
         )
         steps = process.get("durations_s") or []
-        durations = dict.fromkeys(_OF_STEPS, steps)
+        durations = dict.fromkeys(OF_STEPS, steps)
         for name, part in _PART_OF_METRIC.items():
             of_part = timed["parts"].get(part, {}).get("durations_s", [])
             durations[name] = of_part if len(of_part) == len(steps) else []
@@ -236,6 +240,12 @@ def _samples(measured: Sequence[Record]) -> dict[str, list[list[float]]]:
                 of_repeat = [value * middle / each for each in seconds] if rates else list(seconds)
                 found.setdefault(name, []).append(of_repeat)
     return found
+
+
+def _waited_s(measured: Sequence[Record]) -> list[list[float]]:
+    found = [list(record.processes[0].get("waited_s") or ()) for record in measured]
+    steps = [len(record.processes[0].get("durations_s") or ()) for record in measured]
+    return found if all(steps) and [len(repeat) for repeat in found] == steps else []
 
 
 def _phases(process: Mapping[str, Any]) -> dict[str, dict[str, int]]:

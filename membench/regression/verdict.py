@@ -11,7 +11,7 @@ from membench.errors import EXIT_CANNOT_COMPARE, EXIT_CASES_FAILED, EXIT_OK, one
 from membench.record import METRICS, Metric
 from membench.regression.attribution import Cause, causes
 from membench.regression.machines import Difference, Kind, differences, kind
-from membench.regression.measured import Measured, MeasuredCase
+from membench.regression.measured import OF_STEPS, Measured, MeasuredCase
 from membench.regression.noise import Noise
 from membench.regression.timing import LEAST_REPEATS, Timing, compare
 from membench.regression.tolerances import Tolerance, Tolerances
@@ -32,6 +32,9 @@ _PAGE_BYTES = 4096
 _SAME_WITHOUT_RATIO = 0.05
 _NOTHING = 1e-6
 """How near figures without a ratio (divergences, shares) are the same, where nobody says otherwise."""
+
+_LEAST_OF_A_STEP = 0.01
+"""What is left of a step at least, whatever its threads waited."""
 
 _MEDIAN_OVER_MEAN = 1.2533
 """Standard deviation of a normal sample's median over that of its mean: the root of π/2."""
@@ -337,6 +340,14 @@ def _change(
         judged = _Judged("not judged", f"the machines differ in {is_barred}")
     else:
         judged = _judged(metric, base, new, allowed, timing, is_watched=closest is not None)
+        if (
+            judged.verdict in ("regressed", "worse")
+            and timing is not None
+            and _is_of_waiting(metric, base, new, allowed)
+        ):
+            judged = _Judged(
+                "undecided" if closest else "same", "the rest of it went to waiting for a core: the machine is busy"
+            )
     return Change(
         base.id,
         metric,
@@ -389,6 +400,28 @@ def _timing(base: MeasuredCase, new: MeasuredCase, metric: Metric) -> Timing | N
     if not before or not now:
         return None
     return compare(before, now)
+
+
+def _is_of_waiting(metric: Metric, base: MeasuredCase, new: MeasuredCase, allowed: float) -> bool:
+    """Whether steps took no longer than is tolerated, were it not that others had the cores."""
+    before = base.value(metric.field)
+    if metric.field not in OF_STEPS or not new.waited_s or not before:
+        return False
+    sides = [_without_waiting(base), _without_waiting(new)]
+    return not compare(*sides).is_certainly_slower(allowed / abs(before))
+
+
+def _without_waiting(case: MeasuredCase) -> list[list[float]]:
+    """The durations of steps less what their threads waited for a core.
+
+    Threads that wait at the same time are each counted, so that too much may go: that excuses, and accuses nobody.
+    """
+    steps = case.samples["step_median_s"]
+    waited = case.waited_s or [[0.0] * len(repeat) for repeat in steps]
+    return [
+        [max(step - gone, _LEAST_OF_A_STEP * step) for step, gone in zip(repeat, of_repeat, strict=True)]
+        for repeat, of_repeat in zip(steps, waited, strict=True)
+    ]
 
 
 def _as_ratio_of_metric(metric: Metric, timing: Timing | None) -> tuple[float, float] | None:
