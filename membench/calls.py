@@ -6,7 +6,6 @@ import gc
 import os
 import pickle
 import sys
-import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -49,36 +48,35 @@ def measure(request: dict[str, Any], meter: Meter) -> None:
     calls = _Calls(lambda: function(*arguments, **options), Path(request["raised"]))
     meter.set_baseline()
     try:
-        durations_s = _gone_through(calls, meter, request["settings"])
+        times = _gone_through(calls, meter, request["settings"])
     except _Raised as raised:
         error = raised.__cause__
         assert error is not None
         status = "out-of-memory" if is_out_of_memory(error) else "failed"
         meter.tell(event="status", status=status, message=summary(error)[:500])
         return
-    meter.tell(event="result", result={"pinned": pinned, "durations_s": durations_s, "tokens_per_step": None})
+    meter.tell(event="result", result={"pinned": pinned, **times, "tokens_per_step": None})
 
 
-def _gone_through(calls: _Calls, meter: Meter, settings: Mapping[str, Any]) -> list[float]:
-    """The phases; how long the timed calls took."""
+def _gone_through(calls: _Calls, meter: Meter, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The phases; how long the timed calls took, and what of it they waited for a core."""
     with meter.phase("warmup", "pinned"):
         calls.next()
     with meter.phase("run", "pinned"):
         for _ in range(STEPS_FOR_MEMORY):
             calls.next()
     allocator.unpin()
-    durations_s = []
+    durations_s: list[float] = []
+    waited_s: list[float | None] = []
     with meter.phase("time", "default") as timed:
         timed["steps"] = settings["warmup_steps"] + settings["measured_steps"]
         for _ in range(settings["warmup_steps"]):
             calls.next()
         for _ in range(settings["measured_steps"]):
-            meter.synchronize()
-            began = time.perf_counter()
-            calls.next()
-            meter.synchronize()
-            durations_s.append(time.perf_counter() - began)
-    return durations_s
+            _, duration_s, waited_of_call_s = meter.timed(calls.next)
+            durations_s.append(duration_s)
+            waited_s.append(waited_of_call_s)
+    return {"durations_s": durations_s, "waited_s": None if None in waited_s else waited_s}
 
 
 def _unpickled(path: Path) -> Any:

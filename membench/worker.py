@@ -12,7 +12,6 @@ import math
 import os
 import socket
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,6 @@ from membench import (
     device,
     notes,
     plugins,
-    procfs,
     quality,
     registry,
 )
@@ -216,7 +214,7 @@ class _Work:
         """Phase ``time``, under the default allocator."""
         meter, warmups, measured = self._meter, self._settings["warmup_steps"], self._settings["measured_steps"]
         durations_s: list[float] = []
-        waited_s: list[float] = []
+        waited_s: list[float | None] = []
         allocator.unpin()
         with meter.phase("time", "default") as timed:
             timed["steps"] = warmups + measured
@@ -224,21 +222,14 @@ class _Work:
                 self._hear(step())
             meter.parts.clear()
             for _ in range(measured):
-                meter.synchronize()
-                waited_before_s = procfs.waited_s()
-                began = time.perf_counter()
-                loss = step()
-                meter.synchronize()
-                durations_s.append(time.perf_counter() - began)
-                waited_after_s = procfs.waited_s()
-                if waited_before_s is not None and waited_after_s is not None:
-                    # A thread that ends takes along what it had waited.
-                    waited_s.append(max(0.0, waited_after_s - waited_before_s))
+                loss, duration_s, waited_of_step_s = meter.timed(step)
+                durations_s.append(duration_s)
+                waited_s.append(waited_of_step_s)
                 self._hear(loss)
         allocator.pin()
         self._result |= {
             "durations_s": durations_s,
-            "waited_s": waited_s if len(waited_s) == len(durations_s) else None,
+            "waited_s": None if None in waited_s else waited_s,
             "losses_nats": self._losses_nats(),
             "tokens_per_step": self.case.workload.tokens_per_step() or self._tokens_of_an_epoch(),
             "epoch_bytes": self._bytes_of_an_epoch(),
