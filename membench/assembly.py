@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from membench import corpus, plugins, registry
+from membench import corpus, device, plugins, registry
 from membench.data import sources, tokens
 from membench.data.dataset import Dataset, endless
 from membench.data.layouts import Integers
@@ -271,11 +271,7 @@ class Assembly:
             why it did not get to its end, if it did not: it fails again where it is measured, or the small shape alone
             was why.
         """
-        import torch
-
-        device = self.context.device
-        layer = torch.nn.Linear(256, 256, device=device)
-        torch.nn.functional.gelu(layer(torch.ones(64, 256, device=device))).softmax(-1).sum().backward()
+        device.wake(self.context.device)
         assembly = self.rehearsed()
         if assembly is None:
             return None

@@ -23,6 +23,13 @@ def summary(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether somebody else's error says that memory ran out; libraries have no type for it in common."""
+    text = str(error).lower()
+    kinds = ("MemoryError", "OutOfMemoryError")
+    return type(error).__name__ in kinds or "can't allocate memory" in text or "cannot allocate memory" in text
+
+
 class MembenchError(Exception):
     """A message meant for the user, always one line, with the exit code it leads to."""
 

@@ -76,10 +76,7 @@ def figures(
         _gpu_footprint(found, by_name, interval_s)
     else:
         _cpu_footprint(found, by_name["time"], baseline)
-    children = [phase["children_peak_bytes"] for phase in phases if phase.get("children_peak_bytes")]
-    if children:
-        found.know("children_peak_bytes", max(children), "pages of children alone (USS), sampled", "at least",
-                   interval_s=interval_s)  # fmt: skip
+    _children(found, phases, interval_s)
     for name, (value, fact_source) in result.get("facts", {}).items():
         found.know(name, value, fact_source)
     if "store" in by_name:
@@ -95,8 +92,7 @@ def figures(
     for part in ("prefill", "decode", "forward", "backward", "optimizer"):
         if part in by_name["run"]["parts"]:
             _live(found, by_name["run"]["parts"][part], f"{part}_peak_live_bytes", on_gpu, pinned, baseline)
-    _live(found, by_name["warmup"], "warmup_peak_live_bytes", on_gpu, pinned, baseline)
-    found.know("warmup_s", by_name["warmup"]["duration_s"], "monotonic clock, under the pinned allocator")
+    _warmup(found, by_name["warmup"], on_gpu, pinned, baseline)
     breakdown = result.get("breakdown_bytes", {})
     for category, name in _CATEGORIES.items():
         sizes = [of_part[category] for of_part in breakdown.values() if category in of_part]
@@ -115,6 +111,35 @@ def figures(
             found.know("final_loss_nats", result["losses_nats"][-1], "cross entropy in fp32 of the last step")
     if "quality" in result:
         _quality(found, result["quality"], result["is_trained"])
+    return found
+
+
+def figures_of_calls(
+    phases: Sequence[Mapping[str, Any]],
+    result: Mapping[str, Any],
+    status: str,
+    on_gpu: bool,
+    interval_s: float,
+    baseline: Mapping[str, int] | None,
+) -> Figures:
+    """The same for calls of a function: what there is without a model and its quality."""
+    found = Figures()
+    baseline = baseline or {"anonymous_bytes": 0, "file_bytes": 0}
+    if not result:
+        for name in ("peak_live_bytes", "held_live_bytes", "peak_footprint_bytes", "held_footprint_bytes",
+                     "step_median_s"):  # fmt: skip
+            found.miss(name, f"the case ended as {status}")
+        return found
+    by_name, pinned = {phase["name"]: phase for phase in phases}, result["pinned"]
+    _live(found, by_name["run"], "peak_live_bytes", on_gpu, pinned, baseline)
+    _held(found, by_name["run"], on_gpu, pinned)
+    _warmup(found, by_name["warmup"], on_gpu, pinned, baseline)
+    if on_gpu:
+        _gpu_footprint(found, by_name, interval_s)
+    else:
+        _cpu_footprint(found, by_name["time"], baseline)
+    _children(found, phases, interval_s)
+    _times(found, result, by_name["time"], on_gpu)
     return found
 
 
@@ -156,6 +181,18 @@ def _quality(found: Figures, quality: Mapping[str, Any], is_trained: bool) -> No
 def _exponential(exponent: float) -> float:
     """``exp`` that stays a number that JSON has: a loss of 700 nats is as bad as any."""
     return math.exp(min(exponent, 700))
+
+
+def _children(found: Figures, phases: Sequence[Mapping[str, Any]], interval_s: float) -> None:
+    held = [phase["children_peak_bytes"] for phase in phases if phase.get("children_peak_bytes")]
+    if held:
+        found.know("children_peak_bytes", max(held), "pages of children alone (USS), sampled", "at least",
+                   interval_s=interval_s)  # fmt: skip
+
+
+def _warmup(found: Figures, phase: Mapping[str, Any], on_gpu: bool, pinned: bool, baseline: Mapping[str, int]) -> None:
+    _live(found, phase, "warmup_peak_live_bytes", on_gpu, pinned, baseline)
+    found.know("warmup_s", phase["duration_s"], "monotonic clock, under the pinned allocator")
 
 
 def _with_children(phase: Mapping[str, Any], own_bytes: int, family: str, baseline_bytes: int) -> dict[str, Any]:

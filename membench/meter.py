@@ -7,9 +7,14 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from membench import allocator, procfs
+
+_T = TypeVar("_T")
+
+# The kernel counts pages per core and may read some 0.1 MiB low; the highest of five steps comes close to the truth.
+STEPS_FOR_MEMORY = 5
 
 _GPU_PEAKS = ("cuda_peak_allocated_bytes", "cuda_peak_reserved_bytes")
 
@@ -70,6 +75,20 @@ class Meter:
 
             return torch.cuda.memory_allocated(self._device)
         return procfs.resident().anonymous_bytes - self._baseline.anonymous_bytes
+
+    def timed(self, step: Callable[[], _T]) -> tuple[_T, float, float | None]:
+        """What a step returns, its duration, and of that what its threads waited for a core; in seconds."""
+        self.synchronize()
+        waited_before_s = procfs.waited_s()
+        began = time.perf_counter()
+        returned = step()
+        self.synchronize()
+        duration_s = time.perf_counter() - began
+        waited_after_s = procfs.waited_s()
+        if waited_before_s is None or waited_after_s is None:
+            return returned, duration_s, None
+        # A thread that ends takes along what it had waited.
+        return returned, duration_s, max(0.0, waited_after_s - waited_before_s)
 
     @contextlib.contextmanager
     def looking(self, look: Callable[[], None]) -> Iterator[None]:

@@ -38,7 +38,8 @@ class Nursery:
         NurseryLost: if the fork server cannot be started.
     """
 
-    def __init__(self, preload: Sequence[str], threads: int) -> None:
+    def __init__(self, preload: Sequence[str], threads: int, variables: Mapping[str, str] | None = None) -> None:
+        """``variables``: of the environment, for workers alone."""
         self._scratch = Scratch()
         # Packets, so that two messages never run together.
         self._socket, child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -49,7 +50,7 @@ class Nursery:
                 stdin=child.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=self._errors,
-                env=environment.worker_environment(threads),
+                env={**environment.worker_environment(threads), **(variables or {})},
                 start_new_session=True,  # a Ctrl-C in the terminal is for the runner alone
             )
         except OSError as error:

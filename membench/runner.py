@@ -9,15 +9,15 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from membench import environment, procfs, registry
-from membench.figures import Figures, figures
+from membench.figures import Figures, figures, figures_of_calls
 from membench.nursery import Nursery, NurseryLost
 from membench.nvml import gpus
 from membench.observer import Observer
@@ -30,11 +30,42 @@ _PREPARE_TIMEOUT_S = 1800
 Tell = Callable[[str, Mapping[str, Any]], None]
 
 
+class Turn(Protocol):
+    """Says when a case may go on where several runners share a machine. Each method waits until it may."""
+
+    def share(self) -> None:
+        """Work beside others, but not beside one that is alone."""
+
+    def alone(self) -> None:
+        """Work while no other does."""
+
+    def leave(self) -> None:
+        """Work no more."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function of the user's to be measured, and the names that its record gets.
+
+    Attributes:
+        pickled: the file of function, arguments and surroundings, as ``membench.calls`` reads it.
+        raised: the file that an exception of the function is left in, as it writes it.
+    """
+
+    id: str
+    model: str
+    workload: str
+    device: str
+    pickled: Path
+    raised: Path
+
+
 @dataclass
 class _Outcome:
     """What is known of a worker so far."""
 
     pid: int | None = None
+    waited_s: float = 0.0
     observer: Observer | None = None
     status: Status | None = None
     phase: str | None = None
@@ -58,20 +89,31 @@ class Runner:
         references: Path,
         tell: Tell,
         machine: Mapping[str, Any] | None = None,
+        *,
+        turn: Turn | None = None,
+        variables: Mapping[str, str] | None = None,
+        modules: Sequence[str] = (),
+        calls_on_gpu: bool = False,
     ) -> None:
         """Make ready; nothing is started before the first case.
 
         Args:
             references: the folder in which the logits of reference cases are kept.
             machine: its description, if it has been made already.
+            turn: asked before a case begins and around what is timed, if others measure on this machine.
+            variables: of the environment, for workers alone.
+            modules: what the fork server imports besides what the cases need.
+            calls_on_gpu: whether ``run_call`` will be asked for one.
         """
+        self._turn = turn
+        self._variables = variables
         self._references = references
         self._settings = settings
         self._tell = tell
         self._threads = settings.threads or environment.usable_cores()
-        self._preload = _modules_of(cases) if settings.isolation == "fork" else []
+        self._preload = sorted({*_modules_of(cases), *modules}) if settings.isolation == "fork" else []
         self._nursery: Nursery | None = None
-        on_gpu = any(case.device.startswith("cuda") for case in cases)
+        on_gpu = calls_on_gpu or any(case.device.startswith("cuda") for case in cases)
         self.machine = machine or environment.describe(self._threads, with_gpus=on_gpu)
         self._gpus, self._no_gpus = gpus() if on_gpu else (None, None)
 
@@ -92,7 +134,7 @@ class Runner:
 
     def _home(self) -> Nursery:
         if self._nursery is None:
-            self._nursery = Nursery(self._preload, self._threads)
+            self._nursery = Nursery(self._preload, self._threads, self._variables)
         self._nursery.wait_until_ready()
         return self._nursery
 
@@ -129,36 +171,68 @@ class Runner:
                 },
             }
             outcome = self._watch(request, self._settings.timeout_s)
+        names = {
+            "model": case.model,
+            "technique": case.technique,
+            "workload": case.workload,
+            "device": case.device,
+            "model_plugin": _named(case.model_plugin),
+            "technique_plugins": [_named(technique) for technique in case.technique_plugins],
+            "workload_plugin": _named(case.workload_plugin),
+        }
+        duration_s = time.monotonic() - began - outcome.waited_s
+        return self._record(names, case.id, repeat, outcome, figures, limits, started_at, duration_s)
+
+    def run_call(self, call: Call, repeat: int, limits: Mapping[str, float]) -> Record:
+        """Measure a function of the user's in phases like those of a case; always a record."""
+        began, started_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
+        request = {
+            "device": call.device,
+            "isolation": self._settings.isolation,
+            "threads": self._threads,
+            "settings": self._settings.model_dump(),
+            "pickled": str(call.pickled),
+            "raised": str(call.raised),
+        }
+        outcome = self._watch(request, self._settings.timeout_s)
+        # No technique is applied, and it stands alone: it is its own reference.
+        names = {"model": call.model, "technique": REFERENCE, "workload": call.workload, "device": call.device}
+        duration_s = time.monotonic() - began - outcome.waited_s
+        return self._record(names, call.id, repeat, outcome, figures_of_calls, limits, started_at, duration_s)
+
+    def _record(
+        self,
+        names: Mapping[str, Any],
+        id: str,
+        repeat: int,
+        outcome: _Outcome,
+        work_out: Callable[..., Figures],
+        limits: Mapping[str, float],
+        started_at: str,
+        duration_s: float,
+    ) -> Record:
         assert outcome.status is not None
-        found = figures(
+        found = work_out(
             outcome.phases,
             outcome.result,
             outcome.status,
-            case.device.startswith("cuda"),
+            names["device"].startswith("cuda"),
             self._settings.sampling_interval_s,
             outcome.baseline,
         )
         return Record(
-            case={
-                "model": case.model,
-                "technique": case.technique,
-                "workload": case.workload,
-                "device": case.device,
-                "model_plugin": _named(case.model_plugin),
-                "technique_plugins": [_named(technique) for technique in case.technique_plugins],
-                "workload_plugin": _named(case.workload_plugin),
-            },
-            id=case.id,
+            case=names,
+            id=id,
             repeat=repeat,
             status=outcome.status,
             ended_in=outcome.phase,
             message=outcome.message,
             started_at=started_at,
-            duration_s=round(time.monotonic() - began, 4),
+            duration_s=round(duration_s, 4),
             metrics=found.metrics,
             reasons=found.reasons,
             obtained=found.obtained,
-            processes=(_process(case, outcome),),
+            processes=(_process(names["device"], outcome),),
             remarks=(*outcome.result.get("remarks", ()), *_unchecked_limits(found, outcome.status, limits)),
             notes=tuple(outcome.result.get("notes", ())),
             broken_limits=_broken_limits(found, limits),
@@ -173,10 +247,11 @@ class Runner:
         outcome = _Outcome()
         ours, theirs = socket.socketpair()
         read_end, write_end = os.pipe()
-        oom_kills_before = procfs.oom_kills()
         home: Nursery | None = None
         try:
             with ours:
+                self._take_turn(outcome)
+                oom_kills_before = procfs.oom_kills()
                 home = self._home()
                 # The idle level of the GPUs is read here, before the worker touches one.
                 idle = self._gpus.used_bytes() if self._gpus else {}
@@ -198,6 +273,8 @@ class Runner:
                 home.kill()
             raise
         finally:
+            if self._turn:
+                self._turn.leave()
             theirs.close()
             if outcome.observer:
                 outcome.observer.close()
@@ -210,7 +287,7 @@ class Runner:
         self, home: Nursery, outcome: _Outcome, observer: Observer, pipe: socket.socket, output: int, timeout_s: float
     ) -> tuple[int, bool]:
         """Hear and observe a worker until it is gone: its exit status, and whether it had to be killed."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() - outcome.waited_s + timeout_s
         buffer, timed_out = b"", False
         exited: int | None = None
         sources = [home.fileno(), pipe.fileno(), output]
@@ -238,14 +315,22 @@ class Runner:
                 held = observer.look()
                 if held is not None:
                     self._tell("memory", {"bytes": held})
-            if not timed_out and exited is None and time.monotonic() > deadline:
+            if not timed_out and exited is None and time.monotonic() - outcome.waited_s > deadline:
                 timed_out = True
                 home.kill()
         return exited, timed_out
 
+    def _take_turn(self, outcome: _Outcome, alone: bool = False) -> None:
+        if self._turn is None:
+            return
+        asked_at = time.monotonic()
+        (self._turn.alone if alone else self._turn.share)()
+        outcome.waited_s += time.monotonic() - asked_at
+
     def _hear(self, message: Mapping[str, Any], outcome: _Outcome, observer: Observer, pipe: socket.socket) -> None:
         match message["event"]:
             case "begin":
+                self._take_turn(outcome, alone=message["phase"] == "time")
                 outcome.phase = message["phase"]
                 observer.begin_phase()
                 self._tell("phase", {"phase": message["phase"]})
@@ -253,6 +338,7 @@ class Runner:
                 seen = observer.end_phase()
                 unknown = outcome.gpu_unknown or seen["gpu_unknown"]
                 outcome.phases.append({**message["phase"], **seen, "gpu_unknown": unknown})
+                self._take_turn(outcome)
             case "baseline":
                 outcome.baseline = message["baseline"]
                 held = message["baseline"]["anonymous_bytes"] + message["baseline"]["file_bytes"]
@@ -308,12 +394,12 @@ def _modules_of(cases: tuple[Case, ...]) -> list[str]:
     return sorted(modules)
 
 
-def _process(case: Case, outcome: _Outcome) -> dict[str, Any]:
+def _process(device: str, outcome: _Outcome) -> dict[str, Any]:
     """The entry of a case's only process so far; parallel techniques will have one a rank."""
     return {
         "role": "worker",
         "rank": 0,
-        "device": case.device,
+        "device": device,
         "pid": outcome.pid,
         "gpu": outcome.gpu,
         "baseline": outcome.baseline,

@@ -90,7 +90,7 @@ class Session:
         self._file = _file(suite, output, resume, machine, {"code": code} if code else {})
         self.path = self._file.path
         try:
-            self._runner = Runner(cases, suite.settings, self.path.with_suffix(".references"), tell, machine)
+            self._runner = Runner(cases, suite.settings, references(self.path), tell, machine)
         except BaseException:
             self._file.__exit__(None, None, None)
             raise
@@ -182,26 +182,40 @@ def _file(
             raise ResultsError(f"{folder}: no run of suite '{suite.name}' there to go on with")
         _refuse_what_differs(path, suite, machine)
         return RunFile.reopen(path)
-    started = datetime.now(UTC)
-    path = folder / f"{suite.name}-{started:%Y%m%dT%H%M%S%fZ}.jsonl"
-    return RunFile.create(
-        path,
-        {
-            "run": path.stem,
-            "suite": suite.name,
-            "suite_sha256": _fingerprint(suite),
-            "suite_text": suite.text,
-            "devices": _devices(suite),
-            "machine": machine,
-            "started_at": started.isoformat(timespec="microseconds"),
-            **more,
-        },
-    )
+    header = run_header(suite.name, suite.text, _devices(suite), datetime.now(UTC))
+    return RunFile.create(run_path(folder, header), {**header, "machine": machine, **more})
+
+
+def run_header(name: str, text: str, devices: Sequence[str], started: datetime) -> dict[str, Any]:
+    """What a run's file says of the run, the machine aside.
+
+    Args:
+        name: of the suite.
+        text: the suite as it is written.
+    """
+    return {
+        "run": f"{name}-{started:%Y%m%dT%H%M%S%fZ}",
+        "suite": name,
+        "suite_sha256": _sha256(text),
+        "suite_text": text,
+        "devices": list(devices),
+        "started_at": started.isoformat(timespec="microseconds"),
+    }
+
+
+def run_path(folder: Path, header: Mapping[str, Any]) -> Path:
+    """The file of a run in a folder."""
+    return folder / f"{header['run']}.jsonl"
+
+
+def references(path: Path) -> Path:
+    """The folder of the reference cases' logits that goes with a run's file."""
+    return path.with_suffix(".references")
 
 
 def _refuse_what_differs(path: Path, suite: Suite, machine: Mapping[str, Any]) -> None:
     header = read_run(path).header
-    if header.get("suite") != suite.name or header.get("suite_sha256") != _fingerprint(suite):
+    if header.get("suite") != suite.name or header.get("suite_sha256") != _sha256(suite.text):
         raise ResultsError(
             f"{path}: its suite '{header.get('suite')}' is not '{suite.name}' as it is now; run it afresh"
         )
@@ -216,8 +230,8 @@ def _refuse_what_differs(path: Path, suite: Suite, machine: Mapping[str, Any]) -
         raise ResultsError(f"{path}: began on another machine ({unlike[0]}); figures of two do not go together")
 
 
-def _fingerprint(suite: Suite) -> str:
-    return hashlib.sha256(suite.text.encode()).hexdigest()
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _devices(suite: Suite) -> list[str]:

@@ -153,7 +153,7 @@ def read_run(path: str | Path) -> Run:
             else:
                 check_record(entry)
                 membership.check(entry)
-                records.append(_record(entry))
+                records.append(record_of(entry))
     except ResultsError as error:
         raise ResultsError(f"{path}, line {number}: {error}") from None
     except OSError as error:
@@ -189,8 +189,11 @@ def _parsed(line: bytes) -> object:
     return parsed(line)
 
 
-def _record(entry: dict[str, Any]) -> Record:
-    """JSON knows no tuples; a record holds nothing else. Keys that this version does not know are left out."""
+def record_of(entry: dict[str, Any]) -> Record:
+    """A record that went through JSON, which knows no tuples; a record holds nothing else.
+
+    Keys that this version does not know are left out.
+    """
     known = {name: entry[name] for name in _FIELDS if name in entry}
     fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
     return Record(**{"notes": (), **fields})

@@ -13,21 +13,18 @@ import math
 import os
 import socket
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from membench import allocator, census, checkpoint, notes, plugins, procfs, quality, registry
+from membench import allocator, calls, census, checkpoint, device, notes, plugins, quality, registry
 from membench.assembly import Assembly
-from membench.meter import Meter
+from membench.errors import is_out_of_memory
+from membench.meter import STEPS_FOR_MEMORY, Meter
 from membench.weights import bytes_by_module, weight_bytes
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-# The kernel counts pages per core and may read some 0.1 MiB low; the highest of five steps comes close to the truth.
-_STEPS_FOR_MEMORY = 5
 
 
 class Diverged(Exception):
@@ -46,6 +43,8 @@ def main(request: dict[str, Any], channel: socket.socket) -> None:
     try:
         if request.get("prepare"):
             _prepare(request, meter)
+        elif "pickled" in request:
+            calls.measure(request, meter)
         else:
             _measure(request, meter)
         meter.tell(event="done")
@@ -56,15 +55,9 @@ def main(request: dict[str, Any], channel: socket.socket) -> None:
     except Diverged as error:
         meter.tell(event="status", status="diverged", message=str(error), phase=error.phase)
     except Exception as error:
-        status = "out-of-memory" if _is_out_of_memory(error) else "failed"
+        status = "out-of-memory" if is_out_of_memory(error) else "failed"
         meter.tell(event="status", status=status, message=f"{type(error).__name__}: {error}".partition("\n")[0][:500])
         raise
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    text = str(error).lower()
-    kinds = ("MemoryError", "OutOfMemoryError")
-    return type(error).__name__ in kinds or "can't allocate memory" in text or "cannot allocate memory" in text
 
 
 def _prepare(request: dict[str, Any], meter: Meter) -> None:
@@ -105,9 +98,9 @@ class _Work:
         """Do all that must not be measured, up to the baseline; bytes of the plain weights, if they are known."""
         import torch
 
-        case, device = self.case, self._request["device"]
+        case, where = self.case, self._request["device"]
         if self._meter.on_gpu:
-            _refuse_missing_gpu(device)
+            device.refuse_missing(where)
         allocator.pin()  # else large blocks of the text leave holes in the heap, which count once something fills them
         case.read_text()
         self._result["corpus"] = case.digest()
@@ -119,7 +112,7 @@ class _Work:
         if (failed := case.rehearse()) is not None:
             self._rehearsal_failed = [f"what libraries set up once is in the figures: rehearsing ended in {failed}"]
         if self._meter.on_gpu:
-            _announce_gpu(self._meter, device)
+            device.announce_gpu(self._meter, where)
         converted = any(technique.applies_rest for technique in case.techniques)
         plain_bytes = case.plain_weight_bytes() if converted else None
         if case.context.diverged:
@@ -171,7 +164,7 @@ class _Work:
             result |= _trained_and_frozen(module)
         with meter.phase("run", "pinned") as run:
             meter.memory_in_parts = True
-            for _ in range(_STEPS_FOR_MEMORY):
+            for _ in range(STEPS_FOR_MEMORY):
                 self._hear(step())
             meter.memory_in_parts = False
         # Counted only now: some libraries pack weights anew in their first pass.
@@ -214,7 +207,7 @@ class _Work:
         """Phase ``time``, under the default allocator."""
         meter, warmups, measured = self._meter, self._settings["warmup_steps"], self._settings["measured_steps"]
         durations_s: list[float] = []
-        waited_s: list[float] = []
+        waited_s: list[float | None] = []
         allocator.unpin()
         with meter.phase("time", "default") as timed:
             timed["steps"] = warmups + measured
@@ -222,23 +215,16 @@ class _Work:
                 self._hear(step())
             meter.parts.clear()
             for _ in range(measured):
-                meter.synchronize()
-                waited_before_s = procfs.waited_s()
-                began = time.perf_counter()
-                loss = step()
-                meter.synchronize()
-                durations_s.append(time.perf_counter() - began)
-                waited_after_s = procfs.waited_s()
-                if waited_before_s is not None and waited_after_s is not None:
-                    # A thread that ends takes along what it had waited.
-                    waited_s.append(max(0.0, waited_after_s - waited_before_s))
+                loss, duration_s, waited_of_step_s = meter.timed(step)
+                durations_s.append(duration_s)
+                waited_s.append(waited_of_step_s)
                 self._hear(loss)
         if (data := self.case.context.data) is not None:
             self.case.context.facts.update(data.timed_afresh())  # here, as the steps were
         allocator.pin()
         self._result |= {
             "durations_s": durations_s,
-            "waited_s": waited_s if len(waited_s) == len(durations_s) else None,
+            "waited_s": None if None in waited_s else waited_s,
             "losses_nats": self._losses_nats(),
             "tokens_per_step": self.case.workload.tokens_per_step() or self._tokens_of_an_epoch(),
             "epoch_bytes": self._bytes_of_an_epoch(),
@@ -314,33 +300,6 @@ def _trained_and_frozen(module: Any) -> dict[str, int]:
     """Bytes of parameters that the optimizer trains, and of all other weights: packed ones are no parameters."""
     trained = sum(census.storages(p for p in module.parameters() if p.requires_grad).values())
     return {"trained_weights_bytes": trained, "frozen_weights_bytes": weight_bytes(module) - trained}
-
-
-def _refuse_missing_gpu(device: str) -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise plugins.Unsuitable("no CUDA device here, or a torch build without CUDA")
-    if (torch.device(device).index or 0) >= torch.cuda.device_count():
-        last = torch.cuda.device_count() - 1
-        raise plugins.Unsuitable(f"there is no {device} here: the last is cuda:{last}")
-
-
-def _announce_gpu(meter: Meter, device: str) -> None:
-    """Tell the runner which device it is, so that it can find it in NVML, where devices have another order."""
-    import torch
-
-    # cuBLAS keeps workspaces of the rehearsal in torch's allocator; a case that needs them takes them anew.
-    torch._C._cuda_clearCublasWorkspaces()
-    properties = torch.cuda.get_device_properties(device)
-    meter.tell(
-        event="device",
-        uuid=str(properties.uuid),
-        name=properties.name,
-        capability=[properties.major, properties.minor],
-        memory_bytes=properties.total_memory,
-        cuda=torch.version.cuda,
-    )
 
 
 if __name__ == "__main__":

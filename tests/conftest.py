@@ -38,3 +38,11 @@ def _plugins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def suite_file(tmp_path: Path) -> Path:
     """A suite of one known block and burst, to be written to."""
     return tmp_path / "known.toml"
+
+
+@pytest.fixture
+def inner(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """Runs pytest within pytest, as if no other were around it."""
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
+        monkeypatch.delenv(name, raising=False)
+    return pytester

@@ -18,12 +18,12 @@ _HEAVY = {
     "numpy", "scipy", "pyarrow", "datasets", "sklearn", "datasketch",
 }  # fmt: skip
 _MEASURED = {
-    "allocator", "assembly", "census", "checkpoint", "forkserver", "meter", "notes", "quality", "stand_in", "weights",
-    "worker",
+    "allocator", "assembly", "calls", "census", "checkpoint", "device", "forkserver", "meter", "notes", "quality",
+    "stand_in", "weights", "worker",
 }  # fmt: skip
 _GROUPS = {
-    "ground": {"amounts", "corpus", "errors", "names", "nvml", "plugins", "procfs", "record", "registry", "scratch",
-               "units", "validation", "environment", "data.storage"},
+    "ground": {"amounts", "corpus", "errors", "names", "nvml", "plugins", "procfs", "quantities", "record", "registry",
+               "scratch", "sending", "units", "validation", "environment", "data.storage"},
     "training data": {"data"},
     "rules": {"regression.gates", "regression.tolerances"},
     "suites": {"expansion", "listing", "selection", "suite"},
@@ -32,7 +32,7 @@ _GROUPS = {
     "runner's process": {"figures", "nursery", "observer", "runner", "session"},
     "records": {"compare", "regression", "report", "schema", "store", "strict_json"},
     "programs": {"__init__", "__main__", "calibrating", "checking", "cli", "console", "doctor", "interleaving",
-                 "progress", "side", "worktree"},
+                 "progress", "pytest_plugin", "side", "worktree"},
 }  # fmt: skip
 _MAY_IMPORT = {
     "ground": {"ground"},

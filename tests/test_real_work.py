@@ -110,15 +110,15 @@ def test_a_gpu_that_is_not_there_is_no_failure_but_unsuitable(
 ) -> None:
     import torch
 
-    from membench.worker import _refuse_missing_gpu
+    from membench.device import refuse_missing
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     if reason is None:
-        _refuse_missing_gpu(device)
+        refuse_missing(device)
         return
     with pytest.raises(Unsuitable) as raised:
-        _refuse_missing_gpu(device)
+        refuse_missing(device)
     assert str(raised.value) == reason
 
 

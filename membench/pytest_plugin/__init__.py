@@ -1,0 +1,159 @@
+"""membench inside pytest: suites collected as tests, the fixture and the marker ``membench``, options.
+
+pytest loads this module in every run of whoever has membench installed, so it imports next to nothing; what does the
+work is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from membench.pytest_plugin import entries
+
+if TYPE_CHECKING:
+    import pluggy
+
+    from membench.pytest_plugin.fixture import MembenchFixture
+    from membench.pytest_plugin.keeping import Keeper
+    from membench.pytest_plugin.timing import Timing
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("membench")
+    group.addoption(
+        "--membench-save",
+        metavar="NAME",
+        nargs="?",
+        const="",
+        type=_baseline,
+        help="Keep what is measured as a baseline; without NAME, as that of its suite on this class of machines.",
+    )
+    group.addoption(
+        "--membench-compare",
+        metavar="NAME",
+        nargs="?",
+        const="",
+        type=_baseline,
+        help="Fail tests that take more than a baseline or run says; without NAME, than that of their suite on this"
+        " class of machines. What looks worse is measured three times more before it fails.",
+    )
+    group.addoption(
+        "--membench-fail",
+        metavar="TOLERANCE",
+        action="append",
+        default=[],
+        help="How much worse a figure may get: peak_live:2%%, time:10%%, peak_live:16MiB, 'llama-*:time:off'. Can be"
+        " given several times.",
+    )
+
+
+def _baseline(name: str) -> str:
+    if name.endswith((".toml", ".py")) or "::" in name:
+        raise argparse.ArgumentTypeError(f"'{name}' is a test and no baseline; write the option after it, or with '='")
+    return name
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if any(config.getoption(f"membench_{name}") not in (None, []) for name in ("save", "compare", "fail")):
+        from membench.pytest_plugin import judging
+
+        judging.check_options(config)
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; cases of membench suites on cuda have it.")
+    config.addinivalue_line(
+        "markers",
+        "membench(limit='1 GiB', compare='2%', device='cuda'): for tests with the fixture 'membench': how much live"
+        " memory a function may take at most, how much more than --membench-compare says, and where it is measured.",
+    )
+    # Whether there is pytest-benchmark decides what the fixture depends on, and with it what --benchmark-skip means.
+    if config.pluginmanager.hasplugin("benchmark"):
+        from membench.pytest_plugin import timing
+
+        config.pluginmanager.register(timing, "membench-timing")
+    else:
+        config.pluginmanager.register(_NoTiming(), "membench-timing")
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Records(config), "membench-records")
+
+
+class _NoTiming:
+    @pytest.fixture
+    def _membench_timing(self) -> None:
+        """Nobody else wants to know the times."""
+
+
+class _Records:
+    """Keeps what tests measure. A worker of xdist keeps nothing: it sends it with its reports."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._keeper: Keeper | None = None
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        found = entries.taken_off(report)
+        if found and self._keeper is None:
+            from membench.pytest_plugin.keeping import Keeper
+
+            self._keeper = Keeper(self._config)
+        if self._keeper is not None:
+            self._keeper.keep(found)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self._keeper is not None and (code := self._keeper.finish()):
+            session.exitstatus = code
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        if self._keeper is not None:
+            self._keeper.summarize(terminalreporter)
+
+
+@pytest.fixture
+def membench(request: pytest.FixtureRequest, _membench_timing: Timing | None) -> MembenchFixture:
+    """Measure a function in a process of its own: ``result = membench(function, *args, **kwargs)``.
+
+    ``result.peak_live``, ``held_live``, ``peak_footprint`` and ``time`` compare with text: ``< "64 MiB"``. The function
+    is called twelve times; what it raises is raised here.
+    """
+    from membench.pytest_plugin.fixture import MembenchFixture
+
+    return MembenchFixture(request, _membench_timing)
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    if file_path.suffix != ".toml":
+        return None
+    from membench.pytest_plugin import collection
+
+    return collection.suite_file(file_path, parent)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a worker of xdist what all have to agree on."""
+    from membench.pytest_plugin.sharing import Sharing
+
+    node.workerinput["membench"] = Sharing.of(node.config).told()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("membench") is not None:
+        from membench.pytest_plugin import marker
+
+        marker.check(item)
+
+
+# Of the older kind of wrappers: one that pytest does not know would end every run of whoever has an older pytest.
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pluggy.Result[pytest.TestReport], None]:
+    report = (yield).get_result()
+    entries.put_on(report, item)
+    where = getattr(item, "skipped_at", None)
+    if where is not None and report.skipped and isinstance(report.longrepr, tuple):
+        # Else it would be the line of ours that found out.
+        report.longrepr = (str(where), None, report.longrepr[2])  # type: ignore[assignment]

@@ -1,0 +1,207 @@
+"""A suite as a file of tests: a test a case."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from membench.pytest_plugin import entries
+from membench.pytest_plugin.sharing import Sharing
+
+if TYPE_CHECKING:
+    from membench.record import Case, Record
+    from membench.runner import Runner
+    from membench.suite import Suite
+
+_SUITE_TABLE = re.compile(r"^\s*\[\s*suite\s*\]", re.MULTILINE)
+_LARGEST_SUITE_BYTES = 2**20
+
+
+def suite_file(path: Path, parent: pytest.Collector) -> SuiteFile | None:
+    """The collector for a TOML file, if it is a suite and asked for."""
+    is_named = parent.session.isinitpath(path)
+    if not is_named and not Sharing.of(parent.config).finds_suites:
+        return None
+    return SuiteFile.from_parent(parent, path=path) if _is_suite(path, is_named) else None
+
+
+def _is_suite(path: Path, is_named: bool) -> bool:
+    """Whether a file has a table [suite]; one that was not named must have [matrix], too, and be TOML."""
+    import tomllib
+
+    try:
+        if path.stat().st_size > _LARGEST_SUITE_BYTES:
+            return False
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
+    except OSError:
+        return False
+    if "suite" not in text:
+        return False
+    try:
+        parsed = tomllib.loads(text)
+    except (ValueError, RecursionError):
+        # The user meant a suite, and is told what is wrong with it.
+        return is_named and _SUITE_TABLE.search(text) is not None
+    return isinstance(parsed.get("suite"), dict) and (is_named or isinstance(parsed.get("matrix"), dict))
+
+
+class SuiteFile(pytest.File):
+    """A suite; it measures cases, and while it does has a fork server."""
+
+    def collect(self) -> Iterator[CaseItem]:
+        from membench.errors import MembenchError
+        from membench.suite import load_suite
+
+        try:
+            self.suite: Suite = load_suite(os.path.relpath(self.path))
+        except MembenchError as error:
+            raise self.CollectError(str(error)) from None
+        for case in self.suite.cases:
+            yield CaseItem.from_parent(self, name=case.id, case=case)
+
+    def setup(self) -> None:
+        self._runner: Runner | None = None
+        self._not_ready: dict[str, str | None] = {}
+
+    def teardown(self) -> None:
+        if self._runner is not None:
+            self._runner.__exit__(None, None, None)
+            self._runner = None
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """Of the file that the suite's records go to."""
+        from membench.session import run_header
+
+        devices = list(dict.fromkeys(case.device for case in self.suite.cases))
+        return run_header(self.suite.name, self.suite.text, devices, Sharing.of(self.config).started)
+
+    def measure(self, item: CaseItem) -> tuple[list[Record], list[Record]]:
+        """Of an item's case, and of its reference, a record a repeat.
+
+        Its reference comes first, because its logits are what others are compared with. Whichever test of whichever
+        worker needs it first measures it; it is not measured again.
+        """
+        from membench.record import REFERENCE
+
+        reference = next(
+            case for case in self.suite.cases if case.group == item.case.group and case.technique == REFERENCE
+        )
+        records = self._reference(item, reference)
+        if item.case is reference:
+            return records, records
+        own = self._measured(item.case, range(self.suite.settings.repeats))
+        self._keep(item, own)
+        return own, records
+
+    def measure_again(self, item: CaseItem, repeat: int) -> Record:
+        """One more repeat of an item's case."""
+        (record,) = self._measured(item.case, (repeat,))
+        self._keep(item, [record])
+        return record
+
+    def _reference(self, item: CaseItem, case: Case) -> list[Record]:
+        from membench.store import record_of
+
+        def measured() -> list[dict[str, Any]]:
+            return [dataclasses.asdict(each) for each in self._measured(case, range(self.suite.settings.repeats))]
+
+        found, is_new = Sharing.of(self.config).once(f"{self.nodeid}::{case.id}", measured)
+        records = [record_of(record) for record in found]
+        if is_new:
+            self._keep(item, records)
+        return records
+
+    def _keep(self, item: CaseItem, records: Sequence[Record]) -> None:
+        for record in records:
+            entries.add(item, self.header, dataclasses.asdict(record))
+
+    def _measured(self, case: Case, repeats: Iterable[int]) -> list[Record]:
+        sharing = Sharing.of(self.config)
+        gpu = sharing.gpu([case.device for case in self._wanted()])
+        with gpu.held if case.device.startswith("cuda") else contextlib.nullcontext():
+            runner = self._started(gpu.variables)
+            if case.model not in self._not_ready:
+                self._not_ready[case.model] = runner.prepare(case)
+            not_ready = self._not_ready[case.model]
+            return [runner.run_case(case, repeat, self.suite.limits, not_ready) for repeat in repeats]
+
+    def _wanted(self) -> tuple[Case, ...]:
+        """The cases that were not deselected, and those that they need."""
+        ids = {item.case.id for item in self.session.items if isinstance(item, CaseItem) and item.parent is self}
+        return self.suite.select(lambda id: id in ids)
+
+    def _started(self, variables: dict[str, str]) -> Runner:
+        from membench.runner import Runner
+        from membench.session import references, run_path, silent
+
+        if self._runner is None:
+            sharing = Sharing.of(self.config)
+            self._runner = Runner(
+                self._wanted(),
+                self.suite.settings,
+                references(run_path(sharing.output, self.header)),
+                silent,
+                turn=sharing.turn(),
+                variables=variables,
+            )
+        return self._runner
+
+
+class CaseItem(pytest.Item):
+    """A case of a suite."""
+
+    parent: SuiteFile
+
+    def __init__(self, *, case: Case, **others: Any) -> None:
+        super().__init__(**others)
+        self.case = case
+        self.skipped_at = self.path
+        if case.device.startswith("cuda"):
+            self.add_marker("gpu")
+        if self.config.pluginmanager.hasplugin("benchmark"):
+            # By these it knows what a benchmark is, for --benchmark-skip and --benchmark-only, and finds it.
+            self.fixturenames = ["benchmark"]
+            self.funcargs: dict[str, Any] = {}
+
+    def reportinfo(self) -> tuple[Path, int, str]:
+        return self.path, 0, self.name
+
+    def runtest(self) -> None:
+        from membench.errors import MembenchError
+        from membench.pytest_plugin import outcome
+
+        try:
+            records, reference = self.parent.measure(self)
+            wrong = [
+                *outcome.broken_gates(self, self.parent.suite.gates, records, reference),
+                *self._worse(records),
+            ]
+        except MembenchError as error:
+            raise pytest.fail.Exception(f"membench: {error}", pytrace=False) from None
+        outcome.add_figures(self, records)
+        if self.config.pluginmanager.hasplugin("benchmark"):
+            from membench.pytest_plugin import timing
+
+            timing.of_case(self, records)
+        outcome.settle(self, records, wrong)
+
+    def _worse(self, records: Sequence[Record]) -> list[str]:
+        """What is worse than before."""
+        if self.config.getoption("membench_compare") is None or any(record.status != "ok" for record in records):
+            return []
+        from membench.pytest_plugin.judging import Judge
+
+        judge = Judge.of(self.config)
+        assert judge is not None
+        suite = self.parent.suite
+        return judge.complaints(
+            suite.name, records, suite.tolerances, lambda repeat: self.parent.measure_again(self, repeat)
+        )

@@ -1,0 +1,246 @@
+"""The fixture ``membench``: a function of the user's, measured in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import pickle
+import sys
+import types
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import pytest
+
+from membench import environment, sending
+from membench.amounts import is_duration
+from membench.errors import MembenchError, did_you_mean, summary
+from membench.pytest_plugin import entries, marker, outcome
+from membench.pytest_plugin.sharing import Sharing
+from membench.pytest_plugin.timing import durations_s
+from membench.quantities import ByteSize, Duration
+from membench.record import METRICS, Record
+from membench.runner import Call, Runner
+from membench.session import run_header, silent
+from membench.suite import Settings
+
+if TYPE_CHECKING:
+    from membench.pytest_plugin.timing import Timing
+
+_SUITE = "pytest"
+"""What stands for the suite's name in the file of what functions took."""
+
+_WORTH_IMPORTING_ONCE = ("numpy", "torch", "transformers")
+"""Where test modules have imported them, functions will need them, and each process would import them anew."""
+
+
+class Result:
+    """What a function took. Each metric of a record is an attribute; sizes and durations compare with text.
+
+    Attributes:
+        record: all that was measured, with how each figure was obtained.
+        peak_live: most memory in use at once during a call, above what was there before the first.
+        held_live: memory still in use after a call, what it returned included.
+        peak_footprint: most memory taken from the machine during a call under the default allocator.
+        held_footprint: memory still taken from the machine after one.
+        time: median duration of a call.
+    """
+
+    record: Record
+    peak_live: ByteSize
+    held_live: ByteSize
+    peak_footprint: ByteSize
+    held_footprint: ByteSize
+    time: Duration
+
+    def __init__(self, record: Record, name: str) -> None:
+        self.record = record
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        __tracebackhide__ = True
+        if name.startswith("_") or name == "record":  # asked for by whoever copies a result
+            raise AttributeError(name)
+        metric = next((metric for metric in METRICS if metric.name == name), None)
+        if metric is None:
+            hint = did_you_mean(name, (metric.name for metric in METRICS if metric.field in self.record.metrics))
+            raise AttributeError(f"a result has no '{name}'; {hint}")
+        value = self.record.metrics.get(metric.field)
+        if value is None:
+            reason = self.record.reasons.get(metric.field, "a function has no such figure")
+            raise MembenchError(f"{name} of {self._name} is not known: {reason}")
+        if metric.field.endswith("_bytes"):
+            return ByteSize(value)
+        return Duration(value) if is_duration(metric) else value
+
+    def __repr__(self) -> str:
+        return f"membench({self._name})"
+
+
+class MembenchFixture:
+    """Measures functions for one test."""
+
+    def __init__(self, request: pytest.FixtureRequest, timing: Timing | None) -> None:
+        self._request = request
+        self._item: pytest.Item = request.node
+        self._timing = timing
+        self._demands = marker.demands(self._item)
+        self._count = 0
+
+    def __call__(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Result:
+        """Call a function with these arguments, twelve times, in a process of its own, and say what it took.
+
+        The function may be a lambda or a local one. What it and its arguments hold is in no figure. Module, class and
+        closure come along by value: what it changes in them is not seen here.
+
+        Raises:
+            Exception: whatever the function raises, with its traceback as a note. The test fails if the process
+                dies, or takes longer than ten minutes.
+        """
+        __tracebackhide__ = True
+        name = getattr(function, "__qualname__", None) or type(function).__name__
+        if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+            _fail(f"'{name}' does nothing when it is called; give membench a function that goes through it to its end")
+        self._count += 1
+        record, worse = self._measured(function, args, kwargs, name)
+        if record.status == "skipped":
+            pytest.skip(str(record.message))
+        if wrong := [*outcome.complaints(record), *worse]:
+            outcome.add_output(self._item, [record])
+            _fail("\n".join(wrong))
+        return Result(record, name)
+
+    def _measured(
+        self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], name: str
+    ) -> tuple[Record, list[str]]:
+        """The record, and what is worse in it than before."""
+        __tracebackhide__ = True
+        sharing, device = Sharing.of(self._item.config), self._demands.device
+        pickled, raised = sharing.passing("call"), sharing.passing("raised")
+        caller = _Caller.of(self._item.config, device)
+        limits = {} if self._demands.limit_bytes is None else {"peak_live_bytes": self._demands.limit_bytes}
+        try:
+            given = sending.as_bytes((function, args, kwargs), by_value=self._of_tests())
+        except Exception as error:
+            what = f"'{name}' or an argument cannot be sent to a process of its own: {summary(error)}"
+            raise pytest.fail.Exception(what) from None
+        here = {"path": sys.path, "folder": str(Path.cwd()), "environment": caller.environment(), "call": given}
+        pickled.write_bytes(pickle.dumps(here))
+        try:
+            call = Call(**self._names(device), pickled=pickled, raised=raised)
+            record = caller.measure(call, limits)
+            self._keep(record)
+            if raised.exists():
+                raise _raised(raised)
+            return record, self._worse(record, lambda repeat: caller.measure(call, limits, repeat))
+        finally:
+            pickled.unlink(missing_ok=True)
+            raised.unlink(missing_ok=True)
+
+    def _of_tests(self) -> list[types.ModuleType]:
+        """Modules that a process of its own could not import, because pytest does that in ways of its own."""
+        plugins = self._item.config.pluginmanager.get_plugins()
+        conftests = [plugin for plugin in plugins if isinstance(plugin, types.ModuleType) and _is_conftest(plugin)]
+        return [self._request.module, *conftests]
+
+    def _names(self, device: str) -> dict[str, str]:
+        file, _, test = self._item.nodeid.partition("::")
+        again = "" if self._count == 1 else f"#{self._count}"
+        return {
+            "id": f"{self._item.nodeid}{again}",
+            "model": file,
+            "workload": f"{test}{again}",
+            "device": device,
+        }
+
+    def _worse(self, record: Record, measure: Callable[[int], Record]) -> list[str]:
+        __tracebackhide__ = True
+        if self._item.config.getoption("membench_compare") is None or record.status != "ok":
+            return []
+        from membench.pytest_plugin.judging import Judge
+
+        def again(repeat: int) -> Record:
+            more = measure(repeat)
+            self._add(more)
+            return more
+
+        try:
+            judge = Judge.of(self._item.config)
+            assert judge is not None
+            return judge.complaints(_SUITE, [record], self._demands.tolerances, again)
+        except MembenchError as error:
+            raise pytest.fail.Exception(f"membench: {error}") from None
+
+    def _add(self, record: Record) -> None:
+        sharing = Sharing.of(self._item.config)
+        header = run_header(_SUITE, "", [self._demands.device], sharing.started)
+        entries.add(self._item, header, dataclasses.asdict(record))
+
+    def _keep(self, record: Record) -> None:
+        self._add(record)
+        outcome.add_figures(self._item, [record], "" if self._count == 1 else f"{self._count}.")
+        if self._timing is not None:
+            self._timing.tell(durations_s([record]), outcome.figures([record]))
+
+
+class _Caller:
+    """The fork server that all functions of a pytest run are measured from."""
+
+    def __init__(self, config: pytest.Config, device: str) -> None:
+        sharing, settings = Sharing.of(config), Settings.model_validate({})
+        self._gpu = sharing.gpu([device])
+        self._settings = settings
+        self._runner = Runner(
+            (),
+            settings,
+            sharing.folder,
+            silent,
+            turn=sharing.turn(),
+            variables=self._gpu.variables,
+            modules=["membench.worker", "membench.sending", *filter(sys.modules.__contains__, _WORTH_IMPORTING_ONCE)],
+            calls_on_gpu=device.startswith("cuda"),
+        )
+        config.add_cleanup(lambda: self._runner.__exit__(None, None, None))
+
+    @classmethod
+    def of(cls, config: pytest.Config, device: str) -> _Caller:
+        callers = config.stash.setdefault(_CALLERS, {})
+        if device not in callers:
+            callers[device] = cls(config, device)
+        return callers[device]
+
+    def environment(self) -> dict[str, str]:
+        """The test's environment now, with what the harness sets in it."""
+        threads = environment.usable_cores()
+        return {**environment.worker_environment(threads), **self._gpu.variables}
+
+    def measure(self, call: Call, limits: Mapping[str, float], repeat: int = 0) -> Record:
+        with self._gpu.held:
+            return self._runner.run_call(call, repeat, limits)
+
+
+_CALLERS = pytest.StashKey[dict[str, _Caller]]()
+
+
+def _is_conftest(module: types.ModuleType) -> bool:
+    return Path(getattr(module, "__file__", None) or "").name == "conftest.py"
+
+
+def _raised(path: Path) -> BaseException:
+    """The exception that a function raised in its process, with its traceback there as a note."""
+    pickled, text = pickle.loads(path.read_bytes())
+    error: Any = None
+    with contextlib.suppress(Exception):  # it could not be sent, or cannot be made again from what was
+        error = pickle.loads(pickled)
+    if not isinstance(error, BaseException):
+        error = MembenchError(text.strip().rpartition("\n")[2])
+    made: BaseException = error
+    made.add_note(f"\nin the measured process:\n{text.rstrip()}")
+    return made
+
+
+def _fail(message: str) -> NoReturn:
+    __tracebackhide__ = True
+    pytest.fail(message)

@@ -1,0 +1,117 @@
+"""Holds what tests measure against an earlier measurement: ``--membench-compare`` and ``--membench-fail``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from membench.checking import MORE_REPEATS
+from membench.errors import MembenchError, RuleError
+from membench.pytest_plugin.sharing import Sharing, own_name
+from membench.record import Record
+from membench.regression import baselines, sources
+from membench.regression.measured import Measured, of_records
+from membench.regression.tolerances import Tolerance, Tolerances, parse_fail
+from membench.regression.verdict import judge
+
+
+class Judge:
+    """Judges one case at a time against what ``--membench-compare`` names."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        """Read the options.
+
+        Raises:
+            MembenchError: if one of them is wrong, in one line.
+        """
+        self._results = Sharing.of(config).output
+        self._name: str = config.getoption("membench_compare")
+        self._asked = [_parsed(text) for text in config.getoption("membench_fail")]
+        self._bases: dict[str, Measured] = {}
+        if self._name and not any(name.startswith(f"{self._name}-") for name in self._kept()):
+            sources.load(self._name, self._results)
+
+    @classmethod
+    def of(cls, config: pytest.Config) -> Judge | None:
+        """The judge of a pytest run, if there is to be one."""
+        if config.getoption("membench_compare") is None:
+            return None
+        judge = config.stash.get(_JUDGE, None)
+        if judge is None:
+            judge = config.stash[_JUDGE] = cls(config)
+        return judge
+
+    def _kept(self) -> list[str]:
+        return baselines.names(self._results / baselines.FOLDER.name)
+
+    def _base(self, new: Measured) -> Measured:
+        """What a suite is held against: its own part of the baseline named, else that; or the suite's own baseline."""
+        if new.suite not in self._bases:
+            if self._name:
+                own = own_name(self._name, new.suite)
+                name = own if own in self._kept() else self._name
+                self._bases[new.suite] = sources.load(name, self._results)
+            else:
+                self._bases[new.suite] = sources.baseline_for(new, self._results)
+        return self._bases[new.suite]
+
+    def complaints(
+        self,
+        suite: str,
+        records: Sequence[Record],
+        demanded: Sequence[Tolerance],
+        measure_again: Callable[[int], Record],
+    ) -> list[str]:
+        """What is worse than before in one case, a line each.
+
+        Args:
+            suite: whose case it is.
+            records: of its repeats.
+            demanded: tolerances of the suite or the test.
+            measure_again: measures one more repeat of this number: what looks worse is not called so before.
+
+        Raises:
+            MembenchError: if there is nothing to compare with.
+        """
+        tolerances = Tolerances(suite=demanded, command_line=self._asked)
+        new = of_records(records, "this run", suite)
+        base = self._base(new)
+        own = dataclasses.replace(base, cases={id: case for id, case in base.cases.items() if id == records[0].id})
+        if not own.cases:
+            return []  # new since then
+        judgement = judge(own, new, tolerances)
+        if judgement.suspects:
+            more = [measure_again(len(records) + number) for number in range(MORE_REPEATS)]
+            judgement = judge(own, of_records([*records, *more], "this run", suite), tolerances)
+        lines = [f"{pair.id}: {pair.broke}" for pair in judgement.broken]
+        lines += [f"regressed since {base.name}: {change.sentence()}" for change in judgement.regressions]
+        return lines + [f"cannot be compared with {base.name}: {change.sentence()}" for change in judgement.blocked]
+
+
+def _parsed(text: str) -> Tolerance:
+    try:
+        return parse_fail(text)
+    except RuleError as error:
+        # The command line of membench calls the same --fail.
+        raise RuleError(f"--membench-{str(error).removeprefix('--')}") from None
+
+
+_JUDGE = pytest.StashKey[Judge]()
+
+
+def check_options(config: pytest.Config) -> None:
+    """Look at the options before anything is measured.
+
+    Raises:
+        pytest.UsageError: in one line.
+    """
+    try:
+        if config.getoption("membench_save"):
+            baselines.path_of(config.getoption("membench_save"))
+        if config.getoption("membench_fail") and config.getoption("membench_compare") is None:
+            raise MembenchError("--membench-fail says how much worse figures may get: add --membench-compare")
+        Judge.of(config)
+    except MembenchError as error:
+        raise pytest.UsageError(f"membench: {error}") from None
