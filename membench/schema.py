@@ -14,6 +14,7 @@ from membench.record import REFERENCE, SCHEMA_VERSION, Status
 from membench.validation import problem, shown
 
 _LARGEST_SIZE = 2**63 - 1
+_LONGEST_TEXT = 1000
 # Figures above a baseline, losses and divergences: these may be below zero.
 _SIGNED = ("_live_bytes", "_footprint_bytes", "context_overhead_bytes", "_bits_per_byte", "_nats")
 
@@ -211,8 +212,12 @@ def check_record(entry: Mapping[str, Any]) -> None:
         if field.endswith("_bytes") and abs(value) > _LARGEST_SIZE:
             raise ResultsError(f"metrics.{field} = {shown(value)}: no machine has so much")
     case = entry["case"]
-    for axis, checked in (("model", checked_name), ("technique", checked_stack), ("workload", checked_name),
-                          ("device", checked_device)):  # fmt: skip
+    _check_name("case.device", case["device"], checked_device)
+    if "model_plugin" not in case:  # what was measured is somebody's function, and named by its file and its test
+        for key, name in (("id", entry["id"]), ("case.model", case["model"]), ("case.workload", case["workload"])):
+            _check_name(key, name, _checked_text)
+        return
+    for axis, checked in (("model", checked_name), ("technique", checked_stack), ("workload", checked_name)):
         _check_name(f"case.{axis}", case[axis], checked)
     own = f"{case['model']}/{case['technique']}/{case['workload']}/{case['device']}"
     if entry["id"] != own:
@@ -232,6 +237,12 @@ def _check_name(key: str, name: str, checked: Callable[[str], str]) -> None:
         checked(name)
     except ValueError as error:
         raise ResultsError(f"{key} = {shown(name)}: {error}") from None
+
+
+def _checked_text(name: str) -> str:
+    if not name.isprintable() or not 0 < len(name) <= _LONGEST_TEXT:
+        raise ValueError(f"text of 1 to {_LONGEST_TEXT} characters is wanted, and none that steers a terminal")
+    return name
 
 
 class Membership:
