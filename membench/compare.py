@@ -88,19 +88,23 @@ class Comparison:
             return None
         return whole / math.prod(ratio for ratio in alone if ratio is not None)
 
+    def quality_field(self, group: Group) -> str | None:
+        """The metric that tells a group's quality: accuracy, else the loss in bits per byte, else the divergence."""
+        fields = ("accuracy_percent", "lost_bits_per_byte", "kl_nats")
+        return next(filter(functools.partial(self.is_known, group), fields), None)
+
     def front(self, group: Group) -> set[str]:
         """The techniques that no other one beats: is as good as in all that counts, and better in something.
 
         What counts: live memory, time, quality, and the size of the training data where the workload reads some.
-        Quality is accuracy where it is known, else the loss in bits per byte where the model is trained, else the
-        divergence from the reference; where none is known it does not count. As good is what runs of the same case may
-        differ by: a share of the metric's own, a figure's resolution, two standard errors of a loss.
+        Where no quality is known it does not count. As good is what runs of the same case may differ by: a share of
+        the metric's own, a figure's resolution, two standard errors of a loss.
         """
         techniques = self.techniques(group)
 
-        is_known = functools.partial(self.is_known, group)
-        fields = ["peak_live_bytes", "step_median_s", *filter(is_known, ["data_bytes"])]
-        fields += list(filter(is_known, ("accuracy_percent", "lost_bits_per_byte", "kl_nats")))[:1]
+        quality = self.quality_field(group)
+        fields = ["peak_live_bytes", "step_median_s", *filter(functools.partial(self.is_known, group), ["data_bytes"])]
+        fields += [quality] if quality else []
         scores: dict[str, tuple[_Score, ...]] = {}
         for technique in techniques:
             if any(record.status != "ok" for record in self.repeats(group, technique)):

@@ -46,15 +46,21 @@ def _fixed(value: float, digits: int) -> str:
     return f"{value:.{max(0, digits - len(str(int(abs(value)))))}f}"
 
 
-def format_bytes(size_bytes: float) -> str:
-    """A size with four significant digits: 1536 -> '1.500 KiB'."""
+def byte_unit(size_bytes: float) -> tuple[str, int]:
+    """The unit in which a size is written, and its bytes: 1536 -> ('KiB', 1024)."""
     unit = "B"
     for name, step in _STEPS.items():
         if abs(size_bytes) >= step:
             unit = name
+    return unit, _STEPS[unit]
+
+
+def format_bytes(size_bytes: float) -> str:
+    """A size with four significant digits: 1536 -> '1.500 KiB'."""
+    unit, step = byte_unit(size_bytes)
     if unit == "B":
         return f"{size_bytes:.0f} B"
-    return f"{_fixed(size_bytes / _STEPS[unit], 4)} {unit}"
+    return f"{_fixed(size_bytes / step, 4)} {unit}"
 
 
 def format_seconds(seconds: float) -> str:
