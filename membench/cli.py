@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # Whatever reads these must find nothing else in the output.
 _FOR_MACHINES = ("csv", "json", "latex", "html")
 _RESULTS = Path("results")
+# What membench.report.formats and .files know; here, so that a parser is made without loading them.
+_REPORTS = ("html", "md", "csv", "json", "latex")
+_PLOTS = ("pareto", "memory", "conversion", "breakdown", "timeline", "history")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,6 +62,25 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("-k", dest="expression", help="only cases whose id fits, such as 'int8 and not train'")
     show.add_argument("--format", choices=formats, default=formats[0])
     show.set_defaults(do=_show)
+
+    report = verbs.add_parser("report", help="runs as one page for a browser, or as md, csv, json or latex")
+    report.add_argument("run", nargs="+", type=Path)
+    report.add_argument("-o", dest="file", type=Path, help="where to; its ending says the format, too")
+    report.add_argument("--format", choices=_REPORTS, help="html if neither this nor the file's ending says")
+    report.set_defaults(do=_report)
+
+    plot = verbs.add_parser("plot", help="one kind of picture as a PNG or SVG file")
+    plot.add_argument("run", nargs="+", type=Path)
+    plot.add_argument("kind", choices=_PLOTS)
+    plot.add_argument("-o", dest="file", type=Path, required=True, help="the file, which ends in .png or .svg")
+    plot.add_argument("-k", dest="expression", help="only cases whose id fits, such as 'int8 and not train'")
+    plot.set_defaults(do=_plot)
+
+    advise = verbs.add_parser("advise", help="which measured stack fits a budget and loses least (1 if none does)")
+    advise.add_argument("run", type=Path)
+    advise.add_argument("--budget", required=True, help="memory above the worker's baseline, such as 8GiB")
+    advise.add_argument("--max-quality-loss", help="such as 1%%: of bits per byte, or in percentage points of accuracy")
+    advise.set_defaults(do=_advise)
 
     doctor = verbs.add_parser("doctor", help="prove on known amounts what can be measured on this machine")
     doctor.add_argument("--full", action="store_true", help="also measure what the harness promises (some minutes)")
@@ -193,22 +215,84 @@ def _list(arguments: argparse.Namespace) -> int:
 
 def _show(arguments: argparse.Namespace) -> int:
     import membench
-    from membench import selection
-    from membench.compare import with_compared
     from membench.report import text
 
     run = membench.read_run(arguments.run or membench.newest_run(arguments.output))
     if arguments.expression:
-        keep = selection.parse(arguments.expression)
-        kept = tuple(record for record in run.records if keep(record.id))
-        if not kept:
-            raise MembenchError(f"-k '{arguments.expression}' fits no case in {run.path}")
-        run = dataclasses.replace(run, records=kept if arguments.phases else with_compared(run.records, kept))
+        run = _narrowed(run, arguments.expression, with_others=not arguments.phases)
     if arguments.phases:
         print(text.phases(run.records, arguments.format))
     else:
         _print(run, arguments.format, arguments.explain)
     return EXIT_OK
+
+
+def _narrowed(run: Run, expression: str, *, with_others: bool) -> Run:
+    """A run's cases that fit an expression; with those that their ratios are made of, if asked for."""
+    from membench import selection
+    from membench.compare import with_compared
+
+    keep = selection.parse(expression)
+    kept = tuple(record for record in run.records if keep(record.id))
+    if not kept:
+        raise MembenchError(f"-k '{expression}' fits no case in {run.path}")
+    return dataclasses.replace(run, records=with_compared(run.records, kept) if with_others else kept)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    import membench
+    from membench.report import formats
+
+    ending = arguments.file.suffix.lower() if arguments.file else ""
+    form = arguments.format or next((form for form, own in formats.FORMATS.items() if own == ending), None)
+    if form is None and arguments.file:
+        known = ", ".join(formats.FORMATS.values())
+        raise MembenchError(f"{arguments.file}: its ending says no format; end it in {known}, or give --format")
+    if form in (None, "html") and arguments.file is None and sys.stdout.isatty():
+        raise MembenchError("a page is for a browser: write it to a file with -o report.html")
+    made = formats.report([membench.read_run(path) for path in arguments.run], form or "html")
+    if arguments.file is None:
+        print(made)
+        return EXIT_OK
+    try:
+        arguments.file.write_text(f"{made}\n", encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise ResultsError(f"{arguments.file}: cannot be written: {error.strerror}") from None
+    return EXIT_OK
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    import membench
+    from membench.report import files
+
+    runs = [membench.read_run(path) for path in arguments.run]
+    if arguments.expression:
+        others = arguments.kind != "timeline"
+        runs = [_narrowed(run, arguments.expression, with_others=others) for run in runs]
+    files.draw(runs, arguments.kind, arguments.file)
+    return EXIT_OK
+
+
+def _advise(arguments: argparse.Namespace) -> int:
+    import membench
+    from membench.report import advice
+    from membench.units import parse_bytes, parse_percent
+
+    try:
+        budget_bytes = parse_bytes(arguments.budget)
+    except ValueError as error:
+        raise MembenchError(f"--budget: {error}") from None
+    try:
+        most = parse_percent(arguments.max_quality_loss) if arguments.max_quality_loss else None
+    except ValueError as error:
+        raise MembenchError(f"--max-quality-loss: {error}") from None
+    run = membench.read_run(arguments.run)
+    if not run.records:
+        raise MembenchError(f"{run.path}: no case was finished: there is nothing to advise from")
+    given = advice.advise(run.records, budget_bytes, most)
+    for line in advice.lines(run.records, given):
+        print(line)
+    return EXIT_OK if all(one.technique for one in given) else EXIT_CASES_FAILED
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,7 +21,7 @@ CERTAIN = 2
 SAME_ACCURACY = 0.5
 """Percent of samples: a handful of those that are held out."""
 
-_NO_DIVERGENCE = 1e-6
+NO_DIVERGENCE = 1e-6
 """Of logits in fp32 that are the same but for the order of additions."""
 
 
@@ -124,7 +124,7 @@ class Comparison:
         if field in _OF_THE_REFERENCE:
             value = self.difference(group, technique, field)
             error = self.value(group, technique, f"{field}_standard_error") or 0.0
-            return None if value is None else _Score(value, _NO_DIVERGENCE if field == "kl_nats" else CERTAIN * error)
+            return None if value is None else _Score(value, NO_DIVERGENCE if field == "kl_nats" else CERTAIN * error)
         value = self.value(group, technique, field)
         if field == "accuracy_percent":
             return None if value is None else _Score(-value, SAME_ACCURACY)

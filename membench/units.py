@@ -8,6 +8,7 @@ import re
 _STEPS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _SECONDS = {"µs": 1e-6, "us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B)\s*")
+_SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(µs|us|ms|s|min|h)\s*")
 
 
@@ -39,6 +40,18 @@ def parse_seconds(text: str) -> float:
     if not math.isfinite(seconds):
         raise ValueError(f"'{text}' is more than can be counted")
     return seconds
+
+
+def parse_percent(text: str) -> float:
+    """Percent in a share such as '1%' or '0.5 %'.
+
+    Raises:
+        ValueError: if the text is no share.
+    """
+    match = _SHARE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"'{text}' is no share; write a number and %, such as '1%'")
+    return float(match[1])
 
 
 def _fixed(value: float, digits: int) -> str:
@@ -81,7 +94,7 @@ def format_joules(joules: float) -> str:
 
 def format_percent(percent: float) -> str:
     """A share in percent with two significant digits."""
-    return f"{_fixed(percent, 2)}%"
+    return f"{percent:.2g}%" if 0 < abs(percent) < 1 else f"{_fixed(percent, 2)}%"
 
 
 def format_percent_of_all(percent: float) -> str:

@@ -112,6 +112,17 @@ def _change(found: Comparison, group: Group, technique: str, metric: Metric, bas
 
 
 def figure(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
+    """A case's figure as a table shows it: with its bound, its standard error, and its ratio to the reference."""
+    if found.value(group, technique, metric.field) is None:
+        return "–"
+    shown = signed(found, group, technique, metric)
+    if technique == REFERENCE or not metric.has_ratio:
+        return shown
+    return f"{shown} {_change(found, group, technique, metric, REFERENCE)}".rstrip()
+
+
+def signed(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
+    """A case's figure with its bound and its standard error; a dash where it is not known."""
     value = found.value(group, technique, metric.field)
     if value is None:
         return "–"
@@ -119,10 +130,7 @@ def figure(found: Comparison, group: Group, technique: str, metric: Metric) -> s
     if metric.field == "lost_bits_per_byte":
         error = found.value(group, technique, "lost_bits_per_byte_standard_error")
         shown += "" if error is None else f" ±{error:.4f}"
-    shown = f"{_sign(found, group, technique, metric)}{shown}"
-    if technique == REFERENCE or not metric.has_ratio:
-        return shown
-    return f"{shown} {_change(found, group, technique, metric, REFERENCE)}".rstrip()
+    return f"{_sign(found, group, technique, metric)}{shown}"
 
 
 _SIGNS = {"at most": "≤", "at least": "≥"}
