@@ -6,7 +6,7 @@
   const byId = (id) => document.getElementById(id);
   const root = document.documentElement;
   const isPhone = () => window.innerWidth < 640;
-  const plain = (text) => text.replace(/[&<>]/g, (sign) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;" })[sign]);
+  const plain = (text) => text.replace(/[&<>$]/g, (sign) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", $: "&#36;" })[sign]);
 
   // Colours that are told apart by people who see few of them (after Okabe and Ito), and shapes besides.
   const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c7a00"];
@@ -63,7 +63,7 @@
     const ink = getComputedStyle(root);
     const of = (name) => ink.getPropertyValue(name).trim();
     const theme = { ink: of("--ink"), faint: of("--faint"), line: of("--line"), raised: of("--raised"), paper: of("--paper") };
-    const { traces, layout } = draw(theme);
+    const { traces, layout } = draw(theme, place.clientWidth);
     Plotly.react(place, traces, {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", dragmode: false, hovermode: "closest",
       font: { color: theme.ink, family: 'system-ui, "DejaVu Sans", sans-serif', size: 12 },
@@ -97,7 +97,10 @@
     return place;
   }
 
-  const legend = { orientation: "h", x: 0, xanchor: "left", y: -0.12, yanchor: "top" };
+  const legend = { orientation: "h", x: 0, xanchor: "left", y: -0.12, yanchor: "top", maxheight: 0.75 };
+
+  // On a phone each name has a line of its own; elsewhere several share one.
+  const legendHeight = (names) => 19 * names.reduce((sum, name) => sum + label(name).split("<br>").length, 0) / (isPhone() ? 1 : 3);
 
   function drawPareto(picture) {
     const place = clear("pareto");
@@ -109,14 +112,14 @@
           line: { dash: "dot", shape: "hv", color: theme.faint, width: 1.5 } },
         ...picture.points.map((point, number) => ({
           x: [point.x], y: [point.y], mode: few && point.on_front && !isPhone() ? "markers+text" : "markers", name: label(point.technique),
-          text: [label(point.technique)], textposition: "middle right", textfont: { size: 11 }, cliponaxis: false,
+          text: [label(point.technique)], textposition: "top right", textfont: { size: 11 }, cliponaxis: false,
           hoverinfo: "text", hovertext: [`<b>${plain(point.technique)}</b><br>${plain(point.told).replaceAll("; ", "<br>")}${point.on_front ? "<br>on the front" : ""}`],
           marker: { size: 9 + 19 * Math.sqrt(point.speed), color: colour(number), line: { width: 2, color: colour(number) },
             symbol: SHAPES[Math.floor(number / 8) % SHAPES.length] + (point.on_front ? "" : "-open"), opacity: 0.85 },
         })),
       ],
       layout: {
-        height: 380 + 20 * Math.ceil(picture.points.length / (isPhone() ? 2 : 5)), legend: { ...legend, itemsizing: "constant" },
+        height: 380 + legendHeight(picture.points.map((point) => point.technique)), legend: { ...legend, itemsizing: "constant" },
         xaxis: axis(theme, { title: picture.x_title, zeroline: false, ...(picture.ticks.length
           ? { tickvals: picture.ticks.map((t) => t.at), ticktext: picture.ticks.map((t) => t.text),
               range: [picture.ticks[0].at - 0.4, picture.ticks.at(-1).at + 0.6] } : { rangemode: "tozero" }) }),
@@ -127,9 +130,13 @@
 
   function drawBars(place, picture) {
     const alone = picture.series.length === 1;
-    const height = picture.names.length * (picture.stacked || alone ? 30 : 10 + 13 * picture.series.length) + (alone ? 60 : 110);
+    const lines = Math.max(...picture.names.map((name) => label(name).split("<br>").length));
+    const height = picture.names.length * Math.max(picture.stacked || alone ? 28 : 10 + 13 * picture.series.length, 16 * lines) + (alone ? 60 : 110);
     const most = Math.max(...picture.series.flatMap((one) => one.values.map((value) => value || 0)));
-    figure(place, picture, (theme) => ({
+    // What is written beside the longest bar has to find room.
+    const room = (width) => { const wide = Math.max(width - 7 * longest - 40, 150); return wide / Math.max(wide - 125, 40); };
+    const longest = Math.max(...picture.names.flatMap((name) => label(name).split("<br>").map((line) => line.length)));
+    figure(place, picture, (theme, width) => ({
       traces: picture.series.map((one, number) => ({
         type: "bar", orientation: "h", name: plain(one.name), y: picture.names.map((_, n) => n), x: one.values,
         hoverinfo: "text", hovertext: picture.names.map((name, n) => `<b>${plain(name)}</b><br>${plain(one.name)} ${plain(one.told[n])}`),
@@ -139,7 +146,7 @@
       })),
       layout: {
         height, barmode: picture.stacked ? "stack" : "group", bargap: 0.25, showlegend: !alone, legend: { ...legend, y: -50 / height, traceorder: "normal" },
-        xaxis: axis(theme, { title: picture.unit, ...(alone ? { range: [0, 1.75 * most] } : { rangemode: "tozero" }), nticks: 6 }),
+        xaxis: axis(theme, { title: picture.unit, ...(alone ? { range: [0, room(width) * most || 1] } : { rangemode: "tozero" }), nticks: 6 }),
         yaxis: axis(theme, { tickvals: picture.names.map((_, n) => n), ticktext: picture.names.map(label), range: [picture.names.length - 0.5, -0.5], zeroline: false, showgrid: false }),
       },
     }));
@@ -189,7 +196,7 @@
         line: { color: colour(number), dash: ["solid", "dash", "dot"][Math.floor(number / 8) % 3] }, marker: { size: 8, symbol: SHAPES[number % SHAPES.length] },
       })),
       layout: {
-        height: 330 + 20 * Math.ceil(picture.series.length / 2), legend: { ...legend, y: -0.4 },
+        height: 330 + legendHeight(picture.series.map((one) => one.name)), legend: { ...legend, y: -0.4 },
         xaxis: axis(theme, { tickvals: picture.runs.map((_, n) => n), ticktext: picture.runs.map((run) => plain(run).replace(" (", "<br>(")), range: [-0.4, picture.runs.length - 0.6] }),
         yaxis: axis(theme, { title: picture.unit, rangemode: "tozero" }),
       },
@@ -223,6 +230,7 @@
     const one = data.cases[index];
     byId("case-choice").value = String(index);
     drawTimeline(one.timeline);
+    root.dataset.drawn = "false";
     whenIdle(showNext, { timeout: 300 });
     const place = byId("whole");
     place.replaceChildren();
@@ -321,5 +329,7 @@
     byId("case-choice").addEventListener("change", (event) => chooseCase(Number(event.target.value)));
     wireTable();
     chooseGroup(0);
+  } else {
+    root.dataset.drawn = "true";
   }
 })();
