@@ -196,7 +196,7 @@
         line: { color: colour(number), dash: ["solid", "dash", "dot"][Math.floor(number / 8) % 3] }, marker: { size: 8, symbol: SHAPES[number % SHAPES.length] },
       })),
       layout: {
-        height: 330 + legendHeight(picture.series.map((one) => one.name)), legend: { ...legend, y: -0.4 },
+        height: 330 + legendHeight(picture.series.map((one) => one.name)), legend: { ...legend, y: -0.25 },
         xaxis: axis(theme, { tickvals: picture.runs.map((_, n) => n), ticktext: picture.runs.map((run) => plain(run).replace(" (", "<br>(")), range: [-0.4, picture.runs.length - 0.6] }),
         yaxis: axis(theme, { title: picture.unit, rangemode: "tozero" }),
       },
@@ -249,10 +249,11 @@
 
   function wireTable() {
     const table = byId("cases"), body = table.tBodies[0], rows = [...body.rows];
-    const words = new Map(rows.map((row) => [row, row.textContent.toLowerCase()]));
+    const words = new Map();
     const form = byId("filters"), search = byId("search"), fields = [...form.querySelectorAll("select")];
 
     function filter() {
+      if (!words.size) for (const row of rows) words.set(row, row.textContent.toLowerCase());
       const wanted = search.value.toLowerCase().split(/\s+/).filter(Boolean);
       let left = 0;
       for (const row of rows) {

@@ -157,8 +157,10 @@ def _loses_nothing(found: Comparison, group: Group, technique: str) -> bool:
     if points is not None:
         return points >= -SAME_ACCURACY
     lost = found.value(group, technique, "lost_bits_per_byte")
-    error = found.value(group, technique, "lost_bits_per_byte_standard_error") or 0.0
-    return lost is not None and lost <= CERTAIN * error
+    if lost is not None:
+        return lost <= CERTAIN * (found.value(group, technique, "lost_bits_per_byte_standard_error") or 0.0)
+    divergence = found.value(group, technique, "kl_nats")
+    return divergence is not None and divergence <= NO_DIVERGENCE
 
 
 def _loss(found: Comparison, group: Group, technique: str) -> str:
