@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from membench import console
-from membench.errors import EXIT_CASES_FAILED, EXIT_INTERRUPTED, EXIT_OK, MembenchError, ResultsError
+from membench.errors import EXIT_CASES_FAILED, EXIT_INTERRUPTED, EXIT_OK, MembenchError, ResultsError, one_line
 
 if TYPE_CHECKING:
     from membench import Run, Suite
@@ -291,7 +291,7 @@ def _advise(arguments: argparse.Namespace) -> int:
         raise MembenchError(f"{run.path}: no case was finished: there is nothing to advise from")
     given = advice.advise(run.records, budget_bytes, most)
     for line in advice.lines(run.records, given):
-        print(line)
+        print(one_line(line))
     return EXIT_OK if all(one.technique for one in given) else EXIT_CASES_FAILED
 
 

@@ -103,6 +103,21 @@ def test_under_the_default_allocator_the_footprint_counts() -> None:
     assert (span.peak, span.told) == (12, "12.00 MiB footprint")
 
 
+def test_on_a_gpu_what_torch_allocated_counts_and_the_drivers_samples_are_drawn() -> None:
+    phase = {"name": "run", "allocator": "default", "began_s": 0.0, "ended_s": 1.0,
+             "cuda_peak_allocated_bytes": 3 * MIB}  # fmt: skip
+    samples = {"at_s": [0.0, 1.0], "gpu_process_bytes": [None, 4 * MIB]}
+    process = {"baseline": {"anonymous_bytes": 5 * MIB, "file_bytes": 0}, "phases": [phase]}
+    picture = timeline.timeline(dataclasses.replace(record("none"), processes=(process,), timeline=samples))
+    assert picture.columns == {"GPU, process": (None, 4)}
+    assert picture.spans[0].told == "3.000 MiB allocated"
+
+
+def test_a_case_that_ended_before_anything_was_seen_says_so() -> None:
+    picture = timeline.timeline(dataclasses.replace(record("none"), status="crashed"))
+    assert picture.caption == "m/none/forward/cpu ended as crashed before anything was seen of its memory."
+
+
 def test_over_time_only_runs_of_one_suite_are_compared() -> None:
     def on(day: int, mib: int, suite: str = "made-up", **machine: Any) -> Any:
         return run([record("none", peak_live_bytes=mib * MIB)], suite=suite, machine=machine,
