@@ -311,10 +311,14 @@ _GOOD = [
             ["2 cases, 2 out-of-memory", "out-of-memory in load: it wanted 9 GiB", "Killed"],
         ),
         ([_GOOD[0], _failed(_GOOD[1])], ["2 cases, 1 ok, 1 out-of-memory", "it wanted 9 GiB"]),
+        (
+            [_GOOD[0], dataclasses.replace(_GOOD[1], broken_limits=("it took 50.00 MiB, over 40.00 MiB",))],
+            ["✗ over limit\nit took 50.00 MiB, over 40.00 MiB"],
+        ),
         ([_GOOD[1]], ["1 case, all ok", "nothing to compare with: 'none' was not measured to its end"]),
         ([_GOOD[0]], ["1 case, all ok", "64.00 MiB"]),
     ],
-    ids=["empty", "all failed", "partly failed", "without its reference", "one case"],
+    ids=["empty", "all failed", "partly failed", "over a limit", "without its reference", "one case"],
 )
 def test_a_run_that_is_not_whole_still_gives_a_page(opened: Opener, records: Sequence[Record], told: list[str]) -> None:
     page = opened(page_of([run(records)]))

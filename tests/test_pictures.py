@@ -49,6 +49,18 @@ def test_what_has_no_place_is_named() -> None:
     assert picture.title == "Memory against time"
 
 
+def test_of_very_many_techniques_the_reference_the_front_and_the_smallest_are_drawn() -> None:
+    records = [record(f"t{n}", peak_live_bytes=n * MIB, step_median_s=1.0) for n in range(1, 100)]
+    records += [record("none", peak_live_bytes=200 * MIB, step_median_s=1.0)]
+    records += [record("fast", peak_live_bytes=500 * MIB, step_median_s=0.1)]
+    found = Comparison(records)
+    wanted = {"none", "fast", *(f"t{n}" for n in range(1, 59))}
+    picture = pareto.pareto(found, _GROUP)
+    assert {point.technique for point in picture.points} == wanted
+    assert set(bars.memory(found, _GROUP)[0].names) == wanted
+    assert picture.caption.endswith("Of 101 techniques 60 are drawn: the front and those with the least live memory.")
+
+
 def test_bars_hold_weights_live_and_footprint_with_their_ratios() -> None:
     records = [record(name, weights_bytes=size * MIB, peak_live_bytes=2 * size * MIB)
                for name, size in (("none", 64), ("half", 32))]  # fmt: skip

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from membench.compare import Comparison, Group
 from membench.record import METRIC_OF_FIELD, Metric
+from membench.report.pareto import drawn, left_out_of
 from membench.report.shapes import Bars, Series, listed
 from membench.report.text import figure, signed
 from membench.units import byte_unit, format_bytes
@@ -14,11 +15,16 @@ from membench.units import byte_unit, format_bytes
 def memory(found: Comparison, group: Group) -> tuple[Bars, ...]:
     """Weights, live and footprint peak by technique, each with its ratio to the reference; those that are known."""
     fields = ("weights_bytes", "peak_live_bytes", "peak_footprint_bytes")
-    return tuple(_bars_of(found, group, METRIC_OF_FIELD[field]) for field in fields if found.is_known(group, field))
+    names = drawn(found, group)
+    return tuple(
+        _bars_of(found, group, METRIC_OF_FIELD[field], names)
+        for field in fields
+        if any(found.value(group, name, field) is not None for name in names)
+    )
 
 
-def _bars_of(found: Comparison, group: Group, metric: Metric) -> Bars:
-    known = [name for name in found.techniques(group) if found.value(group, name, metric.field) is not None]
+def _bars_of(found: Comparison, group: Group, metric: Metric, names: Sequence[str]) -> Bars:
+    known = [name for name in names if found.value(group, name, metric.field) is not None]
     values = [found.value(group, name, metric.field) or 0.0 for name in known]
     unit, step = byte_unit(max(values))
     least, most = known[values.index(min(values))], known[values.index(max(values))]
@@ -27,11 +33,11 @@ def _bars_of(found: Comparison, group: Group, metric: Metric) -> Bars:
     if len(known) > 1:
         first, last = (signed(found, group, name, metric) for name in (least, most))
         caption += f" From {first} ({least}) to {last} ({most})."
-    unknown = [name for name in found.techniques(group) if name not in known]
+    unknown = [name for name in names if name not in known]
     if unknown:
         caption += f" Not known of {listed(unknown)}."
     return Bars(
-        metric.title, caption, unit, tuple(known),
+        metric.title, caption + left_out_of(found, group), unit, tuple(known),
         (Series(metric.title, tuple(value / step for value in values), told),), False,
         (("technique", metric.title), *zip(known, told, strict=True)),
     )  # fmt: skip
@@ -48,7 +54,7 @@ _PREPARING = (
 def conversion(found: Comparison, group: Group) -> Bars | None:
     """Live peaks of what comes before a step beside that of running; ``None`` where none is known."""
     fields = [(field, name) for field, name in (*_PREPARING, _RUNNING) if found.is_known(group, field)]
-    names = [name for name in found.techniques(group)
+    names = [name for name in drawn(found, group)
              if any(found.value(group, name, field) is not None for field, _ in fields)]  # fmt: skip
     if not names:
         return None
@@ -79,7 +85,15 @@ def conversion(found: Comparison, group: Group) -> Bars | None:
     else:
         caption = "No technique needs more live memory before the first step than while running."
     head = ("technique", *(f"{title}, live peak" for _, title in fields), "converting, time", "a step, time")
-    return Bars("Converting against running", caption, unit, tuple(names), tuple(series), False, (head, *rows))
+    return Bars(
+        "Converting against running",
+        caption + left_out_of(found, group),
+        unit,
+        tuple(names),
+        tuple(series),
+        False,
+        (head, *rows),
+    )
 
 
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "cache", "other")
@@ -89,7 +103,8 @@ CATEGORIES = ("weights", "gradients", "optimizer", "activations", "cache", "othe
 def breakdown(found: Comparison, group: Group) -> Bars | None:
     """What held live memory at the highest moment of a step; ``None`` where steps have no parts to look between."""
     parts: dict[str, tuple[str, Mapping[str, float]]] = {}
-    for technique in found.techniques(group):
+    names = drawn(found, group)
+    for technique in names:
         for record in found.repeats(group, technique)[:1]:
             for process in record.processes[:1]:
                 sizes = (process.get("breakdown_bytes") or {}).get(process.get("peak_part"))
@@ -113,7 +128,7 @@ def breakdown(found: Comparison, group: Group) -> Bars | None:
         shares = ", ".join(f"{category} {sizes[category] / whole:.0%}" for category in largest if sizes[category])
         said.append(f"{technique}, {format_bytes(whole)} in {part}: {shares}")
     caption = f"At the highest moment of a step. {'; '.join(said)}. 'other' is what no walk over storages finds."
-    missing = [name for name in found.techniques(group) if name not in parts]
+    missing = [name for name in names if name not in parts]
     if missing:
         caption += f" Not known of {listed(missing)}."
     rows = tuple(
@@ -121,4 +136,4 @@ def breakdown(found: Comparison, group: Group) -> Bars | None:
         for number, technique in enumerate(parts)
     )
     table = (("technique", "part of a step", *categories), *rows)
-    return Bars("What held the memory", caption, unit, tuple(parts), series, True, table)
+    return Bars("What held the memory", caption + left_out_of(found, group), unit, tuple(parts), series, True, table)

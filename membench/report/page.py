@@ -51,7 +51,7 @@ def page(runs: Sequence[Run]) -> str:
     compared = [Comparison(run.records) for run in runs]
     shown = _Shown(runs, compared)
     return environment.get_template("page.html").render(
-        title=" and ".join(dict.fromkeys(str(run.header.get("suite")) for run in runs)),
+        title=", ".join(dict.fromkeys(str(run.header.get("suite")) for run in runs)),
         policy="; ".join((
             "default-src 'none'", f"script-src {' '.join(map(_fingerprint, scripts))}", "style-src 'unsafe-inline'",
             "img-src data:", "base-uri 'none'", "form-action 'none'",
@@ -201,7 +201,11 @@ class _Shown:
         repeats = found.repeats(group, technique)
         status = text.status_of(repeats)
         together = found.interaction(group, technique, "peak_live_bytes") if "+" in technique else None
-        said = dict.fromkeys(line for record in repeats if record.status != "ok" for line in text.said_of(record)[:1])
+        said = dict.fromkeys(
+            line
+            for record in repeats
+            for line in (record.broken_limits if record.status == "ok" else text.said_of(record)[:1])
+        )
         return _Row(
             case, number, label, group[0], technique, group[1], group[2], status, _MARKS.get(status.split(",")[0], "✗"),
             list(said), [self._cell(found, group, technique, metric) for metric in self.columns], on_front,

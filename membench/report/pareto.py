@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 
 from membench.compare import CERTAIN, NO_DIVERGENCE, SAME_ACCURACY, Comparison, Group
-from membench.record import METRIC_OF_FIELD
+from membench.record import METRIC_OF_FIELD, REFERENCE
 from membench.report.shapes import Cloud, Point, Tick, listed
 from membench.report.text import figure
 from membench.units import byte_unit
+
+_MOST_DRAWN = 60
 
 _QUALITY_TITLES = {
     "accuracy_percent": "accuracy lost, percentage points",
@@ -18,13 +20,36 @@ _QUALITY_TITLES = {
 }
 
 
+def drawn(found: Comparison, group: Group) -> list[str]:
+    """The techniques that a group's pictures show: all, or of very many the reference, the front, and the smallest."""
+    techniques = found.techniques(group)
+    if len(techniques) <= _MOST_DRAWN:
+        return techniques
+    front = found.front(group)
+
+    def rank(technique: str) -> tuple[bool, bool, float]:
+        live = found.value(group, technique, "peak_live_bytes")
+        return technique != REFERENCE, technique not in front, float("inf") if live is None else live
+
+    chosen = set(sorted(techniques, key=rank)[:_MOST_DRAWN])
+    return [technique for technique in techniques if technique in chosen]
+
+
+def left_out_of(found: Comparison, group: Group) -> str:
+    """A sentence on the techniques that pictures do not show; nothing where they show all."""
+    measured = len(found.techniques(group))
+    if measured <= _MOST_DRAWN:
+        return ""
+    return f" Of {measured} techniques {_MOST_DRAWN} are drawn: the front and those with the least live memory."
+
+
 def pareto(found: Comparison, group: Group) -> Cloud:
     """Live memory against what quality is lost; against time, where the group's quality is not known."""
     quality = found.quality_field(group)
     front = found.front(group)
     placed: list[tuple[str, float, float, float]] = []
     left_out = []
-    for technique in found.techniques(group):
+    for technique in drawn(found, group):
         live, seconds = (found.value(group, technique, field) for field in ("peak_live_bytes", "step_median_s"))
         lost = _lost(found, group, technique, quality) if quality else seconds
         if live is None or seconds is None or lost is None or not _is_ok(found, group, technique):
@@ -46,9 +71,10 @@ def pareto(found: Comparison, group: Group) -> Cloud:
         for name in (point.technique for point in points)
     )
     table = (("technique", *(metric.title for metric in metrics), "Pareto"), *rows)
+    caption = _caption_of_cloud(points, left_out, unit) + left_out_of(found, group)
     return Cloud(
-        "Memory against quality" if quality else "Memory against time", _caption_of_cloud(points, left_out, unit),
-        x_title, f"live peak, {unit}", ticks, points, _lowest(points), table,
+        "Memory against quality" if quality else "Memory against time", caption, x_title,
+        f"live peak, {unit}", ticks, points, _lowest(points), table,
     )  # fmt: skip
 
 
