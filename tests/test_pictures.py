@@ -46,7 +46,9 @@ def test_what_has_no_place_is_named() -> None:
     picture = pareto.pareto(Comparison([record("none", peak_live_bytes=MIB, step_median_s=1.0), failed]), _GROUP)
     assert [point.technique for point in picture.points] == ["none"]
     assert "Not drawn, for want of a figure: failed." in picture.caption
+    # Without quality it is drawn against time, and says so.
     assert picture.title == "Memory against time"
+    assert "the further left, the less time a step takes" in picture.caption
 
 
 def test_of_very_many_techniques_the_reference_the_front_and_the_smallest_are_drawn() -> None:

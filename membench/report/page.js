@@ -196,7 +196,7 @@
         line: { color: colour(number), dash: ["solid", "dash", "dot"][Math.floor(number / 8) % 3] }, marker: { size: 8, symbol: SHAPES[number % SHAPES.length] },
       })),
       layout: {
-        height: 330 + legendHeight(picture.series.map((one) => one.name)), legend: { ...legend, y: -0.25 },
+        height: 330 + legendHeight(picture.series.map((one) => one.name)), legend: { ...legend, y: -0.17 },
         xaxis: axis(theme, { tickvals: picture.runs.map((_, n) => n), ticktext: picture.runs.map((run) => plain(run).replace(" (", "<br>(")), range: [-0.4, picture.runs.length - 0.6] }),
         yaxis: axis(theme, { title: picture.unit, rangemode: "tozero" }),
       },

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from membench.compare import CERTAIN, NO_DIVERGENCE, SAME_ACCURACY, Comparison, Group
 from membench.record import METRIC_OF_FIELD, REFERENCE
 from membench.report.shapes import Cloud, Point, Tick, listed
-from membench.report.text import figure
+from membench.report.text import figure, signed
 from membench.units import byte_unit
 
 _MOST_DRAWN = 60
@@ -71,7 +71,7 @@ def pareto(found: Comparison, group: Group) -> Cloud:
         for name in (point.technique for point in points)
     )
     table = (("technique", *(metric.title for metric in metrics), "Pareto"), *rows)
-    caption = _caption_of_cloud(points, left_out, unit) + left_out_of(found, group)
+    caption = _caption_of_cloud(found, group, points, left_out) + left_out_of(found, group)
     return Cloud(
         "Memory against quality" if quality else "Memory against time", caption, x_title,
         f"live peak, {unit}", ticks, points, _lowest(points), table,
@@ -131,14 +131,16 @@ def _lowest(points: Sequence[Point]) -> tuple[tuple[float, float], ...]:
     return tuple(chosen)
 
 
-def _caption_of_cloud(points: Sequence[Point], left_out: Sequence[str], unit: str) -> str:
+def _caption_of_cloud(found: Comparison, group: Group, points: Sequence[Point], left_out: Sequence[str]) -> str:
     if not points:
         return "Nothing to place: no case of this group was measured to its end."
-    least = min(points, key=lambda point: point.y)
+    least = min(points, key=lambda point: point.y).technique
     front = [point.technique for point in points if point.on_front]
+    shown = signed(found, group, least, METRIC_OF_FIELD["peak_live_bytes"])
+    left = "the less quality is lost" if found.quality_field(group) else "the less time a step takes"
     said = [
-        f"The further down, the less memory; the further left, the less quality is lost; the larger, the faster."
-        f" The least live memory at its peak has {least.technique} ({least.y:.4g} {unit}).",
+        f"The further down, the less memory; the further left, {left}; the larger, the faster.",
+        f"The least live memory at its peak has {least} ({shown}).",
         f"Filled: on the front of the table ({listed(front)})." if front else "",
         "The dotted line joins what no other has less of both of.",
         f"Not drawn, for want of a figure: {listed(left_out)}." if left_out else "",
