@@ -21,7 +21,7 @@ CERTAIN = 2
 SAME_ACCURACY = 0.5
 """Percent of samples: a handful of those that are held out."""
 
-_NO_DIVERGENCE = 1e-6
+NO_DIVERGENCE = 1e-6
 """Of logits in fp32 that are the same but for the order of additions."""
 
 
@@ -99,24 +99,31 @@ class Comparison:
             return None
         return whole / math.prod(ratio for ratio in alone if ratio is not None)
 
+    def quality_field(self, group: Group) -> str | None:
+        """The metric that tells a group's quality: accuracy, else the loss in bits per byte, else the divergence.
+
+        ``None`` where none is known, and where data are only read: no module has learnt from them.
+        """
+        if self.is_known(group, "read_mb_per_s"):
+            return None
+        fields = ("accuracy_percent", "lost_bits_per_byte", "kl_nats")
+        return next(filter(functools.partial(self.is_known, group), fields), None)
+
     def front(self, group: Group) -> set[str]:
         """The techniques that no other one beats: is as good as in all that counts, and better in something.
 
         What counts: live memory, speed, quality, and the size of the training data where the workload reads some.
-        Speed is in tokens where a step has some: an epoch of less text is no faster for that. Quality is accuracy where
-        it is known, else the loss in bits per byte where the model is trained, else the divergence from the reference;
-        where data are only read, how much of the text is kept; where none is known it does not count. As good is what
-        runs of the same case may differ by: a share of the metric's own, a figure's resolution, two standard errors of
-        a loss.
+        Speed is in tokens where a step has some: an epoch of less text is no faster for that. Where data are only read,
+        how much of the text is kept stands for quality; where none is known it does not count. As good is what runs of
+        the same case may differ by: a share of the metric's own, a figure's resolution, two standard errors of a loss.
         """
         techniques = self.techniques(group)
 
         is_known = functools.partial(self.is_known, group)
         speed = "tokens_per_s" if is_known("tokens_per_s") else "step_median_s"
+        quality = self.quality_field(group)
         fields = ["peak_live_bytes", speed, *filter(is_known, ["data_bytes"])]
-        is_read_only = is_known("read_mb_per_s")
-        qualities = ("accuracy_percent", "lost_bits_per_byte", "kl_nats")
-        fields += list(filter(is_known, ("corpus_kept_percent",) if is_read_only else qualities))[:1]
+        fields += [quality] if quality else list(filter(is_known, ["corpus_kept_percent"]))
         scores: dict[str, tuple[_Score, ...]] = {}
         for technique in techniques:
             if any(record.status != "ok" for record in self.repeats(group, technique)):
@@ -136,7 +143,7 @@ class Comparison:
         if field in _OF_THE_REFERENCE:
             value = self.difference(group, technique, field)
             error = self.value(group, technique, f"{field}_standard_error") or 0.0
-            return None if value is None else _Score(value, _NO_DIVERGENCE if field == "kl_nats" else CERTAIN * error)
+            return None if value is None else _Score(value, NO_DIVERGENCE if field == "kl_nats" else CERTAIN * error)
         value = self.value(group, technique, field)
         if field == "corpus_kept_percent":
             return _Score(-(100.0 if value is None else value), 0.0)

@@ -8,6 +8,7 @@ import re
 _STEPS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _SECONDS = {"µs": 1e-6, "us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B)\s*")
+_SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(µs|us|ms|s|min|h)\s*")
 
 
@@ -41,20 +42,38 @@ def parse_seconds(text: str) -> float:
     return seconds
 
 
+def parse_percent(text: str) -> float:
+    """Percent in a share such as '1%' or '0.5 %'.
+
+    Raises:
+        ValueError: if the text is no share.
+    """
+    match = _SHARE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"'{text}' is no share; write a number and %, such as '1%'")
+    return float(match[1])
+
+
 def _fixed(value: float, digits: int) -> str:
     """``value`` with about so many significant digits and no exponent."""
     return f"{value:.{max(0, digits - len(str(int(abs(value)))))}f}"
 
 
-def format_bytes(size_bytes: float) -> str:
-    """A size with four significant digits: 1536 -> '1.500 KiB'."""
+def byte_unit(size_bytes: float) -> tuple[str, int]:
+    """The unit in which a size is written, and its bytes: 1536 -> ('KiB', 1024)."""
     unit = "B"
     for name, step in _STEPS.items():
         if abs(size_bytes) >= step:
             unit = name
+    return unit, _STEPS[unit]
+
+
+def format_bytes(size_bytes: float) -> str:
+    """A size with four significant digits: 1536 -> '1.500 KiB'."""
+    unit, step = byte_unit(size_bytes)
     if unit == "B":
         return f"{size_bytes:.0f} B"
-    return f"{_fixed(size_bytes / _STEPS[unit], 4)} {unit}"
+    return f"{_fixed(size_bytes / step, 4)} {unit}"
 
 
 def format_seconds(seconds: float) -> str:
@@ -75,7 +94,7 @@ def format_joules(joules: float) -> str:
 
 def format_percent(percent: float) -> str:
     """A share in percent with two significant digits."""
-    return f"{_fixed(percent, 2)}%"
+    return f"{percent:.2g}%" if 0 < abs(percent) < 1 else f"{_fixed(percent, 2)}%"
 
 
 def format_percent_of_all(percent: float) -> str:

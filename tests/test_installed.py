@@ -6,6 +6,7 @@ import site
 import subprocess
 import sys
 import venv
+import zipfile
 from pathlib import Path
 
 _ROOT = Path(__file__).parent.parent
@@ -18,6 +19,8 @@ def test_the_wheel_runs_a_suite_by_name_outside_the_checkout(tmp_path: Path) -> 
         check=True, capture_output=True,
     )  # fmt: skip
     (wheel,) = wheels.glob("*.whl")
+    page = {f"membench/report/page.{ending}" for ending in ("html", "css", "js")}
+    assert page <= set(zipfile.ZipFile(wheel).namelist())
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=False)
     (installed,) = environment.glob("lib/python*/site-packages")

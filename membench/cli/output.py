@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, TypeAlias
+
+from membench.errors import MembenchError
 
 if TYPE_CHECKING:
     from membench import Run
@@ -38,6 +41,22 @@ def print_run(run: Run, form: str, explain: bool) -> None:
         print()
     for line in (*text.remarks(run.records), *text.verdicts(run.records), *_nothing(run), f"kept in {run.path}"):
         print(line, file=beside(form))
+
+
+def narrowed(run: Run, expression: str, *, with_others: bool) -> Run:
+    """A run's cases that fit an expression; with those that their ratios are made of, if asked for.
+
+    Raises:
+        MembenchError: if none fits.
+    """
+    from membench import selection
+    from membench.compare import with_compared
+
+    keep = selection.parse(expression)
+    kept = tuple(record for record in run.records if keep(record.id))
+    if not kept:
+        raise MembenchError(f"-k '{expression}' fits no case in {run.path}")
+    return dataclasses.replace(run, records=with_compared(run.records, kept) if with_others else kept)
 
 
 def _nothing(run: Run) -> list[str]:

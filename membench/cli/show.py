@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 
-from membench.cli.output import EXPLAIN, FORMATS, RESULTS, Verbs, print_run
-from membench.errors import EXIT_OK, MembenchError
+from membench.cli.output import EXPLAIN, FORMATS, RESULTS, Verbs, narrowed, print_run
+from membench.errors import EXIT_OK
 
 
 def add(verbs: Verbs) -> None:
@@ -23,17 +22,11 @@ def add(verbs: Verbs) -> None:
 
 def _show(arguments: argparse.Namespace) -> int:
     import membench
-    from membench import selection
-    from membench.compare import with_compared
     from membench.report import text
 
     run = membench.read_run(arguments.run or membench.newest_run(arguments.output))
     if arguments.expression:
-        keep = selection.parse(arguments.expression)
-        kept = tuple(record for record in run.records if keep(record.id))
-        if not kept:
-            raise MembenchError(f"-k '{arguments.expression}' fits no case in {run.path}")
-        run = dataclasses.replace(run, records=kept if arguments.phases else with_compared(run.records, kept))
+        run = narrowed(run, arguments.expression, with_others=not arguments.phases)
     if arguments.phases:
         print(text.phases(run.records, arguments.format))
     else:

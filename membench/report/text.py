@@ -35,17 +35,17 @@ def comparison(records: Sequence[Record], form: str = "simple", width: int | Non
     Args:
         width: of the terminal in characters; a table that is wider goes on below with its other columns.
     """
-    found = Comparison(records)
     if form in ("csv", "json"):
-        return _flat(found, form)
+        return written(flat_rows(records), form)
+    found = Comparison(records)
     tables = []
     for group in found.groups:
-        rows = list(_rows(found, group, [metric for metric in _SHOWN if _is_shown(found, group, metric)]))
+        rows = list(_rows(found, group, [metric for metric in _SHOWN if is_shown(found, group, metric)]))
         tables.append("\n\n".join([_heading(" · ".join(group), form), *_fitting(rows, form, width)]))
     return "\n\n".join(tables)
 
 
-def _is_shown(found: Comparison, group: Group, metric: Metric) -> bool:
+def is_shown(found: Comparison, group: Group, metric: Metric) -> bool:
     """Whether a metric has a column: always if it is known, or where a technique changes it.
 
     One of loading and converting has to be above what running takes, too: there it decides what memory is needed.
@@ -54,7 +54,7 @@ def _is_shown(found: Comparison, group: Group, metric: Metric) -> bool:
         return found.is_known(group, metric.field)
     if not metric.has_ratio:
         return len({found.value(group, technique, metric.field) for technique in found.techniques(group)} - {None}) > 1
-    techniques = [technique for technique in found.techniques(group) if not _is_coarse(found, group, technique, metric)]
+    techniques = [technique for technique in found.techniques(group) if not is_coarse(found, group, technique, metric)]
     ratios = [found.ratio(group, technique, metric.field) for technique in techniques]
     changes = any(ratio is not None and abs(ratio - 1) > _DIFFERENT for ratio in ratios)
     return changes and (
@@ -66,7 +66,7 @@ def _is_shown(found: Comparison, group: Group, metric: Metric) -> bool:
     )
 
 
-def _is_coarse(found: Comparison, group: Group, technique: str, metric: Metric) -> bool:
+def is_coarse(found: Comparison, group: Group, technique: str, metric: Metric) -> bool:
     """Whether a figure's source may be off by more than a twentieth of it."""
     value = found.value(group, technique, metric.field)
     return value is not None and found.resolution(group, technique, metric.field) > _COARSE * abs(value)
@@ -76,9 +76,9 @@ def _rows(found: Comparison, group: Group, metrics: Sequence[Metric]) -> Iterato
     techniques, front = found.techniques(group), found.front(group)
     has_stacks = any("+" in technique for technique in techniques)
     for technique in techniques:
-        row = {"technique": technique, "status": _status(found.repeats(group, technique))}
+        row = {"technique": technique, "status": status_of(found.repeats(group, technique))}
         for metric in metrics:
-            row[metric.title] = _figure(found, group, technique, metric)
+            row[metric.title] = figure(found, group, technique, metric)
         if len(techniques) > 1:
             row["Pareto"] = "●" if technique in front else ""
         if has_stacks:
@@ -107,14 +107,25 @@ def _change(found: Comparison, group: Group, technique: str, metric: Metric, bas
     """A metric against that of another case: its ratio, or where that has no meaning the difference."""
     if metric.has_ratio:
         ratio = found.ratio(group, technique, metric.field, base)
-        return "" if ratio is None else _bound_of_ratio(found, group, technique, metric, base) + format_ratio(ratio)
+        return "" if ratio is None else bound_of_ratio(found, group, technique, metric, base) + format_ratio(ratio)
     difference = found.difference(group, technique, metric.field, base)
     if difference is None or metric.field.endswith("standard_error"):
         return ""
     return f"{'-' if difference < 0 else '+'}{metric.format(abs(difference)).removeprefix('+')}"
 
 
-def _figure(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
+def figure(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
+    """A case's figure as a table shows it: with its bound, its standard error, and its ratio to the reference."""
+    if found.value(group, technique, metric.field) is None:
+        return "–"
+    shown = signed(found, group, technique, metric)
+    if technique == REFERENCE or not metric.has_ratio:
+        return shown
+    return f"{shown} {_change(found, group, technique, metric, REFERENCE)}".rstrip()
+
+
+def signed(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
+    """A case's figure with its bound and its standard error; a dash where it is not known."""
     value = found.value(group, technique, metric.field)
     if value is None:
         return "–"
@@ -122,10 +133,7 @@ def _figure(found: Comparison, group: Group, technique: str, metric: Metric) -> 
     if metric.field == "lost_bits_per_byte":
         error = found.value(group, technique, "lost_bits_per_byte_standard_error")
         shown += "" if error is None else f" ±{error:.4f}"
-    shown = f"{_sign(found, group, technique, metric)}{shown}"
-    if technique == REFERENCE or not metric.has_ratio:
-        return shown
-    return f"{shown} {_change(found, group, technique, metric, REFERENCE)}".rstrip()
+    return f"{_sign(found, group, technique, metric)}{shown}"
 
 
 _SIGNS = {"at most": "≤", "at least": "≥"}
@@ -134,7 +142,7 @@ _REVERSED = {"≤": "≥", "≥": "≤"}
 
 def _sign(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
     """What stands before a figure that is a bound, or approximate."""
-    return _bound(found, group, technique, metric) or ("~" if _is_coarse(found, group, technique, metric) else "")
+    return _bound(found, group, technique, metric) or ("~" if is_coarse(found, group, technique, metric) else "")
 
 
 def _bound(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
@@ -142,7 +150,7 @@ def _bound(found: Comparison, group: Group, technique: str, metric: Metric) -> s
     return next((sign for bound, sign in _SIGNS.items() if bound in bounds), "")
 
 
-def _bound_of_ratio(found: Comparison, group: Group, technique: str, metric: Metric, base: str) -> str:
+def bound_of_ratio(found: Comparison, group: Group, technique: str, metric: Metric, base: str) -> str:
     """What a ratio is where one of its figures is a bound; ``~`` where the two say nothing together."""
     own, of = _bound(found, group, technique, metric), _bound(found, group, base, metric)
     reversed_of = _REVERSED.get(of, "")
@@ -168,19 +176,21 @@ def _fitting(rows: list[dict[str, str]], form: str, width: int | None) -> Iterat
         taken = len(left)
 
 
-def _flat(found: Comparison, form: str) -> str:
+def flat_rows(records: Sequence[Record]) -> list[dict[str, object]]:
+    """A row a case with every metric, unrounded; ``None`` is not known."""
+    found = Comparison(records)
     rows: list[dict[str, object]] = []
     for group in found.groups:
         for technique in found.techniques(group):
             repeats = found.repeats(group, technique)
-            row: dict[str, object] = {"case": repeats[0].id, "status": _status(repeats),
-                                      "message": "; ".join(_said(_worst(repeats)))}  # fmt: skip
+            row: dict[str, object] = {"case": repeats[0].id, "status": status_of(repeats),
+                                      "message": "; ".join(said_of(_worst(repeats)))}  # fmt: skip
             for metric in METRICS:
                 row[metric.field] = found.value(group, technique, metric.field)
                 if metric.has_ratio:
                     row[f"{metric.name}_ratio"] = found.ratio(group, technique, metric.field)
             rows.append(row)
-    return written(rows, form)
+    return rows
 
 
 def written(rows: Sequence[Mapping[str, object]], form: str) -> str:
@@ -322,7 +332,7 @@ def _worst(repeats: Sequence[Record]) -> Record:
     return next((record for record in repeats if record.status != "ok"), repeats[0])
 
 
-def _status(repeats: Sequence[Record]) -> str:
+def status_of(repeats: Sequence[Record]) -> str:
     worst = _worst(repeats)
     if worst.status != "ok":
         return worst.status
@@ -331,7 +341,7 @@ def _status(repeats: Sequence[Record]) -> str:
     return "ok, see below" if any(record.remarks for record in repeats) else "ok"
 
 
-def _said(record: Record) -> list[str]:
+def said_of(record: Record) -> list[str]:
     """What is to be said of a record in words."""
     said = []
     if record.status != "ok":
@@ -345,7 +355,7 @@ def remarks(records: Sequence[Record]) -> list[str]:
     found = Comparison(records)
     lines = []
     for record in records:
-        lines += [f"{record.id}: {text}" for text in _said(record)]
+        lines += [f"{record.id}: {text}" for text in said_of(record)]
         if found.reads_other_text(record):
             lines.append(f"{record.id}: worked on another text than its reference; ratios say nothing of the technique")
         running = found.value(record.group, REFERENCE, "peak_live_bytes")
@@ -378,13 +388,13 @@ def verdicts(records: Sequence[Record]) -> list[str]:
         said: dict[str, list[str]] = {"saved": [], "cost": [], "mixed": []}
         groups = [group for group in found.groups if found.repeats(group, technique)]
         for metric in _SHOWN:
-            ratios = _ratios(found, groups, technique, metric)
-            told = [ratio.gains for ratio in ratios if ratio.tells]
+            reached = ratios_of(found, groups, technique, metric)
+            told = [ratio.gains for ratio in reached if ratio.tells]
             if told:
-                values = [ratio.value for ratio in ratios]
+                values = [ratio.value for ratio in reached]
                 shown = " to ".join(dict.fromkeys((format_ratio(min(values)), format_ratio(max(values)))))
                 said[_kind(told)].append(f"{metric.title} {shown}")
-        lost = [round(loss, 4) for loss in _losses(found, groups, technique)]
+        lost = [round(loss, 4) for loss in losses_of(found, groups, technique)]
         if any(lost):
             shown = " to ".join(dict.fromkeys(format_difference(value) for value in (min(lost), max(lost))))
             said[_kind([loss < 0 for loss in lost if loss])].append(f"{shown} bits/byte")
@@ -406,39 +416,39 @@ def verdicts(records: Sequence[Record]) -> list[str]:
     return lines
 
 
-class _Ratio(NamedTuple):
+class Ratio(NamedTuple):
     value: float
     gains: bool
     tells: bool
     """Whether it is a change at all."""
 
 
-def _ratios(found: Comparison, groups: Sequence[Group], technique: str, metric: Metric) -> list[_Ratio]:
+def ratios_of(found: Comparison, groups: Sequence[Group], technique: str, metric: Metric) -> list[Ratio]:
     """A metric's ratios to the reference, of each group that shows it."""
     ratios = []
     for group in groups:
         value = found.ratio(group, technique, metric.field)
-        if value is None or not _is_shown(found, group, metric):
+        if value is None or not is_shown(found, group, metric):
             continue
         gains = value < 1 if metric.better == "lower" else value > 1
-        bound = _bound_of_ratio(found, group, technique, metric, REFERENCE)
+        bound = bound_of_ratio(found, group, technique, metric, REFERENCE)
         is_chance = gains and metric.field in _QUALITY and found.value(group, technique, "final_loss_nats") is not None
         tells = (
             abs(value - 1) > metric.same_within
-            and not _is_within_resolution(found, group, technique, metric)
+            and not is_within_resolution(found, group, technique, metric)
             and bound != "~"
             and not (bound == "≤" and value > 1)
             and not (bound == "≥" and value < 1)
             and not is_chance
         )
-        ratios.append(_Ratio(value, gains, tells))
+        ratios.append(Ratio(value, gains, tells))
     return ratios
 
 
 _QUALITY = ("bits_per_byte", "final_loss_nats")
 
 
-def _losses(found: Comparison, groups: Sequence[Group], technique: str) -> list[float]:
+def losses_of(found: Comparison, groups: Sequence[Group], technique: str) -> list[float]:
     """Losses in bits per byte; 0 for one that cannot be told from chance."""
     losses = []
     for group in groups:
@@ -450,7 +460,7 @@ def _losses(found: Comparison, groups: Sequence[Group], technique: str) -> list[
     return losses
 
 
-def _is_within_resolution(found: Comparison, group: Group, technique: str, metric: Metric) -> bool:
+def is_within_resolution(found: Comparison, group: Group, technique: str, metric: Metric) -> bool:
     """Whether a figure is no further from the reference's than either may be off."""
     values = [found.value(group, name, metric.field) for name in (technique, REFERENCE)]
     off = [found.resolution(group, name, metric.field) for name in (technique, REFERENCE)]

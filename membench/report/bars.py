@@ -1,0 +1,139 @@
+"""Memory by technique, as bars: what is held, what converting takes, what the highest moment is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from membench.compare import Comparison, Group
+from membench.record import METRIC_OF_FIELD, Metric
+from membench.report.pareto import drawn, left_out_of
+from membench.report.shapes import Bars, Series, listed
+from membench.report.text import figure, signed
+from membench.units import byte_unit, format_bytes
+
+
+def memory(found: Comparison, group: Group) -> tuple[Bars, ...]:
+    """Weights, live and footprint peak by technique, each with its ratio to the reference; those that are known."""
+    fields = ("weights_bytes", "peak_live_bytes", "peak_footprint_bytes")
+    names = drawn(found, group)
+    return tuple(
+        _bars_of(found, group, METRIC_OF_FIELD[field], names)
+        for field in fields
+        if any(found.value(group, name, field) is not None for name in names)
+    )
+
+
+def _bars_of(found: Comparison, group: Group, metric: Metric, names: Sequence[str]) -> Bars:
+    known = [name for name in names if found.value(group, name, metric.field) is not None]
+    values = [found.value(group, name, metric.field) or 0.0 for name in known]
+    unit, step = byte_unit(max(values))
+    least, most = known[values.index(min(values))], known[values.index(max(values))]
+    told = tuple(figure(found, group, name, metric) for name in known)
+    caption = f"{metric.meaning.capitalize()}."
+    if len(known) > 1:
+        first, last = (signed(found, group, name, metric) for name in (least, most))
+        caption += f" From {first} ({least}) to {last} ({most})."
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        caption += f" Not known of {listed(unknown)}."
+    return Bars(
+        metric.title, caption + left_out_of(found, group), unit, tuple(known),
+        (Series(metric.title, tuple(value / step for value in values), told),), False,
+        (("technique", metric.title), *zip(known, told, strict=True)),
+    )  # fmt: skip
+
+
+_RUNNING = ("peak_live_bytes", "running")
+_PREPARING = (
+    ("load_peak_live_bytes", "loading"),
+    ("apply_peak_live_bytes", "converting"),
+    ("store_peak_live_bytes", "packing training data"),
+)
+
+
+def conversion(found: Comparison, group: Group) -> Bars | None:
+    """Live peaks of what comes before a step beside that of running; ``None`` where none is known."""
+    fields = [(field, name) for field, name in (*_PREPARING, _RUNNING) if found.is_known(group, field)]
+    names = [name for name in drawn(found, group)
+             if any(found.value(group, name, field) is not None for field, _ in fields)]  # fmt: skip
+    if not names:
+        return None
+    highest = max(found.value(group, name, field) or 0.0 for name in names for field, _ in fields)
+    unit, step = byte_unit(highest)
+    series, rows = [], []
+    for field, title in fields:
+        values = [found.value(group, name, field) for name in names]
+        told = tuple(signed(found, group, name, METRIC_OF_FIELD[field]) for name in names)
+        series.append(Series(title, tuple(None if value is None else value / step for value in values), told))
+    seconds = ("apply_s", "step_median_s")
+    for number, name in enumerate(names):
+        times = [figure(found, group, name, METRIC_OF_FIELD[field]) for field in seconds]
+        rows.append((name, *(one.told[number] for one in series), *times))
+    dearer = []
+    for name in names:
+        running = found.value(group, name, "peak_live_bytes")
+        before = [found.value(group, name, field) for field, _ in _PREPARING]
+        most = max((value for value in before if value is not None), default=None)
+        if (
+            running is not None
+            and most is not None
+            and most > running + found.resolution(group, name, "peak_live_bytes")
+        ):
+            dearer.append(f"{name} ({format_bytes(most)} before, {format_bytes(running)} while running)")
+    if dearer:
+        caption = f"What comes before the first step needs more live memory than running does: {listed(dearer)}."
+    else:
+        caption = "No technique needs more live memory before the first step than while running."
+    head = ("technique", *(f"{title}, live peak" for _, title in fields), "converting, time", "a step, time")
+    return Bars(
+        "Converting against running",
+        caption + left_out_of(found, group),
+        unit,
+        tuple(names),
+        tuple(series),
+        False,
+        (head, *rows),
+    )
+
+
+CATEGORIES = ("weights", "gradients", "optimizer", "activations", "cache", "other")
+"""What memory at the peak is told apart into."""
+
+
+def breakdown(found: Comparison, group: Group) -> Bars | None:
+    """What held live memory at the highest moment of a step; ``None`` where steps have no parts to look between."""
+    parts: dict[str, tuple[str, Mapping[str, float]]] = {}
+    names = drawn(found, group)
+    for technique in names:
+        for record in found.repeats(group, technique)[:1]:
+            for process in record.processes[:1]:
+                sizes = (process.get("breakdown_bytes") or {}).get(process.get("peak_part"))
+                if sizes:
+                    parts[technique] = (str(process["peak_part"]), sizes)
+    if not parts:
+        return None
+    known = {category for _, sizes in parts.values() for category in sizes}
+    categories = [*(name for name in CATEGORIES if name in known), *sorted(known - set(CATEGORIES))]
+    unit, step = byte_unit(max(sum(sizes.values()) for _, sizes in parts.values()))
+    series = tuple(
+        Series(category, tuple(sizes.get(category, 0) / step for _, sizes in parts.values()),
+               tuple(format_bytes(sizes.get(category, 0)) for _, sizes in parts.values()))
+        for category in categories
+    )  # fmt: skip
+    said = []
+    for technique in list(parts)[:1] + sorted(list(parts)[1:], key=lambda name: sum(parts[name][1].values()))[:1]:
+        part, sizes = parts[technique]
+        whole = sum(sizes.values()) or 1
+        largest = sorted(sizes, key=lambda category: -sizes[category])[:3]
+        shares = ", ".join(f"{category} {sizes[category] / whole:.0%}" for category in largest if sizes[category])
+        said.append(f"{technique}, {format_bytes(whole)} in {part}: {shares}")
+    caption = f"At the highest moment of a step. {'; '.join(said)}. 'other' is what no walk over storages finds."
+    missing = [name for name in names if name not in parts]
+    if missing:
+        caption += f" Not known of {listed(missing)}."
+    rows = tuple(
+        (technique, parts[technique][0], *(one.told[number] for one in series))
+        for number, technique in enumerate(parts)
+    )
+    table = (("technique", "part of a step", *categories), *rows)
+    return Bars("What held the memory", caption + left_out_of(found, group), unit, tuple(parts), series, True, table)

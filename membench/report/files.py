@@ -1,0 +1,202 @@
+"""Single pictures as PNG or SVG files, for a paper or a slide: what the page draws, drawn without a browser."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from membench.compare import Comparison
+from membench.errors import MembenchError, one_line
+from membench.report import bars, history, pareto, timeline
+from membench.report.shapes import Bars, Cloud, Lines, Timeline
+from membench.store import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+KINDS = ("pareto", "memory", "conversion", "breakdown", "timeline", "history")
+_ENDINGS = (".png", ".svg")
+
+_MOST_PANELS = 12
+_REFERENCE = "#7f7f7f"
+# Told apart by people who see few colours (after Okabe and Ito), and shapes and hatches besides.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c7a00")
+_SHAPES = "osD^Pvh"
+_HATCHES = ("", "//", "\\\\", "xx", "--", "..")
+_LONGEST_NAME = 44
+
+Panel = tuple[str, Cloud | Bars | Timeline | Lines]
+
+
+def draw(runs: Sequence[Run], kind: str, path: Path) -> None:
+    """Draw one kind of picture, a panel for each group (or case, for ``timeline``), into a file.
+
+    Raises:
+        MembenchError: if the file's ending is none that can be drawn, there is nothing to draw or too much for one
+            file, the file cannot be written, or the library that draws is not installed.
+    """
+    if path.suffix.lower() not in _ENDINGS:
+        raise MembenchError(f"{path}: a picture's file ends in {' or '.join(_ENDINGS)}")
+    panels = list(_panels(runs, kind))
+    if not panels:
+        raise MembenchError(f"no record there has what '{kind}' shows")
+    if len(panels) > _MOST_PANELS:
+        raise MembenchError(
+            f"{len(panels)} panels are more than one file holds ({_MOST_PANELS}); take some of them with -k"
+        )
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MembenchError(f"a picture needs {error.name}: pip install 'membench[report]'") from None
+    heights = [_height(picture) for _, picture in panels]
+    # A name is text, even one with dollar signs in it.
+    with matplotlib.rc_context({"text.parse_math": False, "svg.hashsalt": "membench"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # of a script that the font lacks: boxes are drawn
+        drawing = Figure(figsize=(9, sum(heights)), layout="constrained")
+        axes = drawing.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for at, (heading, picture) in zip(axes, panels, strict=True):
+            at.set_title(one_line(heading), loc="left", fontsize=10)
+            _DRAWN_BY[type(picture)](at, picture)
+        try:
+            drawing.savefig(path, dpi=120, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+        except OSError as error:
+            raise MembenchError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _panels(runs: Sequence[Run], kind: str) -> Iterator[Panel]:
+    if kind == "history":
+        for (suite, group), pictures in history.history(runs).items():
+            yield from ((f"{suite} · {' · '.join(group)}: {picture.title}", picture) for picture in pictures)
+        return
+    for run in runs:
+        if kind == "timeline":
+            drawn = [timeline.timeline(record) for record in run.records]
+            yield from ((picture.title, picture) for picture in drawn if picture.at_s or picture.spans)
+            continue
+        found = Comparison(run.records)
+        for group in found.groups:
+            heading = " · ".join(group)
+            match kind:
+                case "pareto":
+                    cloud = pareto.pareto(found, group)
+                    if cloud.points:
+                        yield f"{heading}: {cloud.title.lower()}", cloud
+                case "memory":
+                    yield from ((f"{heading}: {picture.title}", picture) for picture in bars.memory(found, group))
+                case _:
+                    picture = (bars.conversion if kind == "conversion" else bars.breakdown)(found, group)
+                    if picture:
+                        yield f"{heading}: {picture.title.lower()}", picture
+
+
+def _height(picture: object) -> float:
+    """Inches."""
+    if isinstance(picture, Bars):
+        thick = 1 if picture.stacked else len(picture.series)
+        return 1.2 + len(picture.names) * (0.1 + 0.16 * thick)
+    return 3.6 + (len(picture.points) // 4 * 0.18 if isinstance(picture, Cloud) else 0)
+
+
+def _short(name: str) -> str:
+    name = one_line(name)
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+
+
+def _colour(number: int) -> str:
+    return _COLOURS[(number - 1) % len(_COLOURS)] if number else _REFERENCE
+
+
+def _cloud(at: Axes, picture: Cloud) -> None:
+    if picture.lowest:
+        at.step(*zip(*picture.lowest, strict=True), where="post", linestyle=":", color="#57606a", zorder=1)
+    for number, point in enumerate(picture.points):
+        colour = _colour(number)
+        at.scatter(
+            point.x, point.y, s=30 + 270 * point.speed, label=_short(point.technique), zorder=2, edgecolors=colour,
+            facecolors=colour if point.on_front else "none", marker=_SHAPES[number // 8 % len(_SHAPES)], alpha=0.85,
+        )  # fmt: skip
+    if picture.ticks:
+        at.set_xticks([tick.at for tick in picture.ticks], [tick.text for tick in picture.ticks])
+    at.set_xlabel(f"{picture.x_title} (filled: on the front; larger: faster)")
+    at.set_ylabel(picture.y_title)
+    at.set_ylim(0, 1.12 * max(point.y for point in picture.points) or 1)
+    at.grid(alpha=0.3)
+    legend = at.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), ncols=1 + len(picture.points) // 20)
+    for handle in legend.legend_handles:
+        if handle is not None and hasattr(handle, "set_sizes"):
+            handle.set_sizes([40])
+
+
+def _bars(at: Axes, picture: Bars) -> None:
+    rows, is_alone = range(len(picture.names)), len(picture.series) == 1
+    thick = 0.75 if picture.stacked or is_alone else 0.8 / len(picture.series)
+    left = [0.0] * len(picture.names)
+    for number, one in enumerate(picture.series):
+        values = [value or 0.0 for value in one.values]
+        shift = 0.0 if picture.stacked or is_alone else (number - (len(picture.series) - 1) / 2) * thick
+        colours = [_COLOURS[0] if row else _REFERENCE for row in rows] if is_alone else _COLOURS[number % len(_COLOURS)]
+        drawn = at.barh(
+            [row + shift for row in rows], values, thick, left=left if picture.stacked else None, color=colours,
+            label=one_line(one.name), hatch=None if is_alone else _HATCHES[number % len(_HATCHES)], edgecolor="white",
+            linewidth=0,
+        )  # fmt: skip
+        if picture.stacked:
+            left = [before + value for before, value in zip(left, values, strict=True)]
+        if is_alone:
+            at.bar_label(drawn, one.told, padding=3, fontsize=7)
+            at.set_xlim(0, 1.3 * max(values) or 1)
+    at.set_yticks(list(rows), [_short(name) for name in picture.names], fontsize=8)
+    at.set_ylim(len(picture.names) - 0.5, -0.5)
+    at.set_xlabel(picture.unit)
+    at.grid(axis="x", alpha=0.3)
+    at.set_axisbelow(True)
+    if not is_alone:
+        at.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+
+def _timeline(at: Axes, picture: Timeline) -> None:
+    for number, (name, values) in enumerate(picture.columns.items()):
+        known = [(second, value) for second, value in zip(picture.at_s, values, strict=True) if value is not None]
+        if known:
+            at.plot(*zip(*known, strict=True), label=f"{name}, sampled", color=_COLOURS[number], linewidth=1.2,
+                    linestyle=("-", ":", "--")[number % 3])  # fmt: skip
+    for is_bound, style, label in ((False, "-", "exact peak of a phase"), (True, ":", "at most, file pages in it")):
+        spans = [span for span in picture.spans if span.peak is not None and span.is_bound is is_bound]
+        for number, span in enumerate(spans):
+            at.plot([span.began_s, span.ended_s], [span.peak or 0.0] * 2, color="black", linewidth=2.2, linestyle=style,
+                    label="" if number else label)  # fmt: skip
+    first, last = _ends(picture)
+    for number, span in enumerate(picture.spans):
+        at.axvspan(span.began_s, span.ended_s, color="#57606a", alpha=0.05 if number % 2 else 0.13, linewidth=0)
+        if span.ended_s - span.began_s > 0.02 * (last - first):
+            at.text((span.began_s + span.ended_s) / 2, 0.98, one_line(span.phase), transform=at.get_xaxis_transform(),
+                    ha="center", va="top", fontsize=7,
+                    rotation=0 if span.ended_s - span.began_s > 0.1 * (last - first) else 90)  # fmt: skip
+    at.set_xlabel("seconds from the case's start")
+    at.set_ylabel(f"{picture.unit} above the worker's baseline")
+    at.set_ylim(top=at.get_ylim()[1] * 1.2)
+    at.legend(fontsize=7, loc="lower right")
+
+
+def _ends(picture: Timeline) -> tuple[float, float]:
+    seconds = [*picture.at_s, *(span.began_s for span in picture.spans), *(span.ended_s for span in picture.spans)]
+    return min(seconds), max(seconds)
+
+
+def _lines(at: Axes, picture: Lines) -> None:
+    for number, one in enumerate(picture.series):
+        known = [(run, value) for run, value in enumerate(one.values) if value is not None]
+        at.plot(*zip(*known, strict=True), label=_short(one.name), color=_colour(number),
+                marker=_SHAPES[number % len(_SHAPES)], linestyle=("-", "--", ":")[number // 8 % 3])  # fmt: skip
+    at.set_xticks(range(len(picture.runs)), [one_line(run).replace(" (", "\n(") for run in picture.runs], fontsize=7)
+    at.set_xlim(-0.4, len(picture.runs) - 0.6)
+    at.set_ylabel(picture.unit)
+    at.set_ylim(bottom=0)
+    at.grid(alpha=0.3)
+    at.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+
+_DRAWN_BY: dict[type, Callable[[Axes, Any], None]] = {Cloud: _cloud, Bars: _bars, Timeline: _timeline, Lines: _lines}

@@ -1,0 +1,67 @@
+"""A report in the formats that are read without a browser's help, or by another program."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import tabulate
+
+from membench.errors import one_line
+from membench.report import summary, text
+from membench.store import Run
+
+FORMATS = {"html": ".html", "md": ".md", "csv": ".csv", "json": ".json", "latex": ".tex"}
+"""Each with the ending of its files."""
+
+
+def report(runs: Sequence[Run], form: str) -> str:
+    """Runs in one of ``FORMATS``.
+
+    Raises:
+        MembenchError: if the libraries that make a page are not installed.
+    """
+    match form:
+        case "html":
+            from membench.report.page import page
+
+            return page(runs)
+        case "csv" | "json":
+            return text.written([row for run in runs for row in _rows(run, len(runs) > 1)], form)
+        case "latex":
+            return "\n\n".join(part for run in runs for part in _latex(run))
+    return "\n\n".join(part for run in runs for part in _markdown(run))
+
+
+def _rows(run: Run, is_one_of_several: bool) -> Iterator[dict[str, Any]]:
+    for row in text.flat_rows(run.records):
+        yield {"run": run.header.get("run"), **row} if is_one_of_several else row
+
+
+def _markdown(run: Run) -> Iterator[str]:
+    yield f"# {one_line(str(run.header.get('suite')))}"
+    yield one_line(summary.overview(run))
+    told = summary.highlights(run.records)
+    if told:
+        yield "\n".join(f"- {one_line(str(line))}" for line in told)
+        yield summary.HOW_TO_READ
+    if run.records:
+        yield text.comparison(run.records, "github")
+    said = [*text.remarks(run.records), *text.verdicts(run.records)]
+    if said:
+        yield "\n".join(["```text", *map(one_line, said), "```"])
+    yield "\n".join(["```toml", *map(one_line, str(run.header.get("suite_text", "")).splitlines()), "```"])
+
+
+def _latex(run: Run) -> Iterator[str]:
+    yield f"\\section*{{{_escaped(str(run.header.get('suite')))}}}"
+    yield _escaped(summary.overview(run))
+    if run.records:
+        yield text.comparison(run.records, "latex")
+    said = [*map(str, summary.highlights(run.records)), *text.remarks(run.records), *text.verdicts(run.records)]
+    if said:
+        yield "\n".join([r"\begin{itemize}", *(rf"\item {_escaped(line)}" for line in said), r"\end{itemize}"])
+
+
+def _escaped(line: str) -> str:
+    return "".join(tabulate.LATEX_ESCAPE_RULES.get(sign, sign) for sign in one_line(line))

@@ -1,0 +1,77 @@
+"""The same cases over several runs, as lines from the earliest to the latest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from membench.compare import Comparison, Group
+from membench.environment import differences
+from membench.record import METRIC_OF_FIELD, Metric
+from membench.report.shapes import Lines, Series, listed
+from membench.report.summary import started
+from membench.report.text import signed
+from membench.store import Run
+from membench.units import byte_unit, format_percent
+
+_FOLLOWED = ("peak_live_bytes", "peak_footprint_bytes", "step_median_s", "bits_per_byte", "accuracy_percent")
+
+
+def history(runs: Sequence[Run]) -> dict[tuple[str, Group], tuple[Lines, ...]]:
+    """By suite and group, of those in more than one run: metrics from the earliest run to the latest."""
+    told: dict[tuple[str, Group], tuple[Lines, ...]] = {}
+    for suite in dict.fromkeys(str(run.header.get("suite")) for run in runs):
+        same = [run for run in runs if str(run.header.get("suite")) == suite]
+        told |= {(suite, group): lines for group, lines in _of_suite(same).items()}
+    return told
+
+
+def _of_suite(runs: Sequence[Run]) -> dict[Group, tuple[Lines, ...]]:
+    ordered = sorted(runs, key=lambda run: str(run.header.get("started_at", "")))
+    compared = [Comparison(run.records) for run in ordered]
+    told = {}
+    for group in dict.fromkeys(group for found in compared for group in found.groups):
+        within = [number for number, found in enumerate(compared) if group in found.groups]
+        if len(within) > 1:
+            taken = [(ordered[number], compared[number]) for number in within]
+            fields = [field for field in _FOLLOWED if any(found.is_known(group, field) for _, found in taken)]
+            told[group] = tuple(_lines(taken, group, METRIC_OF_FIELD[field]) for field in fields)
+    return told
+
+
+def _lines(runs: Sequence[tuple[Run, Comparison]], group: Group, metric: Metric) -> Lines:
+    labels = tuple(f"{started(run) or run.header.get('run')} {_commit(run)}" for run, _ in runs)
+    techniques = dict.fromkeys(technique for _, found in runs for technique in found.techniques(group))
+    values = {name: [found.value(group, name, metric.field) for _, found in runs] for name in techniques}
+    unit, step = _unit(metric, max((v for column in values.values() for v in column if v is not None), default=0.0))
+    series = tuple(
+        Series(name, tuple(None if value is None else value / step for value in column),
+               tuple(signed(found, group, name, metric) for _, found in runs))
+        for name, column in values.items() if any(value is not None for value in column)
+    )  # fmt: skip
+    changes = []
+    for name, column in values.items():
+        first, last = column[0], column[-1]
+        if first and last is not None and abs(last / first - 1) > metric.same_within:
+            changes.append(f"{name} {format_percent(abs(last / first - 1) * 100)} {'more' if last > first else 'less'}")
+    caption = f"{metric.title.capitalize()} over {len(runs)} runs. The last against the first: "
+    caption += f"{listed(changes)}." if changes else f"no change beyond {metric.same_within:.1%}."
+    unlike = differences(runs[0][0].header.get("machine") or {}, runs[-1][0].header.get("machine") or {})
+    if unlike:
+        caption += f" Not all on the same machine or versions ({listed(unlike)})."
+    if len({run.header.get("suite_sha256") for run, _ in runs}) > 1:
+        caption += " The suite's text has changed meanwhile."
+    rows = ((name, *texts) for name, _, texts in series)
+    return Lines(metric.title, caption, unit, labels, series, (("technique", *labels), *rows))
+
+
+def _commit(run: Run) -> str:
+    commit = (run.header.get("machine") or {}).get("commit")
+    return f"({commit})" if commit else "(commit not known)"
+
+
+def _unit(metric: Metric, highest: float) -> tuple[str, float]:
+    if metric.field.endswith("_bytes"):
+        return byte_unit(highest)
+    if metric.field.endswith("_s"):
+        return ("s", 1.0) if highest >= 1 else ("ms", 1e-3)
+    return ("%", 1.0) if metric.field.endswith("_percent") else ("", 1.0)

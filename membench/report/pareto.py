@@ -1,0 +1,148 @@
+"""Memory against quality, as a picture: which techniques nothing else beats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from membench.compare import CERTAIN, NO_DIVERGENCE, SAME_ACCURACY, Comparison, Group
+from membench.record import METRIC_OF_FIELD, REFERENCE
+from membench.report.shapes import Cloud, Point, Tick, listed
+from membench.report.text import figure, signed
+from membench.units import byte_unit
+
+_MOST_DRAWN = 60
+
+_QUALITY_TITLES = {
+    "accuracy_percent": "accuracy lost, percentage points",
+    "lost_bits_per_byte": "lost bits/byte",
+    "kl_nats": "KL from the reference, nats a token",
+}
+
+
+def drawn(found: Comparison, group: Group) -> list[str]:
+    """The techniques that a group's pictures show: all, or of very many the reference, the front, and the smallest."""
+    techniques = found.techniques(group)
+    if len(techniques) <= _MOST_DRAWN:
+        return techniques
+    front = found.front(group)
+
+    def rank(technique: str) -> tuple[bool, bool, float]:
+        live = found.value(group, technique, "peak_live_bytes")
+        return technique != REFERENCE, technique not in front, float("inf") if live is None else live
+
+    chosen = set(sorted(techniques, key=rank)[:_MOST_DRAWN])
+    return [technique for technique in techniques if technique in chosen]
+
+
+def left_out_of(found: Comparison, group: Group) -> str:
+    """A sentence on the techniques that pictures do not show; nothing where they show all."""
+    measured = len(found.techniques(group))
+    if measured <= _MOST_DRAWN:
+        return ""
+    return f" Of {measured} techniques {_MOST_DRAWN} are drawn: the front and those with the least live memory."
+
+
+def pareto(found: Comparison, group: Group) -> Cloud:
+    """Live memory against what quality is lost; against time, where the group's quality is not known."""
+    quality = found.quality_field(group)
+    front = found.front(group)
+    placed: list[tuple[str, float, float, float]] = []
+    left_out = []
+    for technique in drawn(found, group):
+        live, seconds = (found.value(group, technique, field) for field in ("peak_live_bytes", "step_median_s"))
+        lost = _lost(found, group, technique, quality) if quality else seconds
+        if live is None or seconds is None or lost is None or not _is_ok(found, group, technique):
+            left_out.append(technique)
+        else:
+            placed.append((technique, lost, live, 1 / seconds if seconds else 0.0))
+    unit, step = byte_unit(max((live for _, _, live, _ in placed), default=0.0))
+    where, ticks = _axis([lost for _, lost, _, _ in placed], quality)
+    fastest = max((speed for _, _, _, speed in placed), default=0.0) or 1.0
+    points = tuple(
+        Point(technique, where(lost), live / step, speed / fastest, technique in front,
+              _told(found, group, technique, quality))
+        for technique, lost, live, speed in placed
+    )  # fmt: skip
+    x_title = _QUALITY_TITLES[quality] if quality else "time of a step, ms (quality is not known)"
+    metrics = [METRIC_OF_FIELD[field] for field in _shown_of(quality)]
+    rows = (
+        (name, *(figure(found, group, name, metric) for metric in metrics), "on the front" if name in front else "")
+        for name in (point.technique for point in points)
+    )
+    table = (("technique", *(metric.title for metric in metrics), "Pareto"), *rows)
+    caption = _caption_of_cloud(found, group, points, left_out) + left_out_of(found, group)
+    return Cloud(
+        "Memory against quality" if quality else "Memory against time", caption, x_title,
+        f"live peak, {unit}", ticks, points, _lowest(points), table,
+    )  # fmt: skip
+
+
+def _is_ok(found: Comparison, group: Group, technique: str) -> bool:
+    return all(record.status == "ok" for record in found.repeats(group, technique))
+
+
+def _shown_of(quality: str | None) -> tuple[str, ...]:
+    return ("peak_live_bytes", "step_median_s", *([quality] if quality else ()))
+
+
+def _told(found: Comparison, group: Group, technique: str, quality: str | None) -> str:
+    metrics = [METRIC_OF_FIELD[field] for field in _shown_of(quality)]
+    return "; ".join(f"{metric.title} {figure(found, group, technique, metric)}" for metric in metrics)
+
+
+def _lost(found: Comparison, group: Group, technique: str, quality: str) -> float | None:
+    """How much quality is lost; 0 where it cannot be told from none."""
+    difference = found.difference(group, technique, quality)
+    if difference is None:
+        return None
+    if quality == "accuracy_percent":
+        return 0.0 if abs(difference) <= SAME_ACCURACY else -difference
+    if quality == "kl_nats":
+        return difference if difference > NO_DIVERGENCE else 0.0
+    error = found.value(group, technique, f"{quality}_standard_error") or 0.0
+    return difference if difference > CERTAIN * error else 0.0
+
+
+def _axis(values: Sequence[float], quality: str | None) -> tuple[Callable[[float], float], tuple[Tick, ...]]:
+    """Where on the axis a value lies, and the axis' ticks where they are not those of the values themselves.
+
+    Losses go over many orders of magnitude: their axis is a logarithm, with a place of its own for none at all.
+    """
+    if quality is None:
+        return (lambda value: value * 1000), ()
+    if quality == "accuracy_percent":
+        return (lambda value: value), ()
+    known = [math.log10(value) for value in values if value > 0]
+    first, last = (math.floor(min(known)), math.ceil(max(known))) if known else (-4, -4)
+    nothing = first - 1
+    decades = range(first, max(last, first) + 1) if known else ()
+    nothing_told = f"below {NO_DIVERGENCE:g}" if quality == "kl_nats" else "none beyond chance"
+    ticks = (Tick(nothing, nothing_told), *(Tick(decade, f"{10.0**decade:g}") for decade in decades))
+    return (lambda value: math.log10(value) if value > 0 else float(nothing)), ticks
+
+
+def _lowest(points: Sequence[Point]) -> tuple[tuple[float, float], ...]:
+    """From left to right, the points below all to their left."""
+    chosen: list[tuple[float, float]] = []
+    for x, y in sorted((point.x, point.y) for point in points):
+        if not chosen or y < chosen[-1][1]:
+            chosen.append((x, y))
+    return tuple(chosen)
+
+
+def _caption_of_cloud(found: Comparison, group: Group, points: Sequence[Point], left_out: Sequence[str]) -> str:
+    if not points:
+        return "Nothing to place: no case of this group was measured to its end."
+    least = min(points, key=lambda point: point.y).technique
+    front = [point.technique for point in points if point.on_front]
+    shown = signed(found, group, least, METRIC_OF_FIELD["peak_live_bytes"])
+    left = "the less quality is lost" if found.quality_field(group) else "the less time a step takes"
+    said = [
+        f"The further down, the less memory; the further left, {left}; the larger, the faster.",
+        f"The least live memory at its peak has {least} ({shown}).",
+        f"Filled: on the front of the table ({listed(front)})." if front else "",
+        "The dotted line joins what no other has less of both of.",
+        f"Not drawn, for want of a figure: {listed(left_out)}." if left_out else "",
+    ]
+    return " ".join(filter(None, said))

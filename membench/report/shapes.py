@@ -1,0 +1,106 @@
+"""What pictures are made of: points, bars and lines, each with a caption and a table that say the same in words.
+
+Whatever draws them (a page in a browser, a file of its own) adds colours and nothing else. Positions are in the unit
+that the picture names; ``None`` is not known and not drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+Table = tuple[tuple[str, ...], ...]
+"""Rows of text, the titles of the columns first."""
+
+
+class Point(NamedTuple):
+    technique: str
+    x: float
+    y: float
+    speed: float
+    """Of a step, as a share of the fastest one's."""
+    on_front: bool
+    told: str
+
+
+class Tick(NamedTuple):
+    at: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Memory against quality. ``lowest`` joins the points that no other is to the left of and below."""
+
+    title: str
+    caption: str
+    x_title: str
+    y_title: str
+    ticks: tuple[Tick, ...]
+    points: tuple[Point, ...]
+    lowest: tuple[tuple[float, float], ...]
+    table: Table
+
+
+class Series(NamedTuple):
+    name: str
+    values: tuple[float | None, ...]
+    told: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A bar for each name and series; ``stacked`` ones make up a whole."""
+
+    title: str
+    caption: str
+    unit: str
+    names: tuple[str, ...]
+    series: tuple[Series, ...]
+    stacked: bool
+    table: Table
+
+
+class Span(NamedTuple):
+    """A phase, with its peak where one was measured: exact, or a bound."""
+
+    phase: str
+    allocator: str
+    began_s: float
+    ended_s: float
+    peak: float | None
+    is_bound: bool
+    told: str
+
+
+@dataclass(frozen=True)
+class Timeline:
+    title: str
+    caption: str
+    unit: str
+    at_s: tuple[float, ...]
+    columns: Mapping[str, tuple[float | None, ...]]
+    spans: tuple[Span, ...]
+    table: Table
+
+
+@dataclass(frozen=True)
+class Lines:
+    """One metric of a group over several runs."""
+
+    title: str
+    caption: str
+    unit: str
+    runs: tuple[str, ...]
+    series: tuple[Series, ...]
+    table: Table
+
+
+_MOST_LISTED = 8
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a row; of many, the first few and how many more there are."""
+    more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
+    return ", ".join(names[:_MOST_LISTED]) + more

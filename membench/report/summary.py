@@ -1,0 +1,196 @@
+"""A run in plain words: sentences computed from its records, and no more than they carry."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+from datetime import datetime
+from typing import NamedTuple
+
+from membench.compare import CERTAIN, NO_DIVERGENCE, SAME_ACCURACY, Comparison, Group
+from membench.record import METRIC_OF_FIELD, REFERENCE, Record
+from membench.report.text import Ratio, bound_of_ratio, is_coarse, ratios_of, signed
+from membench.store import Run
+from membench.units import format_bytes, format_divergence, format_percent
+
+_NEAR = 0.1
+"""Below this a change is told in percent: '6% less' says more than '1.1 times less'."""
+
+_AS_SMALL = 0.05
+"""Of techniques as small as this within each other the fastest is named."""
+
+HOW_TO_READ = (
+    f"Of techniques that need as little within {_AS_SMALL:.0%}, the fastest is named. 'Chance' is two standard errors"
+    " of the difference over held-out text. Where only the divergence of the logits is known, quality itself is not."
+)
+
+
+class Highlight(NamedTuple):
+    """What is to be said of a model, workload and device; of one technique, or of all where none is named."""
+
+    group: Group
+    technique: str | None
+    text: str
+
+    def __str__(self) -> str:
+        return f"{' · '.join(self.group)}: {self.technique + ' ' if self.technique else ''}{self.text}"
+
+
+def overview(run: Run) -> str:
+    """What was run, how it ended, when and where."""
+    machine = run.header.get("machine", {})
+    ends = collections.Counter(record.status for record in run.records)
+    if not run.records:
+        how = "no case was finished"
+    else:
+        told = "all ok" if ends.keys() == {"ok"} else ", ".join(f"{number} {status}" for status, number in ends.items())
+        how = f"{_counted(len(run.records), 'case')}, {told}"
+    where = [
+        machine.get("processor"),
+        _counted(machine["cores"], "core") if machine.get("cores") else None,
+        f"{format_bytes(machine['memory_bytes'])} of memory" if machine.get("memory_bytes") else None,
+        *(gpu.get("name") for gpu in machine.get("gpus") or () if isinstance(gpu, dict)),
+        f"membench at commit {machine['commit']}" if machine.get("commit") else None,
+    ]
+    place, began = ", ".join(str(part) for part in where if part), started(run)
+    measured = f" Measured{f' {began}' if began else ''}{f' on {place}' if place else ''}." if began or place else ""
+    return f"Suite {run.header.get('suite')}: {how}.{measured}"
+
+
+def started(run: Run) -> str:
+    """When a run began, to the minute, as its header says; nothing where it does not."""
+    try:
+        return f"{datetime.fromisoformat(run.header.get('started_at', '')):%Y-%m-%d %H:%M} UTC"
+    except (TypeError, ValueError):
+        return ""
+
+
+def highlights(records: Sequence[Record]) -> list[Highlight]:
+    """Of each model, workload and device: what needs the least without a loss, and what needs the least at all."""
+    found = Comparison(records)
+    lines = []
+    for group in found.groups:
+        measured = _measured(found, group)
+        told = [technique for technique in measured if technique != REFERENCE]
+        if not told:
+            continue
+        if REFERENCE not in measured:
+            lines.append(Highlight(group, None, f"nothing to compare with: '{REFERENCE}' was not measured to its end."))
+            continue
+        is_of_data = any(_is_smaller(found, group, technique, "data_bytes") for technique in told)
+        field = "data_bytes" if is_of_data else "peak_live_bytes"
+        smaller = [technique for technique in told if _is_smaller(found, group, technique, field)]
+        if not smaller:
+            what = METRIC_OF_FIELD[field].title
+            lines.append(Highlight(group, None, f"no technique lowers the {what} by more than runs of a case differ."))
+            continue
+        free = [technique for technique in smaller if _loses_nothing(found, group, technique)]
+        chosen = dict.fromkeys(
+            _fastest_of_the_smallest(found, group, names, field) for names in (free, smaller) if names
+        )
+        lines += [Highlight(group, technique, sentence(found, group, technique)) for technique in chosen]
+    return lines
+
+
+def sentence(found: Comparison, group: Group, technique: str) -> str:
+    """What a technique holds, loses and takes against the reference, in one case; its name is to stand before."""
+    held = [
+        _size(found, group, technique, "data_bytes", "training data"),
+        _size(found, group, technique, "peak_live_bytes", "live memory at its peak"),
+    ]
+    amounts = " and ".join(amount for amount in held if amount) or "an amount of memory that is not known"
+    return f"holds {amounts}{_loss(found, group, technique)}{_time(found, group, technique)}."
+
+
+def _measured(found: Comparison, group: Group) -> list[str]:
+    return [
+        technique
+        for technique in found.techniques(group)
+        if all(record.status == "ok" for record in found.repeats(group, technique))
+    ]
+
+
+def _fastest_of_the_smallest(found: Comparison, group: Group, techniques: Sequence[str], field: str) -> str:
+    def size(technique: str) -> float:
+        return found.value(group, technique, field) or 0.0
+
+    least = min(map(size, techniques))
+    near = [technique for technique in techniques if size(technique) <= least * (1 + _AS_SMALL)]
+    return min(near, key=lambda technique: (found.value(group, technique, "step_median_s") or 0.0, size(technique)))
+
+
+def _ratio(found: Comparison, group: Group, technique: str, field: str) -> Ratio | None:
+    return next(iter(ratios_of(found, [group], technique, METRIC_OF_FIELD[field])), None)
+
+
+def _is_smaller(found: Comparison, group: Group, technique: str, field: str) -> bool:
+    ratio = _ratio(found, group, technique, field)
+    return ratio is not None and ratio.tells and ratio.value < 1
+
+
+def _size(found: Comparison, group: Group, technique: str, field: str, what: str) -> str:
+    """How much less or more: '2.9 times less training data (7.0 MiB, not 20 MiB)'; nothing if it is not known."""
+    ratio, metric = _ratio(found, group, technique, field), METRIC_OF_FIELD[field]
+    if ratio is None:
+        return ""
+    bound = bound_of_ratio(found, group, technique, metric, REFERENCE)
+    if not ratio.tells:
+        return f"an amount of {what} of which only a bound is known" if bound else f"as much {what}"
+    is_less = ratio.value < 1
+    times = 1 / ratio.value if is_less else ratio.value
+    if times > 1 + _NEAR:
+        amount = f"{times:.1f} times {'less' if is_less else 'as much'}"
+    else:
+        amount = f"{abs(ratio.value - 1):.0%} {'less' if is_less else 'more'}"
+    if bound:
+        # Of a figure that is at most so high the saving is at least so large.
+        sure = "at least " if (bound == "≤") is is_less else "at most "
+    else:
+        sure = "about " if any(is_coarse(found, group, name, metric) for name in (technique, REFERENCE)) else ""
+    own, of = (signed(found, group, name, metric) for name in (technique, REFERENCE))
+    return f"{sure}{amount} {what} ({own}, not {of})"
+
+
+def _loses_nothing(found: Comparison, group: Group, technique: str) -> bool:
+    """Whether a loss of quality was looked for and none found that is more than chance."""
+    points = found.difference(group, technique, "accuracy_percent")
+    if points is not None:
+        return points >= -SAME_ACCURACY
+    lost = found.value(group, technique, "lost_bits_per_byte")
+    if lost is not None:
+        return lost <= CERTAIN * (found.value(group, technique, "lost_bits_per_byte_standard_error") or 0.0)
+    divergence = found.value(group, technique, "kl_nats")
+    return divergence is not None and divergence <= NO_DIVERGENCE
+
+
+def _loss(found: Comparison, group: Group, technique: str) -> str:
+    points = found.difference(group, technique, "accuracy_percent")
+    if points is not None:
+        if abs(points) <= SAME_ACCURACY:
+            return ", gets as many held-out samples right"
+        more = "fewer" if points < 0 else "more"
+        return f", gets {abs(points):.1f} percentage points {more} of the held-out samples right"
+    lost, of = found.value(group, technique, "lost_bits_per_byte"), found.value(group, REFERENCE, "bits_per_byte")
+    if lost is not None and of:
+        error = found.value(group, technique, "lost_bits_per_byte_standard_error") or 0.0
+        is_chance = lost < 0 and found.value(group, technique, "final_loss_nats") is not None
+        if abs(lost) <= CERTAIN * error or is_chance:
+            return " for no more bits per byte than chance explains"
+        return f" for {format_percent(abs(lost / of) * 100)} {'more' if lost > 0 else 'fewer'} bits per byte"
+    divergence = found.value(group, technique, "kl_nats")
+    if divergence is not None:
+        if abs(divergence) < NO_DIVERGENCE:
+            return ", its logits those of the reference"
+        return f", its logits {format_divergence(divergence)} nats a token from the reference's"
+    return ", its quality not measured" if found.quality_field(group) else ""
+
+
+def _time(found: Comparison, group: Group, technique: str) -> str:
+    ratio = _ratio(found, group, technique, "step_median_s")
+    if ratio is None:
+        return ""
+    return f", in {ratio.value:.2g} times the time" if ratio.tells else ", in about the same time"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

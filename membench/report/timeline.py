@@ -1,0 +1,120 @@
+"""One case's memory over time, as a picture: samples, phases, and the exact peaks that samples miss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from membench.record import Record
+from membench.report.shapes import Span, Timeline
+from membench.units import byte_unit, format_bytes, format_seconds
+
+_BUCKETS = 60
+_WIDE_BRACKET = 0.01
+"""As for metrics: a peak that may be off by more than this share of it is a bound."""
+
+_COLUMNS = {
+    "rss_bytes": ("resident", ("anonymous_bytes", "file_bytes")),
+    "anonymous_bytes": ("anonymous", ("anonymous_bytes",)),
+    "children_unique_bytes": ("children", ()),
+    "gpu_process_bytes": ("GPU, process", ()),
+    "gpu_used_above_idle_bytes": ("GPU, above idle", ()),
+}
+"""Of each column of samples: its name, and what of the worker's baseline is in it."""
+
+
+def timeline(record: Record) -> Timeline:
+    """A case's samples with its phases and their exact peaks; all above the worker's baseline, where that is known."""
+    process: Mapping[str, Any] = record.processes[0] if record.processes else {}
+    baseline = process.get("baseline") or {}
+    phases = [phase for phase in process.get("phases", ()) if "began_s" in phase and "ended_s" in phase]
+    # Before the first phase there is no baseline yet.
+    since = phases[0]["began_s"] if phases else 0.0
+    all_at: Sequence[float] = record.timeline.get("at_s", ())
+    kept = [number for number, at in enumerate(all_at) if at >= since]
+    columns = {
+        name: [None if column[n] is None else column[n] - sum(baseline.get(part, 0) for part in parts) for n in kept]
+        for field, (name, parts) in _COLUMNS.items()
+        if any(column := record.timeline.get(field, ()))
+    }
+    shown = _thinned(columns, len(kept))
+    peaks = [_peak(phase, baseline.get("file_bytes", 0)) for phase in phases]
+    sampled = [value for column in columns.values() for value in column if value is not None]
+    unit, step = byte_unit(max([0.0, *sampled, *(peak.size_bytes or 0.0 for peak in peaks)]))
+    return Timeline(
+        f"Memory of {record.id} over time", _caption(record, peaks, len(kept), len(shown), bool(baseline)), unit,
+        tuple(round(all_at[kept[n]], 3) for n in shown),
+        {name: tuple(_rounded(column[n], step) for n in shown) for name, column in columns.items()},
+        tuple(
+            Span(peak.phase, phase.get("allocator", ""), round(phase["began_s"], 3), round(phase["ended_s"], 3),
+                 _rounded(peak.size_bytes, step), peak.is_bound, peak.told)
+            for phase, peak in zip(phases, peaks, strict=True)
+        ),
+        (("phase", "allocator", "took", "peak"),
+         *((peak.phase, str(phase.get("allocator", "")), format_seconds(phase["ended_s"] - phase["began_s"]), peak.told)
+           for phase, peak in zip(phases, peaks, strict=True))),
+    )  # fmt: skip
+
+
+def _rounded(size_bytes: float | None, step: int) -> float | None:
+    return None if size_bytes is None else round(size_bytes / step, 3)
+
+
+class _Peak(NamedTuple):
+    phase: str
+    size_bytes: float | None
+    is_bound: bool
+    told: str
+
+
+def _peak(phase: Mapping[str, Any], baseline_file_bytes: int) -> _Peak:
+    """A phase's peak by the kernel's or torch's counters, of what counts there: live memory or footprint."""
+    if "cuda_peak_allocated_bytes" in phase:
+        size, what = phase["cuda_peak_allocated_bytes"], "allocated"
+    elif phase.get("allocator") == "default":
+        size, what = phase.get("peak_footprint_bytes"), "footprint"
+    else:
+        size, what = phase.get("peak_live_bytes"), "live"
+    if size is None:
+        return _Peak(phase["name"], None, False, "–")
+    is_bound = what == "live" and size - _at_least(phase, baseline_file_bytes) > _WIDE_BRACKET * max(size, 1)
+    return _Peak(phase["name"], size, is_bound, f"{'≤' if is_bound else ''}{format_bytes(size)} {what}")
+
+
+def _at_least(phase: Mapping[str, Any], baseline_file_bytes: int) -> float:
+    """What live memory surely reached: the kernel's peak holds file pages, too, and some came and went unseen."""
+    looked_at = phase.get("file_most_bytes")
+    if looked_at is None:
+        looked_at = max(phase.get("file_start_bytes") or 0, phase.get("file_end_bytes") or 0)
+    passing = max(0, (phase.get("file_peak_bytes") or 0) - baseline_file_bytes - looked_at)
+    sure: float = phase.get("peak_live_at_least_bytes", phase["peak_live_bytes"])
+    return max(0, sure - passing)
+
+
+def _caption(record: Record, peaks: Sequence[_Peak], samples: int, shown: int, above: bool) -> str:
+    if not samples and not peaks:
+        return f"{record.id} ended as {record.status} before anything was seen of its memory."
+    said = [f"{record.id} took {format_seconds(record.duration_s)} and ended as {record.status}."]
+    highest = max(peaks, key=lambda peak: peak.size_bytes or 0.0, default=None)
+    if highest and highest.size_bytes:
+        said.append(f"Its highest phase is {highest.phase}: {highest.told}.")
+    said.append("Lines are samples; bars are phases' exact peaks, which hold what was too short for a sample, too.")
+    if any(peak.is_bound for peak in peaks):
+        said.append("A dotted bar is an upper bound: file pages came and went meanwhile.")
+    said.append("Sizes are above the worker's baseline." if above else "Sizes are whole, the baseline is not known.")
+    if shown < samples:
+        said.append(f"Of {samples} samples the lowest and the highest of each stretch are drawn.")
+    return " ".join(said)
+
+
+def _thinned(columns: Mapping[str, Sequence[float | None]], samples: int) -> list[int]:
+    """Which samples are drawn: all of a few; of many, each column's lowest and highest in each of some stretches."""
+    if samples <= 4 * _BUCKETS:
+        return list(range(samples))
+    kept = {0, samples - 1}
+    for bucket in range(_BUCKETS):
+        stretch = range(bucket * samples // _BUCKETS, (bucket + 1) * samples // _BUCKETS)
+        for column in columns.values():
+            seen = sorted((value, number) for number in stretch if (value := column[number]) is not None)
+            kept |= {number for _, number in (*seen[:1], *seen[-1:])}
+    return sorted(kept)

@@ -1,0 +1,130 @@
+"""Advice for a budget, from records of known figures."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from membench.record import Record
+from membench.report.advice import Advice, advise, lines
+
+from .made_up import MIB, record
+
+
+def _case(technique: str, mib: float, lost: float | None = None, seconds: float = 1.0, **more: Any) -> Record:
+    """A case of a known footprint, with 2 bits a byte less what is lost."""
+    metrics = {
+        "peak_live_bytes": mib * MIB / 2,
+        "peak_footprint_bytes": mib * MIB,
+        "step_median_s": seconds,
+        "bits_per_byte": 2.0,
+        "lost_bits_per_byte": lost,
+        "lost_bits_per_byte_standard_error": 0.001,
+    }
+    return record(technique, **(metrics | more))
+
+
+def _advised(records: list[Record], budget_mib: int, most_loss_percent: float | None = None) -> Advice:
+    (advice,) = advise(records, budget_mib * MIB, most_loss_percent)
+    return advice
+
+
+_MEASURED = [
+    _case("none", 100),
+    _case("half", 50, 0.0001),
+    _case("quarter", 25, 0.02),
+    _case("eighth", 12, 0.5),
+    _case("slow", 40, 0.0001, seconds=3.0),
+]
+
+
+@pytest.mark.parametrize(
+    ("budget_mib", "best"), [(200, "half"), (60, "half"), (45, "slow"), (30, "quarter"), (12, "eighth")]
+)
+def test_what_fits_and_loses_least_is_advised(budget_mib: int, best: str) -> None:
+    assert _advised(_MEASURED, budget_mib).technique == best
+
+
+def test_each_of_the_others_has_its_reason() -> None:
+    advice = _advised(_MEASURED, 60)
+    assert advice.why == "needs 50.00 MiB at its footprint peak, leaves 10.00 MiB; loses no bits per byte beyond chance"
+    assert dict(advice.others) == {
+        "none": "needs 100.0 MiB at its footprint peak, 40.00 MiB too much",
+        "quarter": "fits (25.00 MiB at its footprint peak), but loses 1.0% (+0.0200 ±0.0010 bits/byte)",
+        "eighth": "fits (12.00 MiB at its footprint peak), but loses 25% (+0.5000 ±0.0010 bits/byte)",
+        "slow": "fits (40.00 MiB at its footprint peak) and loses as little, but takes 3.00 s a step, not 1.00 s",
+    }
+    assert dict(_advised(_MEASURED, 200).others)["none"] == (
+        "fits and loses as little in about the same time, but needs 100.0 MiB at its footprint peak"
+    )
+
+
+def test_nothing_is_advised_that_loses_more_than_may_be_lost() -> None:
+    advice = _advised(_MEASURED, 30, most_loss_percent=0.5)
+    assert advice.technique is None
+    assert advice.why == "no measured stack fits 30.00 MiB and is known to lose no more than 0.5%"
+    assert dict(advice.others)["quarter"] == "fits, but loses 1.0% (+0.0200 ±0.0010 bits/byte), more than 0.5%"
+    assert _advised(_MEASURED, 30, most_loss_percent=1.0).technique == "quarter"
+
+
+def test_converting_that_does_not_fit_rules_out_what_would_run() -> None:
+    costly = _case("costly", 20, 0.0, apply_peak_live_bytes=90 * MIB)
+    assert dict(_advised([_MEASURED[0], costly], 60).others)["costly"] == (
+        "needs 90.00 MiB at its apply peak, 30.00 MiB too much"
+    )
+
+
+def _seen(how: Mapping[str, Any]) -> Advice:
+    none = _case("none", 100)
+    other = dataclasses.replace(_case("a", 50, 0.0), obtained={"peak_footprint_bytes": how})
+    return _advised([none, other], 60)
+
+
+def test_a_figure_that_is_a_bound_is_held_against_the_budget_as_one() -> None:
+    assert _seen({"bound": "at least"}).why.startswith("needs 50.00 MiB or more, as far as samples saw")
+    maybe = _seen({"bound": "at least", "at_most_bytes": 70 * MIB})
+    assert (
+        dict(maybe.others)["a"] == "needs 50.00 MiB to 70.00 MiB at its footprint peak: whether that fits is not known"
+    )
+    near = _seen({"bound": "exact", "resolution_bytes": 11 * MIB})
+    assert dict(near.others)["a"] == (
+        "needs 50.00 MiB at its footprint peak: too near to tell, the figure is good to 11.00 MiB"
+    )
+
+
+def test_what_is_not_known_is_said_and_never_advised() -> None:
+    unknown = dataclasses.replace(
+        _case("a", 50), metrics={"peak_footprint_bytes": None}, reasons={"peak_footprint_bytes": "the driver hides it"}
+    )
+    failed = dataclasses.replace(_case("b", 1), status="out-of-memory", ended_in="load", message="it wanted 9 GiB")
+    untrained = _case("c", 50, bits_per_byte=None, kl_nats=0.1)
+    others = dict(_advised([_MEASURED[0], unknown, failed, untrained], 60, most_loss_percent=1.0).others)
+    assert others["a"] == "its footprint peak is not known: the driver hides it"
+    assert others["b"] == "out-of-memory in load: it wanted 9 GiB"
+    assert others["c"] == "fits, but what quality it loses is not known (KL 1.0e-01 from the reference)"
+
+
+def test_accuracy_is_lost_in_percentage_points() -> None:
+    records = [record(name, peak_live_bytes=mib * MIB, peak_footprint_bytes=mib * MIB, step_median_s=1.0,
+                      accuracy_percent=percent)
+               for name, mib, percent in (("none", 100, 97.0), ("small", 10, 95.5))]  # fmt: skip
+    assert _advised(records, 50, most_loss_percent=2.0).why.endswith("loses 1.5 percentage points of accuracy")
+    assert _advised(records, 50, most_loss_percent=1.0).technique is None
+
+
+def test_the_text_says_what_is_held_against_the_budget_and_what_comes_on_top() -> None:
+    process = {"baseline": {"anonymous_bytes": 200 * MIB, "file_bytes": 100 * MIB}}
+    records = [dataclasses.replace(_MEASURED[0], processes=(process,))]
+    said = list(lines(records, advise(records, 200 * MIB)))
+    assert said[:2] == [
+        "m · forward · cpu",
+        "  none: needs 100.0 MiB at its footprint peak, leaves 100.0 MiB; it is the reference, and loses nothing",
+    ]
+    assert said[-1] == (
+        "Held against the budget is the highest of the footprint peak and the live peaks of loading, converting,"
+        " packing data, the first step and running. What the interpreter and its libraries take comes on top: up to"
+        " 300.0 MiB in this run."
+    )

@@ -1,0 +1,184 @@
+"""What pictures show of records of known figures, and the files that they are drawn to."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import membench
+from membench.compare import Comparison
+from membench.errors import MembenchError
+from membench.report import bars, files, history, pareto, timeline
+
+from .made_up import MIB, record, run
+
+_GROUP = ("m", "forward", "cpu")
+_KEPT = Path(__file__).parent.parent / "results" / "quickstart@2-cores-epyc.jsonl"
+
+
+def _placed(**of_the_other: float) -> Any:
+    known: dict[str, Any] = {"peak_live_bytes": 100 * MIB, "step_median_s": 1.0}
+    none, other = record("none", **known), record("a", **(known | of_the_other))
+    return pareto.pareto(Comparison([none, other]), _GROUP)
+
+
+def test_a_point_lies_at_its_loss_and_its_memory_and_is_as_large_as_it_is_fast() -> None:
+    picture = _placed(peak_live_bytes=50 * MIB, step_median_s=0.5, lost_bits_per_byte=0.01)
+    none, other = picture.points
+    assert (picture.y_title, none.y, other.y) == ("live peak, MiB", 100, 50)
+    assert (none.speed, other.speed) == (0.5, 1.0)
+    # The axis counts powers of ten, with a place before them for what loses nothing.
+    assert (other.x, none.x) == (-2, -3)
+    assert picture.ticks[0] == (-3, "none beyond chance")
+    assert picture.lowest == ((-3, 100), (-2, 50))
+
+
+def test_a_loss_that_chance_explains_lies_where_none_does() -> None:
+    picture = _placed(lost_bits_per_byte=0.01, lost_bits_per_byte_standard_error=0.006)
+    assert picture.points[0].x == picture.points[1].x
+
+
+def test_what_has_no_place_is_named() -> None:
+    failed = dataclasses.replace(record("failed", peak_live_bytes=MIB, step_median_s=1.0), status="failed")
+    picture = pareto.pareto(Comparison([record("none", peak_live_bytes=MIB, step_median_s=1.0), failed]), _GROUP)
+    assert [point.technique for point in picture.points] == ["none"]
+    assert "Not drawn, for want of a figure: failed." in picture.caption
+    # Without quality it is drawn against time, and says so.
+    assert picture.title == "Memory against time"
+    assert "the further left, the less time a step takes" in picture.caption
+
+
+def test_of_very_many_techniques_the_reference_the_front_and_the_smallest_are_drawn() -> None:
+    records = [record(f"t{n}", peak_live_bytes=n * MIB, step_median_s=1.0) for n in range(1, 100)]
+    records += [record("none", peak_live_bytes=200 * MIB, step_median_s=1.0)]
+    records += [record("fast", peak_live_bytes=500 * MIB, step_median_s=0.1)]
+    found = Comparison(records)
+    wanted = {"none", "fast", *(f"t{n}" for n in range(1, 59))}
+    picture = pareto.pareto(found, _GROUP)
+    assert {point.technique for point in picture.points} == wanted
+    assert set(bars.memory(found, _GROUP)[0].names) == wanted
+    assert picture.caption.endswith("Of 101 techniques 60 are drawn: the front and those with the least live memory.")
+
+
+def test_bars_hold_weights_live_and_footprint_with_their_ratios() -> None:
+    records = [record(name, weights_bytes=size * MIB, peak_live_bytes=2 * size * MIB)
+               for name, size in (("none", 64), ("half", 32))]  # fmt: skip
+    weights, live = bars.memory(Comparison(records), _GROUP)
+    assert (weights.unit, weights.names, weights.series[0].values) == ("MiB", ("none", "half"), (64, 32))
+    assert live.table == (("technique", "live peak"), ("none", "128.0 MiB"), ("half", "64.00 MiB ×0.50"))
+
+
+def test_converting_that_needs_more_than_running_is_named() -> None:
+    none = record("none", peak_live_bytes=100 * MIB, apply_peak_live_bytes=90 * MIB)
+    costly = record("costly", peak_live_bytes=50 * MIB, apply_peak_live_bytes=150 * MIB)
+    picture = bars.conversion(Comparison([none, costly]), _GROUP)
+    assert picture
+    assert picture.caption == (
+        "What comes before the first step needs more live memory than running does: costly (150.0 MiB before, 50.00 MiB"
+        " while running)."
+    )
+
+
+def test_the_parts_of_a_peak_are_stacked_to_the_whole() -> None:
+    parts = {"forward": {"weights": 3 * MIB, "other": MIB}, "backward": {"weights": MIB}}
+    made = dataclasses.replace(record("none"), processes=({"breakdown_bytes": parts, "peak_part": "forward"},))
+    picture = bars.breakdown(Comparison([made]), _GROUP)
+    assert picture
+    assert [(one.name, one.values) for one in picture.series] == [("weights", (3,)), ("other", (1,))]
+    assert "none, 4.000 MiB in forward: weights 75%, other 25%" in picture.caption
+    assert bars.breakdown(Comparison([record("none")]), _GROUP) is None
+
+
+def _timed(**phase: Any) -> Any:
+    told = {"name": "run", "allocator": "pinned", "began_s": 1.0, "ended_s": 2.0, "peak_live_bytes": 9 * MIB} | phase
+    process = {"baseline": {"anonymous_bytes": 5 * MIB, "file_bytes": 2 * MIB}, "phases": [told]}
+    samples = {"at_s": [0.5, 1.0, 1.5], "rss_bytes": [MIB, 7 * MIB, 10 * MIB], "anonymous_bytes": [0, 5 * MIB, 6 * MIB]}
+    return timeline.timeline(dataclasses.replace(record("none"), processes=(process,), timeline=samples))
+
+
+def test_a_timeline_counts_from_the_workers_baseline_and_draws_the_exact_peak_above_its_samples() -> None:
+    picture = _timed()
+    assert (picture.unit, picture.at_s) == ("MiB", (1.0, 1.5))
+    assert picture.columns == {"resident": (0, 3), "anonymous": (0, 1)}
+    (span,) = picture.spans
+    assert (span.peak, span.is_bound, span.told) == (9, False, "9.000 MiB live")
+
+
+def test_a_peak_with_file_pages_in_it_is_a_bound() -> None:
+    (span,) = _timed(file_peak_bytes=6 * MIB, file_end_bytes=0).spans
+    assert (span.is_bound, span.told) == (True, "≤9.000 MiB live")
+
+
+def test_under_the_default_allocator_the_footprint_counts() -> None:
+    (span,) = _timed(allocator="default", peak_footprint_bytes=12 * MIB).spans
+    assert (span.peak, span.told) == (12, "12.00 MiB footprint")
+
+
+def test_on_a_gpu_what_torch_allocated_counts_and_the_drivers_samples_are_drawn() -> None:
+    phase = {"name": "run", "allocator": "default", "began_s": 0.0, "ended_s": 1.0,
+             "cuda_peak_allocated_bytes": 3 * MIB}  # fmt: skip
+    samples = {"at_s": [0.0, 1.0], "gpu_process_bytes": [None, 4 * MIB]}
+    process = {"baseline": {"anonymous_bytes": 5 * MIB, "file_bytes": 0}, "phases": [phase]}
+    picture = timeline.timeline(dataclasses.replace(record("none"), processes=(process,), timeline=samples))
+    assert picture.columns == {"GPU, process": (None, 4)}
+    assert picture.spans[0].told == "3.000 MiB allocated"
+
+
+def test_a_case_that_ended_before_anything_was_seen_says_so() -> None:
+    picture = timeline.timeline(dataclasses.replace(record("none"), status="crashed"))
+    assert picture.caption == "m/none/forward/cpu ended as crashed before anything was seen of its memory."
+
+
+def test_over_time_only_runs_of_one_suite_are_compared() -> None:
+    def on(day: int, mib: int, suite: str = "made-up", **machine: Any) -> Any:
+        return run([record("none", peak_live_bytes=mib * MIB)], suite=suite, machine=machine,
+                   started_at=f"2026-11-{day}T10:00:00+00:00")  # fmt: skip
+
+    told = history.history([on(24, 80, cores=4), on(22, 100, cores=2), on(23, 100, "other")])
+    ((suite, group),) = told
+    (live,) = told[suite, group]
+    assert (suite, group, live.series[0].values) == ("made-up", _GROUP, (100, 80))
+    assert live.caption == (
+        "Live peak over 2 runs. The last against the first: none 20% less. Not all on the same machine or versions"
+        " (cores: 2, now 4)."
+    )
+
+
+@pytest.mark.parametrize("kind", files.KINDS)
+@pytest.mark.parametrize("ending", [".png", ".svg"])
+def test_each_kind_of_picture_is_drawn_to_a_file(kind: str, ending: str, tmp_path: Path) -> None:
+    whole = membench.read_run(_KEPT)
+    kept = [one for one in whole.records if one.case["model"] == "llama-60m" and one.technique in ("none", "bf16")]
+    runs = [dataclasses.replace(whole, records=tuple(kept))]
+    if kind == "history":
+        runs.append(dataclasses.replace(runs[0], header=runs[0].header | {"started_at": "2026-11-25T00:00:00+00:00"}))
+    path = tmp_path / f"picture{ending}"
+    files.draw(runs, kind, path)
+    assert path.read_bytes().startswith(b"\x89PNG" if ending == ".png" else b"<?xml")
+
+
+def test_a_name_in_a_file_is_text_whatever_signs_are_in_it(tmp_path: Path) -> None:
+    names = ["none", "$x^2$", "$\\frac{", "<b>&", "名\u202e\x00"]
+    records = [record(name, peak_live_bytes=number * MIB, step_median_s=1.0) for number, name in enumerate(names, 1)]
+    for kind in ("pareto", "memory"):
+        files.draw([run(records)], kind, tmp_path / "picture.svg")
+    assert (tmp_path / "picture.svg").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "count", "message"),
+    [
+        ("pareto", "picture.pdf", 1, "a picture's file ends in .png or .svg"),
+        ("history", "picture.png", 1, "no record there has what 'history' shows"),
+        ("pareto", "nowhere/picture.png", 1, "cannot be written: No such file or directory"),
+        ("pareto", "picture.png", 13, "13 panels are more than one file holds (12); take some of them with -k"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said(kind: str, name: str, count: int, message: str, tmp_path: Path) -> None:
+    records = [record("none", f"work-{n}", peak_live_bytes=MIB, step_median_s=1.0) for n in range(count)]
+    with pytest.raises(MembenchError) as raised:
+        files.draw([run(records)], kind, tmp_path / name)
+    assert message in str(raised.value)

@@ -1,0 +1,115 @@
+"""The verbs report, plot and advise."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from membench import cli
+from membench.cli import report as verbs
+from membench.report import files, formats
+
+_RESULTS = Path(__file__).parent.parent / "results"
+_QUICKSTART = str(_RESULTS / "quickstart@2-cores-epyc.jsonl")
+_DATA = str(_RESULTS / "data@2-cores-epyc.jsonl")
+
+
+def test_the_command_line_offers_what_there_is() -> None:
+    assert tuple(formats.FORMATS) == verbs._REPORTS
+    assert files.KINDS == verbs._PLOTS
+
+
+@pytest.mark.parametrize("form", [form for form in formats.FORMATS if form != "html"])
+def test_the_ending_of_the_file_says_the_format(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / f"report{formats.FORMATS[form]}"
+    assert cli.main(["report", _QUICKSTART, "-o", str(path)]) == 0
+    assert cli.main(["report", _QUICKSTART, "--format", form]) == 0
+    written = path.read_bytes().decode()
+    assert written == capsys.readouterr().out
+    assert "bf16" in written
+
+
+def test_several_runs_go_into_one_table_with_the_name_of_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", _QUICKSTART, _DATA, "--format", "csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert len(rows) == 13 + 37
+    assert len({row["run"] for row in rows}) == 2
+    assert cli.main(["report", _QUICKSTART, "--format", "json"]) == 0
+    first = json.loads(capsys.readouterr().out)[0]
+    assert (first["case"], first["weights_bytes"]) == ("llama-60m/none/forward/cpu", 232294656)
+
+
+def test_a_page_is_one_file(tmp_path: Path) -> None:
+    assert cli.main(["report", _QUICKSTART, "-o", str(tmp_path / "report.html")]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_markdown_holds_the_summary_the_table_what_is_said_and_the_suite(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", _QUICKSTART, "--format", "md"]) == 0
+    written = capsys.readouterr().out
+    for part in ("# quickstart", "bf16 holds 2.0 times less", "| technique", "int8-weight-only: saved", "[matrix]"):
+        assert part in written
+
+
+def test_a_picture_is_drawn_of_the_cases_that_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "picture.svg"
+    assert cli.main(["plot", _QUICKSTART, "memory", "-o", str(path), "-k", "llama-60m and train"]) == 0
+    assert path.exists()
+
+
+@pytest.mark.parametrize(
+    ("budget", "code", "told"),
+    [
+        ("8GiB", 0, "none: needs 311.0 MiB at its footprint peak, leaves 7.696 GiB"),
+        ("20 MiB", 1, "no measured stack fits 20.00 MiB"),
+    ],
+)
+def test_advice_tells_by_its_exit_code_whether_something_fits(
+    budget: str, code: int, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["advise", _QUICKSTART, "--budget", budget]) == code
+    assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["report", _QUICKSTART, "-o", "report.pdf"], "report.pdf: its ending says no format; end it in .html, .md,"),
+        (["report", _QUICKSTART, "-o", "nowhere/report.md"], "nowhere/report.md: cannot be written: No such file"),
+        (["report", "nowhere.jsonl"], "nowhere.jsonl: cannot be read: No such file"),
+        (["advise", _QUICKSTART, "--budget", "8"], "--budget: '8' is no size; write a number and B, KiB,"),
+        (
+            ["advise", _QUICKSTART, "--budget", "8GiB", "--max-quality-loss", "1"],
+            "--max-quality-loss: '1' is no share;",
+        ),
+        (["plot", _QUICKSTART, "memory", "-o", "x.png", "-k", "nothing"], "-k 'nothing' fits no case in"),
+    ],
+)
+def test_bad_input_is_one_clear_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(f"membench: {told}")
+    assert said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "library"),
+    [(["report", _QUICKSTART], "jinja2"), (["report", _QUICKSTART], "plotly"),
+     (["plot", _QUICKSTART, "memory", "-o", "x.png"], "matplotlib")],
+)  # fmt: skip
+def test_what_is_not_installed_is_named_with_the_command_that_installs_it(
+    words: list[str], library: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == library]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    assert cli.main(words) == 2
+    assert "pip install 'membench[report]'" in capsys.readouterr().err
