@@ -169,7 +169,8 @@ def _steps(pace_s: float, repeats: int, spread: float = 0.02, seed: int = 0) -> 
     ("base", "new", "verdict"),
     [
         (_steps(1.0, 3), _steps(1.2, 3, seed=1), "regressed"),
-        (_steps(1.0, 1), _steps(1.2, 4, seed=1), "regressed"),
+        # The one repeat of the base may have had the machine to itself.
+        (_steps(1.0, 1), _steps(1.2, 4, seed=1), "undecided"),
         (_steps(1.0, 5), _steps(1.2, 5, seed=1), "regressed"),
         (_steps(1.0, 3), _steps(1.05, 3, seed=1), "same"),
         (_steps(1.0, 3), _steps(1.2, 1, seed=1), "undecided"),

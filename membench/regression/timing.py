@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LEAST_REPEATS = 3
-"""Of the new measurement: with fewer no change of time is certain."""
+"""Of either measurement: with fewer no change of time is certain. One that was made once may have had all the luck."""
 
 _REPEATS_FOR_THEMSELVES = 4
 """From here on repeats are the samples, not their steps: with fewer no test can tell them apart."""
@@ -46,30 +46,33 @@ class Timing:
     repeats_base: int
     repeats_new: int
 
+    @property
+    def are_enough(self) -> bool:
+        """Whether there are repeats enough for anything to be certain."""
+        return min(self.repeats_base, self.repeats_new) >= LEAST_REPEATS
+
     def is_certainly_slower(self, by: float) -> bool:
         """Whether it got slower, and not by chance.
 
         With too few repeats for a test of their own, each has to be slower than every one of the base.
 
         Args:
-            by: the share that is tolerated. The fastest repeat has to show half of it, and all of it where the base has
-                too few repeats to know its own luck.
+            by: the share that is tolerated. The fastest repeat has to show half of it.
         """
-        shown = by / 2 if self.repeats_base >= LEAST_REPEATS else by
         are_few = min(self.repeats_base, self.repeats_new) < _REPEATS_FOR_THEMSELVES
         return (
-            self.repeats_new >= LEAST_REPEATS
+            self.are_enough
             and self.ratio > 1 + by
             and self.p_value < _BY_CHANCE
             and (self.interval is None or self.interval[0] > 1)
-            and self.fastest > 1 + shown
+            and self.fastest > 1 + by / 2
             and (self.apart > 1 or not are_few)
         )
 
     def is_certainly_faster(self, by: float) -> bool:
         """Whether it got faster, and not by chance."""
         return (
-            self.repeats_new >= LEAST_REPEATS
+            self.are_enough
             and self.ratio < 1 - by
             and self.p_value_of_gain < _BY_CHANCE
             and (self.interval is None or self.interval[1] < 1)

@@ -471,9 +471,11 @@ def _judged(
 def _why_uncertain(timing: Timing | None) -> str:
     if timing is None:
         return "it is 0 on one side"
-    if timing.repeats_new < LEAST_REPEATS:
-        times = "once" if timing.repeats_new == 1 else f"{timing.repeats_new} times"
-        return f"measured {times}, which a busy machine can look like: {LEAST_REPEATS} repeats tell"
+    if not timing.are_enough:
+        which = "" if timing.repeats_new < LEAST_REPEATS else "the base was "
+        repeats = min(timing.repeats_base, timing.repeats_new)
+        times = "once" if repeats == 1 else f"{repeats} times"
+        return f"{which}measured {times}, which a busy machine can look like: {LEAST_REPEATS} repeats tell"
     return f"its {timing.repeats_new} repeats are not all slower: chance is not ruled out"
 
 
