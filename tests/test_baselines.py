@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from membench import cli
 from membench.errors import CannotCompare, ResultsError
 from membench.regression import baselines, sources
 from membench.regression.measured import Measured, Modules, of_run
@@ -135,6 +136,11 @@ def test_a_name_that_leads_elsewhere_is_none(name: str, tmp_path: Path) -> None:
         (lambda c: c.update(noise={_TRAIN: {"weights_bytes": {"runs": 1, "range": 3}}}), "is no spread"),
         (lambda c: c["cases"][_TRAIN].update(waited_s=[[0.1]]), "waited_s is not of the steps in samples"),
         (lambda c: c.update(noise=[]), "damaged: 'noise.spreads':"),
+        (lambda c: c["cases"][_TRAIN]["samples"].update(step_median_s=[[]]), "step_median_s holds nothing"),
+        (lambda c: c["cases"][_TRAIN]["samples"].update(step_median_s=[[5e-324]]), "step_median_s holds nothing"),
+        (lambda c: c["cases"][_TRAIN]["phases"].update(load={}), "phases holds nothing"),
+        (lambda c: c["cases"][_TRAIN].update(modules=[{"modules": "a", "count": 0, "bytes": 1}]), "modules holds"),
+        (lambda c: c["cases"][_TRAIN].update(modules=[{"modules": "a", "count": 1, "bytes": 10**400}]), "damaged"),
     ],
 )  # fmt: skip
 def test_what_is_damaged_or_newer_is_told_in_one_line(
@@ -199,3 +205,13 @@ def test_a_baseline_is_removed_by_its_name(path: Path) -> None:
         baselines.remove("quickstart@2-cores-epic", path.parent)
     baselines.remove(path.stem, path.parent)
     assert baselines.names(path.parent) == []
+
+
+def test_a_baseline_that_is_saved_anew_keeps_what_was_measured_of_the_machines_noise(
+    path: Path, measured: Measured, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise = Noise({_TRAIN: {"peak_live_bytes": Spread(5, 1_449_984)}})
+    baselines.write(dataclasses.replace(measured, noise=noise), path)
+    assert cli.main(["baseline", "save", "--run", str(_KEPT), "--output", str(path.parent.parent)]) == 0
+    assert baselines.read(path).noise == noise
+    assert "times were measured 1x: none will be called slower than these" in capsys.readouterr().out

@@ -189,3 +189,9 @@ def test_what_is_wrong_in_a_suite_is_one_line_with_key_and_value(text: str, mess
 def test_a_table_of_gates_is_no_place_for_anything_else() -> None:
     with pytest.raises(RuleError, match=r"unknown key 'gate.case.0.rule'; did you mean 'rules'\?"):
         of_table({"case": [{"match": "*", "rule": []}]})
+
+
+def test_a_rule_that_comes_to_more_than_a_number_holds_says_so(records: tuple[Record, ...]) -> None:
+    huge = "*".join(["disk/1 B"] * 40)
+    (outcome,) = outcomes([parse(f"{huge} <= 1", _PAIR[1])], records)
+    assert (outcome.holds, outcome.reason) == (None, "it comes to more than a number holds")

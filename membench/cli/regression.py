@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from membench.cli import ci
 from membench.cli.output import FOR_MACHINES, RESULTS, Verbs, beside
-from membench.errors import EXIT_CANNOT_COMPARE, EXIT_CASES_FAILED, EXIT_OK, CannotCompare, MembenchError
+from membench.errors import EXIT_CANNOT_COMPARE, EXIT_CASES_FAILED, EXIT_OK, CannotCompare, MembenchError, one_line
 
 if TYPE_CHECKING:
     from membench.regression.gates import Gate
@@ -264,14 +264,14 @@ def _broken_rules(run: Run | None, gates: Sequence[Gate], form: str) -> bool:
 
 
 def _update(base: Measured, judgement: Judgement, arguments: argparse.Namespace, code: int) -> None:
-    """Move the baseline, if all is fine; what it knows of noise stays."""
+    """Move the baseline, if all is known to be fine; what it knows of noise stays."""
     from membench.regression import baselines
     from membench.regression.sources import baseline_path
 
     named = arguments.against
     path = _baseline_named(named, arguments.output) if named else baseline_path(judgement.new, arguments.output)
     assert path is not None
-    if code != EXIT_OK:
+    if code != EXIT_OK or judgement.undecided:
         print(f"{path} stays as it is", file=sys.stderr)
         return
     kept = baselines.read(path)
@@ -293,6 +293,7 @@ def _baseline_named(name: str, results: Path) -> Path | None:
 
 def _save(arguments: argparse.Namespace) -> int:
     from membench.regression import baselines, sources
+    from membench.regression.timing import LEAST_REPEATS
     from membench.store import newest_run
 
     named = arguments.run or str(newest_run(arguments.output))
@@ -300,11 +301,16 @@ def _save(arguments: argparse.Namespace) -> int:
     folder = arguments.output / baselines.FOLDER.name
     path = baselines.path_of(arguments.name or baselines.default_name(measured), folder)
     is_there = path.is_file()
+    if is_there:
+        measured = dataclasses.replace(measured, noise=baselines.read(path).noise | measured.noise)
     baselines.write(measured, path)
     print(f"{path}: {len(measured.cases)} cases of {measured.name}{', in place of what was there' if is_there else ''}")
     for case in measured.cases.values():
         if not case.is_measured:
             print(f"{case.id}: kept as {case.status}; nothing is held against it")
+    repeats = min(len(values) for case in measured.cases.values() for values in case.values.values())
+    if repeats < LEAST_REPEATS:
+        print(f"times were measured {repeats}x: none will be called slower than these; repeats = {LEAST_REPEATS} tells")
     return EXIT_OK
 
 
@@ -315,7 +321,7 @@ def _list(arguments: argparse.Namespace) -> int:
     for name in baselines.names(folder):
         measured = baselines.read(baselines.path_of(name, folder))
         repeats = f"noise of {len(measured.noise.spreads)} cases known" if measured.noise.spreads else "noise not known"
-        print(f"{name}  {len(measured.cases)} cases  {measured.measured_at[:10]}  {repeats}")
+        print(one_line(f"{name}  {len(measured.cases)} cases  {measured.measured_at[:10]}  {repeats}"))
     return EXIT_OK
 
 

@@ -34,6 +34,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,79}(@[A-Za-z0-9_][A-Za-z0-9_.
 _DIGITS_OF_TIMES = 4
 _DIGITS = 7
 _LARGEST = 2.0**63
+_LEAST_S = 1e-9
 _LARGEST_FILE_BYTES = 2**26
 _WIDTH = 110
 
@@ -181,6 +182,8 @@ def _refuse_impossible(measured: Measured, path: Path) -> None:
         steps = [len(repeat) for repeat in case.samples.get("step_median_s", ())]
         if case.waited_s and [len(repeat) for repeat in case.waited_s] != steps:
             raise ResultsError(f"{path}: damaged: cases.{case_id}.waited_s is not of the steps in samples")
+        if wrong := _impossible(case):
+            raise ResultsError(f"{path}: damaged: cases.{case_id}.{wrong} holds nothing that was measured")
         for name, values in case.values.items():
             if not values or any(abs(value) > _LARGEST for value in values):
                 raise ResultsError(f"{path}: damaged: cases.{case_id}.values.{name} holds nothing that was measured")
@@ -188,6 +191,28 @@ def _refuse_impossible(measured: Measured, path: Path) -> None:
         for name, spread in spreads.items():
             if spread.runs < 2 or not 0 <= spread.range <= _LARGEST:
                 raise ResultsError(f"{path}: damaged: noise.{case_id}.{name} is no spread of two runs or more")
+
+
+def _impossible(case: MeasuredCase) -> str | None:
+    """Which field of a case no measurement can have led to, if one has not."""
+    modules = case.modules or ()
+    sizes = {
+        "resolution_bytes": case.resolution_bytes.values(),
+        "breakdown_bytes": (size for of_part in case.breakdown_bytes.values() for size in of_part.values()),
+        "modules": (number for each in modules for number in (each.bytes, each.count)),
+        "phases": (size for of_phase in case.phases.values() for size in of_phase.values()),
+    }
+    for name, found in sizes.items():
+        if any(abs(size) > _LARGEST for size in found):
+            return name
+    if any(each.count < 1 for each in modules):
+        return "modules"
+    if any(not {"peak_live_bytes", "held_live_bytes"} <= set(of_phase) for of_phase in case.phases.values()):
+        return "phases"
+    for name, repeats in case.samples.items():
+        if not repeats or any(not repeat or not all(_LEAST_S <= s <= _LARGEST for s in repeat) for repeat in repeats):
+            return f"samples.{name}"
+    return None
 
 
 def _unfolded(parsed: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import operator
 import re
 import statistics
@@ -338,6 +339,10 @@ def _held(gate: Gate, repeats: Sequence[Record], reference: Sequence[Record]) ->
         return Outcome(repeats[0].id, gate, None, reason=str(unknown))
     except ZeroDivisionError:
         return Outcome(repeats[0].id, gate, None, reason="it divides by a figure that is 0")
+    except OverflowError:
+        left = right = math.inf
+    if not (math.isfinite(left) and math.isfinite(right)):
+        return Outcome(repeats[0].id, gate, None, reason="it comes to more than a number holds")
     holds = _COMPARISONS[gate.comparison](left, right)
     return Outcome(repeats[0].id, gate, holds, gate.left.shown(left), gate.right.shown(right))
 

@@ -420,6 +420,8 @@ def _is_of_waiting(metric: Metric, base: MeasuredCase, new: MeasuredCase, allowe
     before = base.value(metric.field)
     if metric.field not in OF_STEPS or not new.waited_s or not before:
         return False
+    if not base.samples.get("step_median_s") or not new.samples.get("step_median_s"):
+        return False
     sides = [_without_waiting(base), _without_waiting(new)]
     return not compare(*sides).is_certainly_slower(allowed / abs(before))
 
