@@ -15,6 +15,12 @@ Group = tuple[str, str, str]
 _OF_THE_REFERENCE = {"lost_bits_per_byte": 0.0, "kl_nats": 0.0, "top1_agreement_percent": 100.0}
 """How far the reference is from itself: it has no such figure."""
 
+_LEARNT = (
+    "bits_per_byte", "lost_bits_per_byte", "lost_bits_per_byte_standard_error", "perplexity_per_token", "kl_nats",
+    "top1_agreement_percent",
+)  # fmt: skip
+"""Of a module; where data are only read it has learnt nothing."""
+
 CERTAIN = 2
 """Standard errors below which a loss cannot be told from chance."""
 
@@ -51,7 +57,9 @@ class Comparison:
         return self._cases.get((group, technique), [])
 
     def value(self, group: Group, technique: str, field: str) -> float | None:
-        """A metric of a case; ``None`` if no repeat has it."""
+        """A metric of a case; ``None`` if no repeat has it, and of quality where data are only read."""
+        if field in _LEARNT and self.reads_only(group):
+            return None
         values = [v for record in self.repeats(group, technique) if (v := record.metrics.get(field)) is not None]
         return statistics.median(values) if values else None
 
@@ -65,6 +73,10 @@ class Comparison:
             if process.get("corpus")
         }
         return bool(own and of and own != of)
+
+    def reads_only(self, group: Group) -> bool:
+        """Whether a group's workload reads data, and does nothing with them."""
+        return self.is_known(group, "read_mb_per_s")
 
     def is_known(self, group: Group, field: str) -> bool:
         """Whether any case of the group has a metric."""
@@ -104,8 +116,6 @@ class Comparison:
 
         ``None`` where none is known, and where data are only read: no module has learnt from them.
         """
-        if self.is_known(group, "read_mb_per_s"):
-            return None
         fields = ("accuracy_percent", "lost_bits_per_byte", "kl_nats")
         return next(filter(functools.partial(self.is_known, group), fields), None)
 

@@ -128,3 +128,15 @@ def test_the_text_says_what_is_held_against_the_budget_and_what_comes_on_top() -
         " packing data, the first step and running. What the interpreter and its libraries take comes on top: up to"
         " 300.0 MiB in this run."
     )
+
+
+def test_where_data_are_only_read_nothing_is_learnt_and_what_is_left_out_is_lost() -> None:
+    read = {"read_mb_per_s": 100.0, "lost_bits_per_byte": 0.0, "bits_per_byte": 2.0}
+    records = [
+        _case("none", 100, **read),
+        _case("quarter-of-it", 10, seconds=0.2, corpus_kept_percent=25.0, **read),
+        _case("packed", 20, **read),
+    ]
+    advice = _advised(records, 200)
+    assert advice.technique == "packed"
+    assert "leaves out 75% of the text" in dict(advice.others)["quarter-of-it"]

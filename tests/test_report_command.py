@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from membench import cli
 from membench.cli import report as verbs
 from membench.report import files, formats
+from membench.store import read_run
 
 _RESULTS = Path(__file__).parent.parent / "results"
 _QUICKSTART = str(_RESULTS / "quickstart@2-cores-epyc.jsonl")
@@ -113,3 +115,10 @@ def test_what_is_not_installed_is_named_with_the_command_that_installs_it(
     monkeypatch.setitem(sys.modules, library, None)
     assert cli.main(words) == 2
     assert "pip install 'membench[report]'" in capsys.readouterr().err
+
+
+def test_a_suite_cannot_end_the_block_that_it_stands_in() -> None:
+    kept = read_run(_QUICKSTART)
+    hostile = dataclasses.replace(kept, header={**kept.header, "suite_text": "# ```\n<img src=x>\n"}, records=())
+    block = formats.report([hostile], "md").split("\n\n")[-1].splitlines()
+    assert block == ["````toml", "# ```", "<img src=x>", "````"]

@@ -190,6 +190,9 @@ def _loss(found: Comparison, group: Group, technique: str) -> _Loss:
         if points >= -SAME_ACCURACY:
             return _Loss(0.0, 0.0, "loses no accuracy beyond chance")
         return _Loss(-points, -points, f"loses {-points:.1f} percentage points of accuracy")
+    kept = found.value(group, technique, "corpus_kept_percent") if found.reads_only(group) else None
+    if kept is not None and kept < 100:
+        return _Loss(100 - kept, 100 - kept, f"leaves out {100 - kept:.3g}% of the text")
     lost, of = found.value(group, technique, "lost_bits_per_byte"), found.value(group, REFERENCE, "bits_per_byte")
     if lost is not None and of:
         error = found.value(group, technique, "lost_bits_per_byte_standard_error") or 0.0

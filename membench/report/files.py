@@ -105,6 +105,11 @@ def _short(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
 
 
+def _round(number: int) -> int:
+    """How often all colours were taken before: with another shape, no two look alike."""
+    return max(0, number - 1) // 7
+
+
 def _colour(number: int) -> str:
     return _COLOURS[(number - 1) % len(_COLOURS)] if number else _REFERENCE
 
@@ -116,7 +121,7 @@ def _cloud(at: Axes, picture: Cloud) -> None:
         colour = _colour(number)
         at.scatter(
             point.x, point.y, s=30 + 270 * point.speed, label=_short(point.technique), zorder=2, edgecolors=colour,
-            facecolors=colour if point.on_front else "none", marker=_SHAPES[number // 8 % len(_SHAPES)], alpha=0.85,
+            facecolors=colour if point.on_front else "none", marker=_SHAPES[_round(number) % len(_SHAPES)], alpha=0.85,
         )  # fmt: skip
     if picture.ticks:
         at.set_xticks([tick.at for tick in picture.ticks], [tick.text for tick in picture.ticks])
@@ -190,7 +195,7 @@ def _lines(at: Axes, picture: Lines) -> None:
     for number, one in enumerate(picture.series):
         known = [(run, value) for run, value in enumerate(one.values) if value is not None]
         at.plot(*zip(*known, strict=True), label=_short(one.name), color=_colour(number),
-                marker=_SHAPES[number % len(_SHAPES)], linestyle=("-", "--", ":")[number // 8 % 3])  # fmt: skip
+                marker=_SHAPES[number % len(_SHAPES)], linestyle=("-", "--", ":")[_round(number) % 3])  # fmt: skip
     at.set_xticks(range(len(picture.runs)), [one_line(run).replace(" (", "\n(") for run in picture.runs], fontsize=7)
     at.set_xlim(-0.4, len(picture.runs) - 0.6)
     at.set_ylabel(picture.unit)

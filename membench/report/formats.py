@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -50,7 +51,9 @@ def _markdown(run: Run) -> Iterator[str]:
     said = [*text.remarks(run.records), *text.verdicts(run.records)]
     if said:
         yield "\n".join(["```text", *map(one_line, said), "```"])
-    yield "\n".join(["```toml", *map(one_line, str(run.header.get("suite_text", "")).splitlines()), "```"])
+    suite = [one_line(line) for line in str(run.header.get("suite_text", "")).splitlines()]
+    fence = "`" * max(3, 1 + max((len(ticks) for line in suite for ticks in re.findall("`+", line)), default=0))
+    yield "\n".join([f"{fence}toml", *suite, fence])
 
 
 def _latex(run: Run) -> Iterator[str]:

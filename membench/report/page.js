@@ -115,7 +115,7 @@
           text: [label(point.technique)], textposition: "top right", textfont: { size: 11 }, cliponaxis: false,
           hoverinfo: "text", hovertext: [`<b>${plain(point.technique)}</b><br>${plain(point.told).replaceAll("; ", "<br>")}${point.on_front ? "<br>on the front" : ""}`],
           marker: { size: 9 + 19 * Math.sqrt(point.speed), color: colour(number), line: { width: 2, color: colour(number) },
-            symbol: SHAPES[Math.floor(number / 8) % SHAPES.length] + (point.on_front ? "" : "-open"), opacity: 0.85 },
+            symbol: SHAPES[Math.floor(Math.max(0, number - 1) / 7) % SHAPES.length] + (point.on_front ? "" : "-open"), opacity: 0.85 },
         })),
       ],
       layout: {
@@ -193,7 +193,7 @@
       traces: picture.series.map((one, number) => ({
         x: picture.runs.map((_, n) => n), y: one.values, mode: "lines+markers", name: label(one.name),
         hoverinfo: "text", hovertext: picture.runs.map((run, n) => `<b>${plain(one.name)}</b><br>${plain(picture.title)} ${plain(one.told[n])}<br>${plain(run)}`),
-        line: { color: colour(number), dash: ["solid", "dash", "dot"][Math.floor(number / 8) % 3] }, marker: { size: 8, symbol: SHAPES[number % SHAPES.length] },
+        line: { color: colour(number), dash: ["solid", "dash", "dot"][Math.floor(Math.max(0, number - 1) / 7) % 3] }, marker: { size: 8, symbol: SHAPES[number % SHAPES.length] },
       })),
       layout: {
         height: 330 + legendHeight(picture.series.map((one) => one.name)), legend: { ...legend, y: -0.17 },

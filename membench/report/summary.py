@@ -116,7 +116,16 @@ def _fastest_of_the_smallest(found: Comparison, group: Group, techniques: Sequen
 
     least = min(map(size, techniques))
     near = [technique for technique in techniques if size(technique) <= least * (1 + _AS_SMALL)]
-    return min(near, key=lambda technique: (found.value(group, technique, "step_median_s") or 0.0, size(technique)))
+    return min(near, key=lambda technique: (_seconds_a_token(found, group, technique), size(technique)))
+
+
+def _seconds_a_token(found: Comparison, group: Group, technique: str) -> float:
+    """Of a step where it has no tokens; without end where it is not known."""
+    tokens_per_s = found.value(group, technique, "tokens_per_s")
+    if tokens_per_s:
+        return 1 / tokens_per_s
+    seconds = found.value(group, technique, "step_median_s")
+    return float("inf") if seconds is None else seconds
 
 
 def _ratio(found: Comparison, group: Group, technique: str, field: str) -> Ratio | None:
@@ -156,6 +165,8 @@ def _loses_nothing(found: Comparison, group: Group, technique: str) -> bool:
     points = found.difference(group, technique, "accuracy_percent")
     if points is not None:
         return points >= -SAME_ACCURACY
+    if found.reads_only(group):
+        return found.value(group, technique, "corpus_kept_percent") in (None, 100.0)
     lost = found.value(group, technique, "lost_bits_per_byte")
     if lost is not None:
         return lost <= CERTAIN * (found.value(group, technique, "lost_bits_per_byte_standard_error") or 0.0)
@@ -170,6 +181,9 @@ def _loss(found: Comparison, group: Group, technique: str) -> str:
             return ", gets as many held-out samples right"
         more = "fewer" if points < 0 else "more"
         return f", gets {abs(points):.1f} percentage points {more} of the held-out samples right"
+    kept = found.value(group, technique, "corpus_kept_percent") if found.reads_only(group) else None
+    if kept is not None:
+        return f", with {kept:.3g}% of the text"
     lost, of = found.value(group, technique, "lost_bits_per_byte"), found.value(group, REFERENCE, "bits_per_byte")
     if lost is not None and of:
         error = found.value(group, technique, "lost_bits_per_byte_standard_error") or 0.0
