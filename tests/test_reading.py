@@ -265,9 +265,9 @@ def test_a_training_without_data_has_no_figures_of_any(records: Mapping[str, Rec
 def test_processes_that_read_are_counted(records: Mapping[str, Record]) -> None:
     whole = records["uint8/read"].metrics["children_peak_bytes"] or 0
     mapped = records["uint8+mapped-tokens/read"].metrics["children_peak_bytes"] or 0
-    # Each of the two keeps all of the text; or together they map it, each the pages that it reads.
+    # Each of the two keeps all of the text; or together they map it, each the pages that it reads, beside a window.
     assert whole > 2 * _CORPUS_BYTES * 0.9
-    assert whole - mapped > _CORPUS_BYTES / 2
+    assert whole - mapped > _CORPUS_BYTES / 8
 
 
 def test_an_epoch_counts_what_is_really_read(records: Mapping[str, Record]) -> None:
