@@ -41,6 +41,7 @@ class Comparison:
         self._cases: dict[tuple[Group, str], list[Record]] = {}
         for record in records:
             self._cases.setdefault((record.group, record.technique), []).append(record)
+        self._reading = {record.group for record in records if record.metrics.get("read_mb_per_s") is not None}
 
     @property
     def groups(self) -> list[Group]:
@@ -76,7 +77,7 @@ class Comparison:
 
     def reads_only(self, group: Group) -> bool:
         """Whether a group's workload reads data, and does nothing with them."""
-        return self.is_known(group, "read_mb_per_s")
+        return group in self._reading
 
     def is_known(self, group: Group, field: str) -> bool:
         """Whether any case of the group has a metric."""

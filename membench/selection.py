@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from membench.errors import SuiteError
+from membench.errors import MembenchError, SuiteError
 
 Predicate = Callable[[str], bool]
 
@@ -66,3 +66,8 @@ def parse(expression: str) -> Predicate:
     if peek() is not None:
         raise SuiteError(f"-k '{expression}': '{peek()}' stands where 'and' or 'or' belongs")
     return predicate
+
+
+def fits_nothing(expression: str) -> MembenchError:
+    """What to raise where an expression leaves no case of a suite."""
+    return MembenchError(f"-k '{expression}' fits no case; 'membench list SUITE' names them")

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 ROUNDS = 5
 """Time is judged over three repeats or more; five tell it from chance more surely."""
-_MORE_ROUNDS = 3
 
 
 def run(arguments: argparse.Namespace, suite: Suite) -> int:
@@ -30,6 +29,7 @@ def run(arguments: argparse.Namespace, suite: Suite) -> int:
     from rich.console import Console
 
     from membench import interleaving, selection
+    from membench.checking import MORE_REPEATS
     from membench.progress import Display
     from membench.regression.gates import outcomes
     from membench.regression.measured import of_run
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace, suite: Suite) -> int:
         sides = both.measure(rounds)
         judgement = judged(sides)
         if judgement.suspects:
-            sides = both.measure(_MORE_ROUNDS, judgement.suspects)
+            sides = both.measure(MORE_REPEATS, judgement.suspects)
             judgement = judged(sides)
     print_judgements([judgement], arguments.format)
     held = outcomes(suite.gates, sides.head.records)

@@ -45,7 +45,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     suite = membench.load_suite(arguments.suite, arguments.device)
     keep = selection.parse(arguments.expression) if arguments.expression else lambda _: True
     if not suite.select(keep):
-        raise MembenchError(f"-k '{arguments.expression}' fits no case; 'membench list SUITE' names them")
+        raise selection.fits_nothing(arguments.expression)
     with Display(Console(stderr=True, force_terminal=sys.stderr.isatty())) as display:
         run = calibrate(suite, arguments.repeats, keep=keep, output=arguments.output, tell=display)
     noise = Noise.of_records(run.records)

@@ -144,7 +144,7 @@ def _of_suite(
     """Run a suite, and measure its suspects again."""
     from rich.console import Console
 
-    from membench import checking, session
+    from membench import checking, selection, session
     from membench.progress import Display
     from membench.regression import sources
     from membench.regression.measured import Measured, MeasuredCase
@@ -154,7 +154,7 @@ def _of_suite(
     suite = load_suite(arguments.new, arguments.device)
     keep = _keep(arguments.expression)
     if not suite.select(keep):
-        raise MembenchError(f"-k '{arguments.expression}' fits no case; 'membench list SUITE' names them")
+        raise selection.fits_nothing(arguments.expression)
     # All that can be wrong is found before anything is measured.
     to_be = {case.id: MeasuredCase(case.id, "ok") for case in suite.cases}
     expected = Measured(suite.name, suite.name, session.machine_of(suite), "", to_be)

@@ -157,9 +157,7 @@ def remove(name: str, folder: Path = FOLDER) -> None:
     try:
         path.unlink()
     except FileNotFoundError:
-        raise ResultsError(
-            f"{folder}: no baseline is named {shown(name)}; {did_you_mean(name, names(folder))}"
-        ) from None
+        raise _none_of(name, folder) from None
     except OSError as error:
         raise ResultsError(f"{path}: cannot be removed: {error.strerror}") from None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -488,9 +488,3 @@ def _shown(metric: Metric, value: float | None) -> str:
 def _signed(metric: Metric, amount: float) -> str:
     sign = "-" if amount < 0 else "+"
     return sign + metric.format(abs(amount)).removeprefix("+")
-
-
-def watched_metrics(tolerances: Tolerances, case_ids: Iterable[str]) -> list[Metric]:
-    """The metrics that are watched in any of these cases."""
-    ids = list(case_ids)
-    return [metric for metric in METRICS if any(tolerances.of(case_id, metric) for case_id in ids)]
