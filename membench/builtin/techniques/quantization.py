@@ -152,7 +152,10 @@ def _by_torchao(name: str, weight: torch.Tensor, config: Any) -> nn.Parameter:
     quantize_(layer, config, filter_fn=lambda *_: True)
     if not hasattr(layer.weight.data, "__tensor_flatten__"):
         raise Unsuitable(f"torchao leaves '{name}' of {tuple(weight.shape)} as it is")
-    return layer.weight
+    made = layer.weight
+    # torchao hangs a method of its own on the layer: a cycle, which would keep the rows until a collector comes.
+    vars(layer).clear()
+    return made
 
 
 class Int8WeightOnly(_Torchao):
