@@ -213,7 +213,7 @@ class Assembly:
             return _no_tokens
         if (data := self.context.data) is not None and (wanted := self.workload.corpus()) is not None:
             batches = endless(data, wanted.batch_size, self.context.seed, wanted.workers)
-            return lambda count: next(batches).flatten()
+            return lambda count: next(batches).flatten().to(torch.int64)
         vocabulary = self.model.vocabulary(module)
         encoded = self.model.encode(corpus.split()[0])
         following = corpus.stream(corpus.ids(vocabulary) if encoded is None else encoded, vocabulary)

@@ -485,7 +485,7 @@ def test_streaming_four_times_the_data_takes_no_more_memory(records: dict[tuple[
     some, more = (_peak(records, "uint8+zstd+stream", workload) for workload in ("some", "more"))
     # Of an eighth of the bytes the kernel's own granularity is more than the twentieth that they may differ by.
     assert more == pytest.approx(some, rel=0.05, abs=4 * resolution_bytes())
-    # Two windows of four blocks, two frames that are being decoded, and what batches are cut from.
+    # Two windows of four blocks, two frames that are being decoded, and the batch that is handed out.
     assert 8 * _BLOCK_BYTES - resolution_bytes() < more < 14 * _BLOCK_BYTES + resolution_bytes()
 
 

@@ -70,13 +70,15 @@ def _written(folder: Path, storage: Storage = _PLAIN, rows: int = _ROWS) -> Data
 
 
 @pytest.mark.parametrize("name", _STORAGES)
-def test_batches_are_the_same_byte_for_byte_however_data_are_kept(name: str, tmp_path: Path) -> None:
+def test_batches_have_the_same_ids_however_they_are_kept_each_as_wide_as_it_is_kept(name: str, tmp_path: Path) -> None:
     read = epochs(_written(tmp_path / "plain"), _BATCH, 3, 0)
-    others = epochs(_written(tmp_path / "other", _STORAGES[name]), _BATCH, 3, 0)
+    data = _written(tmp_path / "other", _STORAGES[name])
+    others = epochs(data, _BATCH, 3, 0)
+    kept = data.storage.layout.type(data.extent)
     for epoch in range(2):
-        expected, found = list(read(epoch)), list(others(epoch))
-        assert [batch.dtype for batch in found] == [batch.dtype for batch in expected]
-        assert [batch.numpy().tobytes() for batch in found] == [batch.numpy().tobytes() for batch in expected]
+        expected, found = [batch.numpy() for batch in read(epoch)], [batch.numpy() for batch in others(epoch)]
+        assert {batch.dtype for batch in found} == {kept}
+        assert [batch.astype(numpy.int64).tobytes() for batch in found] == [batch.tobytes() for batch in expected]
 
 
 def test_an_epoch_has_each_row_once_and_in_another_order_than_the_last(tmp_path: Path) -> None:
@@ -169,7 +171,9 @@ def _tokens(workload: Mapping[str, Any], scratch: Path, techniques: tuple[str, .
     assembly = Assembly.of(request, _without_parts)
     module = assembly.model.skeleton()
     tokens = assembly.store(module).tokens(module)
-    return [token for _ in range(4) for token in tokens(256).tolist()]
+    ids = [tokens(256) for _ in range(4)]
+    assert {str(some.dtype) for some in ids} == {"torch.int64"}  # what an embedding and a loss take
+    return [token for some in ids for token in some.tolist()]
 
 
 def test_without_data_training_goes_through_the_text_from_its_start(tmp_path: Path) -> None:
@@ -182,6 +186,14 @@ def test_with_data_training_gets_rows_of_the_text(tmp_path: Path) -> None:
     text = corpus.split()[0] + b"\n\n"
     assert all(found[start : start + 128] in text for start in range(0, 1024, 128))
     assert found[:1024] != text[:1024]
+
+
+@pytest.mark.parametrize("stack", ["uint8", "uint16+mapped-tokens", "bit-packed", "uint8+zstd+stream", "arrow"])
+def test_training_gets_the_same_ids_however_data_are_kept(stack: str, tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "other").mkdir()
+    plain = _tokens({"data": "topics"}, tmp_path / "plain")
+    assert _tokens({"data": "topics"}, tmp_path / "other", tuple(stack.split("+"))) == plain
 
 
 def test_too_little_text_for_a_batch_is_said(tmp_path: Path) -> None:

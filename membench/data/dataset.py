@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
 _BLOCKS_AT_ONCE = 4
 _DECODERS = 2
 """Threads that decode ahead, so that a fast codec does not wait for the batches to be made."""
-_TOKENS_WIDENED_AT_ONCE = 2**15
+_TOKENS_TAKEN_AT_ONCE = 2**15
 """A batch by itself may be so small that calling numpy for it takes longer than its work."""
+_REFERENCES_OF_NOBODY = 3
+"""To an array that nothing is cut from: the list's, the loop's, and that of the call which counts them."""
 _MB = 1e6
 _CODEC_CLOCK = "monotonic clock around the codec, on one thread"
 _CODEC_TIMED_S = 0.2
@@ -127,13 +130,16 @@ class Dataset:
             return frame
         whole = numpy.empty((self.extent.rows, self.extent.length), self.storage.layout.type(self.extent))
         for number, start in enumerate(range(0, self.extent.rows, self.frame_rows)):
-            self._fill(whole, start, number, frame)
+            whole[start : start + self.frame_rows] = frame(number)
         return whole
 
     def batches(
         self, size: int, seed: int, epoch: int, opened: Ids | Frame, share: tuple[int, int] = (0, 1)
     ) -> Iterator[Any]:
-        """The batches of an epoch, (size, tokens) int64; the last has the rows that are left.
+        """The batches of an epoch, (size, tokens); the last has the rows that are left.
+
+        Ids have the type that they are kept in. Widened to int64, a byte becomes eight: that is left to whoever needs
+        it.
 
         Args:
             opened: as the method of that name gives it.
@@ -144,63 +150,94 @@ class Dataset:
 
         all_windows = windows(self.extent, self.frame_rows, _BLOCKS_AT_ONCE, seed, epoch)
         mine = itertools.islice(all_windows, share[0], None, share[1])
-        together = max(1, _TOKENS_WIDENED_AT_ONCE // (size * self.extent.length))
-        left: Any = numpy.empty((0, self.extent.length), numpy.uint8)
-        for rows, order in self._ahead(mine, opened):
-            first = -len(left) % size  # so many rows fill the batch that the last window began
+        shuffled = self._decoded(mine, opened, size) if callable(opened) else self._taken(mine, opened, size)
+        left: Any = numpy.empty((0, self.extent.length), self.storage.layout.type(self.extent))
+        for rows in shuffled:
+            first = -len(left) % size  # so many rows fill the batch that the last ones began
             if first:
-                left = numpy.concatenate([left, rows.take(order[:first], axis=0)])
+                left = numpy.concatenate([left, rows[:first]])
                 if len(left) < size:
                     continue
-                yield torch.from_numpy(left.astype(numpy.int64))
-            last = len(order) - (len(order) - first) % size
-            for start in range(first, last, size * together):
-                some = rows.take(order[start : min(start + size * together, last)], axis=0).astype(numpy.int64)
-                yield from (torch.from_numpy(some[at : at + size]) for at in range(0, len(some), size))
-            left = rows.take(order[last:], axis=0)
+                yield torch.from_numpy(left)
+            last = len(rows) - (len(rows) - first) % size
+            if last > first:
+                yield from torch.split(torch.from_numpy(rows[first:last]), size)
+            left = rows[last:].copy()
         if len(left):
-            yield torch.from_numpy(left.astype(numpy.int64))
+            yield torch.from_numpy(left)
 
-    def _ahead(self, some: Iterable[Window], opened: Ids | Frame) -> Iterator[tuple[Ids, Numbers]]:
-        """Rows for each window, and which of them it takes in which order; they are there until the next is asked for.
+    def _taken(self, some: Iterable[Window], opened: Ids, size: int) -> Iterator[Ids]:
+        """Rows in the order of the windows, a few batches of so many at once, out of all of them."""
+        at_once = size * max(1, _TOKENS_TAKEN_AT_ONCE // (size * self.extent.length))
+        for window in some:
+            numbers = self._numbers(window)[window.order]
+            for start in range(0, len(numbers), at_once):
+                yield opened.take(numbers[start : start + at_once], axis=0)
 
-        Where frames are decoded, those of the next window are while this one is worked through.
+    def _decoded(self, some: Iterable[Window], frame: Frame, size: int) -> Iterator[Ids]:
+        """Rows in the order of the windows, a window at once but for its last batch, which comes as a copy.
+
+        So whoever holds that one while the next window comes holds nothing of this, and its memory is used again. Where
+        frames are decoded, those of the next window are while this one is worked through.
         """
-        import numpy
+        rooms: list[Ids] = []
 
-        if not callable(opened):
-            for window in some:
-                yield opened, self._numbers(window)[window.order]
-            return
-        frame = opened
-
-        def buffer() -> Ids:
-            rows = min(self.extent.rows, _BLOCKS_AT_ONCE * block_rows(self.extent.length))
-            return numpy.empty((rows, self.extent.length), self.storage.layout.type(self.extent))
+        def put(rows: Ids, frames: list[tuple[int, Numbers]]) -> None:
+            for number, places in frames:
+                rows[places] = frame(number)
 
         if self.storage.reading == "mapped":
-            rows = buffer()
             for window in some:
-                for place in self._places(window):
-                    self._fill(rows, *place, frame)
-                yield rows, window.order
+                rows = self._room(rooms)[: len(window.order)]
+                put(rows, self._places(window))
+                yield rows[:-size]
+                rows = rows[-size:].copy()
+                yield rows
             return
         threads = ThreadPoolExecutor(_DECODERS)
+
+        def begun(window: Window) -> tuple[Ids, list[Future[None]]]:
+            rows, frames = self._room(rooms)[: len(window.order)], self._places(window)
+            return rows, [threads.submit(put, rows, frames[first::_DECODERS]) for first in range(_DECODERS)]
+
         try:
-
-            def begun(window: Window, rows: Ids) -> tuple[Window, Ids, list[Future[None]]]:
-                return window, rows, [threads.submit(self._fill, rows, *place, frame) for place in self._places(window)]
-
-            coming = map(begun, some, itertools.cycle((buffer(), buffer())))
+            coming = map(begun, some)
             following = next(coming, None)
             while following is not None:
-                window, rows, filling = following
+                rows, filling = following
                 for filled in filling:
                     filled.result()
                 following = next(coming, None)
-                yield rows, window.order
+                yield rows[:-size]
+                rows = rows[-size:].copy()
+                yield rows
         finally:
             threads.shutdown(cancel_futures=True)
+
+    def _room(self, rooms: list[Ids]) -> Ids:
+        """Room for the rows of a window: one of these that nobody holds a batch of any more, or else a new one."""
+        import numpy
+
+        for room in rooms:
+            if sys.getrefcount(room) == _REFERENCES_OF_NOBODY:
+                return room
+        rows = min(self.extent.rows, _BLOCKS_AT_ONCE * block_rows(self.extent.length))
+        rooms.append(numpy.empty((rows, self.extent.length), self.storage.layout.type(self.extent)))
+        return rooms[-1]
+
+    def _places(self, window: Window) -> list[tuple[int, Numbers]]:
+        """A window's frames, each with the places that its rows come to in the window's order."""
+        import numpy
+
+        places = numpy.empty_like(window.order)
+        places[window.order] = numpy.arange(len(places))
+        step = self.frame_rows
+        counts = [min(step, self.extent.rows - number * step) for number in window.frames]
+        starts = itertools.accumulate(counts, initial=0)
+        return [
+            (number, places[start : start + count])
+            for number, start, count in zip(window.frames, starts, counts, strict=False)
+        ]
 
     def _numbers(self, window: Window) -> Numbers:
         """Of the rows of a window's frames among all rows."""
@@ -208,19 +245,6 @@ class Dataset:
 
         step, rows = self.frame_rows, self.extent.rows
         return numpy.concatenate([numpy.arange(n * step, min((n + 1) * step, rows)) for n in window.frames])
-
-    def _places(self, window: Window) -> Iterator[tuple[int, int]]:
-        """Where the rows of a window's frames come to lie: (first row, frame); the very last frame may be shorter."""
-        start = 0
-        for number in window.frames:
-            yield start, number
-            start += min(self.frame_rows, self.extent.rows - number * self.frame_rows)
-
-    @staticmethod
-    def _fill(buffer: Ids, start: int, number: int, frame: Frame) -> None:
-        """Put a frame's rows into a buffer."""
-        rows = frame(number)
-        buffer[start : start + len(rows)] = rows
 
 
 def endless(data: Dataset, batch_size: int, seed: int, workers: int) -> Iterator[torch.Tensor]:

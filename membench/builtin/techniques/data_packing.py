@@ -49,7 +49,7 @@ class _Integers(_Layout):
 class Uint8(_Integers):
     """Token ids as bytes, for vocabularies of up to 256: an eighth of the 64 bits that torch wants them in.
 
-    Batches are widened to 64 bits one by one, when they are handed out.
+    Batches come as narrow; a training widens each to 64 bits when it takes it.
     """
 
     bits = 8
@@ -58,7 +58,7 @@ class Uint8(_Integers):
 class Uint16(_Integers):
     """Token ids in 16 bits, for vocabularies of up to 65,536: a quarter of the 64 that torch wants them in.
 
-    Batches are widened to 64 bits one by one, when they are handed out.
+    Batches come as narrow; a training widens each to 64 bits when it takes it.
     """
 
     bits = 16
@@ -67,7 +67,7 @@ class Uint16(_Integers):
 class Uint32(_Integers):
     """Token ids in 32 bits: half of the 64 that torch wants them in.
 
-    Batches are widened to 64 bits one by one, when they are handed out.
+    Batches come as narrow; a training widens each to 64 bits when it takes it.
     """
 
     bits = 32
