@@ -21,6 +21,7 @@ from membench.data.shards import Shards
 from membench.data.storage import Storage
 from membench.environment import available_bytes
 from membench.errors import summary
+from membench.record import PluginFile
 from membench.stand_in import StandIn
 from membench.units import format_bytes
 from membench.weights import fingerprint
@@ -56,9 +57,6 @@ class Assembly:
         Raises:
             plugins.Unsuitable: if a member cannot serve the case, or wants a library that is not installed.
         """
-
-        def create(kind: str, named: dict[str, Any]) -> Any:
-            return registry.create(kind, named["use"], named["options"])
 
         model, workload = create("model", request["model"]), create("workload", request["workload"])
         techniques = tuple(create("technique", named) for named in request["techniques"])
@@ -306,6 +304,16 @@ class Assembly:
             free, where = available_bytes(), "available on this machine"
         if needed > free:
             raise plugins.DoesNotFit(f"loading needs {format_bytes(needed)}; {format_bytes(free)} are {where}")
+
+
+def create(kind: str, named: dict[str, Any]) -> Any:
+    """A plug-in of a request.
+
+    Raises:
+        PluginError: if it is not there, or the file that it is in has changed.
+    """
+    files = (PluginFile(**named["file"]),) if "file" in named else ()
+    return registry.create(kind, named["use"], named["options"], files)
 
 
 @functools.cache

@@ -452,11 +452,25 @@ METRIC_OF_FIELD: Mapping[str, Metric] = {metric.field: metric for metric in METR
 
 
 @dataclass(frozen=True)
+class PluginFile:
+    """A file of a suite's own plug-ins: its name in the suite, where it is, and what it was when the suite was read."""
+
+    name: str
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Plugin:
-    """A plug-in named by a suite: what to look up and with which options."""
+    """A plug-in named by a suite: what to look up, with which options, and in which file if it is not installed."""
 
     use: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    file: PluginFile | None = None
+
+    @property
+    def files(self) -> tuple[PluginFile, ...]:
+        return () if self.file is None else (self.file,)
 
 
 @dataclass(frozen=True)

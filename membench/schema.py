@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from membench.errors import ResultsError
-from membench.names import checked_device, checked_name, checked_stack, members
+from membench.names import checked_device, checked_name, checked_plugin, checked_stack, members
 from membench.record import REFERENCE, SCHEMA_VERSION, Status
 from membench.validation import problem, shown
 
@@ -64,6 +64,7 @@ class _Header(_Table):
     machine: _Machine = _Machine()
     started_at: str = ""
     code: _Code | None = None
+    plugin_files: dict[str, str] = {}
 
 
 class _Plugin(_Table):
@@ -217,7 +218,7 @@ def check_record(entry: Mapping[str, Any]) -> None:
         for key, name in (("id", entry["id"]), ("case.model", case["model"]), ("case.workload", case["workload"])):
             _check_name(key, name, _checked_text)
         return
-    for axis, checked in (("model", checked_name), ("technique", checked_stack), ("workload", checked_name)):
+    for axis, checked in (("model", checked_plugin), ("technique", checked_stack), ("workload", checked_plugin)):
         _check_name(f"case.{axis}", case[axis], checked)
     own = f"{case['model']}/{case['technique']}/{case['workload']}/{case['device']}"
     if entry["id"] != own:

@@ -13,12 +13,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from membench import units
+from membench import plugin_files, units
 from membench.amounts import amount, wanted
-from membench.errors import RuleError, SuiteError, did_you_mean, nearest, one_line
+from membench.errors import PluginError, RuleError, SuiteError, did_you_mean, nearest, one_line
 from membench.expansion import expand
-from membench.names import checked_device, checked_name, checked_stack, parts
-from membench.record import METRICS, REFERENCE, Case
+from membench.names import checked_device, checked_name, checked_plugin, checked_stack, parts
+from membench.record import METRICS, REFERENCE, Case, PluginFile
 from membench.regression.gates import Gate
 from membench.regression.gates import of_table as gates_of_table
 from membench.regression.tolerances import Tolerance
@@ -41,7 +41,7 @@ def _listed(value: Any) -> Any:
 
 
 Name = Annotated[str, AfterValidator(checked_name)]
-Names = Annotated[list[Name], Field(min_length=1)]
+Names = Annotated[list[Annotated[str, AfterValidator(checked_plugin)]], Field(min_length=1)]
 Stacks = Annotated[list[Annotated[str, AfterValidator(checked_stack)]], Field(min_length=1)]
 Devices = Annotated[list[Annotated[str, AfterValidator(checked_device)]], Field(min_length=1)]
 Patterns = Annotated[list[str], Field(min_length=1), BeforeValidator(_listed)]
@@ -49,8 +49,11 @@ _OneOrMore = BeforeValidator(_listed)
 
 
 class Head(_Table):
+    """``plugins``: files of plug-ins, relative to the suite's."""
+
     name: Name
     description: str = ""
+    plugins: Patterns | None = None
 
 
 class Matrix(_Table):
@@ -120,7 +123,9 @@ class Contents(_Table):
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite, checked: its cases (references included), settings, limits by metric field, tolerances and gates."""
+    """A suite, checked: its cases (references included), settings, limits by metric field, tolerances, gates, and the
+    files of its own plug-ins.
+    """
 
     path: Path
     name: str
@@ -131,6 +136,7 @@ class Suite:
     text: str
     tolerances: tuple[Tolerance, ...] = ()
     gates: tuple[Gate, ...] = ()
+    plugin_files: tuple[PluginFile, ...] = ()
 
     def select(self, keep: Callable[[str], bool]) -> tuple[Case, ...]:
         """The cases whose id is kept, and what they are compared with: references, and the parts of stacks."""
@@ -197,7 +203,8 @@ def load_suite(name: str | Path, devices: list[str] | None = None) -> Suite:
     except ValidationError as error:
         raise SuiteError(f"{path}: {problem(error, Contents, parsed).sentence()}") from None
     try:
-        cases = expand(contents, devices)
+        files = _plugin_files(contents.suite.plugins or (), path)
+        cases = expand(contents, devices, files)
         limits = dict(_limit(key, value) for key, value in contents.limits.items())
         tolerances, gates = _rules(contents.regression, contents.gate)
         if devices is None:  # others may be what a pattern is about
@@ -214,7 +221,22 @@ def load_suite(name: str | Path, devices: list[str] | None = None) -> Suite:
         text,
         tolerances,
         gates,
+        files,
     )
+
+
+def _plugin_files(names: Sequence[str], path: Path) -> tuple[PluginFile, ...]:
+    """A suite's own plug-ins, each file run once to see that it can be."""
+    try:
+        files = plugin_files.named(names, path.parent)
+    except PluginError as error:
+        raise SuiteError(f"suite.plugins: {error}") from None
+    for file in files:
+        try:
+            list(plugin_files.classes(file))
+        except PluginError as error:
+            raise SuiteError(f"plug-in file {error}") from None
+    return files
 
 
 def rules_in(text: str) -> tuple[tuple[Tolerance, ...], tuple[Gate, ...]]:

@@ -119,12 +119,15 @@ def test_a_broken_plug_in_that_is_asked_for_is_an_error(site: Path, capsys: pyte
 def test_two_plug_ins_of_one_name_are_an_error_that_names_both(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     install(site, "other", "[membench.models]\nllama = others:Llama\nllama-15m = others:Llama\n", {})
     mine = f"membench {version('membench')} (membench.builtin.models.transformer:Llama)"
-    ends = "; keep one of them installed"
-    whose = {f"other 1.0 (others:Llama) and {mine}", f"{mine} and other 1.0 (others:Llama)"}
-    said = {f"2 plug-ins are named model 'llama': of {each}{ends}" for each in whose}
+    said = {
+        f"2 plug-ins are named model 'llama': of other 1.0 (others:Llama) and {mine};"
+        " write 'other:llama' or 'membench:llama'",
+        f"2 plug-ins are named model 'llama': of {mine} and other 1.0 (others:Llama);"
+        " write 'membench:llama' or 'other:llama'",
+    }
     assert _refused(capsys, "llama") in said
     (line,) = (line for line in _listed(capsys, "models").splitlines() if line.startswith("  llama "))
-    assert line.split("broken: ")[1] in said
+    assert line.split("ambiguous: ")[1] in said
     assert registry.create("model", "gpt2", {}).size == "124m"
 
 
@@ -136,7 +139,7 @@ def test_a_plug_in_named_as_another_s_preset_is_an_error_that_names_both(site: P
         registry.find("technique", "halved-deep")
     assert str(caught.value) == (
         "2 plug-ins are named technique 'halved-deep': of second 1.0 (halves_first:Halved) "
-        "and first 1.0 (halves_first:Halved); keep one of them installed"
+        "and first 1.0 (halves_first:Halved); write 'second:halved-deep' or 'first:halved-deep'"
     )
     assert registry.find("technique", "halved-flat")[1] == {"depth": 1}
 

@@ -14,7 +14,7 @@ def add(verbs: Verbs) -> None:
         "what",
         nargs="?",
         help="models, techniques, workloads or suites; a suite's name or path, for its cases;"
-        " the name of a model, technique or workload, for its options",
+        " the name of a model, technique or workload, for its options; contract, for what a plug-in is",
     )
     listing.set_defaults(do=_list)
 
@@ -26,6 +26,8 @@ def _list(arguments: argparse.Namespace) -> int:
     # A kind first, then a suite, then a plug-in: what a name means must not hang on what is installed.
     if arguments.what is None or arguments.what in listing.KINDS:
         lines = listing.overview((arguments.what,) if arguments.what else listing.KINDS)
+    elif arguments.what == listing.CONTRACT:
+        lines = listing.contract_text()
     elif is_suite(arguments.what):
         lines = (case.id for case in load_suite(arguments.what).cases)
     else:
