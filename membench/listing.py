@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from membench import contract, plugin_files, registry
+from membench import contract, plugin_files, registry, suite_names
 from membench.errors import PluginError, SuiteError, did_you_mean, one_line
 from membench.plugins import Options, Technique
 from membench.record import PluginFile
-from membench.suite import description, suites
+from membench.suite import description
 
 KINDS = ("models", "techniques", "workloads", "suites")
 """What can be listed by itself, in the order in which all of it is."""
@@ -66,11 +66,11 @@ def _files_here() -> tuple[list[PluginFile], list[tuple[PluginFile, str]]]:
 
 
 def _suites() -> Iterator[tuple[str, ...]]:
-    for name, path in suites().items():
+    for name, suite in suite_names.named().items():
         try:
-            yield name, description(path)
+            yield name, suite.origin, description(suite.path())
         except SuiteError as error:
-            yield name, f"broken: {error}"
+            yield name, suite.origin, f"broken: {error}"
 
 
 def _families(kind: str, files: Sequence[PluginFile]) -> Iterator[tuple[str, ...]]:
@@ -110,7 +110,11 @@ def details(name: str) -> Iterator[str]:
     files, _ = _files_here()
     kinds = [kind for kind in registry.KINDS if registry.is_taken(kind, name, files)]
     if not kinds:
-        known = [*KINDS, *suites(), *(found for kind in registry.KINDS for found in registry.names(kind, files))]
+        known = [
+            *KINDS,
+            *suite_names.named(),
+            *(found for kind in registry.KINDS for found in registry.names(kind, files)),
+        ]
         raise SuiteError(f"nothing is named '{name}'; {did_you_mean(name, known)}")
     for number, kind in enumerate(kinds):
         loaded, preset, _ = registry.find(kind, name, files)

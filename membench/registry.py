@@ -5,7 +5,6 @@ options checked.
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pydantic import ValidationError
 
 from membench import contract_check, plugin_files
 from membench.errors import PluginError, did_you_mean
+from membench.packages import distribution, normalised, same_spelling
 from membench.plugins import Model, Options, Technique, Workload
 from membench.record import REFERENCE, PluginFile
 from membench.validation import problem, shown
@@ -65,16 +65,16 @@ class _Registered:
     def package(self) -> str:
         """What stands before the colon where somebody else has the same name."""
         if self.file is not None:
-            return _normalised(Path(self.file.name).stem)
+            return same_spelling(Path(self.file.name).stem)
         assert isinstance(self.source, EntryPoint)
-        return _normalised(self.source.dist.name) if self.source.dist else ""
+        return normalised(self.source)
 
     @property
     def origin(self) -> str:
         if self.file is not None:
             return self.file.name
         assert isinstance(self.source, EntryPoint)
-        return f"{self.source.dist.name} {self.source.dist.version}" if self.source.dist else "an unknown distribution"
+        return distribution(self.source)
 
     @property
     def whose(self) -> str:
@@ -84,11 +84,6 @@ class _Registered:
 
 
 _ByName = dict[str, list[_Registered]]
-
-
-def _normalised(package: str) -> str:
-    """A distribution's name as PEP 503 compares it."""
-    return re.sub(r"[-_.]+", "-", package).lower()
 
 
 def _registered(kind: str, files: Sequence[PluginFile]) -> _ByName:
@@ -224,7 +219,7 @@ def find(kind: str, name: str, files: Sequence[PluginFile] = (), also: Iterable[
 def _divided(name: str) -> tuple[str | None, str]:
     """The package that a name asks for, if it does, and the rest."""
     package, colon, own = name.rpartition(":")
-    return (_normalised(package) if colon else None), own
+    return (same_spelling(package) if colon else None), own
 
 
 def _of_package(registered: _ByName, package: str | None) -> _ByName:

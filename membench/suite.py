@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from membench import plugin_files, units
+from membench import plugin_files, suite_names, units
 from membench.amounts import amount, wanted
 from membench.errors import PluginError, RuleError, SuiteError, did_you_mean, nearest, one_line
 from membench.expansion import expand
@@ -25,8 +25,6 @@ from membench.regression.tolerances import Tolerance
 from membench.regression.tolerances import of_table as tolerances_of_table
 from membench.validation import problem, shown
 
-_BESIDE_PACKAGE = Path(__file__).parent / "suites"
-_IN_CHECKOUT = Path(__file__).parent.parent / "suites"
 _LARGEST_SEED = 2**63 - 1  # TOML's own largest number; torch takes twice as much, techniques add to it
 
 
@@ -151,18 +149,9 @@ class Suite:
         return dataclasses.replace(self, settings=self.settings.model_copy(update={"repeats": repeats}))
 
 
-def suites() -> dict[str, Path]:
-    """Every suite that can be named without path: those in ./suites, then those that come with membench."""
-    found: dict[str, Path] = {}
-    for folder in (Path.cwd() / "suites", _BESIDE_PACKAGE, _IN_CHECKOUT):
-        for path in sorted(folder.glob("*.toml")):
-            found.setdefault(path.stem, path)
-    return found
-
-
 def is_suite(name: str) -> bool:
     """Whether a name can only mean a suite: it is one's name, or a path."""
-    return _is_path(name) or name in suites()
+    return _is_path(name) or suite_names.find(name) is not None
 
 
 def _is_path(name: str) -> bool:
@@ -269,10 +258,10 @@ def _refuse_idle_patterns(tolerances: Sequence[Tolerance], gates: Sequence[Gate]
 
 def _found(name: str | Path) -> Path:
     """The file that a suite's name or path means."""
-    path, known = Path(name), suites()
+    path, known = Path(name), suite_names.named()
     is_path = _is_path(str(name))
-    if not is_path and str(name) in known:
-        return known[str(name)]
+    if not is_path and (found := suite_names.find(str(name))) is not None:
+        return found.path()
     try:
         if path.is_file():
             return path
