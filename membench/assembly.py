@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,13 +42,14 @@ _UNSUITABLE = 3
 
 @dataclasses.dataclass(frozen=True)
 class Assembly:
-    """A case's plug-ins; ``names`` are the stack's members as the suite wrote them."""
+    """A case's plug-ins; ``names`` are the stack's members as the suite wrote them, ``metrics`` are by field."""
 
     model: plugins.Model
     techniques: tuple[plugins.Technique, ...]
     workload: plugins.Workload
     names: tuple[str, ...]
     context: plugins.Context
+    metrics: Mapping[str, plugins.QualityMetric] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, request: dict[str, Any], part: Callable[[str], contextlib.AbstractContextManager[None]]) -> Assembly:
@@ -71,7 +72,8 @@ class Assembly:
         context = plugins.Context(
             request["device"], request["settings"]["seed"], model, part, {}, Path(request["scratch"])
         )
-        return cls(model, techniques, workload, tuple(request["members"]), context)
+        metrics = {field: create("metric", named) for field, named in request.get("metrics", {}).items()}
+        return cls(model, techniques, workload, tuple(request["members"]), context, metrics)
 
     def rehearsed(self) -> Assembly | None:
         """The same case on a miniature of its model, or a stand-in, unheard by the runner.

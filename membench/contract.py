@@ -103,7 +103,6 @@ class Workload(Plugin, Protocol):  # membench.workloads
 
 
 class QualityMetric(Plugin, Protocol):  # membench.metrics
-    title: ClassVar[str]
     unit: ClassVar[str]
     better: ClassVar[Literal["lower", "higher"]]
 

@@ -11,7 +11,7 @@ from membench import registry
 from membench.errors import PluginError, SuiteError, did_you_mean, summary
 from membench.names import checked_name, members, parts
 from membench.plugins import Setting
-from membench.record import REFERENCE, Case, Plugin, PluginFile
+from membench.record import METRICS, REFERENCE, Case, Plugin, PluginFile, own_field, own_metrics
 from membench.validation import shown
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ class _Plugins:
             "model": contents.model,
             "technique": contents.technique,
             "workload": contents.workload,
+            "metric": contents.metric,
         }
         self._made: dict[tuple[str, str], tuple[Plugin, Any]] = {}
         for kind, variants in self._variants.items():
@@ -132,6 +133,7 @@ class _Plugins:
         self._look_up("matrix", contents.matrix)
         for number, more in enumerate(contents.include):
             self._look_up(f"include.{number}", more)
+        self._metrics = self._metric_plugins(contents.suite.metrics)
 
     def _variant(self, kind: str, name: str, table: Mapping[str, Any]) -> tuple[Plugin, Any]:
         where = f"{kind}.{name}"
@@ -184,9 +186,29 @@ class _Plugins:
                 if same != member:
                     raise SuiteError(f"{where}.technique = {shown(stack)}: '{same}' and '{member}' are the same")
 
+    def _metric_plugins(self, names: Sequence[str]) -> dict[str, Plugin]:
+        """By field, the quality metrics that a suite asks for."""
+        found: dict[str, Plugin] = {}
+        for name in names:
+            where, own = f"suite.metrics: '{name}'", name.rpartition(":")[2]
+            if own in (metric.name for metric in METRICS):
+                raise SuiteError(f"{where}: membench has a metric '{own}'; give this one another name in [metric.NAME]")
+            if own in (metric.name for metric in own_metrics(found)):
+                raise SuiteError(f"{where}: there are two of that name; give one another name in [metric.NAME]")
+            if ("metric", name) not in self._made:
+                self._made["metric", name] = self._make("metric", name, {}, "suite.metrics")
+            plugin, made = self._made["metric", name]
+            try:
+                found[own_field(own, made.better, made.unit)] = plugin
+            except ValueError as error:
+                raise SuiteError(f"{where}: {error}") from None
+        return found
+
     def case(self, each: _Combination) -> Case:
         techniques = tuple(self._plugin("technique", member) for member in members(each.technique))
-        return Case(*each, self._plugin("model", each.model), techniques, self._plugin("workload", each.workload))
+        return Case(
+            *each, self._plugin("model", each.model), techniques, self._plugin("workload", each.workload), self._metrics
+        )
 
     def _plugin(self, kind: str, name: str) -> Plugin:
         return self._made[kind, name][0]

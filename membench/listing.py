@@ -1,4 +1,4 @@
-"""What there is: models, techniques, workloads and suites, in lines of text. Nothing here imports torch."""
+"""What there is: models, techniques, workloads, metrics and suites, in lines of text. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 from membench import contract, plugin_files, registry, suite_names
 from membench.errors import PluginError, SuiteError, did_you_mean, one_line
-from membench.plugins import Options, Technique
+from membench.plugins import Options, QualityMetric, Technique
 from membench.record import PluginFile
 from membench.suite import description
 
-KINDS = ("models", "techniques", "workloads", "suites")
+KINDS = ("models", "techniques", "workloads", "metrics", "suites")
 """What can be listed by itself, in the order in which all of it is."""
 
 CONTRACT = "contract"
@@ -34,7 +34,7 @@ _BOUNDS = {
 
 
 def overview(kinds: tuple[str, ...] = KINDS) -> Iterator[str]:
-    """A line for each model, technique, workload and suite; broken ones say what is wrong with them.
+    """A line for each model, technique, workload, quality metric and suite; broken ones say what is wrong with them.
 
     The plug-in files of the suites in the current folder and in ./suites count, too.
     """
@@ -83,6 +83,9 @@ def _families(kind: str, files: Sequence[PluginFile]) -> Iterator[tuple[str, ...
         if issubclass(family.loaded, Technique):
             devices = ", ".join(family.loaded.devices)
             yield family.name + presets, f"on {family.loaded.acts_on}", f"runs on {devices}", first
+        elif issubclass(family.loaded, QualityMetric):
+            unit = f"in {family.loaded.unit}, " if family.loaded.unit else ""
+            yield family.name + presets, f"{unit}{family.loaded.better} is better", first
         else:
             yield family.name + presets, first
 

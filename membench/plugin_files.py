@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from membench.errors import PluginError, summary
-from membench.plugins import Options
+from membench.plugins import Options, QualityMetric
 from membench.record import PluginFile
 
 BESIDE_A_SUITE = "membench_plugins.py"
@@ -51,7 +51,8 @@ def classes(file: PluginFile) -> Iterator[tuple[str, type[Options]]]:
     """The plug-ins of a file by name. It is run once in a process.
 
     A class that is defined there and whose own name begins with no underscore is a plug-in. It is called what its
-    ``name: ClassVar[str]`` says, else by its own name: ``HalfFeedForward`` is ``half-feed-forward``.
+    ``name: ClassVar[str]`` says, else by its own name: ``HalfFeedForward`` is ``half-feed-forward``, and a quality
+    metric ``half_feed_forward``.
 
     Raises:
         PluginError: if the file cannot be run, imports torch, or has changed since it was named: file and line.
@@ -62,7 +63,7 @@ def classes(file: PluginFile) -> Iterator[tuple[str, type[Options]]]:
             continue
         if value.__module__ == module.__name__ and value.__name__ == attribute and not attribute.startswith("_"):
             own = vars(value).get("name")
-            yield own if isinstance(own, str) else _kebab_case(attribute), value
+            yield own if isinstance(own, str) else _named_after(value), value
 
 
 def line_of(loaded: type[Options]) -> int | None:
@@ -86,8 +87,10 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _kebab_case(name: str) -> str:
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name).lower().replace("_", "-")
+def _named_after(loaded: type[Options]) -> str:
+    """A class's name in the case of its kind: metrics stand in rules, where a hyphen is a minus."""
+    words = re.split(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|_", loaded.__name__)
+    return ("_" if issubclass(loaded, QualityMetric) else "-").join(words).lower()
 
 
 def _module(file: PluginFile) -> ModuleType:

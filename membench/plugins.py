@@ -418,17 +418,15 @@ class QualityMetric(Options):
     """A figure of how good the converted model is, taken in the phase ``evaluate``."""
 
     required: ClassVar[frozenset[str]] = frozenset({"measure"})
-    title: ClassVar[str] = ""
-    """The head of its column; its name, where it has none."""
     unit: ClassVar[str] = ""
     """What follows the number: '%', 'nats'."""
     better: ClassVar[Literal["lower", "higher"]] = "lower"
 
     def measure(self, module: nn.Module, held_out: HeldOut, context: Context) -> float:
-        """The figure of a module without gradients, in its mode of evaluation.
+        """The figure of a module that is in its mode of evaluation, without gradients; leave the module as it is.
 
         Raises:
-            Unsuitable: where it has no meaning for the case; the reason stands in the record.
+            Unsuitable: where it cannot be had of this case; the reason stands in the record.
         """
         raise NotImplementedError
 

@@ -17,12 +17,17 @@ from pydantic import ValidationError
 from membench import contract_check, plugin_files
 from membench.errors import PluginError, did_you_mean
 from membench.packages import distribution, normalised, same_spelling
-from membench.plugins import Model, Options, Technique, Workload
+from membench.plugins import Model, Options, QualityMetric, Technique, Workload
 from membench.record import REFERENCE, PluginFile
 from membench.validation import problem, shown
 
-KINDS = ("model", "technique", "workload")
-CONTRACT: Mapping[str, type[Options]] = {"model": Model, "technique": Technique, "workload": Workload}
+KINDS = ("model", "technique", "workload", "metric")
+CONTRACT: Mapping[str, type[Options]] = {
+    "model": Model,
+    "technique": Technique,
+    "workload": Workload,
+    "metric": QualityMetric,
+}
 
 _OWN = "membench"
 _importing_torch: set[str] = set()
@@ -144,7 +149,7 @@ def _load(kind: str, name: str, same: Sequence[_Registered]) -> type[Options]:
         if one.source.module in _importing_torch:
             raise broken("imports torch when it is loaded; it must do so in its methods")
     if not (isinstance(loaded, type) and issubclass(loaded, CONTRACT[kind])):
-        raise broken(f"is no subclass of membench.plugins.{kind.title()}")
+        raise broken(f"is no subclass of membench.plugins.{CONTRACT[kind].__name__}")
     wrong = contract_check.complaint(loaded, CONTRACT[kind])
     if wrong:
         line = plugin_files.line_of(loaded) if one.file else None

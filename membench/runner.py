@@ -166,13 +166,14 @@ class Runner:
                 "techniques": [_asked(technique) for technique in case.technique_plugins],
                 "members": case.technique.split("+"),
                 "workload": _asked(case.workload_plugin),
+                "metrics": {field: _asked(plugin) for field, plugin in case.metric_plugins.items()},
                 "reference": {
                     "path": str(self._references / f"{_file_name(case.group)}.npy"),
                     "is_this": case.technique == REFERENCE,
                 },
             }
             outcome = self._watch(request, self._settings.timeout_s)
-        names = {
+        names: dict[str, Any] = {
             "model": case.model,
             "technique": case.technique,
             "workload": case.workload,
@@ -181,6 +182,8 @@ class Runner:
             "technique_plugins": [_named(technique) for technique in case.technique_plugins],
             "workload_plugin": _named(case.workload_plugin),
         }
+        if case.metric_plugins:
+            names["metric_plugins"] = {field: _named(plugin) for field, plugin in case.metric_plugins.items()}
         duration_s = time.monotonic() - began - outcome.waited_s
         return self._record(names, case.id, repeat, outcome, figures, limits, started_at, duration_s)
 
@@ -403,8 +406,7 @@ def _modules_of(cases: tuple[Case, ...]) -> list[str]:
     """The modules that the fork server imports for these cases."""
     modules = {"membench.worker", "safetensors.torch"}
     for case in cases:
-        techniques = [("technique", plugin) for plugin in case.technique_plugins]
-        for kind, plugin in (("model", case.model_plugin), *techniques, ("workload", case.workload_plugin)):
+        for kind, plugin in case.plugins:
             modules |= set(registry.find(kind, plugin.use, plugin.files).loaded.imports)
     return sorted(modules)
 

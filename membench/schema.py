@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from membench.errors import ResultsError
 from membench.names import checked_device, checked_name, checked_plugin, checked_stack, members
-from membench.record import REFERENCE, SCHEMA_VERSION, Status
+from membench.record import REFERENCE, SCHEMA_VERSION, Status, is_own, own_metrics
 from membench.validation import problem, shown
 
 _LARGEST_SIZE = 2**63 - 1
@@ -65,6 +65,7 @@ class _Header(_Table):
     started_at: str = ""
     code: _Code | None = None
     plugin_files: dict[str, str] = {}
+    own_metrics: list[str] = []
 
 
 class _Plugin(_Table):
@@ -206,7 +207,11 @@ def check_record(entry: Mapping[str, Any]) -> None:
         raise ResultsError("a second header: two runs do not go into one file")
     _check(_Record, entry)
     for field, value in entry["metrics"].items():
-        if value is None:
+        if is_own(field) and not own_metrics([field]):
+            raise ResultsError(
+                f"metrics.{field}: a plug-in's metric is 'own.NAME.lower' or 'own.NAME.higher', and a unit"
+            )
+        if value is None or is_own(field):
             continue
         if value < 0 and not field.endswith(_SIGNED):
             raise ResultsError(f"metrics.{field} = {shown(value)}: must be at least 0")

@@ -12,7 +12,7 @@ from typing import Any
 
 from membench import environment, plugin_files
 from membench.errors import ResultsError
-from membench.record import Case, PluginFile, Record
+from membench.record import Case, Metric, PluginFile, Record
 from membench.runner import Runner
 from membench.store import Run, RunFile, find_run, read_run
 from membench.suite import Suite
@@ -182,12 +182,19 @@ def _file(
             raise ResultsError(f"{folder}: no run of suite '{suite.name}' there to go on with")
         _refuse_what_differs(path, suite, machine)
         return RunFile.reopen(path)
-    header = run_header(suite.name, suite.text, _devices(suite), datetime.now(UTC), suite.plugin_files)
+    header = run_header(
+        suite.name, suite.text, _devices(suite), datetime.now(UTC), suite.plugin_files, suite.own_metrics
+    )
     return RunFile.create(run_path(folder, header), {**header, "machine": machine, **more})
 
 
 def run_header(
-    name: str, text: str, devices: Sequence[str], started: datetime, files: Sequence[PluginFile] = ()
+    name: str,
+    text: str,
+    devices: Sequence[str],
+    started: datetime,
+    files: Sequence[PluginFile] = (),
+    metrics: Sequence[Metric] = (),
 ) -> dict[str, Any]:
     """What a run's file says of the run, the machine aside.
 
@@ -195,8 +202,10 @@ def run_header(
         name: of the suite.
         text: the suite as it is written.
         files: the suite's own plug-ins, of which fingerprints are kept.
+        metrics: those of plug-ins.
     """
-    own = {"plugin_files": plugin_files.fingerprints(files)} if files else {}
+    own: dict[str, Any] = {"plugin_files": plugin_files.fingerprints(files)} if files else {}
+    own |= {"own_metrics": [metric.field for metric in metrics]} if metrics else {}
     return {
         "run": f"{name}-{started:%Y%m%dT%H%M%S%fZ}",
         "suite": name,

@@ -18,7 +18,7 @@ from membench.amounts import amount, wanted
 from membench.errors import PluginError, RuleError, SuiteError, did_you_mean, nearest, one_line
 from membench.expansion import expand
 from membench.names import checked_device, checked_name, checked_plugin, checked_stack, parts
-from membench.record import METRICS, REFERENCE, Case, PluginFile
+from membench.record import METRICS, REFERENCE, Case, Metric, PluginFile, own_metrics
 from membench.regression.gates import Gate
 from membench.regression.gates import of_table as gates_of_table
 from membench.regression.tolerances import Tolerance
@@ -47,11 +47,12 @@ _OneOrMore = BeforeValidator(_listed)
 
 
 class Head(_Table):
-    """``plugins``: files of plug-ins, relative to the suite's."""
+    """``plugins``: files of plug-ins, relative to the suite's. ``metrics``: quality metrics that are plug-ins."""
 
     name: Name
     description: str = ""
     plugins: Patterns | None = None
+    metrics: list[Annotated[str, AfterValidator(checked_plugin)]] = []
 
 
 class Matrix(_Table):
@@ -113,6 +114,7 @@ class Contents(_Table):
     model: dict[str, dict[str, Any]] = {}
     technique: dict[str, dict[str, Any]] = {}
     workload: dict[str, dict[str, Any]] = {}
+    metric: dict[str, dict[str, Any]] = {}
     settings: Settings = Settings.model_validate({})
     limits: dict[str, Any] = {}
     regression: dict[str, Any] = {}
@@ -135,6 +137,11 @@ class Suite:
     tolerances: tuple[Tolerance, ...] = ()
     gates: tuple[Gate, ...] = ()
     plugin_files: tuple[PluginFile, ...] = ()
+
+    @property
+    def own_metrics(self) -> tuple[Metric, ...]:
+        """The metrics that are plug-ins."""
+        return own_metrics(field for case in self.cases[:1] for field in case.metric_plugins)
 
     def select(self, keep: Callable[[str], bool]) -> tuple[Case, ...]:
         """The cases whose id is kept, and what they are compared with: references, and the parts of stacks."""
@@ -194,8 +201,9 @@ def load_suite(name: str | Path, devices: list[str] | None = None) -> Suite:
     try:
         files = _plugin_files(contents.suite.plugins or (), path)
         cases = expand(contents, devices, files)
-        limits = dict(_limit(key, value) for key, value in contents.limits.items())
-        tolerances, gates = _rules(contents.regression, contents.gate)
+        own = own_metrics(cases[0].metric_plugins)
+        limits = dict(_limit(key, value, own) for key, value in contents.limits.items())
+        tolerances, gates = _rules(contents.regression, contents.gate, own)
         if devices is None:  # others may be what a pattern is about
             _refuse_idle_patterns(tolerances, gates, [case.id for case in cases])
     except (SuiteError, RuleError) as error:
@@ -228,8 +236,11 @@ def _plugin_files(names: Sequence[str], path: Path) -> tuple[PluginFile, ...]:
     return files
 
 
-def rules_in(text: str) -> tuple[tuple[Tolerance, ...], tuple[Gate, ...]]:
+def rules_in(text: str, own: Sequence[Metric] = ()) -> tuple[tuple[Tolerance, ...], tuple[Gate, ...]]:
     """Tolerances and gates of a suite of which only the text is left, in the header of a run.
+
+    Args:
+        own: the suite's metrics that are plug-ins.
 
     Raises:
         RuleError: if they cannot be understood.
@@ -238,14 +249,16 @@ def rules_in(text: str) -> tuple[tuple[Tolerance, ...], tuple[Gate, ...]]:
         tables = tomllib.loads(text)
     except (ValueError, RecursionError):
         raise RuleError("the suite's text in the run is not TOML") from None
-    found = [tables.get(name, {}) for name in ("regression", "gate")]
-    if not all(isinstance(table, dict) for table in found):
+    regression, gate = tables.get("regression", {}), tables.get("gate", {})
+    if not isinstance(regression, dict) or not isinstance(gate, dict):
         raise RuleError("[regression] and [gate] are tables")
-    return _rules(*found)
+    return _rules(regression, gate, own)
 
 
-def _rules(regression: Mapping[str, Any], gate: Mapping[str, Any]) -> tuple[tuple[Tolerance, ...], tuple[Gate, ...]]:
-    return tolerances_of_table(regression), gates_of_table(gate)
+def _rules(
+    regression: Mapping[str, Any], gate: Mapping[str, Any], own: Sequence[Metric]
+) -> tuple[tuple[Tolerance, ...], tuple[Gate, ...]]:
+    return tolerances_of_table(regression, own), gates_of_table(gate, own)
 
 
 def _refuse_idle_patterns(tolerances: Sequence[Tolerance], gates: Sequence[Gate], case_ids: Sequence[str]) -> None:
@@ -307,14 +320,15 @@ def _parsed(path: Path, text: str) -> dict[str, Any]:
         raise SuiteError(f"{path}: not valid TOML: a number has thousands of digits") from None
 
 
-def _limit(key: str, value: Any) -> tuple[str, float]:
-    metric = next((m for m in METRICS if m.name == key), None)
+def _limit(key: str, value: Any, own: Sequence[Metric]) -> tuple[str, float]:
+    known = {metric.name: metric for metric in (*METRICS, *own)}
+    metric = known.get(key)
     if metric is None:
-        raise SuiteError(f"limits.{key}: no such metric; {did_you_mean(key, (m.name for m in METRICS))}")
+        raise SuiteError(f"limits.{key}: no such metric; {did_you_mean(key, known)}")
     try:
         limit = amount(metric, value)
     except (ValueError, OverflowError):
         raise SuiteError(f"limits.{key} = {shown(value)}: write {wanted(metric)}") from None
-    if limit < 0 and metric.format is not units.format_difference:
+    if limit < 0 and metric.format is not units.format_difference and metric not in own:
         raise SuiteError(f"limits.{key} = {shown(value)}: a limit must not be negative")
     return metric.field, limit

@@ -276,6 +276,10 @@ class _Work:
                 case.model, module, case.techniques, case.workload, case.context,
                 Path(reference["path"]), reference["is_this"],
             )  # fmt: skip
+            self._result["own_metrics"], failed = quality.own(
+                case.metrics, case.model, module, case.techniques, case.workload, case.context
+            )
+        self._result["remarks"] += failed
         if None in self._result["quality"]["nats"] and self.diverged is None:
             self._result["remarks"].append("the logits of held-out text are not finite")
         self._tell("the checkpoint was not saved")

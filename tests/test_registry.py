@@ -178,7 +178,7 @@ def test_suites_are_listed_with_their_descriptions(
 
 def test_everything_is_listed_by_kind(capsys: pytest.CaptureFixture[str]) -> None:
     heads = [line for line in _listed(capsys).splitlines() if not line.startswith(" ")]
-    assert heads == ["models", "techniques", "workloads", "suites"]
+    assert heads == ["models", "techniques", "workloads", "metrics", "suites"]
 
 
 def test_a_technique_s_options_are_listed_with_types_defaults_and_bounds(

@@ -82,7 +82,9 @@ class SuiteFile(pytest.File):
 
         devices = list(dict.fromkeys(case.device for case in self.suite.cases))
         started = Sharing.of(self.config).started
-        return run_header(self.suite.name, self.suite.text, devices, started, self.suite.plugin_files)
+        return run_header(
+            self.suite.name, self.suite.text, devices, started, self.suite.plugin_files, self.suite.own_metrics
+        )
 
     def measure(self, item: CaseItem) -> tuple[list[Record], list[Record]]:
         """Of an item's case, and of its reference, a record a repeat.
