@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from importlib.metadata import EntryPoint
+from importlib.metadata import Distribution, EntryPoint
 
 
 def same_spelling(name: str) -> str:
@@ -13,7 +14,7 @@ def same_spelling(name: str) -> str:
 
 def normalised(entry: EntryPoint) -> str:
     """The name of an entry point's distribution, so compared; empty if it has none."""
-    return same_spelling(entry.dist.name) if entry.dist else ""
+    return same_spelling(_name_and_version(entry.dist)[0]) if entry.dist else ""
 
 
 def of_package(entry: EntryPoint, package: str) -> bool:
@@ -23,4 +24,10 @@ def of_package(entry: EntryPoint, package: str) -> bool:
 
 def distribution(entry: EntryPoint) -> str:
     """Name and version of an entry point's distribution."""
-    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
+    return " ".join(_name_and_version(entry.dist)) if entry.dist else "an unknown distribution"
+
+
+@functools.cache
+def _name_and_version(dist: Distribution) -> tuple[str, str]:
+    # Each time that it is asked, a distribution reads its metadata anew.
+    return dist.name, dist.version

@@ -40,14 +40,12 @@ class Family:
 
     Attributes:
         loaded: its class, or ``None`` if it is broken or one of two of its name; ``error`` then says in what way.
-        origin: the distribution and its version, or the file that it is in.
     """
 
     name: str
     loaded: type[Options] | None
     error: str | None
     is_ambiguous: bool = False
-    origin: str = ""
 
 
 class Found(NamedTuple):
@@ -167,12 +165,11 @@ def families(kind: str, files: Sequence[PluginFile] = ()) -> Iterator[Family]:
         for one in same if _is_reference(kind, name) else ():
             if one.package != _OWN:
                 error = f"{kind} '{name}' of {one.whose} is never used: every ratio is against membench's own"
-                yield Family(name, None, error, origin=one.origin)
-        origin = " and ".join(one.origin for one in same)
+                yield Family(name, None, error)
         try:
-            yield Family(name, _load(kind, name, same), None, origin=origin)
+            yield Family(name, _load(kind, name, same), None)
         except PluginError as error:
-            yield Family(name, None, str(error), is_ambiguous=len(same) > 1, origin=origin)
+            yield Family(name, None, str(error), is_ambiguous=len(same) > 1)
 
 
 def names(kind: str, files: Sequence[PluginFile] = ()) -> list[str]:
