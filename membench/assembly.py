@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from membench.data.shards import Shards
 from membench.data.storage import Storage
 from membench.environment import available_bytes
 from membench.errors import summary
+from membench.record import PluginFile
 from membench.stand_in import StandIn
 from membench.units import format_bytes
 from membench.weights import fingerprint
@@ -41,13 +42,14 @@ _UNSUITABLE = 3
 
 @dataclasses.dataclass(frozen=True)
 class Assembly:
-    """A case's plug-ins; ``names`` are the stack's members as the suite wrote them."""
+    """A case's plug-ins; ``names`` are the stack's members as the suite wrote them, ``metrics`` are by field."""
 
     model: plugins.Model
     techniques: tuple[plugins.Technique, ...]
     workload: plugins.Workload
     names: tuple[str, ...]
     context: plugins.Context
+    metrics: Mapping[str, plugins.QualityMetric] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, request: dict[str, Any], part: Callable[[str], contextlib.AbstractContextManager[None]]) -> Assembly:
@@ -56,9 +58,6 @@ class Assembly:
         Raises:
             plugins.Unsuitable: if a member cannot serve the case, or wants a library that is not installed.
         """
-
-        def create(kind: str, named: dict[str, Any]) -> Any:
-            return registry.create(kind, named["use"], named["options"])
 
         model, workload = create("model", request["model"]), create("workload", request["workload"])
         techniques = tuple(create("technique", named) for named in request["techniques"])
@@ -73,7 +72,8 @@ class Assembly:
         context = plugins.Context(
             request["device"], request["settings"]["seed"], model, part, {}, Path(request["scratch"])
         )
-        return cls(model, techniques, workload, tuple(request["members"]), context)
+        metrics = {field: create("metric", named) for field, named in request.get("metrics", {}).items()}
+        return cls(model, techniques, workload, tuple(request["members"]), context, metrics)
 
     def rehearsed(self) -> Assembly | None:
         """The same case on a miniature of its model, or a stand-in, unheard by the runner.
@@ -306,6 +306,16 @@ class Assembly:
             free, where = available_bytes(), "available on this machine"
         if needed > free:
             raise plugins.DoesNotFit(f"loading needs {format_bytes(needed)}; {format_bytes(free)} are {where}")
+
+
+def create(kind: str, named: dict[str, Any]) -> Any:
+    """A plug-in of a request.
+
+    Raises:
+        PluginError: if it is not there, or the file that it is in has changed.
+    """
+    files = (PluginFile(**named["file"]),) if "file" in named else ()
+    return registry.create(kind, named["use"], named["options"], files)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from membench.record import METRIC_OF_FIELD, REFERENCE, Record
+from membench.record import METRIC_OF_FIELD, REFERENCE, Record, is_own, metrics_in
 
 Group = tuple[str, str, str]
 
@@ -34,13 +34,14 @@ NO_DIVERGENCE = 1e-6
 class Comparison:
     """Records by case, in the order in which they were measured, each group's reference first.
 
-    A case's figure is the median over its repeats.
+    A case's figure is the median over its repeats. ``metrics`` are the built-in ones and the records' own.
     """
 
     def __init__(self, records: Sequence[Record]) -> None:
         self._cases: dict[tuple[Group, str], list[Record]] = {}
         for record in records:
             self._cases.setdefault((record.group, record.technique), []).append(record)
+        self.metrics = metrics_in(records)
         self._reading = {record.group for record in records if record.metrics.get("read_mb_per_s") is not None}
 
     @property
@@ -59,7 +60,7 @@ class Comparison:
 
     def value(self, group: Group, technique: str, field: str) -> float | None:
         """A metric of a case; ``None`` if no repeat has it, and of quality where data are only read."""
-        if field in _LEARNT and self.reads_only(group):
+        if (field in _LEARNT or is_own(field)) and self.reads_only(group):
             return None
         values = [v for record in self.repeats(group, technique) if (v := record.metrics.get(field)) is not None]
         return statistics.median(values) if values else None

@@ -65,10 +65,14 @@ _MOST_NAMES = 10
 _LONGEST_NAME = 80  # comparing takes time by the square of it
 
 
-def nearest(wrong: str, known: Iterable[str]) -> str | None:
-    """The known name that a misspelt one was probably meant to be, whatever its case."""
+def nearest(wrong: str, known: Iterable[str], alike: float = 0.6) -> str | None:
+    """The known name that a misspelt one was probably meant to be, whatever its case.
+
+    Args:
+        alike: what share of both must be the same.
+    """
     by_lower = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(wrong[:_LONGEST_NAME].lower(), sorted(by_lower), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(wrong[:_LONGEST_NAME].lower(), sorted(by_lower), n=1, cutoff=alike)
     return by_lower[near[0]] if near else None
 
 

@@ -11,7 +11,7 @@ from membench import registry
 from membench.errors import PluginError, SuiteError, did_you_mean, summary
 from membench.names import checked_name, members, parts
 from membench.plugins import Setting
-from membench.record import REFERENCE, Case, Plugin
+from membench.record import METRICS, REFERENCE, Case, Plugin, PluginFile, own_field, own_metrics
 from membench.validation import shown
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class _Combination(NamedTuple):
         return [self._replace(technique=part) for part in parts(self.technique)]
 
 
-def expand(contents: Contents, devices: Sequence[str] | None) -> tuple[Case, ...]:
+def expand(contents: Contents, devices: Sequence[str] | None, files: Sequence[PluginFile] = ()) -> tuple[Case, ...]:
     """The cases of a suite: each group's reference first, the parts of a stack before it.
 
     Parts of a stack that the suite does not name are added, so that what each member adds can be told. Exclusions
@@ -41,11 +41,12 @@ def expand(contents: Contents, devices: Sequence[str] | None) -> tuple[Case, ...
 
     Args:
         devices: in place of those that the suite names.
+        files: the suite's own plug-ins.
 
     Raises:
         SuiteError: in one line: key, value and what would be right.
     """
-    plugins = _Plugins(contents)
+    plugins = _Plugins(contents, files)
     product, included = _written(contents, devices)
     written = dict.fromkeys([*(each for each in product if not _excluded(each, contents.exclude)), *included])
     wanted: dict[_Combination, None] = {}
@@ -116,11 +117,13 @@ def _refuse_idle_exclusions(
 class _Plugins:
     """What the names of a suite stand for. Every variant is made once, whether or not a case uses it."""
 
-    def __init__(self, contents: Contents) -> None:
+    def __init__(self, contents: Contents, files: Sequence[PluginFile]) -> None:
+        self._files = files
         self._variants: dict[str, Mapping[str, Mapping[str, Any]]] = {
             "model": contents.model,
             "technique": contents.technique,
             "workload": contents.workload,
+            "metric": contents.metric,
         }
         self._made: dict[tuple[str, str], tuple[Plugin, Any]] = {}
         for kind, variants in self._variants.items():
@@ -130,6 +133,7 @@ class _Plugins:
         self._look_up("matrix", contents.matrix)
         for number, more in enumerate(contents.include):
             self._look_up(f"include.{number}", more)
+        self._metrics = self._metric_plugins(contents.suite.metrics)
 
     def _variant(self, kind: str, name: str, table: Mapping[str, Any]) -> tuple[Plugin, Any]:
         where = f"{kind}.{name}"
@@ -139,7 +143,7 @@ class _Plugins:
             raise SuiteError(f"{kind}.{shown(name)}: {error}") from None
         if kind == "technique" and name == REFERENCE:
             raise SuiteError(f"{where}: every ratio is against it, so it cannot be a variant")
-        if registry.is_taken(kind, name):
+        if registry.is_taken(kind, name, self._files):
             raise SuiteError(f"{where}: there is a {kind} of that name already; give the variant another one")
         options = dict(table)
         use = options.pop("use", None)
@@ -153,13 +157,14 @@ class _Plugins:
 
     def _make(self, kind: str, use: str, options: Mapping[str, Any], where: str) -> tuple[Plugin, Any]:
         try:
-            made = registry.create(kind, use, options, also=self._variants[kind])
+            found = registry.find(kind, use, self._files, also=self._variants[kind])
+            made = registry.made(kind, use, found, options)
         except PluginError as error:
             raise SuiteError(f"{where}: {error}") from None
         wrong = made.check() if kind in ("model", "workload") else None
         if wrong:
             raise SuiteError(f"{where}: {wrong}")
-        return Plugin(use, made.model_dump(mode="json", exclude_unset=True)), made
+        return Plugin(use, made.model_dump(mode="json", exclude_unset=True), found.file), made
 
     def _look_up(self, where: str, axes: Matrix | Addition) -> None:
         techniques = [member for stack in axes.technique for member in members(stack)]
@@ -174,16 +179,36 @@ class _Plugins:
                         raise
                     raise SuiteError(f"{error}; give it in [{kind}.NAME] with use = '{name}'") from None
         for stack in axes.technique:
-            seen: dict[tuple[str, str], str] = {}
+            seen: dict[tuple[type, str], str] = {}
             for member in members(stack):
-                plugin, _ = self._made["technique", member]
-                same = seen.setdefault((plugin.use, str(plugin.options)), member)
+                plugin, made = self._made["technique", member]
+                same = seen.setdefault((type(made), str(plugin.options)), member)
                 if same != member:
                     raise SuiteError(f"{where}.technique = {shown(stack)}: '{same}' and '{member}' are the same")
 
+    def _metric_plugins(self, names: Sequence[str]) -> dict[str, Plugin]:
+        """By field, the quality metrics that a suite asks for."""
+        found: dict[str, Plugin] = {}
+        for name in names:
+            where, own = f"suite.metrics: '{name}'", name.rpartition(":")[2]
+            if own in (metric.name for metric in METRICS):
+                raise SuiteError(f"{where}: membench has a metric '{own}'; give this one another name in [metric.NAME]")
+            if own in (metric.name for metric in own_metrics(found)):
+                raise SuiteError(f"{where}: there are two of that name; give one another name in [metric.NAME]")
+            if ("metric", name) not in self._made:
+                self._made["metric", name] = self._make("metric", name, {}, "suite.metrics")
+            plugin, made = self._made["metric", name]
+            try:
+                found[own_field(own, made.better, made.unit)] = plugin
+            except ValueError as error:
+                raise SuiteError(f"{where}: {error}") from None
+        return found
+
     def case(self, each: _Combination) -> Case:
         techniques = tuple(self._plugin("technique", member) for member in members(each.technique))
-        return Case(*each, self._plugin("model", each.model), techniques, self._plugin("workload", each.workload))
+        return Case(
+            *each, self._plugin("model", each.model), techniques, self._plugin("workload", each.workload), self._metrics
+        )
 
     def _plugin(self, kind: str, name: str) -> Plugin:
         return self._made[kind, name][0]

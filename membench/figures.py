@@ -111,6 +111,11 @@ def figures(
             found.know("final_loss_nats", result["losses_nats"][-1], "cross entropy in fp32 of the last step")
     if "quality" in result:
         _quality(found, result["quality"], result["is_trained"])
+    for name, told in result.get("own_metrics", {}).items():
+        if told["value"] is None:
+            found.miss(name, told["reason"])
+        else:
+            found.know(name, told["value"], "a plug-in's own measuring over held-out text")
     return found
 
 

@@ -1,4 +1,4 @@
-"""What there is: models, techniques, workloads and suites, in lines of text. Nothing here imports torch."""
+"""What there is: models, techniques, workloads, metrics and suites, in lines of text. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ import ast
 import importlib.util
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from membench import registry
-from membench.errors import SuiteError, did_you_mean, one_line
-from membench.plugins import Options, Technique
-from membench.suite import description, suites
+from membench import contract, plugin_files, registry, suite_names
+from membench.errors import PluginError, SuiteError, did_you_mean, one_line
+from membench.plugins import Options, QualityMetric, Technique
+from membench.record import PluginFile
+from membench.suite import description
 
-KINDS = ("models", "techniques", "workloads", "suites")
+KINDS = ("models", "techniques", "workloads", "metrics", "suites")
 """What can be listed by itself, in the order in which all of it is."""
+
+CONTRACT = "contract"
+"""What a plug-in is can be printed under this name."""
 
 _TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
 _BOUNDS = {
@@ -29,30 +34,58 @@ _BOUNDS = {
 
 
 def overview(kinds: tuple[str, ...] = KINDS) -> Iterator[str]:
-    """A line for each model, technique, workload and suite; broken ones say what is wrong with them."""
+    """A line for each model, technique, workload, quality metric and suite; broken ones say what is wrong with them.
+
+    The plug-in files of the suites in the current folder and in ./suites count, too.
+    """
+    files, broken = _files_here()
     for kind in kinds:
         yield kind
-        yield from _columns(list(_suites() if kind == "suites" else _families(kind.removesuffix("s"))))
+        yield from _columns(list(_suites() if kind == "suites" else _families(kind.removesuffix("s"), files)))
+    if broken:
+        yield "plug-in files"
+        yield from _columns([(file.path, f"broken: {error}") for file, error in broken])
+
+
+def contract_text() -> Iterator[str]:
+    """The contract of plug-ins, as it is written."""
+    yield from Path(contract.__file__).read_text(encoding="utf-8").splitlines()
+
+
+def _files_here() -> tuple[list[PluginFile], list[tuple[PluginFile, str]]]:
+    """The plug-in files of suites that lie here: those that can be run, and those that cannot, with the error."""
+    good, broken = [], []
+    for folder in (Path.cwd(), Path.cwd() / "suites"):
+        for file in plugin_files.named((), folder):
+            try:
+                list(plugin_files.classes(file))
+                good.append(file)
+            except PluginError as error:
+                broken.append((file, str(error)))
+    return good, broken
 
 
 def _suites() -> Iterator[tuple[str, ...]]:
-    for name, path in suites().items():
+    for name, suite in suite_names.named().items():
         try:
-            yield name, description(path)
+            yield name, suite.origin, description(suite.path())
         except SuiteError as error:
-            yield name, f"broken: {error}"
+            yield name, suite.origin, f"broken: {error}"
 
 
-def _families(kind: str) -> Iterator[tuple[str, ...]]:
-    for family in registry.families(kind):
+def _families(kind: str, files: Sequence[PluginFile]) -> Iterator[tuple[str, ...]]:
+    for family in registry.families(kind, files):
         if family.loaded is None:
-            yield family.name, f"broken: {family.error}"
+            yield family.name, f"{'ambiguous' if family.is_ambiguous else 'broken'}: {family.error}"
             continue
         presets = f"-{{{','.join(family.loaded.presets)}}}" if family.loaded.presets else ""
         first = _doc(family.loaded).partition("\n")[0]
         if issubclass(family.loaded, Technique):
             devices = ", ".join(family.loaded.devices)
             yield family.name + presets, f"on {family.loaded.acts_on}", f"runs on {devices}", first
+        elif issubclass(family.loaded, QualityMetric):
+            unit = f"in {family.loaded.unit}, " if family.loaded.unit else ""
+            yield family.name + presets, f"{unit}{family.loaded.better} is better", first
         else:
             yield family.name + presets, first
 
@@ -77,12 +110,17 @@ def details(name: str) -> Iterator[str]:
         PluginError: if one of that name is broken.
         SuiteError: if there is none, nor anything else of that name, with the nearest name that there is.
     """
-    kinds = [kind for kind in registry.KINDS if registry.is_taken(kind, name)]
+    files, _ = _files_here()
+    kinds = [kind for kind in registry.KINDS if registry.is_taken(kind, name, files)]
     if not kinds:
-        known = [*KINDS, *suites(), *(found for kind in registry.KINDS for found in registry.names(kind))]
+        known = [
+            *KINDS,
+            *suite_names.named(),
+            *(found for kind in registry.KINDS for found in registry.names(kind, files)),
+        ]
         raise SuiteError(f"nothing is named '{name}'; {did_you_mean(name, known)}")
     for number, kind in enumerate(kinds):
-        loaded, preset = registry.find(kind, name)
+        loaded, preset, _ = registry.find(kind, name, files)
         if number:
             yield ""
         yield f"{kind} {name}"

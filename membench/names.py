@@ -1,4 +1,7 @@
-"""What the names in a suite may look like, and what a stack of techniques is made of."""
+"""What the names in a suite may look like, and what a stack of techniques is made of.
+
+Where two plug-ins have one name, ``package:name`` says whose is meant; it then stands so in ids of cases and tables.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,26 @@ def checked_name(name: str) -> str:
     return name
 
 
+def checked_plugin(name: str) -> str:
+    """``name``, if a plug-in can be asked for by it: a name, or 'package:name'.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    package, colon, own = name.rpartition(":")
+    if not colon:
+        return checked_name(name)
+    if not (package and own) or ":" in package:
+        raise ValueError("where two plug-ins have one name, write 'package:name'")
+    checked_name(package)
+    checked_name(own)
+    if own == REFERENCE:
+        raise ValueError(f"the reference is written '{REFERENCE}'; no other package has it")
+    if len(name.encode()) > _LONGEST_NAME_BYTES:
+        raise ValueError(f"a name has {_LONGEST_NAME_BYTES} bytes at most, its package included")
+    return name
+
+
 def checked_stack(stack: str) -> str:
     """``stack``, if it is a technique's name or several joined by '+'.
 
@@ -37,7 +60,7 @@ def checked_stack(stack: str) -> str:
     if len(names) > 1 and " " in stack:
         raise ValueError(f"a stack is written without spaces: '{''.join(stack.split())}'")
     for name in names:
-        checked_name(name)
+        checked_plugin(name)
     if len(names) > 1 and REFERENCE in names:
         raise ValueError(f"'{REFERENCE}' has no place in a stack")
     twice = next((name for name in names if names.count(name) > 1), None)

@@ -1,7 +1,8 @@
-"""The contract of models, techniques and workloads.
+"""What models, techniques, workloads and quality metrics are derived from: the contract with its defaults.
 
-A plug-in's module must not import torch when it is loaded: the runner reads its options without it. Import torch in
-the methods; those run in the measured process.
+``membench.contract`` has the same on one screen, and the promise of what stays. A plug-in's module must not import
+torch when it is loaded: the runner reads its options without it. Import torch in the methods; those run in the measured
+process.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Self, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
+from membench.contract import CONTRACT_VERSION
 from membench.data.storage import Storage
 from membench.units import parse_bytes
 
@@ -37,6 +39,10 @@ class Options(BaseModel):
     """What every plug-in is: typed options, a docstring whose first line is shown by ``membench list``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    contract: ClassVar[int] = CONTRACT_VERSION
+    """The version of the contract that the plug-in was written for, where it says so."""
+    required: ClassVar[frozenset[str]] = frozenset()
+    """Stages that have no default."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Names after the plug-in's own: preset '60m' of 'llama' is written 'llama-60m'."""
     imports: ClassVar[tuple[str, ...]] = ("torch",)
@@ -147,6 +153,7 @@ class Corpus(NamedTuple):
 class Model(Options):
     """Builds a module and says how to feed it."""
 
+    required: ClassVar[frozenset[str]] = frozenset({"build"})
     gives_logits: ClassVar[bool] = True
     """Whether the module takes token ids (B, T) and gives logits (B, T, vocabulary), bare or as ``.logits``."""
     quality: ClassVar[bool] = False
@@ -297,6 +304,8 @@ class Technique(Options):
 class LayerWise(Technique):
     """A technique that converts one layer after the other, and so can be streamed from a checkpoint."""
 
+    required: ClassVar[frozenset[str]] = frozenset({"convert"})
+
     def convert(self, name: str, layer: nn.Module, head: nn.Module | None) -> nn.Module:
         """What takes the place of ``layer``, or ``layer`` itself, changed or as it is.
 
@@ -337,6 +346,7 @@ def replaced(module: nn.Module, name: str, layer: nn.Module) -> nn.Module:
 class Workload(Options):
     """What is done with the model. ``start`` returns a function that does one step."""
 
+    required: ClassVar[frozenset[str]] = frozenset({"start", "longest_sequence", "tokens_per_step"})
     trains: ClassVar[bool] = False
 
     def longest_sequence(self) -> int:
@@ -389,6 +399,39 @@ class Workload(Options):
     def start(self, module: nn.Module, tokens: Tokens, techniques: Sequence[Technique], context: Context) -> Step:
         """Prepare (optimizer, batch) and return the step, which enters ``stepping`` around each forward pass."""
         raise NotImplementedError
+
+
+class HeldOut(NamedTuple):
+    """Text that the model was not trained on.
+
+    Attributes:
+        pieces: runs of token ids, the first of each given and the others to be predicted.
+        logits: of token ids (T,), int64, on the case's device: logits (T, vocabulary), as the workload has the module
+            read them, with the stack's contexts around it.
+    """
+
+    pieces: Sequence[Sequence[int]]
+    logits: Callable[[torch.Tensor], torch.Tensor]
+
+
+class QualityMetric(Options):
+    """A figure of how good the converted model is, taken in the phase ``evaluate``."""
+
+    required: ClassVar[frozenset[str]] = frozenset({"measure"})
+    unit: ClassVar[str] = ""
+    """What follows the number: '%', 'nats'."""
+    better: ClassVar[Literal["lower", "higher"]] = "lower"
+
+    def measure(self, module: nn.Module, held_out: HeldOut, context: Context) -> float:
+        """The figure of a module that is in its mode of evaluation, without gradients; leave the module as it is.
+
+        Raises:
+            Unsuitable: where it cannot be had of this case; the reason stands in the record.
+        """
+        raise NotImplementedError
+
+
+CONTRACT_CLASSES: frozenset[type] = frozenset({Options, Model, Technique, LayerWise, Workload, QualityMetric})
 
 
 @contextmanager

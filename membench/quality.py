@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from membench import corpus
 from membench.data import tokens
+from membench.errors import is_out_of_memory, summary
+from membench.record import METRIC_OF_FIELD
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from membench.plugins import Context, Technique, Workload
+    from membench.plugins import Context, QualityMetric, Technique, Workload
 
 _PIECE_TOKENS = 256
 _FEWEST_PIECES = 8  # for a standard error
@@ -133,6 +135,49 @@ def evaluate(
             "top1_agreement_percent": agreed / count * 100 if math.isfinite(divergence) else math.nan,
         }
     return {key: _finite(value) for key, value in found.items()}
+
+
+def own(
+    metrics: Mapping[str, QualityMetric],
+    model: Any,
+    module: nn.Module,
+    techniques: Sequence[Technique],
+    workload: Workload,
+    context: Context,
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The figures of metrics that are plug-ins, by field, and remarks on those that ended in an error.
+
+    Returns:
+        Of each ``value`` and ``reason``, one of the two ``None``.
+    """
+    import torch
+
+    from membench.plugins import HeldOut, Unsuitable, stepping
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        with stepping(techniques, context):
+            return workload.logits(module, ids, techniques, context)
+
+    found: dict[str, dict[str, Any]] = {}
+    remarks = []
+    held_out = HeldOut([piece.ids for piece in pieces(model, module, workload)], logits) if metrics else None
+    for field, metric in metrics.items():
+        value, reason = None, None
+        try:
+            assert held_out is not None
+            with torch.no_grad():
+                value = float(metric.measure(module, held_out, context))
+            if not math.isfinite(value):
+                value, reason = None, "it is not finite"
+        except Unsuitable as error:
+            reason = str(error)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            reason = f"measuring it ended in {summary(error)}"
+            remarks.append(f"metric '{METRIC_OF_FIELD[field].name}' is not known: {reason}")
+        found[field] = {"value": value, "reason": reason}
+    return found, remarks
 
 
 def _not_negative(value: float) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -448,15 +449,88 @@ METRICS: tuple[Metric, ...] = (
     ),
 )
 
-METRIC_OF_FIELD: Mapping[str, Metric] = {metric.field: metric for metric in METRICS}
+_OWN = "own."
+_OWN_FIELD = re.compile(r"own\.(?P<name>[a-z][a-z0-9_]*)\.(?P<better>lower|higher)(?:\.(?P<unit>[^\s._]{1,16}))?")
+
+
+def own_field(name: str, better: str, unit: str = "") -> str:
+    """The field of a plug-in's metric. It says all that a view needs, and is no field of a built-in one.
+
+    Raises:
+        ValueError: if no field can be made of them.
+    """
+    field = ".".join(filter(None, ("own", name, better, unit)))
+    if _OWN_FIELD.fullmatch(field) is None or not field.isprintable():
+        raise ValueError(
+            "a metric's name has small letters, digits and '_', and its unit 16 characters at most, none of them a"
+            " space, '.' or '_'"
+        )
+    return field
+
+
+def is_own(field: str) -> bool:
+    """Whether a field is that of a plug-in's metric."""
+    return field.startswith(_OWN)
+
+
+class _ByField(dict[str, Metric]):
+    """The built-in metrics, and those of plug-ins as they are asked for."""
+
+    def __missing__(self, field: str) -> Metric:
+        parts = _OWN_FIELD.fullmatch(field)
+        if parts is None:
+            raise KeyError(field)
+        name, unit = parts["name"], parts["unit"] or ""
+
+        def shown(value: float) -> str:
+            return f"{format_number(value)}{'' if unit in ('', '%') else ' '}{unit}"
+
+        better: Literal["lower", "higher"] = "lower" if parts["better"] == "lower" else "higher"
+        meaning = "as its plug-in measures it"
+        self[field] = Metric(
+            name, field, name.replace("_", " "), better, shown, meaning, in_table=True, has_ratio=False
+        )
+        return self[field]
+
+
+METRIC_OF_FIELD: Mapping[str, Metric] = _ByField({metric.field: metric for metric in METRICS})
+
+
+def own_metrics(fields: Iterable[str]) -> tuple[Metric, ...]:
+    """The metrics of plug-ins among these fields."""
+    return tuple(METRIC_OF_FIELD[field] for field in sorted({field for field in fields if _OWN_FIELD.fullmatch(field)}))
+
+
+def metrics_with(fields: Iterable[str]) -> tuple[Metric, ...]:
+    """The built-in metrics, and those of plug-ins among these fields."""
+    return (*METRICS, *own_metrics(fields))
+
+
+def metrics_in(records: Iterable[Record]) -> tuple[Metric, ...]:
+    """The built-in metrics, and those of plug-ins that records have."""
+    return metrics_with(field for record in records for field in record.metrics)
+
+
+@dataclass(frozen=True)
+class PluginFile:
+    """A file of a suite's own plug-ins: its name in the suite, where it is, and what it was when the suite was read."""
+
+    name: str
+    path: str
+    sha256: str
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """A plug-in named by a suite: what to look up and with which options."""
+    """A plug-in named by a suite: what to look up, with which options, and in which file if it is not installed."""
 
     use: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    file: PluginFile | None = None
+
+    @property
+    def files(self) -> tuple[PluginFile, ...]:
+        return () if self.file is None else (self.file,)
 
 
 @dataclass(frozen=True)
@@ -470,6 +544,18 @@ class Case:
     model_plugin: Plugin
     technique_plugins: tuple[Plugin, ...]
     workload_plugin: Plugin
+    metric_plugins: Mapping[str, Plugin] = field(default_factory=dict)
+    """By field, the quality metrics that are plug-ins."""
+
+    @property
+    def plugins(self) -> tuple[tuple[str, Plugin], ...]:
+        """All that it is made of, each with its kind."""
+        return (
+            ("model", self.model_plugin),
+            *(("technique", plugin) for plugin in self.technique_plugins),
+            ("workload", self.workload_plugin),
+            *(("metric", plugin) for plugin in self.metric_plugins.values()),
+        )
 
     @property
     def id(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import select
@@ -141,7 +142,7 @@ class Runner:
     def prepare(self, case: Case) -> str | None:
         """Let a case's model do what it does once; the reason if that failed."""
         request = {"prepare": True, "device": "cpu", "isolation": self._settings.isolation,
-                   "model": _named(case.model_plugin)}  # fmt: skip
+                   "model": _asked(case.model_plugin)}  # fmt: skip
         outcome = self._watch(request, _PREPARE_TIMEOUT_S)
         return None if outcome.status == "ok" else f"preparing the model ended as {outcome.status}: {outcome.message}"
 
@@ -161,17 +162,18 @@ class Runner:
                 "isolation": self._settings.isolation,
                 "threads": self._threads,
                 "settings": self._settings.model_dump(),
-                "model": _named(case.model_plugin),
-                "techniques": [_named(technique) for technique in case.technique_plugins],
+                "model": _asked(case.model_plugin),
+                "techniques": [_asked(technique) for technique in case.technique_plugins],
                 "members": case.technique.split("+"),
-                "workload": _named(case.workload_plugin),
+                "workload": _asked(case.workload_plugin),
+                "metrics": {field: _asked(plugin) for field, plugin in case.metric_plugins.items()},
                 "reference": {
-                    "path": str(self._references / f"{'-'.join(case.group).replace(':', '')}.npy"),
+                    "path": str(self._references / f"{_file_name(case.group)}.npy"),
                     "is_this": case.technique == REFERENCE,
                 },
             }
             outcome = self._watch(request, self._settings.timeout_s)
-        names = {
+        names: dict[str, Any] = {
             "model": case.model,
             "technique": case.technique,
             "workload": case.workload,
@@ -180,6 +182,8 @@ class Runner:
             "technique_plugins": [_named(technique) for technique in case.technique_plugins],
             "workload_plugin": _named(case.workload_plugin),
         }
+        if case.metric_plugins:
+            names["metric_plugins"] = {field: _named(plugin) for field, plugin in case.metric_plugins.items()}
         duration_s = time.monotonic() - began - outcome.waited_s
         return self._record(names, case.id, repeat, outcome, figures, limits, started_at, duration_s)
 
@@ -381,16 +385,29 @@ def _judge(outcome: _Outcome, timed_out: bool, timeout_s: float, exited: int, oo
 
 
 def _named(plugin: Plugin) -> dict[str, Any]:
-    return {"use": plugin.use, "options": dict(plugin.options)}
+    """A plug-in as its record has it."""
+    own = {"file": plugin.file.name} if plugin.file else {}
+    return {"use": plugin.use, "options": dict(plugin.options), **own}
+
+
+def _asked(plugin: Plugin) -> dict[str, Any]:
+    """A plug-in as its worker is told it."""
+    own = {"file": dataclasses.asdict(plugin.file)} if plugin.file else {}
+    return _named(plugin) | own
+
+
+def _file_name(group: tuple[str, str, str]) -> str:
+    model, workload, device = group
+    # A colon has no place in names of files on every disk; an '@' has none in the names of plug-ins.
+    return "-".join((model.replace(":", "@"), workload.replace(":", "@"), device.replace(":", "")))
 
 
 def _modules_of(cases: tuple[Case, ...]) -> list[str]:
     """The modules that the fork server imports for these cases."""
     modules = {"membench.worker", "safetensors.torch"}
     for case in cases:
-        techniques = [("technique", plugin) for plugin in case.technique_plugins]
-        for kind, plugin in (("model", case.model_plugin), *techniques, ("workload", case.workload_plugin)):
-            modules |= set(registry.find(kind, plugin.use)[0].imports)
+        for kind, plugin in case.plugins:
+            modules |= set(registry.find(kind, plugin.use, plugin.files).loaded.imports)
     return sorted(modules)
 
 

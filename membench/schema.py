@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from membench.errors import ResultsError
-from membench.names import checked_device, checked_name, checked_stack, members
-from membench.record import REFERENCE, SCHEMA_VERSION, Status
+from membench.names import checked_device, checked_name, checked_plugin, checked_stack, members
+from membench.record import REFERENCE, SCHEMA_VERSION, Status, is_own, own_metrics
 from membench.validation import problem, shown
 
 _LARGEST_SIZE = 2**63 - 1
@@ -64,6 +64,8 @@ class _Header(_Table):
     machine: _Machine = _Machine()
     started_at: str = ""
     code: _Code | None = None
+    plugin_files: dict[str, str] = {}
+    own_metrics: list[str] = []
 
 
 class _Plugin(_Table):
@@ -205,7 +207,11 @@ def check_record(entry: Mapping[str, Any]) -> None:
         raise ResultsError("a second header: two runs do not go into one file")
     _check(_Record, entry)
     for field, value in entry["metrics"].items():
-        if value is None:
+        if is_own(field) and not own_metrics([field]):
+            raise ResultsError(
+                f"metrics.{field}: a plug-in's metric is 'own.NAME.lower' or 'own.NAME.higher', and a unit"
+            )
+        if value is None or is_own(field):
             continue
         if value < 0 and not field.endswith(_SIGNED):
             raise ResultsError(f"metrics.{field} = {shown(value)}: must be at least 0")
@@ -217,7 +223,7 @@ def check_record(entry: Mapping[str, Any]) -> None:
         for key, name in (("id", entry["id"]), ("case.model", case["model"]), ("case.workload", case["workload"])):
             _check_name(key, name, _checked_text)
         return
-    for axis, checked in (("model", checked_name), ("technique", checked_stack), ("workload", checked_name)):
+    for axis, checked in (("model", checked_plugin), ("technique", checked_stack), ("workload", checked_plugin)):
         _check_name(f"case.{axis}", case[axis], checked)
     own = f"{case['model']}/{case['technique']}/{case['workload']}/{case['device']}"
     if entry["id"] != own:

@@ -10,9 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from membench import environment
+from membench import environment, plugin_files
 from membench.errors import ResultsError
-from membench.record import Case, Record
+from membench.record import Case, Metric, PluginFile, Record
 from membench.runner import Runner
 from membench.store import Run, RunFile, find_run, read_run
 from membench.suite import Suite
@@ -182,17 +182,30 @@ def _file(
             raise ResultsError(f"{folder}: no run of suite '{suite.name}' there to go on with")
         _refuse_what_differs(path, suite, machine)
         return RunFile.reopen(path)
-    header = run_header(suite.name, suite.text, _devices(suite), datetime.now(UTC))
+    header = run_header(
+        suite.name, suite.text, _devices(suite), datetime.now(UTC), suite.plugin_files, suite.own_metrics
+    )
     return RunFile.create(run_path(folder, header), {**header, "machine": machine, **more})
 
 
-def run_header(name: str, text: str, devices: Sequence[str], started: datetime) -> dict[str, Any]:
+def run_header(
+    name: str,
+    text: str,
+    devices: Sequence[str],
+    started: datetime,
+    files: Sequence[PluginFile] = (),
+    metrics: Sequence[Metric] = (),
+) -> dict[str, Any]:
     """What a run's file says of the run, the machine aside.
 
     Args:
         name: of the suite.
         text: the suite as it is written.
+        files: the suite's own plug-ins, of which fingerprints are kept.
+        metrics: those of plug-ins.
     """
+    own: dict[str, Any] = {"plugin_files": plugin_files.fingerprints(files)} if files else {}
+    own |= {"own_metrics": [metric.field for metric in metrics]} if metrics else {}
     return {
         "run": f"{name}-{started:%Y%m%dT%H%M%S%fZ}",
         "suite": name,
@@ -200,6 +213,7 @@ def run_header(name: str, text: str, devices: Sequence[str], started: datetime) 
         "suite_text": text,
         "devices": list(devices),
         "started_at": started.isoformat(timespec="microseconds"),
+        **own,
     }
 
 
@@ -219,6 +233,9 @@ def _refuse_what_differs(path: Path, suite: Suite, machine: Mapping[str, Any]) -
         raise ResultsError(
             f"{path}: its suite '{header.get('suite')}' is not '{suite.name}' as it is now; run it afresh"
         )
+    changed = plugin_files.differences(header.get("plugin_files", {}), plugin_files.fingerprints(suite.plugin_files))
+    if changed:
+        raise ResultsError(f"{path}: plug-in file {changed[0]} since it began; run it afresh")
     devices = header.get("devices", _devices(suite))
     if devices != _devices(suite):
         raise ResultsError(

@@ -87,9 +87,8 @@ def _refuse_foreign_code(suite: Suite, other: Path, own: Path) -> None:
 
 def _origins(case: Case) -> Iterator[tuple[str, Path | None]]:
     """What a case is made of, with the file that it is loaded from."""
-    techniques = [("technique", plugin) for plugin in case.technique_plugins]
-    for kind, plugin in (("model", case.model_plugin), *techniques, ("workload", case.workload_plugin)):
-        family = registry.find(kind, plugin.use)[0]
+    for kind, plugin in case.plugins:
+        family = registry.find(kind, plugin.use, plugin.files).loaded
         yield f"{kind} '{plugin.use}'", Path(inspect.getfile(family))
         for name in _functions(plugin):
             # Only the package is looked for: to import it may take seconds and much memory.

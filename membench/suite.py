@@ -13,20 +13,18 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from membench import units
+from membench import plugin_files, suite_names, units
 from membench.amounts import amount, wanted
-from membench.errors import RuleError, SuiteError, did_you_mean, nearest, one_line
+from membench.errors import PluginError, RuleError, SuiteError, did_you_mean, nearest, one_line
 from membench.expansion import expand
-from membench.names import checked_device, checked_name, checked_stack, parts
-from membench.record import METRICS, REFERENCE, Case
+from membench.names import checked_device, checked_name, checked_plugin, checked_stack, parts
+from membench.record import METRICS, REFERENCE, Case, Metric, PluginFile, own_metrics
 from membench.regression.gates import Gate
 from membench.regression.gates import of_table as gates_of_table
 from membench.regression.tolerances import Tolerance
 from membench.regression.tolerances import of_table as tolerances_of_table
 from membench.validation import problem, shown
 
-_BESIDE_PACKAGE = Path(__file__).parent / "suites"
-_IN_CHECKOUT = Path(__file__).parent.parent / "suites"
 _LARGEST_SEED = 2**63 - 1  # TOML's own largest number; torch takes twice as much, techniques add to it
 
 
@@ -41,7 +39,7 @@ def _listed(value: Any) -> Any:
 
 
 Name = Annotated[str, AfterValidator(checked_name)]
-Names = Annotated[list[Name], Field(min_length=1)]
+Names = Annotated[list[Annotated[str, AfterValidator(checked_plugin)]], Field(min_length=1)]
 Stacks = Annotated[list[Annotated[str, AfterValidator(checked_stack)]], Field(min_length=1)]
 Devices = Annotated[list[Annotated[str, AfterValidator(checked_device)]], Field(min_length=1)]
 Patterns = Annotated[list[str], Field(min_length=1), BeforeValidator(_listed)]
@@ -49,8 +47,12 @@ _OneOrMore = BeforeValidator(_listed)
 
 
 class Head(_Table):
+    """``plugins``: files of plug-ins, relative to the suite's. ``metrics``: quality metrics that are plug-ins."""
+
     name: Name
     description: str = ""
+    plugins: Patterns | None = None
+    metrics: list[Annotated[str, AfterValidator(checked_plugin)]] = []
 
 
 class Matrix(_Table):
@@ -112,6 +114,7 @@ class Contents(_Table):
     model: dict[str, dict[str, Any]] = {}
     technique: dict[str, dict[str, Any]] = {}
     workload: dict[str, dict[str, Any]] = {}
+    metric: dict[str, dict[str, Any]] = {}
     settings: Settings = Settings.model_validate({})
     limits: dict[str, Any] = {}
     regression: dict[str, Any] = {}
@@ -120,7 +123,9 @@ class Contents(_Table):
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite, checked: its cases (references included), settings, limits by metric field, tolerances and gates."""
+    """A suite, checked: its cases (references included), settings, limits by metric field, tolerances, gates, and the
+    files of its own plug-ins.
+    """
 
     path: Path
     name: str
@@ -131,6 +136,12 @@ class Suite:
     text: str
     tolerances: tuple[Tolerance, ...] = ()
     gates: tuple[Gate, ...] = ()
+    plugin_files: tuple[PluginFile, ...] = ()
+
+    @property
+    def own_metrics(self) -> tuple[Metric, ...]:
+        """The metrics that are plug-ins."""
+        return own_metrics(field for case in self.cases[:1] for field in case.metric_plugins)
 
     def select(self, keep: Callable[[str], bool]) -> tuple[Case, ...]:
         """The cases whose id is kept, and what they are compared with: references, and the parts of stacks."""
@@ -145,18 +156,9 @@ class Suite:
         return dataclasses.replace(self, settings=self.settings.model_copy(update={"repeats": repeats}))
 
 
-def suites() -> dict[str, Path]:
-    """Every suite that can be named without path: those in ./suites, then those that come with membench."""
-    found: dict[str, Path] = {}
-    for folder in (Path.cwd() / "suites", _BESIDE_PACKAGE, _IN_CHECKOUT):
-        for path in sorted(folder.glob("*.toml")):
-            found.setdefault(path.stem, path)
-    return found
-
-
 def is_suite(name: str) -> bool:
     """Whether a name can only mean a suite: it is one's name, or a path."""
-    return _is_path(name) or name in suites()
+    return _is_path(name) or suite_names.find(name) is not None
 
 
 def _is_path(name: str) -> bool:
@@ -197,9 +199,11 @@ def load_suite(name: str | Path, devices: list[str] | None = None) -> Suite:
     except ValidationError as error:
         raise SuiteError(f"{path}: {problem(error, Contents, parsed).sentence()}") from None
     try:
-        cases = expand(contents, devices)
-        limits = dict(_limit(key, value) for key, value in contents.limits.items())
-        tolerances, gates = _rules(contents.regression, contents.gate)
+        files = _plugin_files(contents.suite.plugins or (), path)
+        cases = expand(contents, devices, files)
+        own = own_metrics(cases[0].metric_plugins)
+        limits = dict(_limit(key, value, own) for key, value in contents.limits.items())
+        tolerances, gates = _rules(contents.regression, contents.gate, own)
         if devices is None:  # others may be what a pattern is about
             _refuse_idle_patterns(tolerances, gates, [case.id for case in cases])
     except (SuiteError, RuleError) as error:
@@ -214,11 +218,29 @@ def load_suite(name: str | Path, devices: list[str] | None = None) -> Suite:
         text,
         tolerances,
         gates,
+        files,
     )
 
 
-def rules_in(text: str) -> tuple[tuple[Tolerance, ...], tuple[Gate, ...]]:
+def _plugin_files(names: Sequence[str], path: Path) -> tuple[PluginFile, ...]:
+    """A suite's own plug-ins, each file run once to see that it can be."""
+    try:
+        files = plugin_files.named(names, path.parent)
+    except PluginError as error:
+        raise SuiteError(f"suite.plugins: {error}") from None
+    for file in files:
+        try:
+            list(plugin_files.classes(file))
+        except PluginError as error:
+            raise SuiteError(f"plug-in file {error}") from None
+    return files
+
+
+def rules_in(text: str, own: Sequence[Metric] = ()) -> tuple[tuple[Tolerance, ...], tuple[Gate, ...]]:
     """Tolerances and gates of a suite of which only the text is left, in the header of a run.
+
+    Args:
+        own: the suite's metrics that are plug-ins.
 
     Raises:
         RuleError: if they cannot be understood.
@@ -227,14 +249,16 @@ def rules_in(text: str) -> tuple[tuple[Tolerance, ...], tuple[Gate, ...]]:
         tables = tomllib.loads(text)
     except (ValueError, RecursionError):
         raise RuleError("the suite's text in the run is not TOML") from None
-    found = [tables.get(name, {}) for name in ("regression", "gate")]
-    if not all(isinstance(table, dict) for table in found):
+    regression, gate = tables.get("regression", {}), tables.get("gate", {})
+    if not isinstance(regression, dict) or not isinstance(gate, dict):
         raise RuleError("[regression] and [gate] are tables")
-    return _rules(*found)
+    return _rules(regression, gate, own)
 
 
-def _rules(regression: Mapping[str, Any], gate: Mapping[str, Any]) -> tuple[tuple[Tolerance, ...], tuple[Gate, ...]]:
-    return tolerances_of_table(regression), gates_of_table(gate)
+def _rules(
+    regression: Mapping[str, Any], gate: Mapping[str, Any], own: Sequence[Metric]
+) -> tuple[tuple[Tolerance, ...], tuple[Gate, ...]]:
+    return tolerances_of_table(regression, own), gates_of_table(gate, own)
 
 
 def _refuse_idle_patterns(tolerances: Sequence[Tolerance], gates: Sequence[Gate], case_ids: Sequence[str]) -> None:
@@ -247,10 +271,10 @@ def _refuse_idle_patterns(tolerances: Sequence[Tolerance], gates: Sequence[Gate]
 
 def _found(name: str | Path) -> Path:
     """The file that a suite's name or path means."""
-    path, known = Path(name), suites()
+    path, known = Path(name), suite_names.named()
     is_path = _is_path(str(name))
-    if not is_path and str(name) in known:
-        return known[str(name)]
+    if not is_path and (found := suite_names.find(str(name))) is not None:
+        return found.path()
     try:
         if path.is_file():
             return path
@@ -296,14 +320,15 @@ def _parsed(path: Path, text: str) -> dict[str, Any]:
         raise SuiteError(f"{path}: not valid TOML: a number has thousands of digits") from None
 
 
-def _limit(key: str, value: Any) -> tuple[str, float]:
-    metric = next((m for m in METRICS if m.name == key), None)
+def _limit(key: str, value: Any, own: Sequence[Metric]) -> tuple[str, float]:
+    known = {metric.name: metric for metric in (*METRICS, *own)}
+    metric = known.get(key)
     if metric is None:
-        raise SuiteError(f"limits.{key}: no such metric; {did_you_mean(key, (m.name for m in METRICS))}")
+        raise SuiteError(f"limits.{key}: no such metric; {did_you_mean(key, known)}")
     try:
         limit = amount(metric, value)
     except (ValueError, OverflowError):
         raise SuiteError(f"limits.{key} = {shown(value)}: write {wanted(metric)}") from None
-    if limit < 0 and metric.format is not units.format_difference:
+    if limit < 0 and metric.format is not units.format_difference and metric not in own:
         raise SuiteError(f"limits.{key} = {shown(value)}: a limit must not be negative")
     return metric.field, limit

@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from membench import allocator, calls, census, checkpoint, device, notes, plugins, quality, registry
-from membench.assembly import Assembly
+from membench import allocator, calls, census, checkpoint, device, notes, plugins, quality
+from membench.assembly import Assembly, create
 from membench.errors import is_out_of_memory
 from membench.meter import STEPS_FOR_MEMORY, Meter
 from membench.weights import bytes_by_module, weight_bytes
@@ -61,7 +61,7 @@ def main(request: dict[str, Any], channel: socket.socket) -> None:
 
 
 def _prepare(request: dict[str, Any], meter: Meter) -> None:
-    model = registry.create("model", request["model"]["use"], request["model"]["options"])
+    model = create("model", request["model"])
     model.prepare(lambda done, total, what: meter.tell(event="progress", done=done, total=total, what=what))
 
 
@@ -276,6 +276,10 @@ class _Work:
                 case.model, module, case.techniques, case.workload, case.context,
                 Path(reference["path"]), reference["is_this"],
             )  # fmt: skip
+            self._result["own_metrics"], failed = quality.own(
+                case.metrics, case.model, module, case.techniques, case.workload, case.context
+            )
+        self._result["remarks"] += failed
         if None in self._result["quality"]["nats"] and self.diverged is None:
             self._result["remarks"].append("the logits of held-out text are not finite")
         self._tell("the checkpoint was not saved")

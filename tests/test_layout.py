@@ -22,11 +22,12 @@ _MEASURED = {
     "stand_in", "weights", "worker",
 }  # fmt: skip
 _GROUPS = {
-    "ground": {"amounts", "corpus", "errors", "names", "nvml", "plugins", "procfs", "quantities", "record", "registry",
-               "scratch", "sending", "units", "validation", "environment", "data.storage"},
+    "ground": {"amounts", "contract", "contract_check", "corpus", "errors", "names", "nvml", "packages", "plugin_files",
+               "plugins", "procfs", "quantities", "record", "registry", "scratch", "sending", "units", "validation",
+               "environment", "data.storage"},
     "training data": {"data"},
     "rules": {"regression.gates", "regression.tolerances"},
-    "suites": {"expansion", "listing", "selection", "suite"},
+    "suites": {"expansion", "listing", "selection", "suite", "suite_names"},
     "measured process": _MEASURED,
     "plug-ins": {"builtin"},
     "runner's process": {"figures", "nursery", "observer", "runner", "session"},

@@ -119,12 +119,15 @@ def test_a_broken_plug_in_that_is_asked_for_is_an_error(site: Path, capsys: pyte
 def test_two_plug_ins_of_one_name_are_an_error_that_names_both(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     install(site, "other", "[membench.models]\nllama = others:Llama\nllama-15m = others:Llama\n", {})
     mine = f"membench {version('membench')} (membench.builtin.models.transformer:Llama)"
-    ends = "; keep one of them installed"
-    whose = {f"other 1.0 (others:Llama) and {mine}", f"{mine} and other 1.0 (others:Llama)"}
-    said = {f"2 plug-ins are named model 'llama': of {each}{ends}" for each in whose}
+    said = {
+        f"2 plug-ins are named model 'llama': of other 1.0 (others:Llama) and {mine};"
+        " write 'other:llama' or 'membench:llama'",
+        f"2 plug-ins are named model 'llama': of {mine} and other 1.0 (others:Llama);"
+        " write 'membench:llama' or 'other:llama'",
+    }
     assert _refused(capsys, "llama") in said
     (line,) = (line for line in _listed(capsys, "models").splitlines() if line.startswith("  llama "))
-    assert line.split("broken: ")[1] in said
+    assert line.split("ambiguous: ")[1] in said
     assert registry.create("model", "gpt2", {}).size == "124m"
 
 
@@ -136,7 +139,7 @@ def test_a_plug_in_named_as_another_s_preset_is_an_error_that_names_both(site: P
         registry.find("technique", "halved-deep")
     assert str(caught.value) == (
         "2 plug-ins are named technique 'halved-deep': of second 1.0 (halves_first:Halved) "
-        "and first 1.0 (halves_first:Halved); keep one of them installed"
+        "and first 1.0 (halves_first:Halved); write 'second:halved-deep' or 'first:halved-deep'"
     )
     assert registry.find("technique", "halved-flat")[1] == {"depth": 1}
 
@@ -167,14 +170,15 @@ def test_suites_are_listed_with_their_descriptions(
     Path("suites", "own.toml").write_text('[suite]\nname = "own"\ndescription = "What is ours"\n')
     lines = _listed(capsys, "suites").splitlines()
     assert lines[0] == "suites"
-    assert lines[2].split(maxsplit=1) == ["own", "What is ours"]
-    assert lines[1].split(maxsplit=1)[1].startswith(f"broken: {tmp_path}/suites/broken.toml: not valid TOML: ")
-    assert any(line.split(maxsplit=1)[1].startswith("Half precision and int8") for line in lines[1:])
+    assert lines[2].split(maxsplit=2) == ["own", "./suites", "What is ours"]
+    assert lines[1].split(maxsplit=2)[2].startswith(f"broken: {tmp_path}/suites/broken.toml: not valid TOML: ")
+    mine = f"membench {version('membench')}"
+    assert any(" ".join(line.split()).startswith(f"quickstart {mine} Half precision and int8") for line in lines[1:])
 
 
 def test_everything_is_listed_by_kind(capsys: pytest.CaptureFixture[str]) -> None:
     heads = [line for line in _listed(capsys).splitlines() if not line.startswith(" ")]
-    assert heads == ["models", "techniques", "workloads", "suites"]
+    assert heads == ["models", "techniques", "workloads", "metrics", "suites"]
 
 
 def test_a_technique_s_options_are_listed_with_types_defaults_and_bounds(
@@ -257,3 +261,61 @@ def test_options_are_taken_as_json_has_them(site: Path) -> None:
     assert create(storage="CSR") == "option 'storage' = 'CSR': did you mean 'csr'?"
     assert create(layers="most") == "option 'layers' = 'most': a whole number is wanted or write 'all'"
     assert create(stroage="csr") == "unknown option 'stroage'; did you mean 'storage'?"
+
+
+_SUITE_TEXT = """\
+[suite]
+name = "s"
+description = "{description}"
+[matrix]
+model = ["ballast"]
+technique = ["none"]
+workload = ["burst"]
+"""
+
+
+def test_a_package_s_suites_are_run_and_listed_by_name(
+    site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    entry_points = (
+        "[membench.suites]\nbudget = suites_{0}:BUDGET\nshared = suites_{0}:BUDGET\nbroken-{0} = suites_{0}:GONE\n"
+    )
+    for package in ("first", "second"):
+        module = f"from pathlib import Path\nBUDGET = Path(__file__).parent / '{package}.toml'\n"
+        text = entry_points.format(package)
+        if package == "second":
+            text = text.replace("budget =", "other-budget =")
+        install(site, package, text, {f"suites_{package}.py": module})
+        (site / f"{package}.toml").write_text(_SUITE_TEXT.format(description=f"Of the {package}"))
+    assert _listed(capsys, "budget") == _listed(capsys, "second:shared") == "ballast/none/burst/cpu\n"
+    assert main(["run", "other-budget", "--dry-run"]) == 0
+    said = _refused(capsys, "shared")
+    assert said in {
+        f"2 suites are named 'shared': of {a} 1.0 (suites_{a}:BUDGET) and {b} 1.0 (suites_{b}:BUDGET);"
+        f" write '{a}:shared' or '{b}:shared'"
+        for a, b in (("first", "second"), ("second", "first"))
+    }
+    cells = {line.split()[0]: line.split(maxsplit=1)[1] for line in _listed(capsys, "suites").splitlines()[1:]}
+    assert " ".join(cells["budget"].split()) == "first 1.0 Of the first"
+    assert cells["broken-first"].endswith(
+        "broken: suite 'broken-first' of first 1.0 (suites_first:GONE) cannot be loaded: "
+        "AttributeError: module 'suites_first' has no attribute 'GONE'"
+    )
+    assert f"broken: {said}" in cells["shared"]
+    assert cells["quickstart"].startswith("membench ")
+    # What lies here is nearer than what is installed.
+    Path("suites").mkdir()
+    Path("suites", "budget.toml").write_text(_SUITE_TEXT.format(description="Of this folder").replace("none", "bf16"))
+    assert _listed(capsys, "budget") == "ballast/none/burst/cpu\nballast/bf16/burst/cpu\n"
+    assert _listed(capsys, "first:budget") == "ballast/none/burst/cpu\n"
+
+
+def test_the_reference_is_membench_s_own(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    install(site, "other", "[membench.techniques]\nnone = halves_of_none:Halved\n", {})
+    lines = [line.split(maxsplit=1)[1] for line in _listed(capsys, "techniques").splitlines() if line[:7] == "  none "]
+    assert lines[0] == (
+        "broken: technique 'none' of other 1.0 (halves_of_none:Halved) is never used:"
+        " every ratio is against membench's own"
+    )
+    assert registry.find("technique", "none").loaded.__name__ == "NoTechnique"

@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace, suite: Suite) -> int:
 
     if arguments.resume:
         raise MembenchError("--resume goes on with one run; --against-ref measures two in turn, afresh")
-    asked = [parse_fail(text) for text in arguments.fail]
+    asked = [parse_fail(text, suite.own_metrics) for text in arguments.fail]
     tolerances = Tolerances(suite.tolerances, asked)
     Tolerances(command_line=asked).refuse_idle(case.id for case in suite.cases)
     rounds = arguments.repeats or max(ROUNDS, suite.settings.repeats)

@@ -9,12 +9,14 @@ from membench.errors import EXIT_OK
 
 
 def add(verbs: Verbs) -> None:
-    listing = verbs.add_parser("list", help="what there is: models, techniques, workloads, suites, a suite's cases")
+    listing = verbs.add_parser(
+        "list", help="what there is: models, techniques, workloads, metrics, suites, a suite's cases"
+    )
     listing.add_argument(
         "what",
         nargs="?",
-        help="models, techniques, workloads or suites; a suite's name or path, for its cases;"
-        " the name of a model, technique or workload, for its options",
+        help="models, techniques, workloads, metrics or suites; a suite's name or path, for its cases;"
+        " the name of a model, technique, workload or metric, for its options; contract, for what a plug-in is",
     )
     listing.set_defaults(do=_list)
 
@@ -26,6 +28,8 @@ def _list(arguments: argparse.Namespace) -> int:
     # A kind first, then a suite, then a plug-in: what a name means must not hang on what is installed.
     if arguments.what is None or arguments.what in listing.KINDS:
         lines = listing.overview((arguments.what,) if arguments.what else listing.KINDS)
+    elif arguments.what == listing.CONTRACT:
+        lines = listing.contract_text()
     elif is_suite(arguments.what):
         lines = (case.id for case in load_suite(arguments.what).cases)
     else:

@@ -106,21 +106,19 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     from membench.regression.gates import outcomes
-    from membench.regression.tolerances import parse_fail
     from membench.report import checked, regression
     from membench.suite import is_suite
 
     ci.refuse_unwritable(arguments)
-    asked = [parse_fail(text) for text in arguments.fail]
     if arguments.update and arguments.against and _baseline_named(arguments.against, arguments.output) is None:
         raise MembenchError(f"--update moves a baseline, and '{arguments.against}' is none")
     is_kept = arguments.new.endswith((".json", ".jsonl")) or not is_suite(arguments.new)
     if not is_kept:
-        base, judgement, run, gates = _of_suite(arguments, asked)
+        base, judgement, run, gates = _of_suite(arguments)
     else:
         if arguments.device:
             raise MembenchError("--device is for a suite that is to be run; a run has its devices")
-        base, judgement, run, gates = _of_run(arguments, asked)
+        base, judgement, run, gates = _of_run(arguments)
     print_judgements([judgement], arguments.format)
     if is_kept and any(change.repeats == 1 for change in judgement.regressions):
         what = f"'membench check {judgement.new.suite}'" if judgement.new.suite else "a check of its suite"
@@ -138,9 +136,7 @@ def _check(arguments: argparse.Namespace) -> int:
     return code
 
 
-def _of_suite(
-    arguments: argparse.Namespace, asked: Sequence[Tolerance]
-) -> tuple[Measured, Judgement, Run | None, Sequence[Gate]]:
+def _of_suite(arguments: argparse.Namespace) -> tuple[Measured, Judgement, Run | None, Sequence[Gate]]:
     """Run a suite, and measure its suspects again."""
     from rich.console import Console
 
@@ -148,10 +144,11 @@ def _of_suite(
     from membench.progress import Display
     from membench.regression import sources
     from membench.regression.measured import Measured, MeasuredCase
-    from membench.regression.tolerances import Tolerances
+    from membench.regression.tolerances import Tolerances, parse_fail
     from membench.suite import load_suite
 
     suite = load_suite(arguments.new, arguments.device)
+    asked = [parse_fail(text, suite.own_metrics) for text in arguments.fail]
     keep = _keep(arguments.expression)
     if not suite.select(keep):
         raise selection.fits_nothing(arguments.expression)
@@ -178,19 +175,22 @@ def _kept_pairs(judgement: Judgement, keep: Callable[[str], bool]) -> Any:
     return tuple(pair for pair in judgement.pairs if keep(pair.id))
 
 
-def _of_run(
-    arguments: argparse.Namespace, asked: Sequence[Tolerance]
-) -> tuple[Measured, Judgement, Run | None, Sequence[Gate]]:
+def _of_run(arguments: argparse.Namespace) -> tuple[Measured, Judgement, Run | None, Sequence[Gate]]:
     """Judge a run as it was kept, by the tolerances and gates of the suite that it was made of."""
+    from membench.record import own_metrics
     from membench.regression import sources
-    from membench.regression.tolerances import Tolerances
+    from membench.regression.tolerances import Tolerances, parse_fail
     from membench.regression.verdict import judge
     from membench.suite import rules_in
 
     keep = _keep(arguments.expression)
     measured, run = sources.load_with_run(arguments.new, arguments.output)
     base = _only(_base(arguments, measured, sources), keep)
-    own, gates = rules_in(str(run.header.get("suite_text", ""))) if run else ((), ())
+    plugins = own_metrics(field for case in measured.cases.values() for field in case.values)
+    if run:
+        plugins = own_metrics(run.header.get("own_metrics", ()))
+    asked = [parse_fail(text, plugins) for text in arguments.fail]
+    own, gates = rules_in(str(run.header.get("suite_text", "")), plugins) if run else ((), ())
     _refuse_idle(asked, base, measured)
     judgement = judge(base, _only(measured, keep), Tolerances(own, asked), across_machines=arguments.across_machines)
     return base, judgement, run, gates

@@ -81,7 +81,10 @@ class SuiteFile(pytest.File):
         from membench.session import run_header
 
         devices = list(dict.fromkeys(case.device for case in self.suite.cases))
-        return run_header(self.suite.name, self.suite.text, devices, Sharing.of(self.config).started)
+        started = Sharing.of(self.config).started
+        return run_header(
+            self.suite.name, self.suite.text, devices, started, self.suite.plugin_files, self.suite.own_metrics
+        )
 
     def measure(self, item: CaseItem) -> tuple[list[Record], list[Record]]:
         """Of an item's case, and of its reference, a record a repeat.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from membench.compare import Comparison
-from membench.record import METRICS, Record
+from membench.record import Record
 from membench.regression.gates import Gate, outcomes
 
 
@@ -18,7 +18,7 @@ class MembenchWarning(pytest.PytestWarning):
 def figures(records: Sequence[Record]) -> Mapping[str, float]:
     """What is known of a case, by metric field: medians over its repeats."""
     found, first = Comparison(records), records[0]
-    values = {metric.field: found.value(first.group, first.technique, metric.field) for metric in METRICS}
+    values = {metric.field: found.value(first.group, first.technique, metric.field) for metric in found.metrics}
     return {field: value for field, value in values.items() if value is not None}
 
 

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from membench import strict_json
 from membench.errors import ResultsError, did_you_mean
 from membench.names import checked_name
-from membench.record import METRIC_OF_FIELD
+from membench.record import METRIC_OF_FIELD, is_own
 from membench.regression.machines import machine_class
 from membench.regression.measured import Measured, MeasuredCase
 from membench.regression.noise import Noise
@@ -274,7 +274,7 @@ def _rounded(name: str, values: Any) -> Any:
         return [_rounded(name, value) for value in values]
     if isinstance(values, int) or not values:
         return values
-    is_time = name.endswith("_s") or name not in METRIC_OF_FIELD
+    is_time = name.endswith("_s") or (name not in METRIC_OF_FIELD and not is_own(name))
     return float(f"{values:.{_DIGITS_OF_TIMES if is_time else _DIGITS}g}")
 
 

@@ -117,11 +117,14 @@ class Outcome:
         return f"{self.case_id}: {self.gate.text} is broken: {self.left} is {word} {self.right}"
 
 
-def parse(text: str, match: str = "*") -> Gate:
+def parse(text: str, match: str = "*", own: Sequence[Metric] = ()) -> Gate:
     """A rule: two sums of products of numbers with units, metrics and ``reference``, and <=, <, >= or > between.
 
     A metric's name is that of the case; ``reference`` is the first metric of the rule in the reference case, and
     ``reference.weights`` any other of it.
+
+    Args:
+        own: metrics of the suite's plug-ins, which a rule may name, too.
 
     Raises:
         RuleError: in one line, with the column.
@@ -129,7 +132,7 @@ def parse(text: str, match: str = "*") -> Gate:
     try:
         if len(text) > _LONGEST_RULE:
             raise RuleError(f"a rule has {_LONGEST_RULE} characters at most")
-        return _Parser(text).gate(match)
+        return _Parser(text, own).gate(match)
     except RuleError as error:
         raise RuleError(f"rule {shown(text)}{error}") from None
 
@@ -145,13 +148,14 @@ class _Token:
 class _Parser:
     """Reads a rule from left to right."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, own: Sequence[Metric]) -> None:
         self._text = text
+        self._named = {**_NAMED, **{metric.name: metric for metric in own}}
         self._tokens = list(_tokens(text))
         self._at = 0
         self._depth = 0
         self._first = next(
-            (_NAMED[token.text] for token in self._tokens if token.kind == "name" and token.text in _NAMED), None
+            (self._named[each.text] for each in self._tokens if each.kind == "name" and each.text in self._named), None
         )
 
     def gate(self, match: str) -> Gate:
@@ -244,11 +248,11 @@ class _Parser:
             of_reference, name = False, whose
         else:
             raise self._wrong(token, f"only 'reference' has figures of its own: {_REFERENCE}.{named}")
-        metric = _NAMED.get(name) if name else self._first
+        metric = self._named.get(name) if name else self._first
         if metric is None and not name:
             raise self._wrong(token, "of which metric? the rule names none; write reference.peak_live, say")
         if metric is None:
-            raise self._wrong(token, f"no metric is named '{name}'; {did_you_mean(name, [*_NAMED, _REFERENCE])}")
+            raise self._wrong(token, f"no metric is named '{name}'; {did_you_mean(name, [*self._named, _REFERENCE])}")
         found = metric
         unit = _SIZE if metric.field.endswith("_bytes") else _DURATION if is_duration(metric) else _NUMBER
         return _Side(lambda lookup: lookup(of_reference, found), unit, of_reference)
@@ -267,8 +271,11 @@ def _tokens(text: str) -> Iterator[_Token]:
     yield _Token("end", "", len(text) + 1)
 
 
-def of_table(table: Mapping[str, Any]) -> tuple[Gate, ...]:
+def of_table(table: Mapping[str, Any], own: Sequence[Metric] = ()) -> tuple[Gate, ...]:
     """A suite's ``[gate]`` table: ``rules``, and ``[[gate.case]]`` tables of ``match`` and ``rules``.
+
+    Args:
+        own: metrics of the suite's plug-ins.
 
     Raises:
         RuleError: naming key, rule and column.
@@ -276,7 +283,7 @@ def of_table(table: Mapping[str, Any]) -> tuple[Gate, ...]:
     unknown = next((key for key in table if key not in ("rules", "case")), None)
     if unknown is not None:
         raise RuleError(f"unknown key 'gate.{unknown}'; {did_you_mean(unknown, ('rules', 'case'))}")
-    found = list(_of_rules("gate", table.get("rules", []), "*"))
+    found = list(_of_rules("gate", table.get("rules", []), "*", own))
     cases = table.get("case", [])
     if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
         raise RuleError(f"gate.case = {shown(cases)}: tables are wanted, each under [[gate.case]]")
@@ -288,16 +295,16 @@ def of_table(table: Mapping[str, Any]) -> tuple[Gate, ...]:
         match = case.get("match")
         if not isinstance(match, str) or not match:
             raise RuleError(f"{where}.match: a pattern over case ids is wanted, such as 'llama-*/int8/*'")
-        found += _of_rules(where, case.get("rules", []), match)
+        found += _of_rules(where, case.get("rules", []), match, own)
     return tuple(found)
 
 
-def _of_rules(where: str, rules: Any, match: str) -> Iterator[Gate]:
+def _of_rules(where: str, rules: Any, match: str, own: Sequence[Metric]) -> Iterator[Gate]:
     if not isinstance(rules, list) or not all(isinstance(rule, str) for rule in rules):
         raise RuleError(f"{where}.rules = {shown(rules)}: a list of rules is wanted: ['peak_live <= 0.6 * reference']")
     for number, rule in enumerate(rules):
         try:
-            yield parse(rule, match)
+            yield parse(rule, match, own)
         except RuleError as error:
             raise RuleError(f"{where}.rules.{number}: {error}") from None
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from membench import environment
-from membench.record import METRIC_OF_FIELD
+from membench.record import METRIC_OF_FIELD, is_own
 
 Kind = Literal["counted", "live", "footprint", "time"]
 """What a figure hangs on. ``counted``: bytes of storages and files, on no machine. ``live`` and ``footprint``: also on
@@ -91,7 +91,7 @@ def _bars(respect: str) -> frozenset[Kind]:
 def kind(field: str) -> Kind:
     """What a metric hangs on."""
     metric = METRIC_OF_FIELD[field]
-    if metric.name in _COUNTED or metric.name in _OF_THE_MODEL:
+    if metric.name in _COUNTED or metric.name in _OF_THE_MODEL or is_own(field):
         return "counted"
     if field.endswith("_bytes"):
         is_taken = any(word in metric.name for word in ("footprint", "reserved", "overhead", "children"))

@@ -72,8 +72,11 @@ DEFAULTS: tuple[Tolerance, ...] = (
 """What fails where nobody says otherwise: memory that repeats within 1 %, and time by more than 10 %."""
 
 
-def parse_fail(text: str) -> Tolerance:
+def parse_fail(text: str, own: Sequence[Metric] = ()) -> Tolerance:
     """``--fail``: ``peak_live:2%``, ``time:10%``, ``peak_live:16MiB``, ``llama-*:peak_live:2%``, ``time:off``.
+
+    Args:
+        own: metrics of plug-ins, which may be named, too.
 
     Raises:
         RuleError: in one line, with the nearest right name.
@@ -84,19 +87,19 @@ def parse_fail(text: str) -> Tolerance:
         raise RuleError(f"--fail {shown(text)}: write METRIC:AMOUNT or PATTERN:METRIC:AMOUNT, such as 'peak_live:2%'")
     *match, name, value = parts
     try:
-        return _tolerance(name, value, match[0] if match else _EVERY, "command line")
+        return _tolerance(name, value, match[0] if match else _EVERY, "command line", own)
     except RuleError as error:
         raise RuleError(f"--fail {shown(text)}: {error}") from None
 
 
-def of_table(table: Mapping[str, Any]) -> tuple[Tolerance, ...]:
+def of_table(table: Mapping[str, Any], own: Sequence[Metric] = ()) -> tuple[Tolerance, ...]:
     """A suite's ``[regression]`` table: metrics with one amount or a list of them, and ``[[regression.case]]`` tables
     of the same with a ``match``.
 
     Raises:
         RuleError: naming the key and the value.
     """
-    found = list(_of_metrics("regression", {key: value for key, value in table.items() if key != "case"}, _EVERY))
+    found = list(_of_metrics("regression", {key: value for key, value in table.items() if key != "case"}, _EVERY, own))
     cases = table.get("case", [])
     if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
         raise RuleError(f"regression.case = {shown(cases)}: tables are wanted, each under [[regression.case]]")
@@ -105,23 +108,24 @@ def of_table(table: Mapping[str, Any]) -> tuple[Tolerance, ...]:
         match = case.get("match")
         if not isinstance(match, str) or not match:
             raise RuleError(f"{where}.match: a pattern over case ids is wanted, such as 'llama-*/train/*'")
-        found += _of_metrics(where, {key: value for key, value in case.items() if key != "match"}, match)
+        found += _of_metrics(where, {key: value for key, value in case.items() if key != "match"}, match, own)
     return tuple(found)
 
 
-def _of_metrics(where: str, table: Mapping[str, Any], match: str) -> Iterable[Tolerance]:
+def _of_metrics(where: str, table: Mapping[str, Any], match: str, own: Sequence[Metric]) -> Iterable[Tolerance]:
     for name, amounts in table.items():
         for value in amounts if isinstance(amounts, list) else [amounts]:
             try:
-                yield _tolerance(name, value, match, "suite")
+                yield _tolerance(name, value, match, "suite", own)
             except RuleError as error:
                 raise RuleError(f"{where}.{name} = {shown(value)}: {error}") from None
 
 
-def _tolerance(name: str, value: Any, match: str, origin: Origin) -> Tolerance:
-    metric = _NAMED.get(name)
+def _tolerance(name: str, value: Any, match: str, origin: Origin, own: Sequence[Metric]) -> Tolerance:
+    named = {**_NAMED, **{metric.name: metric for metric in own}}
+    metric = named.get(name)
     if metric is None:
-        raise RuleError(f"no metric is named {shown(name)}; {did_you_mean(name, _NAMED)}")
+        raise RuleError(f"no metric is named {shown(name)}; {did_you_mean(name, named)}")
     text = value if isinstance(value, str) else ""
     if text.strip() == _OFF:
         return Tolerance(metric, math.inf, is_relative=True, match=match, origin=origin)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from membench.errors import EXIT_CANNOT_COMPARE, EXIT_CASES_FAILED, EXIT_OK, one_line
-from membench.record import METRICS, Metric
+from membench.record import Metric, metrics_with
 from membench.regression.attribution import Cause, causes
 from membench.regression.machines import Difference, Kind, differences, kind
 from membench.regression.measured import OF_STEPS, Measured, MeasuredCase
@@ -312,7 +312,9 @@ def judge_case(
         for each in difference.bars:
             barred.setdefault(each, difference)
     known = noise or Noise()
-    changes = (_change(base, new, metric, tolerances, known, barred) for metric in METRICS)
+    changes = (
+        _change(base, new, metric, tolerances, known, barred) for metric in metrics_with((*base.values, *new.values))
+    )
     return Pair(base.id, base, new, tuple(change for change in changes if change is not None))
 
 

@@ -6,7 +6,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from membench.record import METRICS, Metric, Record
+from membench.record import Metric, Record, is_own, metrics_in
 
 _UNITS = (("_per_s", "1/s"), ("_bytes", "bytes"), ("_s", "s"), ("_percent", "%"), ("_nats", "nats"), ("_j", "J"))
 
@@ -48,11 +48,14 @@ def _figures(records: Sequence[Record]) -> Iterator[tuple[str, Metric, list[floa
     """What is known of every case that ended well, in the order in which the cases were measured."""
     for case_id in dict.fromkeys(record.id for record in records):
         repeats = [record for record in records if record.id == case_id and record.status == "ok"]
-        for metric in METRICS:
+        for metric in metrics_in(repeats):
             values = [value for record in repeats if (value := record.metrics.get(metric.field)) is not None]
             if values:
                 yield case_id, metric, values
 
 
 def _unit(metric: Metric) -> str:
+    if is_own(metric.field):
+        _, _, _, *unit = metric.field.split(".")
+        return unit[0] if unit else metric.title
     return next((unit for end, unit in _UNITS if metric.field.endswith(end)), metric.title)

@@ -11,7 +11,7 @@ from typing import Any
 
 import tabulate
 
-from membench.record import METRIC_OF_FIELD, METRICS, Metric, Record
+from membench.record import METRIC_OF_FIELD, Metric, Record, metrics_in
 from membench.regression.noise import Noise
 from membench.regression.tolerances import DEFAULTS
 
@@ -39,7 +39,7 @@ def table(records: Sequence[Record], noise: Noise, form: str = "simple") -> str:
 def _rows(records: Sequence[Record], noise: Noise) -> Iterator[dict[str, Any]]:
     for case_id in dict.fromkeys(record.id for record in records):
         repeats = [record for record in records if record.id == case_id]
-        for metric in METRICS:
+        for metric in metrics_in(repeats):
             if not any(metric.field in record.metrics for record in repeats):
                 continue
             values = [

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from membench.compare import Comparison, Group
 from membench.errors import MembenchError, one_line
-from membench.record import METRICS, Metric, Record
+from membench.record import Metric, Record, metrics_in
 from membench.report import bars, history, pareto, summary, text, timeline
 from membench.store import Run
 from membench.units import format_bytes, format_ratio, format_seconds
@@ -172,9 +172,10 @@ class _Shown:
             for run, found in zip(runs, compared, strict=True)
             for group in found.groups
         ]
+        self._metrics = metrics_in(record for run in runs for record in run.records)
         self.history = history.history(runs)
         self.columns = [
-            metric for metric in METRICS
+            metric for metric in self._metrics
             if metric.in_table and any(text.is_shown(found, group, metric) for _, _, found, group in self._groups)
         ]  # fmt: skip
         self._cases = [
@@ -233,7 +234,7 @@ class _Shown:
                     for field, how in record.obtained.items():
                         counts = ways.setdefault(field, {})
                         counts[_how(how)] = counts.get(_how(how), 0) + 1
-        return [(metric, list(ways[metric.field].items())) for metric in METRICS if metric.field in ways]
+        return [(metric, list(ways[metric.field].items())) for metric in self._metrics if metric.field in ways]
 
     def data(self) -> dict[str, Any]:
         """What the page's script draws."""
@@ -251,7 +252,12 @@ class _Shown:
             }
             for number, (suite, _, found, group) in enumerate(self._groups)
         ]
-        return {"groups": groups, "cases": cases, "ways": list(ways), "metrics": [metric.title for metric in METRICS]}
+        return {
+            "groups": groups,
+            "cases": cases,
+            "ways": list(ways),
+            "metrics": [metric.title for metric in self._metrics],
+        }
 
     def _case(
         self, found: Comparison, group: Group, technique: str, number: int, ways: dict[str, int]
@@ -259,7 +265,7 @@ class _Shown:
         """A case, whole: its timeline, every figure with how it was obtained or why it is not known."""
         repeats = found.repeats(group, technique)
         figures = []
-        for index, metric in enumerate(METRICS):
+        for index, metric in enumerate(self._metrics):
             how = _way(repeats, metric.field)
             if how is not None:
                 shown = text.figure(found, group, technique, metric)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import tabulate
 
 from membench.errors import one_line
-from membench.record import METRICS, Metric
+from membench.record import Metric, metrics_with
 from membench.regression.gates import Outcome
 from membench.regression.measured import Measured
 from membench.regression.verdict import Change, Judgement, Pair
@@ -80,12 +80,13 @@ def gates(outcomes: Sequence[Outcome], form: str = "simple") -> str:
 def figures(measured: Measured, form: str = "simple") -> str:
     """What a baseline holds: a row a case, the medians over its repeats."""
     cases = measured.cases.values()
+    metrics = metrics_with(field for case in cases for field in case.values)
     known = [
-        metric for metric in METRICS if metric.in_table and any(case.value(metric.field) is not None for case in cases)
+        metric for metric in metrics if metric.in_table and any(case.value(metric.field) is not None for case in cases)
     ]
     if form in ("csv", "json"):
         rows: list[dict[str, object]] = [
-            {"case": case.id, "status": case.status, **{metric.field: case.value(metric.field) for metric in METRICS}}
+            {"case": case.id, "status": case.status, **{metric.field: case.value(metric.field) for metric in metrics}}
             for case in cases
         ]
         return written(rows, form)
@@ -122,7 +123,7 @@ def _rows(case_id: str, pairs: Sequence[Pair | None], titles: Sequence[str]) -> 
     if set(statuses) != {"ok"}:
         yield {"case": first, "figure": "status", **dict(zip(titles, statuses, strict=True))}
         first = ""
-    for metric in METRICS:
+    for metric in metrics_with(change.metric.field for pair in pairs if pair for change in pair.changes):
         changes = [_of_metric(pair, metric) for pair in pairs]
         if not _is_shown(metric, changes):
             continue

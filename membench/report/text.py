@@ -17,8 +17,6 @@ from membench.errors import one_line
 from membench.record import METRICS, REFERENCE, Metric, Record
 from membench.units import format_bytes, format_difference, format_ratio, format_seconds
 
-_SHOWN = tuple(metric for metric in METRICS if metric.in_table)
-
 # From here on a technique has changed a metric that is not always shown.
 _DIFFERENT = 0.05
 
@@ -40,7 +38,7 @@ def comparison(records: Sequence[Record], form: str = "simple", width: int | Non
     found = Comparison(records)
     tables = []
     for group in found.groups:
-        rows = list(_rows(found, group, [metric for metric in _SHOWN if is_shown(found, group, metric)]))
+        rows = list(_rows(found, group, [metric for metric in found.metrics if is_shown(found, group, metric)]))
         tables.append("\n\n".join([_heading(" · ".join(group), form), *_fitting(rows, form, width)]))
     return "\n\n".join(tables)
 
@@ -50,6 +48,8 @@ def is_shown(found: Comparison, group: Group, metric: Metric) -> bool:
 
     One of loading and converting has to be above what running takes, too: there it decides what memory is needed.
     """
+    if not metric.in_table:
+        return False
     if metric.in_table is True:
         return found.is_known(group, metric.field)
     if not metric.has_ratio:
@@ -185,7 +185,7 @@ def flat_rows(records: Sequence[Record]) -> list[dict[str, object]]:
             repeats = found.repeats(group, technique)
             row: dict[str, object] = {"case": repeats[0].id, "status": status_of(repeats),
                                       "message": "; ".join(said_of(_worst(repeats)))}  # fmt: skip
-            for metric in METRICS:
+            for metric in found.metrics:
                 row[metric.field] = found.value(group, technique, metric.field)
                 if metric.has_ratio:
                     row[f"{metric.name}_ratio"] = found.ratio(group, technique, metric.field)
@@ -232,7 +232,7 @@ def explanation(records: Sequence[Record], form: str = "simple") -> str:
                 continue
             chain = [REFERENCE, *prefixes(technique)]
             rows = []
-            for metric in METRICS:
+            for metric in found.metrics:
                 if not found.is_known(group, metric.field):
                     continue
                 row = {"metric": metric.title}
@@ -387,7 +387,7 @@ def verdicts(records: Sequence[Record]) -> list[str]:
     for technique in dict.fromkeys(t for group in found.groups for t in found.techniques(group) if t != REFERENCE):
         said: dict[str, list[str]] = {"saved": [], "cost": [], "mixed": []}
         groups = [group for group in found.groups if found.repeats(group, technique)]
-        for metric in _SHOWN:
+        for metric in (metric for metric in METRICS if metric.in_table):
             reached = ratios_of(found, groups, technique, metric)
             told = [ratio.gains for ratio in reached if ratio.tells]
             if told:

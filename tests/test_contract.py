@@ -1,0 +1,162 @@
+"""The contract: on one screen, kept by the classes that plug-ins derive from, and checked when a plug-in is loaded."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import membench
+from membench import contract, plugins, registry
+from membench.cli import main
+from membench.contract_check import complaint
+from membench.errors import PluginError
+from tests.installing import install
+
+_PROTOCOLS = ("Technique", "LayerWise", "Model", "Workload", "QualityMetric")
+
+
+def _kept(technique: plugins.Technique, layer_wise: plugins.LayerWise) -> tuple[contract.Technique, contract.LayerWise]:
+    """That this is well typed says that the classes keep the contract."""
+    return technique, layer_wise
+
+
+def _kept_too(
+    model: plugins.Model, workload: plugins.Workload, metric: plugins.QualityMetric
+) -> tuple[contract.Model, contract.Workload, contract.QualityMetric]:
+    return model, workload, metric
+
+
+def _members(owner: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for each in reversed(owner.__mro__):
+        if each.__module__ == owner.__module__:
+            found |= {name: value for name, value in vars(each).items() if not name.startswith("_")}
+    return found
+
+
+@pytest.mark.parametrize("name", _PROTOCOLS)
+def test_the_classes_have_just_the_stages_and_arguments_of_the_contract(name: str) -> None:
+    protocol, base = _members(getattr(contract, name)), _members(getattr(plugins, name))
+    stages = {each: value for each, value in base.items() if inspect.isfunction(value) or isinstance(value, property)}
+    told = {each: value for each, value in protocol.items() if inspect.isfunction(value) or isinstance(value, property)}
+    assert told.keys() == stages.keys()
+    for each, value in told.items():
+        if inspect.isfunction(value):
+            stage = stages[each]
+            assert inspect.isfunction(stage)
+            assert list(inspect.signature(value).parameters) == list(inspect.signature(stage).parameters)
+    annotated = {
+        key
+        for owner in getattr(contract, name).__mro__
+        if owner.__module__ == contract.__name__
+        for key in owner.__annotations__
+    }
+    own = {
+        key
+        for owner in getattr(plugins, name).__mro__
+        if owner.__module__ == plugins.__name__
+        for key in owner.__annotations__
+    }
+    assert annotated == own - {"model_config", "required"}
+
+
+def test_the_contract_fits_one_screen_and_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "contract"]) == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 120
+    assert text == Path(str(contract.__file__)).read_text()
+    assert "CONTRACT_VERSION = 1" in text
+    assert "Promise: " in text
+
+
+def _wrong(text: str, base: str) -> str | None:
+    space: dict[str, Any] = {"__name__": "somebody"}
+    source = f"from typing import ClassVar\nfrom membench.plugins import *\n{textwrap.dedent(text)}"
+    exec(compile(source, "own", "exec", dont_inherit=True), space)
+    return complaint(space["Own"], getattr(plugins, base))
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("def aply(self, module, context): ...",
+         "no stage is named 'aply'; did you mean 'apply'? A method of your own begins with '_'"),
+        ("def apply(self, module): ...",
+         "'apply' lacks the argument 'context': write 'def apply(self, module, context)'"),
+        ("def apply(module, context): ...",
+         "'apply' has the argument 'module' where 'self' comes: write 'def apply(self, module, context)'"),
+        ("def apply(self, context, module): ...",
+         "'apply' has the argument 'context' where 'module' comes: write 'def apply(self, module, context)'"),
+        ("def apply(self, module, context, device): ...",
+         "'apply' wants an argument 'device' that it is not given: write 'def apply(self, module, context)'"),
+        ("def apply(self, module, context, *, device): ...",
+         "'apply' wants an argument 'device' that it is not given: write 'def apply(self, module, context)'"),
+        ("@staticmethod\n    def apply(module, context): ...",
+         "'apply' is not a method: write 'def apply(self, module, context)'"),
+        ("async def apply(self, module, context): ...",
+         "'apply' is a coroutine or a generator; a function that returns is wanted"),
+        ("apply: int = 3", "option 'apply' has the name of a stage"),
+        ("only: list[str] = []", "option 'only' = []: a list can change and cannot be hashed; take a tuple"),
+        ("devices: ClassVar = 'cuda'", "devices = 'cuda': a tuple of names is wanted: ('cuda',)"),
+        ("presets: ClassVar = {'deep': {'depht': 2}}\n    depth: int = 1",
+         "preset 'deep' sets 'depht', which is no option"),
+        ("acts_on: str = 'weights'",
+         "'acts_on' is no option: write 'acts_on: ClassVar[TYPE] = …', or leave its type out"),
+        ("contract: ClassVar[int] = 2", "it was written for version 2 of it, and this membench has 1"),
+        ("def apply(self, module, context, again=False): ...", None),
+        ("def apply(self, *arguments): ...", None),
+        ("def apply(self, module, _context): ...", None),
+        ("def apply(self, module, context): ...\n    def apply_all(self): ...\n    def applies(self): ...", None),
+        ("def _aply(self): ...", None),
+        ("def halve(self, weight): ...", None),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Field name")  # which is what is told here
+def test_a_technique_that_would_fail_in_a_run_is_told_when_it_is_loaded(body: str, said: str | None) -> None:
+    assert _wrong(f"class Own(Technique):\n    {body}\n", "Technique") == said
+
+
+def test_what_has_no_default_must_be_there_in_the_class_or_above_it() -> None:
+    assert _wrong("class Own(Model): ...", "Model") == "'build(self, context)' is missing"
+    assert _wrong("class Own(LayerWise): ...", "Technique") == "'convert(self, name, layer, head)' is missing"
+    assert _wrong("class Own(QualityMetric): ...", "QualityMetric") == (
+        "'measure(self, module, held_out, context)' is missing"
+    )
+    assert _wrong("class Above(Model):\n    def build(self, context): ...\nclass Own(Above): ...", "Model") is None
+    assert _wrong("class Own(Model):\n    def build(self, context): ...\n    def shape(self): ...", "Model") == (
+        "'shape' is a property: write @property above it"
+    )
+
+
+def test_a_workload_says_which_of_its_stages_is_missing() -> None:
+    body = "class Own(Workload):\n    def longest_sequence(self): ...\n    def tokens_per_step(self): ...\n"
+    assert _wrong(body, "Workload") == "'start(self, module, tokens, techniques, context)' is missing"
+
+
+@pytest.mark.parametrize("kind", registry.KINDS)
+def test_every_built_in_keeps_the_contract(kind: str) -> None:
+    of_membench = {entry.name for entry in entry_points(group=f"membench.{kind}s") if "builtin" in entry.value}
+    families = {family.name: family.error for family in registry.families(kind) if family.name in of_membench}
+    assert families == dict.fromkeys(of_membench)
+
+
+def test_an_installed_plug_in_that_keeps_no_contract_is_told_with_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = (
+        "from membench.plugins import Technique\nclass Own(Technique):\n    def laod(self, build, rest, context): ...\n"
+    )
+    install(tmp_path, "other", "[membench.techniques]\nown = other_contract:Own\n", {"other_contract.py": text})
+    with pytest.raises(PluginError) as raised:
+        registry.create("technique", "own", {})
+    assert str(raised.value) == (
+        "technique 'own' of other 1.0 (other_contract:Own) does not keep the contract: "
+        "no stage is named 'laod'; did you mean 'load'? A method of your own begins with '_'"
+    )
+    assert membench.load_suite("quickstart").cases
