@@ -92,7 +92,7 @@ def test_a_real_run_opens_with_its_summary_its_pictures_and_its_table(opened: Op
     page = opened(quickstart)
     _drawn(page)
     assert "bf16 holds 2.0 times less live memory at its peak (134.2 MiB, not 274.7 MiB)" in page.inner_text("#words")
-    titles = ["Memory against quality", "weights", "live peak", "footprint peak", "Converting against running",
+    titles = ["Memory against divergence", "weights", "live peak", "footprint peak", "Converting against running",
               "Memory of llama-60m/none/forward/cpu over time"]  # fmt: skip
     assert page.locator("#pictures figure h3").all_inner_texts() == titles
     assert page.locator("#pictures .drawing svg.main-svg").count() >= len(titles)

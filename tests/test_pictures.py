@@ -51,6 +51,27 @@ def test_what_has_no_place_is_named() -> None:
     assert "the further left, the less time a step takes" in picture.caption
 
 
+def test_what_reads_less_is_no_faster_for_having_less_to_read() -> None:
+    def read(technique: str, mib: int, seconds: float, tokens_per_s: float) -> Any:
+        return record(technique, peak_live_bytes=mib * MIB, step_median_s=seconds, tokens_per_s=tokens_per_s,
+                      read_mb_per_s=1.0)  # fmt: skip
+
+    whole, tenth, fast = read("none", 90, 1.0, 1e6), read("tenth", 80, 0.1, 1e6), read("fast", 100, 0.5, 2e6)
+    picture = pareto.pareto(Comparison([whole, tenth, fast]), _GROUP)
+    assert picture.x_title == "time of a token, µs (quality is not known)"
+    assert [(point.x, point.speed) for point in picture.points] == [(1.0, 0.5), (1.0, 0.5), (0.5, 1.0)]
+    assert "the less time a token takes" in picture.caption
+    assert picture.table[0] == ("technique", "live peak", "tokens/s", "Pareto")
+
+
+def test_a_picture_of_divergence_alone_does_not_call_it_quality() -> None:
+    picture = _placed(kl_nats=0.01)
+    assert picture.title == "Memory against divergence"
+    assert picture.x_title == "KL from the reference, nats a token"
+    assert "the nearer the logits are to the reference's (quality itself is not known)" in picture.caption
+    assert "quality is lost" not in picture.caption
+
+
 def test_of_very_many_techniques_the_reference_the_front_and_the_smallest_are_drawn() -> None:
     records = [record(f"t{n}", peak_live_bytes=n * MIB, step_median_s=1.0) for n in range(1, 100)]
     records += [record("none", peak_live_bytes=200 * MIB, step_median_s=1.0)]

@@ -31,7 +31,7 @@ class Tick(NamedTuple):
 
 @dataclass(frozen=True)
 class Cloud:
-    """Memory against quality. ``lowest`` joins the points that no other is to the left of and below."""
+    """Memory against quality or time. ``lowest`` joins the points that no other is to the left of and below."""
 
     title: str
     caption: str

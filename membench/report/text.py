@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import tabulate
 
-from membench.compare import CERTAIN, SAME_ACCURACY, Comparison, Group, prefixes
+from membench.compare import Comparison, Group, prefixes
 from membench.errors import one_line
 from membench.record import METRICS, REFERENCE, Metric, Record
 from membench.report import latex, markdown
@@ -401,13 +401,13 @@ def verdicts(records: Sequence[Record]) -> list[str]:
                 values = [ratio.value for ratio in reached]
                 shown = " to ".join(dict.fromkeys((format_ratio(min(values)), format_ratio(max(values)))))
                 said[_kind(told)].append(f"{metric.title} {shown}")
-        lost = [round(loss, 4) for loss in losses_of(found, groups, technique)]
+        lost = [round(loss, 4) for loss in _losses_of(found, groups, technique, "lost_bits_per_byte")]
         if any(lost):
             shown = " to ".join(dict.fromkeys(format_difference(value) for value in (min(lost), max(lost))))
             said[_kind([loss < 0 for loss in lost if loss])].append(f"{shown} bits/byte")
         points = [found.difference(group, technique, "accuracy_percent") for group in groups]
         known = [point for point in points if point is not None]
-        told = [point > 0 for point in known if abs(point) > SAME_ACCURACY]
+        told = [loss < 0 for loss in _losses_of(found, groups, technique, "accuracy_percent") if loss]
         if told:
             shown = " to ".join(dict.fromkeys(f"{point:+.1f}" for point in (min(known), max(known))))
             said[_kind(told)].append(f"{shown} percent of samples")
@@ -455,16 +455,9 @@ def ratios_of(found: Comparison, groups: Sequence[Group], technique: str, metric
 _QUALITY = ("bits_per_byte", "final_loss_nats")
 
 
-def losses_of(found: Comparison, groups: Sequence[Group], technique: str) -> list[float]:
-    """Losses in bits per byte; 0 for one that cannot be told from chance."""
-    losses = []
-    for group in groups:
-        loss = found.value(group, technique, "lost_bits_per_byte")
-        if loss is not None:
-            error = found.value(group, technique, "lost_bits_per_byte_standard_error") or 0
-            trains = found.value(group, technique, "final_loss_nats") is not None
-            losses.append(0.0 if abs(loss) <= CERTAIN * error or (trains and loss < 0) else loss)
-    return losses
+def _losses_of(found: Comparison, groups: Sequence[Group], technique: str, field: str) -> list[float]:
+    losses = [found.lost(group, technique, field) for group in groups]
+    return [loss for loss in losses if loss is not None]
 
 
 def is_within_resolution(found: Comparison, group: Group, technique: str, metric: Metric) -> bool:
