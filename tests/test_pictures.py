@@ -103,6 +103,30 @@ def test_converting_that_needs_more_than_running_is_named() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("of_converting", "of_running", "converting_mib", "said"),
+    [
+        ("exact", "exact", 150, "more live memory than running does: a (150.0 MiB before, 50.00 MiB while running)."),
+        ("at least", "exact", 150, "than running does: a (≥150.0 MiB before, 50.00 MiB while running)."),
+        ("exact", "at most", 150, "than running does: a (150.0 MiB before, ≤50.00 MiB while running)."),
+        ("at most", "exact", 150, "It is not known of: a."),
+        ("exact", "at least", 150, "It is not known of: a."),
+        ("at most", "exact", 20, "No technique needs more live memory before the first step than while running."),
+        ("at least", "exact", 20, "It is not known of: a."),
+    ],
+)
+def test_of_bounds_no_more_is_claimed_than_they_tell(
+    of_converting: str, of_running: str, converting_mib: int, said: str
+) -> None:
+    none = record("none", peak_live_bytes=100 * MIB, apply_peak_live_bytes=90 * MIB)
+    obtained = {"apply_peak_live_bytes": {"bound": of_converting}, "peak_live_bytes": {"bound": of_running}}
+    other = record("a", peak_live_bytes=50 * MIB, apply_peak_live_bytes=converting_mib * MIB, obtained=obtained)
+    picture = bars.conversion(Comparison([none, other]), _GROUP)
+    assert picture
+    assert picture.caption.endswith(said)
+    assert ("No technique" in picture.caption) is said.startswith("No technique")
+
+
 def test_the_parts_of_a_peak_are_stacked_to_the_whole() -> None:
     parts = {"forward": {"weights": 3 * MIB, "other": MIB}, "backward": {"weights": MIB}}
     made = dataclasses.replace(record("none"), processes=({"breakdown_bytes": parts, "peak_part": "forward"},))

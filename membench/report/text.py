@@ -14,7 +14,7 @@ import tabulate
 
 from membench.compare import Comparison, Group, prefixes
 from membench.errors import one_line
-from membench.record import METRICS, REFERENCE, Metric, Record
+from membench.record import METRIC_OF_FIELD, METRICS, REFERENCE, Metric, Record
 from membench.report import latex, markdown
 from membench.units import format_bytes, format_difference, format_ratio, format_seconds
 
@@ -144,17 +144,18 @@ _REVERSED = {"≤": "≥", "≥": "≤"}
 
 def _sign(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
     """What stands before a figure that is a bound, or approximate."""
-    return _bound(found, group, technique, metric) or ("~" if is_coarse(found, group, technique, metric) else "")
+    return bound_of(found, group, technique, metric) or ("~" if is_coarse(found, group, technique, metric) else "")
 
 
-def _bound(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
+def bound_of(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
+    """``≤`` or ``≥`` where no more is known of a figure, else nothing."""
     bounds = {record.obtained.get(metric.field, {}).get("bound") for record in found.repeats(group, technique)}
     return next((sign for bound, sign in _SIGNS.items() if bound in bounds), "")
 
 
 def bound_of_ratio(found: Comparison, group: Group, technique: str, metric: Metric, base: str) -> str:
     """What a ratio is where one of its figures is a bound; ``~`` where the two say nothing together."""
-    own, of = _bound(found, group, technique, metric), _bound(found, group, base, metric)
+    own, of = bound_of(found, group, technique, metric), bound_of(found, group, base, metric)
     reversed_of = _REVERSED.get(of, "")
     if own and reversed_of and own != reversed_of:
         return "~"
@@ -366,7 +367,8 @@ def remarks(records: Sequence[Record]) -> list[str]:
         if found.reads_other_text(record):
             lines.append(f"{record.id}: worked on another text than its reference; ratios say nothing of the technique")
         running = found.value(record.group, REFERENCE, "peak_live_bytes")
-        if record.repeat or record.technique == REFERENCE or running is None:
+        is_sure = bound_of(found, record.group, REFERENCE, METRIC_OF_FIELD["peak_live_bytes"]) != "≥"
+        if record.repeat or record.technique == REFERENCE or running is None or not is_sure:
             continue
         for doing, field in (("loading", "load_peak_live_bytes"), ("converting", "apply_peak_live_bytes")):
             ratio = found.ratio(record.group, record.technique, field)
