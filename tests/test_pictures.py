@@ -177,19 +177,54 @@ def test_a_case_that_ended_before_anything_was_seen_says_so() -> None:
     assert picture.caption == "m/none/forward/cpu ended as crashed before anything was seen of its memory."
 
 
-def test_over_time_only_runs_of_one_suite_are_compared() -> None:
-    def on(day: int, mib: int, suite: str = "made-up", **machine: Any) -> Any:
-        return run([record("none", peak_live_bytes=mib * MIB)], suite=suite, machine=machine,
-                   started_at=f"2026-11-{day}T10:00:00+00:00")  # fmt: skip
+def _on(day: int, mib: int, suite: str = "made-up", at: str = "10:00:00", **machine: Any) -> Any:
+    return run([record("none", peak_live_bytes=mib * MIB)], suite=suite, machine=machine, run=f"run-of-{mib}",
+               started_at=f"2026-11-{day}T{at}+00:00")  # fmt: skip
 
-    told = history.history([on(24, 80, cores=4), on(22, 100, cores=2), on(23, 100, "other")])
+
+def test_over_time_only_runs_of_one_suite_are_compared() -> None:
+    told = history.history([_on(24, 80), _on(22, 100), _on(23, 100, "other")])
     ((suite, group),) = told
     (live,) = told[suite, group]
-    assert (suite, group, live.series[0].values) == ("made-up", _GROUP, (100, 80))
-    assert live.caption == (
-        "Live peak over 2 runs. The last against the first: none 20% less. Not all on the same machine or versions"
-        " (cores: 2, now 4)."
+    assert (suite, group, live.series[0].values, live.breaks) == ("made-up", _GROUP, (100, 80), ())
+    assert live.caption == "Live peak over 2 runs. The last against the first: none 20% less."
+
+
+def test_no_line_goes_through_runs_of_different_machines_or_versions(tmp_path: Path) -> None:
+    ours: dict[str, Any] = {"cores": 2, "packages": {"torch": "2.13.0"}}
+    theirs, newer = ours | {"cores": 4}, ours | {"packages": {"torch": "2.14.0"}}
+    runs = [_on(20, 100, **ours), _on(21, 90, **ours), _on(22, 50, **theirs), _on(23, 90, **ours), _on(24, 80, **newer)]
+    ((live,),) = history.history(runs).values()
+    assert live.breaks == (2, 3, 4)
+    assert list(live.stretches()) == [range(0, 2), range(2, 3), range(3, 4), range(4, 5)]
+    assert (
+        "No line goes to 2026-11-22 10:00 UTC (commit not known), on another machine or with other versions"
+        " (cores: 2, now 4)." in live.caption
     )
+    assert "(packages.torch: 2.13.0, now 2.14.0)" in live.caption
+    files.draw(runs, "history", tmp_path / "history.png")
+    assert (tmp_path / "history.png").stat().st_size > 1000
+
+
+def test_runs_of_one_minute_are_told_apart() -> None:
+    runs = [_on(20, 100), _on(20, 90, at="10:00:30"), _on(21, 90)]
+    ((live,),) = history.history(runs).values()
+    assert live.runs == (
+        "2026-11-20 10:00 UTC (commit not known) run-of-100", "2026-11-20 10:00 UTC (commit not known) run-of-90",
+        "2026-11-21 10:00 UTC (commit not known)",
+    )  # fmt: skip
+    ((live,),) = history.history([runs[0], runs[0]]).values()
+    assert len(set(live.runs)) == 2
+
+
+def test_of_several_repeats_it_says_which_is_drawn() -> None:
+    second = dataclasses.replace(record("none"), repeat=1)
+    assert timeline.timeline(second, 3).title == "Memory of m/none/forward/cpu over time, repeat 2 of 3"
+    parts = {"forward": {"weights": MIB}}
+    made = dataclasses.replace(record("none"), processes=({"breakdown_bytes": parts, "peak_part": "forward"},))
+    picture = bars.breakdown(Comparison([made, dataclasses.replace(made, repeat=1)]), _GROUP)
+    assert picture
+    assert picture.caption.endswith("Of several repeats the first is drawn.")
 
 
 @pytest.mark.parametrize("kind", files.KINDS)

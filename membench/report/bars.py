@@ -123,8 +123,17 @@ CATEGORIES = ("weights", "gradients", "optimizer", "activations", "cache", "othe
 """What memory at the peak is told apart into."""
 
 
+NO_BREAKDOWN = (
+    "What held the memory is looked at between the parts of a step, of training or generating. No case here has such"
+    " parts and came that far."
+)
+
+
 def breakdown(found: Comparison, group: Group) -> Bars | None:
-    """What held live memory at the highest moment of a step; ``None`` where steps have no parts to look between."""
+    """What held live memory at the highest moment of a step; ``None`` where ``NO_BREAKDOWN`` says why.
+
+    Of a case's repeats the first is shown: a median of each part would be of no moment that there was.
+    """
     parts: dict[str, tuple[str, Mapping[str, float]]] = {}
     names = drawn(found, group)
     for technique in names:
@@ -151,6 +160,8 @@ def breakdown(found: Comparison, group: Group) -> Bars | None:
         shares = ", ".join(f"{category} {sizes[category] / whole:.0%}" for category in largest if sizes[category])
         said.append(f"{technique}, {format_bytes(whole)} in {part}: {shares}")
     caption = f"At the highest moment of a step. {'; '.join(said)}. 'other' is what no walk over storages finds."
+    if any(len(found.repeats(group, name)) > 1 for name in parts):
+        caption += " Of several repeats the first is drawn."
     missing = [name for name in names if name not in parts]
     if missing:
         caption += f" Not known of {listed(missing)}."

@@ -73,7 +73,9 @@ def _panels(runs: Sequence[Run], kind: str) -> Iterator[Panel]:
         return
     for run in runs:
         if kind == "timeline":
-            drawn = [timeline.timeline(record) for record in run.records]
+            found = Comparison(run.records)
+            repeats = [len(found.repeats(record.group, record.technique)) for record in run.records]
+            drawn = [timeline.timeline(record, of) for record, of in zip(run.records, repeats, strict=True)]
             yield from ((picture.title, picture) for picture in drawn if picture.at_s or picture.spans)
             continue
         found = Comparison(run.records)
@@ -193,9 +195,17 @@ def _ends(picture: Timeline) -> tuple[float, float]:
 
 def _lines(at: Axes, picture: Lines) -> None:
     for number, one in enumerate(picture.series):
-        known = [(run, value) for run, value in enumerate(one.values) if value is not None]
-        at.plot(*zip(*known, strict=True), label=_short(one.name), color=_colour(number),
-                marker=_SHAPES[number % len(_SHAPES)], linestyle=("-", "--", ":")[_round(number) % 3])  # fmt: skip
+        label, dashes = _short(one.name), ("-", "--", ":")[_round(number) % 3]
+        for stretch in picture.stretches():
+            known = [(run, value) for run in stretch if (value := one.values[run]) is not None]
+            if known:
+                at.plot(*zip(*known, strict=True), label=label, color=_colour(number),
+                        marker=_SHAPES[number % len(_SHAPES)], linestyle=dashes)  # fmt: skip
+                label = ""
+    for number in picture.breaks:
+        at.axvline(number - 0.5, color="#57606a", linestyle="--", linewidth=1)
+        at.text(number - 0.5, 0.02, " other machine or versions", transform=at.get_xaxis_transform(), fontsize=6,
+                rotation=90, va="bottom", ha="right")  # fmt: skip
     at.set_xticks(range(len(picture.runs)), [one_line(run).replace(" (", "\n(") for run in picture.runs], fontsize=7)
     at.set_xlim(-0.4, len(picture.runs) - 0.6)
     at.set_ylabel(picture.unit)

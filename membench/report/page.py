@@ -251,7 +251,13 @@ class _Shown:
             }
             for number, (suite, _, found, group) in enumerate(self._groups)
         ]
-        return {"groups": groups, "cases": cases, "ways": list(ways), "metrics": [metric.title for metric in METRICS]}
+        return {
+            "groups": groups,
+            "cases": cases,
+            "noBreakdown": bars.NO_BREAKDOWN,
+            "ways": list(ways),
+            "metrics": [metric.title for metric in METRICS],
+        }
 
     def _case(
         self, found: Comparison, group: Group, technique: str, number: int, ways: dict[str, int]
@@ -272,7 +278,7 @@ class _Shown:
             "output": [line for record in repeats for line in record.output_tail.splitlines()[-20:]],
             "took": format_seconds(sum(record.duration_s for record in repeats)),
             "repeats": len(repeats),
-            "timeline": timeline.timeline(repeats[0]),
+            "timeline": timeline.timeline(repeats[0], len(repeats)),
             "figures": figures,
         }
 

@@ -23,8 +23,12 @@ _COLUMNS = {
 """Of each column of samples: its name, and what of the worker's baseline is in it."""
 
 
-def timeline(record: Record) -> Timeline:
-    """A case's samples with its phases and their exact peaks; all above the worker's baseline, where that is known."""
+def timeline(record: Record, repeats: int = 1) -> Timeline:
+    """A case's samples with its phases and their exact peaks; all above the worker's baseline, where that is known.
+
+    Args:
+        repeats: how many records there are of the case.
+    """
     process: Mapping[str, Any] = record.processes[0] if record.processes else {}
     baseline = process.get("baseline") or {}
     phases = [phase for phase in process.get("phases", ()) if "began_s" in phase and "ended_s" in phase]
@@ -41,8 +45,9 @@ def timeline(record: Record) -> Timeline:
     peaks = [_peak(phase, baseline.get("file_bytes", 0)) for phase in phases]
     sampled = [value for column in columns.values() for value in column if value is not None]
     unit, step = byte_unit(max([0.0, *sampled, *(peak.size_bytes or 0.0 for peak in peaks)]))
+    which = f", repeat {record.repeat + 1} of {repeats}" if repeats > 1 else ""
     return Timeline(
-        f"Memory of {record.id} over time", _caption(record, peaks, len(kept), len(shown), bool(baseline)), unit,
+        f"Memory of {record.id} over time{which}", _caption(record, peaks, len(kept), len(shown), bool(baseline)), unit,
         tuple(round(all_at[kept[n]], 3) for n in shown),
         {name: tuple(_rounded(column[n], step) for n in shown) for name, column in columns.items()},
         tuple(
