@@ -44,17 +44,21 @@ class Comparison:
         self._cases: dict[tuple[Group, str], list[Record]] = {}
         for record in records:
             self._cases.setdefault((record.group, record.technique), []).append(record)
+        self._techniques: dict[Group, list[str]] = {}
+        for group, technique in self._cases:
+            self._techniques.setdefault(group, []).append(technique)
+        for techniques in self._techniques.values():
+            techniques.sort(key=lambda technique: (technique != REFERENCE, "+" in technique))
         self._reading = {record.group for record in records if record.metrics.get("read_mb_per_s") is not None}
 
     @property
     def groups(self) -> list[Group]:
         """(model, workload, device) of the cases."""
-        return list(dict.fromkeys(group for group, _ in self._cases))
+        return list(self._techniques)
 
     def techniques(self, group: Group) -> list[str]:
         """The stacks measured in a group, the reference first, each member before the stacks it is in."""
-        found = [technique for own, technique in self._cases if own == group]
-        return sorted(found, key=lambda technique: (technique != REFERENCE, "+" in technique))
+        return list(self._techniques.get(group, ()))
 
     def repeats(self, group: Group, technique: str) -> list[Record]:
         """A case's records; none if it was not measured."""

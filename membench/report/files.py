@@ -20,9 +20,9 @@ KINDS = ("pareto", "memory", "conversion", "breakdown", "timeline", "history")
 _ENDINGS = (".png", ".svg")
 
 _MOST_PANELS = 12
-_REFERENCE = "#7f7f7f"
-# Told apart by people who see few colours (after Okabe and Ito), and shapes and hatches besides.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c7a00")
+_REFERENCE = "#767676"
+# Those of the light page: told apart from each other by people who see few colours, and seen on white.
+_COLOURS = ("#0072b2", "#c95700", "#00855f", "#b9568f", "#9c6f00", "#2b8cc4", "#6b4226")
 _SHAPES = "osD^Pvh"
 _HATCHES = ("", "//", "\\\\", "xx", "--", "..")
 _LONGEST_NAME = 44
@@ -123,7 +123,7 @@ def _cloud(at: Axes, picture: Cloud) -> None:
         colour = _colour(number)
         at.scatter(
             point.x, point.y, s=30 + 270 * point.speed, label=_short(point.technique), zorder=2, edgecolors=colour,
-            facecolors=colour if point.on_front else "none", marker=_SHAPES[_round(number) % len(_SHAPES)], alpha=0.85,
+            facecolors=colour if point.on_front else "none", marker=_SHAPES[_round(number) % len(_SHAPES)],
         )  # fmt: skip
     if picture.ticks:
         at.set_xticks([tick.at for tick in picture.ticks], [tick.text for tick in picture.ticks])

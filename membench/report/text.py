@@ -392,12 +392,13 @@ def verdicts(records: Sequence[Record]) -> list[str]:
     quality, because its standard error is of the text and not of the training.
     """
     found = Comparison([record for record in records if record.status == "ok"])
+    shown_in = {metric: [group for group in found.groups if is_shown(found, group, metric)] for metric in _SHOWN}
     lines = []
     for technique in dict.fromkeys(t for group in found.groups for t in found.techniques(group) if t != REFERENCE):
         said: dict[str, list[str]] = {"saved": [], "cost": [], "mixed": []}
         groups = [group for group in found.groups if found.repeats(group, technique)]
         for metric in _SHOWN:
-            reached = ratios_of(found, groups, technique, metric)
+            reached = ratios_of(found, shown_in[metric], technique, metric)
             told = [ratio.gains for ratio in reached if ratio.tells]
             if told:
                 values = [ratio.value for ratio in reached]
@@ -433,11 +434,11 @@ class Ratio(NamedTuple):
 
 
 def ratios_of(found: Comparison, groups: Sequence[Group], technique: str, metric: Metric) -> list[Ratio]:
-    """A metric's ratios to the reference, of each group that shows it."""
+    """A metric's ratios to the reference, of each group where there is one."""
     ratios = []
     for group in groups:
         value = found.ratio(group, technique, metric.field)
-        if value is None or not is_shown(found, group, metric):
+        if value is None:
             continue
         gains = value < 1 if metric.better == "lower" else value > 1
         bound = bound_of_ratio(found, group, technique, metric, REFERENCE)
