@@ -170,6 +170,8 @@ def test_on_a_gpu_what_torch_allocated_counts_and_the_drivers_samples_are_drawn(
     picture = timeline.timeline(dataclasses.replace(record("none"), processes=(process,), timeline=samples))
     assert picture.columns == {"GPU, process": (None, 4)}
     assert picture.spans[0].told == "3.000 MiB allocated"
+    assert picture.y_title == "MiB"
+    assert "the GPU's are whole or above idle" in picture.caption
 
 
 def test_a_case_that_ended_before_anything_was_seen_says_so() -> None:

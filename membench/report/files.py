@@ -183,7 +183,7 @@ def _timeline(at: Axes, picture: Timeline) -> None:
                     ha="center", va="top", fontsize=7,
                     rotation=0 if span.ended_s - span.began_s > 0.1 * (last - first) else 90)  # fmt: skip
     at.set_xlabel("seconds from the case's start")
-    at.set_ylabel(f"{picture.unit} above the worker's baseline")
+    at.set_ylabel(picture.y_title)
     at.set_ylim(top=at.get_ylim()[1] * 1.2)
     at.legend(fontsize=7, loc="lower right")
 

@@ -174,7 +174,7 @@
           pattern: alone ? {} : { shape: PATTERNS[number % PATTERNS.length], fillmode: "overlay", fgcolor: theme.paper, size: 6, solidity: 0.2 } },
       })),
       layout: {
-        height, barmode: picture.stacked ? "stack" : "group", bargap: 0.25, showlegend: !alone, legend: { ...legend, y: -50 / height, traceorder: "normal" },
+        height, barmode: picture.stacked ? "stack" : "group", bargap: 0.25, showlegend: !alone, legend: { ...legend, y: -46 / (height - 110), traceorder: "normal" },
         xaxis: axis(theme, { title: picture.unit, ...(alone ? { range: [0, room(width) * most || 1] } : { rangemode: "tozero" }), nticks: 6 }),
         yaxis: axis(theme, { tickvals: picture.names.map((_, n) => n), ticktext: picture.names.map(label), range: [picture.names.length - 0.5, -0.5], zeroline: false, showgrid: false }),
       },
@@ -206,7 +206,7 @@
         layout: {
           height: 400, legend, hovermode: "closest", margin: { l: 8, r: 12, t: 12, b: 8 },
           xaxis: axis(theme, { title: "seconds from the case's start", range: [first, last] }),
-          yaxis: axis(theme, { title: picture.unit, range: [Math.min(0, ...Object.values(picture.columns).flat()), top] }),
+          yaxis: axis(theme, { title: picture.y_title, range: [Math.min(0, ...Object.values(picture.columns).flat()), top] }),
           shapes: picture.spans.map((span, number) => ({ type: "rect", xref: "x", yref: "paper", x0: span.began_s, x1: span.ended_s, y0: 0, y1: 1, layer: "below",
             line: { width: 0 }, fillcolor: theme.faint, opacity: number % 2 ? 0.05 : 0.13 })),
           annotations: picture.spans.filter((span) => span.ended_s - span.began_s > (isPhone() ? 0.05 : 0.02) * (last - first)).map((span) => ({

@@ -80,6 +80,7 @@ class Timeline:
     title: str
     caption: str
     unit: str
+    y_title: str
     at_s: tuple[float, ...]
     columns: Mapping[str, tuple[float | None, ...]]
     spans: tuple[Span, ...]
