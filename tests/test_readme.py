@@ -53,6 +53,13 @@ def test_the_advice_in_it_is_what_the_kept_run_leads_to() -> None:
     assert block in said.stdout
 
 
+@pytest.mark.parametrize("kept", _KEPT, ids=lambda path: path.name)
+def test_it_shows_the_report_of_every_kept_run(kept: Path) -> None:
+    picture = f"results/pictures/{kept.name.partition('@')[0]}.png"
+    assert f"]({picture})" in _README
+    assert (_ROOT / picture).read_bytes().startswith(b"\x89PNG")
+
+
 def test_it_explains_every_column_of_the_table() -> None:
     titles = {metric.title for metric in METRICS if metric.in_table} | {"Pareto", "together"}
     explained = {
