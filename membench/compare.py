@@ -21,6 +21,9 @@ _LEARNT = (
 )  # fmt: skip
 """Of a module; where data are only read it has learnt nothing."""
 
+QUALITY = ("accuracy_percent", "lost_bits_per_byte", "kl_nats")
+"""What tells quality, the first that is known before all others."""
+
 CERTAIN = 2
 """Standard errors below which a loss cannot be told from chance."""
 
@@ -42,17 +45,21 @@ class Comparison:
         for record in records:
             self._cases.setdefault((record.group, record.technique), []).append(record)
         self.metrics = metrics_in(records)
+        self._techniques: dict[Group, list[str]] = {}
+        for group, technique in self._cases:
+            self._techniques.setdefault(group, []).append(technique)
+        for techniques in self._techniques.values():
+            techniques.sort(key=lambda technique: (technique != REFERENCE, "+" in technique))
         self._reading = {record.group for record in records if record.metrics.get("read_mb_per_s") is not None}
 
     @property
     def groups(self) -> list[Group]:
         """(model, workload, device) of the cases."""
-        return list(dict.fromkeys(group for group, _ in self._cases))
+        return list(self._techniques)
 
     def techniques(self, group: Group) -> list[str]:
         """The stacks measured in a group, the reference first, each member before the stacks it is in."""
-        found = [technique for own, technique in self._cases if own == group]
-        return sorted(found, key=lambda technique: (technique != REFERENCE, "+" in technique))
+        return list(self._techniques.get(group, ()))
 
     def repeats(self, group: Group, technique: str) -> list[Record]:
         """A case's records; none if it was not measured."""
@@ -118,23 +125,59 @@ class Comparison:
 
         ``None`` where none is known, and where data are only read: no module has learnt from them.
         """
-        fields = ("accuracy_percent", "lost_bits_per_byte", "kl_nats")
-        return next(filter(functools.partial(self.is_known, group), fields), None)
+        return next(filter(functools.partial(self.is_known, group), QUALITY), None)
+
+    def speed_field(self, group: Group) -> str:
+        """The metric that tells a group's speed: tokens where its steps have some, else steps.
+
+        An epoch of less text is no faster for having less to do, nor is a step whose rows are padding.
+        """
+        return "tokens_per_s" if self.is_known(group, "tokens_per_s") else "step_median_s"
+
+    def pace_s(self, group: Group, technique: str) -> float | None:
+        """Seconds a token, or a step where the group's steps have no tokens; ``None`` if that is not known."""
+        field = self.speed_field(group)
+        value = self.value(group, technique, field)
+        if field == "step_median_s":
+            return value
+        return 1 / value if value else None
+
+    def lost(self, group: Group, technique: str, field: str) -> float | None:
+        """How much worse than the reference a case is by a metric of quality; below zero it is better.
+
+        Zero is what cannot be told from none: what chance explains, and in a training a gain of bits per byte, because
+        its standard error is of the text and not of the training.
+        """
+        difference = self.difference(group, technique, field)
+        if difference is None:
+            return None
+        if METRIC_OF_FIELD[field].better == "higher":
+            difference = -difference
+        is_chance = abs(difference) <= self.error(group, technique, field)
+        trains = field == "lost_bits_per_byte" and self.value(group, technique, "final_loss_nats") is not None
+        return 0.0 if is_chance or (trains and difference < 0) else difference
+
+    def error(self, group: Group, technique: str, field: str) -> float:
+        """How much of a difference by a metric of quality chance may explain."""
+        if field == "accuracy_percent":
+            return SAME_ACCURACY
+        if field == "kl_nats":
+            return NO_DIVERGENCE
+        return CERTAIN * (self.value(group, technique, f"{field}_standard_error") or 0.0)
 
     def front(self, group: Group) -> set[str]:
         """The techniques that no other one beats: is as good as in all that counts, and better in something.
 
         What counts: live memory, speed, quality, and the size of the training data where the workload reads some.
-        Speed is in tokens where a step has some: an epoch of less text is no faster for that. Where data are only read,
-        how much of the text is kept stands for quality; where none is known it does not count. As good is what runs of
-        the same case may differ by: a share of the metric's own, a figure's resolution, two standard errors of a loss.
+        Where data are only read, how much of the text is kept stands for quality; where none is known it does not
+        count. As good is what runs of the same case may differ by: a share of the metric's own, a figure's resolution,
+        two standard errors of a loss.
         """
         techniques = self.techniques(group)
 
         is_known = functools.partial(self.is_known, group)
-        speed = "tokens_per_s" if is_known("tokens_per_s") else "step_median_s"
         quality = self.quality_field(group)
-        fields = ["peak_live_bytes", speed, *filter(is_known, ["data_bytes"])]
+        fields = ["peak_live_bytes", self.speed_field(group), *filter(is_known, ["data_bytes"])]
         fields += [quality] if quality else list(filter(is_known, ["corpus_kept_percent"]))
         scores: dict[str, tuple[_Score, ...]] = {}
         for technique in techniques:
@@ -154,15 +197,14 @@ class Comparison:
         """A figure of which less is better, and how much of a difference to it is none."""
         if field in _OF_THE_REFERENCE:
             value = self.difference(group, technique, field)
-            error = self.value(group, technique, f"{field}_standard_error") or 0.0
-            return None if value is None else _Score(value, NO_DIVERGENCE if field == "kl_nats" else CERTAIN * error)
+            return None if value is None else _Score(value, self.error(group, technique, field))
         value = self.value(group, technique, field)
         if field == "corpus_kept_percent":
             return _Score(-(100.0 if value is None else value), 0.0)
         if value is None:
             return None
         if field == "accuracy_percent":
-            return _Score(-value, SAME_ACCURACY)
+            return _Score(-value, self.error(group, technique, field))
         metric = METRIC_OF_FIELD[field]
         off = max(metric.same_within * value, self.resolution(group, technique, field))
         return _Score(value if metric.better == "lower" else -value, off)

@@ -95,6 +95,70 @@ def test_a_figure_that_is_a_bound_is_held_against_the_budget_as_one() -> None:
     )
 
 
+def test_what_is_left_of_the_budget_is_told_as_the_bound_that_it_is() -> None:
+    assert "leaves 10.00 MiB at most" in _seen({"bound": "at least"}).why
+    within = {"bound": "at least", "at_most_bytes": 55 * MIB}
+    assert "needs 50.00 MiB to 55.00 MiB at its footprint peak, leaves 5.000 MiB at least" in _seen(within).why
+    # Live memory surely takes 25 MiB, whatever bound the footprint has.
+    assert "needs 25.00 MiB to 50.00 MiB" in _seen({"bound": "at most", "at_least_bytes": 0}).why
+    bound = {"bound": "at most"}
+    nothing_sure = dataclasses.replace(
+        _case("a", 50, 0.0), obtained={"peak_footprint_bytes": bound, "peak_live_bytes": bound}
+    )
+    assert "needs 50.00 MiB at most at its footprint peak, leaves 10.00 MiB at least" in (
+        _advised([_case("none", 100), nothing_sure], 60).why
+    )
+
+
+def test_every_repeat_has_to_find_room() -> None:
+    repeats = [dataclasses.replace(_case("a", mib, 0.0), repeat=number) for number, mib in enumerate((40, 41, 70))]
+    advice = _advised([_MEASURED[0], *repeats], 60)
+    assert dict(advice.others)["a"] == "needs 70.00 MiB at its footprint peak, 10.00 MiB too much"
+    lacking = dataclasses.replace(repeats[2], metrics={}, reasons={"peak_footprint_bytes": "the driver hides it"})
+    advice = _advised([_MEASURED[0], *repeats[:2], lacking], 60)
+    assert dict(advice.others)["a"] == "its footprint peak is not known: the driver hides it"
+
+
+def _unread(technique: str, mib: float, kl: float | None) -> Record:
+    """A case of which only the divergence is known."""
+    return _case(technique, mib, bits_per_byte=None, kl_nats=kl)
+
+
+def test_a_loss_in_percent_a_divergence_and_nothing_known_are_not_held_against_each_other() -> None:
+    # 25% of the bits are more than 0.1 nats by the figure alone, and are at least known.
+    known, diverging, unknown = _case("known", 10, 0.5), _unread("diverging", 10, 0.1), _unread("unknown", 10, None)
+    assert _advised([_MEASURED[0], unknown, diverging, known], 60).technique == "known"
+    advice = _advised([_MEASURED[0], unknown, diverging], 60)
+    assert advice.technique == "diverging"
+    assert dict(advice.others)["unknown"] == "fits (10.00 MiB at its footprint peak), but its quality is not known"
+
+
+def test_logits_that_are_the_references_lose_nothing() -> None:
+    advice = _advised([_MEASURED[0], _unread("same", 50, 1e-7)], 60, most_loss_percent=0.1)
+    assert advice.technique == "same"
+    assert advice.why.endswith("its logits are those of the reference")
+
+
+def test_losses_that_chance_may_tell_apart_are_the_same() -> None:
+    first, second = _case("first", 50, 0.1000), _case("second", 20, 0.1015)
+    assert _advised([_MEASURED[0], first, second], 60).technique == "second"
+    second = _case("second", 20, 0.1025)
+    assert _advised([_MEASURED[0], first, second], 60).technique == "first"
+
+
+def test_what_reads_less_is_no_faster_for_having_less_to_read() -> None:
+    records = [
+        _case("none", 100, read_mb_per_s=1.0, tokens_per_s=1e6),
+        _case("small", 50, read_mb_per_s=1.0, tokens_per_s=1e6),
+        _case("tiny-steps", 20, seconds=0.1, read_mb_per_s=1.0, tokens_per_s=5e5),
+    ]
+    advice = _advised(records, 200)
+    assert advice.technique == "small"
+    assert dict(advice.others)["tiny-steps"] == (
+        "fits (20.00 MiB at its footprint peak) and loses as little, but does 500000 tokens/s, not 1000000"
+    )
+
+
 def test_what_is_not_known_is_said_and_never_advised() -> None:
     unknown = dataclasses.replace(
         _case("a", 50), metrics={"peak_footprint_bytes": None}, reasons={"peak_footprint_bytes": "the driver hides it"}
@@ -128,6 +192,14 @@ def test_the_text_says_what_is_held_against_the_budget_and_what_comes_on_top() -
         " packing data, the first step and running. What the interpreter and its libraries take comes on top: up to"
         " 300.0 MiB in this run."
     )
+
+
+def test_of_a_gpu_it_says_whose_memory_is_meant_and_nothing_of_the_interpreters() -> None:
+    on_gpu = dataclasses.replace(_MEASURED[0], case={**_MEASURED[0].case, "device": "cuda:0"})
+    said = list(lines([on_gpu], advise([on_gpu], 200 * MIB)))[-1]
+    assert said.endswith("Of cases on a GPU it is the GPU's own memory, the CUDA context in the footprint.")
+    assert "interpreter" not in said
+    assert "GPU" not in list(lines(_MEASURED, advise(_MEASURED, 200 * MIB)))[-1]
 
 
 def test_where_data_are_only_read_nothing_is_learnt_and_what_is_left_out_is_lost() -> None:

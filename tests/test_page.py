@@ -16,6 +16,7 @@ import pytest
 
 import membench
 from membench.record import Record
+from membench.report import files
 from membench.report.page import page as page_of
 from membench.store import Run
 
@@ -84,7 +85,10 @@ def _column(page: Page, number: int) -> list[str]:
 
 
 def _drawn(page: Page) -> None:
-    """Wait until every picture of the choice is drawn."""
+    """Come past every picture of the choice: it is drawn when it is near the screen."""
+    for picture in page.locator("figure .drawing").all():
+        picture.scroll_into_view_if_needed()
+        picture.locator("svg.main-svg").first.wait_for()
     page.wait_for_selector("html[data-drawn='true']")
 
 
@@ -92,7 +96,7 @@ def test_a_real_run_opens_with_its_summary_its_pictures_and_its_table(opened: Op
     page = opened(quickstart)
     _drawn(page)
     assert "bf16 holds 2.0 times less live memory at its peak (134.2 MiB, not 274.7 MiB)" in page.inner_text("#words")
-    titles = ["Memory against quality", "weights", "live peak", "footprint peak", "Converting against running",
+    titles = ["Memory against divergence", "weights", "live peak", "footprint peak", "Converting against running",
               "Memory of llama-60m/none/forward/cpu over time"]  # fmt: skip
     assert page.locator("#pictures figure h3").all_inner_texts() == titles
     assert page.locator("#pictures .drawing svg.main-svg").count() >= len(titles)
@@ -187,15 +191,100 @@ def test_what_is_seen_can_be_heard_and_reached_by_keyboard(opened: Opener, quick
 
 def test_on_paper_everything_is_open_and_nothing_is_dark(opened: Opener, quickstart: str, tmp_path: Path) -> None:
     page = opened(quickstart, colours="dark")
-    _drawn(page)
+    # Nothing was scrolled to, yet all pictures are there.
     page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("figure .drawing svg.main-svg").count() >= page.locator("figure .drawing").count()
     page.emulate_media(media="print")
     assert page.locator("details:not([open])").count() == 0
+    # What the pictures are of can be read, and that there are others; what filters the table is not there.
+    assert page.locator("#group").is_visible()
+    assert page.get_by_text("One of 4: choose another on the screen to print its pictures.").is_visible()
+    assert page.locator("#case-choice").is_visible()
+    assert page.locator("#search").is_hidden()
+    assert page.inner_text("#count") == "13 of 13 cases"
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.locator("nav").is_hidden()
     page.evaluate("window.dispatchEvent(new Event('afterprint'))")
     assert page.locator("details:not([open])").count() > 0
     assert page.pdf().startswith(b"%PDF")
+
+
+def test_a_case_chosen_in_the_table_is_gone_to_and_come_back_from(opened: Opener, quickstart: str) -> None:
+    page = opened(quickstart)
+    pick = page.locator("#cases tbody tr", has_text="large-batch").get_by_role("button", name="fp16")
+    pick.press("Enter")
+    focused = "document.activeElement.textContent"
+    assert page.evaluate(focused) == "trained-tiny · large-batch · cpu · fp16"
+    page.keyboard.press("Tab")
+    assert page.evaluate(focused) == "Back to its row of the table"
+    page.keyboard.press("Enter")
+    assert page.evaluate(f"[{focused}, document.activeElement.closest('tr').dataset.workload]") == [
+        "fp16", "large-batch",
+    ]  # fmt: skip
+
+
+def test_a_choice_above_the_pictures_keeps_the_focus_and_is_said(opened: Opener, quickstart: str) -> None:
+    page = opened(quickstart)
+    said = page.locator("#told[role='status']")
+    assert said.text_content() == ""
+    page.locator("#group").focus()
+    page.keyboard.press("ArrowDown")
+    assert said.text_content() == "Shown: trained-tiny · large-batch · cpu, case none."
+    assert page.evaluate("document.activeElement.id") == "group"
+    page.locator("#case-choice").focus()
+    page.keyboard.press("ArrowDown")
+    assert said.text_content() == "Shown: trained-tiny · large-batch · cpu, case bf16."
+    assert page.evaluate("document.activeElement.id") == "case-choice"
+
+
+def _luminance(colour: str) -> float:
+    shares = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    red, green, blue = (share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def _contrast(first: str, second: str) -> float:
+    """As WCAG has it."""
+    dark, light = sorted((_luminance(first), _luminance(second)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("colours", ["light", "dark"])
+def test_text_and_marks_stand_out_from_what_is_behind_them(opened: Opener, quickstart: str, colours: str) -> None:
+    page = opened(quickstart, colours=colours)
+
+    def of(name: str) -> list[str]:
+        value = page.evaluate(f"getComputedStyle(document.documentElement).getPropertyValue('--{name}')")
+        return str(value).split()
+
+    paper, raised = of("paper") + of("raised")
+    for name in ("ink", "faint", "accent", "good", "bad"):
+        assert min(_contrast(of(name)[0], behind) for behind in (paper, raised)) >= 4.5, name
+    assert min(_contrast(mark, paper) for mark in of("marks")) >= 3
+    assert min(_contrast(of("edge")[0], behind) for behind in (paper, raised)) >= 3
+    # And these are the colours that are drawn with.
+    _drawn(page)
+    fills = page.eval_on_selector_all("#memory .bars .point path", "bars => bars.map(bar => bar.style.fill)")
+    marks = {f"rgb({', '.join(str(int(mark[at : at + 2], 16)) for at in (1, 3, 5))})" for mark in of("marks")}
+    assert len(set(fills)) == 2
+    assert set(fills) <= marks
+    assert {mark.lower() for mark in (files._REFERENCE, *files._COLOURS)} <= set(of("marks")) or colours == "dark"
+
+
+@pytest.mark.parametrize(("width", "least"), [(1280, 250), (375, 150)])
+def test_long_names_leave_room_for_their_bars(opened: Opener, width: int, least: int) -> None:
+    names = ["none", *(f"quantization-aware-training-of-4-bits-{n:02}" for n in range(4)), "x" * 40]
+    records = [record(name, weights_bytes=n * MIB, peak_live_bytes=n * MIB, peak_footprint_bytes=n * MIB,
+                      step_median_s=1.0)
+               for n, name in enumerate(names, 5)]  # fmt: skip
+    page = opened(page_of([run(records)]), width=width)
+    _drawn(page)
+    plots = page.eval_on_selector_all("#memory .drawing", "all => all.map(one => one._fullLayout.xaxis._length)")
+    assert len(plots) == 3
+    assert min(plots) > least
+    # None is cut: two that end alike can be told apart.
+    shown = page.locator("#memory .drawing").first.locator(".yaxislayer-above text").all_text_contents()
+    assert shown == names
 
 
 _HOSTILE = (
@@ -273,17 +362,26 @@ def test_the_pages_own_policy_stops_scripts_and_requests_that_are_not_its_own(br
     page.close()
 
 
-def test_five_hundred_cases_stay_under_fifteen_megabytes_and_still_sort_and_filter(opened: Opener) -> None:
+@pytest.mark.parametrize("groups", [1, 500])
+def test_five_hundred_cases_stay_under_fifteen_megabytes_and_still_sort_and_filter(opened: Opener, groups: int) -> None:
     kept = [one for path in sorted(_RESULTS.glob("*@*.jsonl")) for one in membench.read_run(path).records]
     assert len(kept) > 200
-    many = [
-        dataclasses.replace(one, case={**one.case, "model": f"{one.case['model']}-{number}"}, id=f"{number}-{one.id}")
-        for number, one in zip(range(500), itertools.cycle(kept), strict=False)
-    ]
+
+    def numbered(number: int, one: Record) -> Record:
+        case = {"model": "m", "workload": "w", "device": "cpu", "technique": f"{one.technique}-{number}"}
+        if groups > 1:
+            case = {**one.case, "model": f"{one.case['model']}-{number}"}
+        return dataclasses.replace(one, case=case, id=f"{number}-{one.id}")
+
+    many = [numbered(number, one) for number, one in zip(range(500), itertools.cycle(kept), strict=False)]
     text = page_of([run(many)])
     assert len(text.encode()) < 15e6
     page = opened(text)
     assert page.inner_text("#count") == "500 of 500 cases"
+    # What is far from the screen waits.
+    page.wait_for_selector("html[data-drawn='true']")
+    assert page.locator("#timeline .drawing").count() == 1
+    assert page.locator("#timeline svg").count() == 0
     page.get_by_role("columnheader", name="live peak").first.get_by_role("button").click()
     page.get_by_label("Search").fill("int8")
     assert 0 < len(_column(page, 0)) < 500

@@ -51,6 +51,27 @@ def test_what_has_no_place_is_named() -> None:
     assert "the further left, the less time a step takes" in picture.caption
 
 
+def test_what_reads_less_is_no_faster_for_having_less_to_read() -> None:
+    def read(technique: str, mib: int, seconds: float, tokens_per_s: float) -> Any:
+        return record(technique, peak_live_bytes=mib * MIB, step_median_s=seconds, tokens_per_s=tokens_per_s,
+                      read_mb_per_s=1.0)  # fmt: skip
+
+    whole, tenth, fast = read("none", 90, 1.0, 1e6), read("tenth", 80, 0.1, 1e6), read("fast", 100, 0.5, 2e6)
+    picture = pareto.pareto(Comparison([whole, tenth, fast]), _GROUP)
+    assert picture.x_title == "time of a token, µs (quality is not known)"
+    assert [(point.x, point.speed) for point in picture.points] == [(1.0, 0.5), (1.0, 0.5), (0.5, 1.0)]
+    assert "the less time a token takes" in picture.caption
+    assert picture.table[0] == ("technique", "live peak", "tokens/s", "Pareto")
+
+
+def test_a_picture_of_divergence_alone_does_not_call_it_quality() -> None:
+    picture = _placed(kl_nats=0.01)
+    assert picture.title == "Memory against divergence"
+    assert picture.x_title == "KL from the reference, nats a token"
+    assert "the nearer the logits are to the reference's (quality itself is not known)" in picture.caption
+    assert "quality is lost" not in picture.caption
+
+
 def test_of_very_many_techniques_the_reference_the_front_and_the_smallest_are_drawn() -> None:
     records = [record(f"t{n}", peak_live_bytes=n * MIB, step_median_s=1.0) for n in range(1, 100)]
     records += [record("none", peak_live_bytes=200 * MIB, step_median_s=1.0)]
@@ -80,6 +101,30 @@ def test_converting_that_needs_more_than_running_is_named() -> None:
         "What comes before the first step needs more live memory than running does: costly (150.0 MiB before, 50.00 MiB"
         " while running)."
     )
+
+
+@pytest.mark.parametrize(
+    ("of_converting", "of_running", "converting_mib", "said"),
+    [
+        ("exact", "exact", 150, "more live memory than running does: a (150.0 MiB before, 50.00 MiB while running)."),
+        ("at least", "exact", 150, "than running does: a (≥150.0 MiB before, 50.00 MiB while running)."),
+        ("exact", "at most", 150, "than running does: a (150.0 MiB before, ≤50.00 MiB while running)."),
+        ("at most", "exact", 150, "It is not known of: a."),
+        ("exact", "at least", 150, "It is not known of: a."),
+        ("at most", "exact", 20, "No technique needs more live memory before the first step than while running."),
+        ("at least", "exact", 20, "It is not known of: a."),
+    ],
+)
+def test_of_bounds_no_more_is_claimed_than_they_tell(
+    of_converting: str, of_running: str, converting_mib: int, said: str
+) -> None:
+    none = record("none", peak_live_bytes=100 * MIB, apply_peak_live_bytes=90 * MIB)
+    obtained = {"apply_peak_live_bytes": {"bound": of_converting}, "peak_live_bytes": {"bound": of_running}}
+    other = record("a", peak_live_bytes=50 * MIB, apply_peak_live_bytes=converting_mib * MIB, obtained=obtained)
+    picture = bars.conversion(Comparison([none, other]), _GROUP)
+    assert picture
+    assert picture.caption.endswith(said)
+    assert ("No technique" in picture.caption) is said.startswith("No technique")
 
 
 def test_the_parts_of_a_peak_are_stacked_to_the_whole() -> None:
@@ -125,6 +170,8 @@ def test_on_a_gpu_what_torch_allocated_counts_and_the_drivers_samples_are_drawn(
     picture = timeline.timeline(dataclasses.replace(record("none"), processes=(process,), timeline=samples))
     assert picture.columns == {"GPU, process": (None, 4)}
     assert picture.spans[0].told == "3.000 MiB allocated"
+    assert picture.y_title == "MiB"
+    assert "the GPU's are whole or above idle" in picture.caption
 
 
 def test_a_case_that_ended_before_anything_was_seen_says_so() -> None:
@@ -132,19 +179,54 @@ def test_a_case_that_ended_before_anything_was_seen_says_so() -> None:
     assert picture.caption == "m/none/forward/cpu ended as crashed before anything was seen of its memory."
 
 
-def test_over_time_only_runs_of_one_suite_are_compared() -> None:
-    def on(day: int, mib: int, suite: str = "made-up", **machine: Any) -> Any:
-        return run([record("none", peak_live_bytes=mib * MIB)], suite=suite, machine=machine,
-                   started_at=f"2026-11-{day}T10:00:00+00:00")  # fmt: skip
+def _on(day: int, mib: int, suite: str = "made-up", at: str = "10:00:00", **machine: Any) -> Any:
+    return run([record("none", peak_live_bytes=mib * MIB)], suite=suite, machine=machine, run=f"run-of-{mib}",
+               started_at=f"2026-11-{day}T{at}+00:00")  # fmt: skip
 
-    told = history.history([on(24, 80, cores=4), on(22, 100, cores=2), on(23, 100, "other")])
+
+def test_over_time_only_runs_of_one_suite_are_compared() -> None:
+    told = history.history([_on(24, 80), _on(22, 100), _on(23, 100, "other")])
     ((suite, group),) = told
     (live,) = told[suite, group]
-    assert (suite, group, live.series[0].values) == ("made-up", _GROUP, (100, 80))
-    assert live.caption == (
-        "Live peak over 2 runs. The last against the first: none 20% less. Not all on the same machine or versions"
-        " (cores: 2, now 4)."
+    assert (suite, group, live.series[0].values, live.breaks) == ("made-up", _GROUP, (100, 80), ())
+    assert live.caption == "Live peak over 2 runs. The last against the first: none 20% less."
+
+
+def test_no_line_goes_through_runs_of_different_machines_or_versions(tmp_path: Path) -> None:
+    ours: dict[str, Any] = {"cores": 2, "packages": {"torch": "2.13.0"}}
+    theirs, newer = ours | {"cores": 4}, ours | {"packages": {"torch": "2.14.0"}}
+    runs = [_on(20, 100, **ours), _on(21, 90, **ours), _on(22, 50, **theirs), _on(23, 90, **ours), _on(24, 80, **newer)]
+    ((live,),) = history.history(runs).values()
+    assert live.breaks == (2, 3, 4)
+    assert list(live.stretches()) == [range(0, 2), range(2, 3), range(3, 4), range(4, 5)]
+    assert (
+        "No line goes to 2026-11-22 10:00 UTC (commit not known), on another machine or with other versions"
+        " (cores: 2, now 4)." in live.caption
     )
+    assert "(packages.torch: 2.13.0, now 2.14.0)" in live.caption
+    files.draw(runs, "history", tmp_path / "history.png")
+    assert (tmp_path / "history.png").stat().st_size > 1000
+
+
+def test_runs_of_one_minute_are_told_apart() -> None:
+    runs = [_on(20, 100), _on(20, 90, at="10:00:30"), _on(21, 90)]
+    ((live,),) = history.history(runs).values()
+    assert live.runs == (
+        "2026-11-20 10:00 UTC (commit not known) run-of-100", "2026-11-20 10:00 UTC (commit not known) run-of-90",
+        "2026-11-21 10:00 UTC (commit not known)",
+    )  # fmt: skip
+    ((live,),) = history.history([runs[0], runs[0]]).values()
+    assert len(set(live.runs)) == 2
+
+
+def test_of_several_repeats_it_says_which_is_drawn() -> None:
+    second = dataclasses.replace(record("none"), repeat=1)
+    assert timeline.timeline(second, 3).title == "Memory of m/none/forward/cpu over time, repeat 2 of 3"
+    parts = {"forward": {"weights": MIB}}
+    made = dataclasses.replace(record("none"), processes=({"breakdown_bytes": parts, "peak_part": "forward"},))
+    picture = bars.breakdown(Comparison([made, dataclasses.replace(made, repeat=1)]), _GROUP)
+    assert picture
+    assert picture.caption.endswith("Of several repeats the first is drawn.")
 
 
 @pytest.mark.parametrize("kind", files.KINDS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -41,6 +43,21 @@ def test_tables_and_what_is_said_below_them_are_those_of_the_kept_runs(kept: Pat
 def test_a_kept_run_is_one_of_the_suite_as_it_is(kept: Path) -> None:
     suite = membench.load_suite(kept.name.partition("@")[0])
     assert [record.id for record in membench.read_run(kept).records] == [case.id for case in suite.cases]
+
+
+def test_the_advice_in_it_is_what_the_kept_run_leads_to() -> None:
+    (call, block) = re.findall(r"```sh\nmembench (advise .*?)\n```.*?```text\n(.*?)```", _README, re.DOTALL)[0]
+    said = subprocess.run(
+        [sys.executable, "-m", "membench", *call.split()], cwd=_ROOT, capture_output=True, text=True, check=False
+    )
+    assert block in said.stdout
+
+
+@pytest.mark.parametrize("kept", _KEPT, ids=lambda path: path.name)
+def test_it_shows_the_report_of_every_kept_run(kept: Path) -> None:
+    picture = f"results/pictures/{kept.name.partition('@')[0]}.png"
+    assert f"]({picture})" in _README
+    assert (_ROOT / picture).read_bytes().startswith(b"\x89PNG")
 
 
 def test_it_explains_every_column_of_the_table() -> None:

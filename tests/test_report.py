@@ -289,6 +289,9 @@ def test_a_bound_that_may_be_too_high_accuses_nobody() -> None:
 
     assert len(lines("exact")) == 1
     assert lines("at most") == []
+    costly = _record("a", peak_live_bytes=1, apply_peak_live_bytes=300 * MIB)
+    seen = dataclasses.replace(_STACK[0], obtained={"peak_live_bytes": {"bound": "at least"}})
+    assert text.remarks([seen, costly]) == []
 
 
 def test_loading_that_takes_more_than_running_the_original_is_said_where_the_technique_is_why() -> None:

@@ -10,7 +10,9 @@ from membench.errors import EXIT_CASES_FAILED, EXIT_OK, MembenchError, one_line
 
 
 def add(verbs: Verbs) -> None:
-    advise = verbs.add_parser("advise", help="which measured stack fits a budget and loses least (1 if none does)")
+    advise = verbs.add_parser(
+        "advise", help="which measured stack fits a budget and loses least (1 if for any group none does)"
+    )
     advise.add_argument("run", type=Path)
     advise.add_argument("--budget", required=True, help="memory above the worker's baseline, such as 8GiB")
     advise.add_argument("--max-quality-loss", help="such as 1%%: of bits per byte, or in percentage points of accuracy")

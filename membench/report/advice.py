@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
-from membench.compare import CERTAIN, NO_DIVERGENCE, SAME_ACCURACY, Comparison, Group
+from membench.compare import NO_DIVERGENCE, QUALITY, Comparison, Group
 from membench.record import METRIC_OF_FIELD, REFERENCE, Record
 from membench.report.text import said_of, signed
-from membench.units import format_bytes, format_divergence, format_percent, format_seconds
+from membench.units import format_bytes, format_divergence, format_number, format_percent, format_seconds
 
 _NEEDED = ("peak_footprint_bytes", "load_peak_live_bytes", "apply_peak_live_bytes", "store_peak_live_bytes",
            "warmup_peak_live_bytes", "peak_live_bytes")  # fmt: skip
@@ -16,7 +17,7 @@ _NEEDED = ("peak_footprint_bytes", "load_peak_live_bytes", "apply_peak_live_byte
 
 _MUST_BE_KNOWN = ("peak_footprint_bytes", "peak_live_bytes")
 
-HELD_AGAINST = (
+_HELD_AGAINST = (
     "Held against the budget is the highest of the footprint peak and the live peaks of loading, converting, packing"
     " data, the first step and running."
 )
@@ -46,20 +47,42 @@ class _Need:
     def __str__(self) -> str:
         if self.at_most_bytes is None:
             amount = f"{format_bytes(self.at_least_bytes)} or more, as far as samples saw"
+        elif not self.at_least_bytes:
+            amount = f"{format_bytes(self.at_most_bytes)} at most"
         elif self.at_most_bytes > self.at_least_bytes:
             amount = f"{format_bytes(self.at_least_bytes)} to {format_bytes(self.at_most_bytes)}"
         else:
             amount = format_bytes(self.at_least_bytes)
         return f"{amount} at its {METRIC_OF_FIELD[self.field].title}"
 
+    @property
+    def highest_bytes(self) -> float:
+        """As far as is known."""
+        return self.at_least_bytes if self.at_most_bytes is None else self.at_most_bytes
 
-@dataclass(frozen=True)
-class _Loss:
-    """What quality a case loses against its reference: percent where it has one, else the divergence; and in words."""
+    def left_of(self, budget_bytes: int) -> str:
+        if self.at_most_bytes is None:
+            return f"leaves {format_bytes(budget_bytes - self.at_least_bytes)} at most"
+        sure = " at least" if self.at_most_bytes > self.at_least_bytes else ""
+        return f"leaves {format_bytes(budget_bytes - self.at_most_bytes)}{sure}"
 
-    percent: float | None
-    rank: float
+
+class _Loss(NamedTuple):
+    """What quality a case loses against its reference, in its own kind of figure; and in words."""
+
+    kind: Literal["percent", "divergence", "unknown"]
+    amount: float
+    off: float
+    """How much of it chance may explain."""
     told: str
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """What is known to be lost stands before what only the logits tell, and that before what nothing tells."""
+        return ("percent", "divergence", "unknown").index(self.kind), self.amount
+
+    def is_as_small_as(self, least: _Loss) -> bool:
+        return self.kind == least.kind and self.amount - least.amount <= max(self.off, least.off)
 
 
 def advise(records: Sequence[Record], budget_bytes: int, most_loss_percent: float | None = None) -> list[Advice]:
@@ -84,19 +107,23 @@ def lines(records: Sequence[Record], given: Sequence[Advice]) -> Iterator[str]:
         for technique, why in advice.others:
             yield f"  not {technique}: {why}"
         yield ""
-    yield f"{HELD_AGAINST} {_baseline(records)}"
+    yield f"{_HELD_AGAINST} {_on_top(records)}"
 
 
-def _baseline(records: Sequence[Record]) -> str:
-    """What comes on top of every figure: they count from the worker before the case."""
-    taken = [
-        sum(process["baseline"].values())
-        for record in records for process in record.processes[:1]
-        if process.get("baseline") and record.case["device"] == "cpu"
-    ]  # fmt: skip
-    if not taken:
-        return "What the interpreter and its libraries take comes on top."
-    return f"What the interpreter and its libraries take comes on top: up to {format_bytes(max(taken))} in this run."
+def _on_top(records: Sequence[Record]) -> str:
+    """What is not in the figures, and what of a GPU is."""
+    said = []
+    on_cpu = [record for record in records if record.case["device"] == "cpu"]
+    if on_cpu:
+        taken = [
+            sum(process["baseline"].values())
+            for record in on_cpu for process in record.processes[:1] if process.get("baseline")
+        ]  # fmt: skip
+        amount = f": up to {format_bytes(max(taken))} in this run" if taken else ""
+        said.append(f"What the interpreter and its libraries take comes on top{amount}.")
+    if len(on_cpu) < len(records):
+        said.append("Of cases on a GPU it is the GPU's own memory, the CUDA context in the footprint.")
+    return " ".join(said)
 
 
 def _of_group(found: Comparison, group: Group, budget_bytes: int, most_loss_percent: float | None) -> Advice:
@@ -117,27 +144,37 @@ def _of_group(found: Comparison, group: Group, budget_bytes: int, most_loss_perc
             why += f" and is known to lose no more than {format_percent(most_loss_percent)}"
         return Advice(group, None, why, tuple(refused.items()))
 
-    least = min(loss.rank for _, loss in fitting.values())
-    losing_least = [technique for technique, (_, loss) in fitting.items() if loss.rank == least]
-    fastest = min(_seconds(found, group, technique) for technique in losing_least)
-    as_fast = [technique for technique in losing_least if _seconds(found, group, technique) <= fastest * _AS_FAST]
-    best = min(as_fast, key=lambda technique: fitting[technique][0].at_least_bytes)
-    need, loss = fitting[best]
-    left = budget_bytes - (need.at_least_bytes if need.at_most_bytes is None else need.at_most_bytes)
-    why = f"needs {need}, leaves {format_bytes(left)}; {loss.told}"
-    reasons = {name: _worse(found, group, name, best, fitting) for name in fitting if name != best}
-    order_of_group = found.techniques(group)
-    others = sorted((reasons | refused).items(), key=lambda item: order_of_group.index(item[0]))
+    least = min((loss for _, loss in fitting.values()), key=lambda loss: loss.rank)
+    losing_least = [technique for technique, (_, loss) in fitting.items() if loss.is_as_small_as(least)]
+    pace_s = {technique: found.pace_s(group, technique) or float("inf") for technique in fitting}
+    fastest_s = min(pace_s[technique] for technique in losing_least)
+    as_fast = [technique for technique in losing_least if pace_s[technique] <= fastest_s * _AS_FAST]
+    best = min(as_fast, key=lambda technique: fitting[technique][0].highest_bytes)
+    why = f"needs {fitting[best][0]}, {fitting[best][0].left_of(budget_bytes)}; {fitting[best][1].told}"
+    for technique, (need, loss) in fitting.items():
+        if technique not in losing_least:
+            refused[technique] = f"fits ({need}), but {loss.told}"
+        elif technique != best:
+            refused[technique] = _slower_or_larger(found, group, technique, best, need)
+    others = sorted(refused.items(), key=lambda item: found.techniques(group).index(item[0]))
     return Advice(group, best, why, tuple(others))
 
 
 _AS_FAST = 1 + METRIC_OF_FIELD["step_median_s"].same_within
 
 
-def _seconds(found: Comparison, group: Group, technique: str) -> float:
-    """A step's duration; without end where it is not known."""
-    seconds = found.value(group, technique, "step_median_s")
-    return float("inf") if seconds is None else seconds
+def _slower_or_larger(found: Comparison, group: Group, technique: str, best: str, need: _Need) -> str:
+    """Why of two that fit and lose as little the other one is advised."""
+    slow_s, fast_s = (found.pace_s(group, name) for name in (technique, best))
+    if not slow_s or not fast_s:
+        return f"fits ({need}) and loses as little, but its time is not known"
+    if slow_s <= fast_s * _AS_FAST:
+        return f"fits and loses as little in about the same time, but needs {need}"
+    if found.speed_field(group) == "step_median_s":
+        how = f"takes {format_seconds(slow_s)} a step, not {format_seconds(fast_s)}"
+    else:
+        how = f"does {format_number(1 / slow_s)} tokens/s, not {format_number(1 / fast_s)}"
+    return f"fits ({need}) and loses as little, but {how}"
 
 
 def _unfit(found: Comparison, group: Group, technique: str) -> str | None:
@@ -146,29 +183,40 @@ def _unfit(found: Comparison, group: Group, technique: str) -> str | None:
         if record.status != "ok":
             return said_of(record)[0]
     for field in _MUST_BE_KNOWN:
-        if found.value(group, technique, field) is None:
-            reasons = [record.reasons.get(field) for record in found.repeats(group, technique)]
-            reason = next((reason for reason in reasons if reason), "the record does not say why")
-            return f"its {METRIC_OF_FIELD[field].title} is not known: {reason}"
+        for record in found.repeats(group, technique):
+            if record.metrics.get(field) is None:
+                reason = record.reasons.get(field) or "the record does not say why"
+                return f"its {METRIC_OF_FIELD[field].title} is not known: {reason}"
     return None
 
 
 def _need(found: Comparison, group: Group, technique: str) -> _Need | None:
-    """The highest of what has to find room."""
-    needs = []
-    for field in _NEEDED:
-        value = found.value(group, technique, field)
-        if value is None:
-            continue
-        how, off = found.repeats(group, technique)[0].obtained.get(field, {}), found.resolution(group, technique, field)
-        match how.get("bound"):
-            case "at least":
-                needs.append(_Need(field, value, how.get("at_most_bytes"), off))
-            case "at most":
-                needs.append(_Need(field, how.get("at_least_bytes", 0), value, off))
-            case _:
-                needs.append(_Need(field, value, value, off))
-    return max(needs, key=lambda need: (need.at_most_bytes or need.at_least_bytes, need.at_least_bytes), default=None)
+    """What has to find room at one time or another, in the repeat that needs the most."""
+    needs = [
+        _need_of(record, field, value)
+        for record in found.repeats(group, technique)
+        for field in _NEEDED
+        if (value := record.metrics.get(field)) is not None
+    ]
+    if not needs:
+        return None
+    at_least_bytes = max(need.at_least_bytes for need in needs)
+    if any(need.at_most_bytes is None for need in needs):
+        return replace(max(needs, key=lambda need: need.at_least_bytes), at_most_bytes=None)
+    highest = max(needs, key=lambda need: (need.highest_bytes, need.at_least_bytes))
+    return replace(highest, at_least_bytes=at_least_bytes)
+
+
+def _need_of(record: Record, field: str, value: float) -> _Need:
+    how = record.obtained.get(field, {})
+    off_bytes = how.get("resolution_bytes", 0)
+    match how.get("bound"):
+        case "at least":
+            most_bytes = how.get("at_most_bytes")
+            return _Need(field, value, None if most_bytes is None else max(most_bytes, value), off_bytes)
+        case "at most":
+            return _Need(field, how.get("at_least_bytes", 0), value, off_bytes)
+    return _Need(field, value, value, off_bytes)
 
 
 def _over(need: _Need, budget_bytes: int) -> str | None:
@@ -176,7 +224,7 @@ def _over(need: _Need, budget_bytes: int) -> str | None:
         return f"needs {need}, {format_bytes(need.at_least_bytes - budget_bytes)} too much"
     if need.at_most_bytes is not None and need.at_most_bytes > budget_bytes:
         return f"needs {need}: whether that fits is not known"
-    if max(need.at_least_bytes, need.at_most_bytes or 0) + need.off_bytes > budget_bytes:
+    if need.highest_bytes + need.off_bytes > budget_bytes:
         return f"needs {need}: too near to tell, the figure is good to {format_bytes(need.off_bytes)}"
     return None
 
@@ -184,48 +232,36 @@ def _over(need: _Need, budget_bytes: int) -> str | None:
 def _loss(found: Comparison, group: Group, technique: str) -> _Loss:
     """A loss; one that chance explains is none."""
     if technique == REFERENCE:
-        return _Loss(0.0, 0.0, "it is the reference, and loses nothing")
-    points = found.difference(group, technique, "accuracy_percent")
+        return _Loss("percent", 0.0, 0.0, "it is the reference, and loses nothing")
+    points, bits, divergence = (found.lost(group, technique, field) for field in QUALITY)
     if points is not None:
-        if points >= -SAME_ACCURACY:
-            return _Loss(0.0, 0.0, "loses no accuracy beyond chance")
-        return _Loss(-points, -points, f"loses {-points:.1f} percentage points of accuracy")
+        told = f"loses {points:.1f} percentage points of accuracy" if points > 0 else "loses no accuracy beyond chance"
+        return _Loss("percent", max(points, 0.0), found.error(group, technique, "accuracy_percent"), told)
     kept = found.value(group, technique, "corpus_kept_percent") if found.reads_only(group) else None
     if kept is not None and kept < 100:
-        return _Loss(100 - kept, 100 - kept, f"leaves out {100 - kept:.3g}% of the text")
-    lost, of = found.value(group, technique, "lost_bits_per_byte"), found.value(group, REFERENCE, "bits_per_byte")
-    if lost is not None and of:
-        error = found.value(group, technique, "lost_bits_per_byte_standard_error") or 0.0
-        if lost <= CERTAIN * error:
-            return _Loss(0.0, 0.0, "loses no bits per byte beyond chance")
-        shown = signed(found, group, technique, METRIC_OF_FIELD["lost_bits_per_byte"])
-        percent = lost / of * 100
-        return _Loss(percent, percent, f"loses {format_percent(percent)} ({shown} bits/byte)")
-    divergence = found.value(group, technique, "kl_nats")
+        return _Loss("percent", 100 - kept, 0.0, f"leaves out {100 - kept:.3g}% of the text")
+    of = found.value(group, REFERENCE, "bits_per_byte")
+    if bits is not None and of:
+        off = found.error(group, technique, "lost_bits_per_byte") / of * 100
+        if bits <= 0:
+            return _Loss("percent", 0.0, off, "loses no bits per byte beyond chance")
+        percent, shown = bits / of * 100, signed(found, group, technique, METRIC_OF_FIELD["lost_bits_per_byte"])
+        return _Loss("percent", percent, off, f"loses {format_percent(percent)} ({shown} bits/byte)")
     if divergence is not None:
+        if divergence <= 0:
+            return _Loss("percent", 0.0, 0.0, "its logits are those of the reference")
         told = f"what quality it loses is not known (KL {format_divergence(divergence)} from the reference)"
-        return _Loss(None, divergence if divergence > NO_DIVERGENCE else 0.0, told)
+        return _Loss("divergence", divergence, NO_DIVERGENCE, told)
+    if found.reads_only(group):
+        return _Loss("percent", 0.0, 0.0, "leaves out nothing of the text")
     if found.quality_field(group) is None:
-        return _Loss(None, 0.0, "no quality was measured here")
-    return _Loss(None, float("inf"), "its quality is not known")
+        return _Loss("unknown", 0.0, 0.0, "no quality was measured here")
+    return _Loss("unknown", 0.0, 0.0, "its quality is not known")
 
 
 def _loses_too_much(loss: _Loss, most_percent: float | None) -> str | None:
     if most_percent is None:
         return None
-    if loss.percent is None:
+    if loss.kind != "percent":
         return f"fits, but {loss.told}"
-    return f"fits, but {loss.told}, more than {format_percent(most_percent)}" if loss.percent > most_percent else None
-
-
-def _worse(found: Comparison, group: Group, technique: str, best: str, fitting: dict[str, tuple[_Need, _Loss]]) -> str:
-    """Why one that fits comes after the one that is advised."""
-    (need, loss), (_, least) = fitting[technique], fitting[best]
-    if loss.rank > least.rank:
-        return f"fits ({need}), but {loss.told}"
-    slow, fast = (_seconds(found, group, name) for name in (technique, best))
-    if slow == float("inf"):
-        return f"fits ({need}) and loses as little, but its time is not known"
-    if slow <= fast * _AS_FAST:
-        return f"fits and loses as little in about the same time, but needs {need}"
-    return f"fits ({need}) and loses as little, but takes {format_seconds(slow)} a step, not {format_seconds(fast)}"
+    return f"fits, but {loss.told}, more than {format_percent(most_percent)}" if loss.amount > most_percent else None

@@ -8,7 +8,7 @@ from membench.compare import Comparison, Group
 from membench.record import METRIC_OF_FIELD, Metric
 from membench.report.pareto import drawn, left_out_of
 from membench.report.shapes import Bars, Series, listed
-from membench.report.text import figure, signed
+from membench.report.text import bound_of, figure, signed
 from membench.units import byte_unit, format_bytes
 
 
@@ -69,21 +69,22 @@ def conversion(found: Comparison, group: Group) -> Bars | None:
     for number, name in enumerate(names):
         times = [figure(found, group, name, METRIC_OF_FIELD[field]) for field in seconds]
         rows.append((name, *(one.told[number] for one in series), *times))
-    dearer = []
+    dearer, untold = [], []
     for name in names:
-        running = found.value(group, name, "peak_live_bytes")
-        before = [found.value(group, name, field) for field, _ in _PREPARING]
-        most = max((value for value in before if value is not None), default=None)
-        if (
-            running is not None
-            and most is not None
-            and most > running + found.resolution(group, name, "peak_live_bytes")
-        ):
-            dearer.append(f"{name} ({format_bytes(most)} before, {format_bytes(running)} while running)")
+        told_by = _needs_more_before(found, group, name)
+        if told_by is None:
+            untold.append(name)
+        elif told_by:
+            before, running = (signed(found, group, name, METRIC_OF_FIELD[field]) for field in (told_by, _RUNNING[0]))
+            dearer.append(f"{name} ({before} before, {running} while running)")
+    said = []
     if dearer:
-        caption = f"What comes before the first step needs more live memory than running does: {listed(dearer)}."
-    else:
-        caption = "No technique needs more live memory before the first step than while running."
+        said.append(f"What comes before the first step needs more live memory than running does: {listed(dearer)}.")
+    if untold:
+        said.append(f"It is not known of: {listed(untold)}.")
+    elif not dearer:
+        said.append("No technique needs more live memory before the first step than while running.")
+    caption = " ".join(said)
     head = ("technique", *(f"{title}, live peak" for _, title in fields), "converting, time", "a step, time")
     return Bars(
         "Converting against running",
@@ -96,12 +97,43 @@ def conversion(found: Comparison, group: Group) -> Bars | None:
     )
 
 
+def _needs_more_before(found: Comparison, group: Group, technique: str) -> str | None:
+    """The metric of what surely takes more than running does; empty if none does, ``None`` if that cannot be told."""
+    running = found.value(group, technique, _RUNNING[0])
+    of_running = bound_of(found, group, technique, METRIC_OF_FIELD[_RUNNING[0]])
+    before = {
+        field: value for field, _ in _PREPARING if (value := found.value(group, technique, field)) is not None
+    }  # fmt: skip
+    if not before:
+        return ""
+    if running is None:
+        return None
+    bounds = {field: bound_of(found, group, technique, METRIC_OF_FIELD[field]) for field in before}
+    off = found.resolution(group, technique, _RUNNING[0])
+    more = [
+        field for field, value in before.items() if value - found.resolution(group, technique, field) > running + off
+    ]
+    sure = [field for field in more if bounds[field] != "≤"] if of_running != "≥" else []
+    if sure:
+        return max(sure, key=lambda field: before[field])
+    return None if more or "≥" in bounds.values() or of_running == "≤" else ""
+
+
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "cache", "other")
 """What memory at the peak is told apart into."""
 
 
+NO_BREAKDOWN = (
+    "What held the memory is looked at between the parts of a step, of training or generating. No case here has such"
+    " parts and came that far."
+)
+
+
 def breakdown(found: Comparison, group: Group) -> Bars | None:
-    """What held live memory at the highest moment of a step; ``None`` where steps have no parts to look between."""
+    """What held live memory at the highest moment of a step; ``None`` where ``NO_BREAKDOWN`` says why.
+
+    Of a case's repeats the first is shown: a median of each part would be of no moment that there was.
+    """
     parts: dict[str, tuple[str, Mapping[str, float]]] = {}
     names = drawn(found, group)
     for technique in names:
@@ -128,6 +160,8 @@ def breakdown(found: Comparison, group: Group) -> Bars | None:
         shares = ", ".join(f"{category} {sizes[category] / whole:.0%}" for category in largest if sizes[category])
         said.append(f"{technique}, {format_bytes(whole)} in {part}: {shares}")
     caption = f"At the highest moment of a step. {'; '.join(said)}. 'other' is what no walk over storages finds."
+    if any(len(found.repeats(group, name)) > 1 for name in parts):
+        caption += " Of several repeats the first is drawn."
     missing = [name for name in names if name not in parts]
     if missing:
         caption += f" Not known of {listed(missing)}."

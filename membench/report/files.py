@@ -20,9 +20,9 @@ KINDS = ("pareto", "memory", "conversion", "breakdown", "timeline", "history")
 _ENDINGS = (".png", ".svg")
 
 _MOST_PANELS = 12
-_REFERENCE = "#7f7f7f"
-# Told apart by people who see few colours (after Okabe and Ito), and shapes and hatches besides.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c7a00")
+_REFERENCE = "#767676"
+# Those of the light page: told apart from each other by people who see few colours, and seen on white.
+_COLOURS = ("#0072b2", "#c95700", "#00855f", "#b9568f", "#9c6f00", "#2b8cc4", "#6b4226")
 _SHAPES = "osD^Pvh"
 _HATCHES = ("", "//", "\\\\", "xx", "--", "..")
 _LONGEST_NAME = 44
@@ -73,7 +73,9 @@ def _panels(runs: Sequence[Run], kind: str) -> Iterator[Panel]:
         return
     for run in runs:
         if kind == "timeline":
-            drawn = [timeline.timeline(record) for record in run.records]
+            found = Comparison(run.records)
+            repeats = [len(found.repeats(record.group, record.technique)) for record in run.records]
+            drawn = [timeline.timeline(record, of) for record, of in zip(run.records, repeats, strict=True)]
             yield from ((picture.title, picture) for picture in drawn if picture.at_s or picture.spans)
             continue
         found = Comparison(run.records)
@@ -121,7 +123,7 @@ def _cloud(at: Axes, picture: Cloud) -> None:
         colour = _colour(number)
         at.scatter(
             point.x, point.y, s=30 + 270 * point.speed, label=_short(point.technique), zorder=2, edgecolors=colour,
-            facecolors=colour if point.on_front else "none", marker=_SHAPES[_round(number) % len(_SHAPES)], alpha=0.85,
+            facecolors=colour if point.on_front else "none", marker=_SHAPES[_round(number) % len(_SHAPES)],
         )  # fmt: skip
     if picture.ticks:
         at.set_xticks([tick.at for tick in picture.ticks], [tick.text for tick in picture.ticks])
@@ -181,7 +183,7 @@ def _timeline(at: Axes, picture: Timeline) -> None:
                     ha="center", va="top", fontsize=7,
                     rotation=0 if span.ended_s - span.began_s > 0.1 * (last - first) else 90)  # fmt: skip
     at.set_xlabel("seconds from the case's start")
-    at.set_ylabel(f"{picture.unit} above the worker's baseline")
+    at.set_ylabel(picture.y_title)
     at.set_ylim(top=at.get_ylim()[1] * 1.2)
     at.legend(fontsize=7, loc="lower right")
 
@@ -193,9 +195,17 @@ def _ends(picture: Timeline) -> tuple[float, float]:
 
 def _lines(at: Axes, picture: Lines) -> None:
     for number, one in enumerate(picture.series):
-        known = [(run, value) for run, value in enumerate(one.values) if value is not None]
-        at.plot(*zip(*known, strict=True), label=_short(one.name), color=_colour(number),
-                marker=_SHAPES[number % len(_SHAPES)], linestyle=("-", "--", ":")[_round(number) % 3])  # fmt: skip
+        label, dashes = _short(one.name), ("-", "--", ":")[_round(number) % 3]
+        for stretch in picture.stretches():
+            known = [(run, value) for run in stretch if (value := one.values[run]) is not None]
+            if known:
+                at.plot(*zip(*known, strict=True), label=label, color=_colour(number),
+                        marker=_SHAPES[number % len(_SHAPES)], linestyle=dashes)  # fmt: skip
+                label = ""
+    for number in picture.breaks:
+        at.axvline(number - 0.5, color="#57606a", linestyle="--", linewidth=1)
+        at.text(number - 0.5, 0.02, " other machine or versions", transform=at.get_xaxis_transform(), fontsize=6,
+                rotation=90, va="bottom", ha="right")  # fmt: skip
     at.set_xticks(range(len(picture.runs)), [one_line(run).replace(" (", "\n(") for run in picture.runs], fontsize=7)
     at.set_xlim(-0.4, len(picture.runs) - 0.6)
     at.set_ylabel(picture.unit)

@@ -39,7 +39,7 @@ def _of_suite(runs: Sequence[Run]) -> dict[Group, tuple[Lines, ...]]:
 
 
 def _lines(runs: Sequence[tuple[Run, Comparison]], group: Group, metric: Metric) -> Lines:
-    labels = tuple(f"{started(run) or run.header.get('run')} {_commit(run)}" for run, _ in runs)
+    labels = _labels([run for run, _ in runs])
     techniques = dict.fromkeys(technique for _, found in runs for technique in found.techniques(group))
     values = {name: [found.value(group, name, metric.field) for _, found in runs] for name in techniques}
     unit, step = _unit(metric, max((v for column in values.values() for v in column if v is not None), default=0.0))
@@ -55,13 +55,33 @@ def _lines(runs: Sequence[tuple[Run, Comparison]], group: Group, metric: Metric)
             changes.append(f"{name} {format_percent(abs(last / first - 1) * 100)} {'more' if last > first else 'less'}")
     caption = f"{metric.title.capitalize()} over {len(runs)} runs. The last against the first: "
     caption += f"{listed(changes)}." if changes else f"no change beyond {metric.same_within:.1%}."
-    unlike = differences(runs[0][0].header.get("machine") or {}, runs[-1][0].header.get("machine") or {})
-    if unlike:
-        caption += f" Not all on the same machine or versions ({listed(unlike)})."
+    unlike = _unlike([run for run, _ in runs])
+    for number, respects in unlike.items():
+        caption += f" No line goes to {labels[number]}, on another machine or with other versions ({listed(respects)})."
     if len({run.header.get("suite_sha256") for run, _ in runs}) > 1:
         caption += " The suite's text has changed meanwhile."
     rows = ((name, *texts) for name, _, texts in series)
-    return Lines(metric.title, caption, unit, labels, series, (("technique", *labels), *rows))
+    return Lines(metric.title, caption, unit, labels, tuple(unlike), series, (("technique", *labels), *rows))
+
+
+def _unlike(runs: Sequence[Run]) -> dict[int, list[str]]:
+    """By number, of each run that cannot be joined to the one before: in which respects their machines differ."""
+    machines = [run.header.get("machine") or {} for run in runs]
+    found = {number: differences(machines[number - 1], machines[number]) for number in range(1, len(runs))}
+    return {number: respects for number, respects in found.items() if respects}
+
+
+def _labels(runs: Sequence[Run]) -> tuple[str, ...]:
+    """When each run began and of which commit; with its name where that does not tell it from another."""
+    short = [f"{started(run) or run.header.get('run')} {_commit(run)}" for run in runs]
+    named = [
+        f"{label} {run.header.get('run')}" if short.count(label) > 1 else label
+        for label, run in zip(short, runs, strict=True)
+    ]
+    return tuple(
+        f"{label}, {named[: number + 1].count(label)}" if named.count(label) > 1 else label
+        for number, label in enumerate(named)
+    )
 
 
 def _commit(run: Run) -> str:

@@ -8,11 +8,11 @@
   const isPhone = () => window.innerWidth < 640;
   const plain = (text) => text.replace(/[&<>$]/g, (sign) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", $: "&#36;" })[sign]);
 
-  // Colours that are told apart by people who see few of them (after Okabe and Ito), and shapes besides.
-  const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c7a00"];
+  // Colours come from the theme, the reference's grey first; shapes and patterns tell apart what colours do not.
   const SHAPES = ["circle", "square", "diamond", "triangle-up", "cross", "star", "pentagon", "triangle-down", "hexagon"];
   const PATTERNS = ["", "/", "\\", "x", "-", "."];
-  const colour = (number) => (number === 0 ? "#7f7f7f" : COLOURS[(number - 1) % COLOURS.length]);
+  const colour = (theme, number) => (number === 0 ? theme.marks[0] : theme.marks[1 + ((number - 1) % (theme.marks.length - 1))]);
+  const round = (theme, number) => Math.floor(Math.max(0, number - 1) / (theme.marks.length - 1));
 
   function make(tag, parent, text, attributes = {}) {
     const element = document.createElement(tag);
@@ -33,38 +33,60 @@
     }
   }
 
-  // Everything drawn, to be drawn again in other colours.
-  const drawn = new Map();
+  // The library of pictures stands in the page as text, and runs when the first picture comes near the screen: it is
+  // most of the page, and what is read first needs none of it.
+  function library() {
+    const kept = byId("plotly");
+    if (kept.type) kept.replaceWith(make("script", null, kept.textContent, { id: "plotly" }));
+    return window.Plotly;
+  }
 
-  function figure(parent, picture, draw, kind = "") {
-    const element = make("figure", parent, undefined, { class: kind });
+  function themeNow() {
+    const ink = getComputedStyle(root);
+    const of = (name) => ink.getPropertyValue(name).trim();
+    return { ink: of("--ink"), faint: of("--faint"), line: of("--line"), paper: of("--paper"), marks: of("--marks").split(/\s+/) };
+  }
+
+  // Every picture of the choice with what draws it: now, or again in other colours.
+  const pictures = new Map();
+  const isDrawn = (place) => place.classList.contains("js-plotly-plot");
+
+  function figure(parent, picture, draw) {
+    const element = make("figure", parent);
     make("h3", element, picture.title);
     const place = make("div", element, undefined, { class: "drawing", role: "img", "aria-label": `${picture.title}. ${picture.caption}` });
     make("figcaption", element, picture.caption);
     const details = make("details", element);
     make("summary", details, "As a table");
     makeTable(details, picture.table);
-    drawn.set(place, draw);
-    waiting.push(place);
+    place.style.minHeight = `${draw(themeNow(), 600).layout.height}px`; // nothing moves when it is drawn
+    pictures.set(place, draw);
+    near.observe(place);
   }
 
-  // Only when all of a choice's figures are laid out is it known how wide each is. One is drawn at a time, so that the
-  // page answers meanwhile.
+  // What comes near the screen is drawn, one picture at a time, so that the page answers meanwhile.
   const waiting = [];
+  const near = new IntersectionObserver((seen) => {
+    for (const { isIntersecting, target } of seen) {
+      if (!isIntersecting) continue;
+      near.unobserve(target);
+      waiting.push(target);
+    }
+    whenIdle(showNext, { timeout: 300 });
+  }, { rootMargin: "200px 0px" });
   const whenIdle = window.requestIdleCallback || ((work) => setTimeout(work, 1));
+
   function showNext() {
     const place = waiting.shift();
-    if (place && drawn.has(place)) show(place, drawn.get(place));
+    if (place && pictures.has(place)) show(place);
     root.dataset.drawn = String(!waiting.length);
     if (waiting.length) whenIdle(showNext, { timeout: 300 });
   }
 
-  function show(place, draw) {
-    const ink = getComputedStyle(root);
-    const of = (name) => ink.getPropertyValue(name).trim();
-    const theme = { ink: of("--ink"), faint: of("--faint"), line: of("--line"), raised: of("--raised"), paper: of("--paper") };
-    const { traces, layout } = draw(theme, place.clientWidth);
-    Plotly.react(place, traces, {
+  function show(place) {
+    const theme = themeNow();
+    const { traces, layout } = pictures.get(place)(theme, place.clientWidth);
+    library().react(place, traces, {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", dragmode: false, hovermode: "closest",
       font: { color: theme.ink, family: 'system-ui, "DejaVu Sans", sans-serif', size: 12 },
       hoverlabel: { bgcolor: theme.paper, bordercolor: theme.line, font: { color: theme.ink }, align: "left", namelength: -1 },
@@ -78,21 +100,26 @@
     title: { text: plain(more.title || ""), standoff: 8 },
   });
 
-  // A long stack goes over several lines; the whole of it is in the hover and in the table.
+  // A long name goes over several lines; the whole of it is in the hover and in the table.
   function label(name) {
     const most = isPhone() ? 16 : 30;
-    const lines = [];
-    for (const member of name.split(/(?<=\+)/)) {
-      if (lines.length && lines[lines.length - 1].length + member.length <= most) lines[lines.length - 1] += member;
-      else lines.push(member.length > most ? `${member.slice(0, most - 1)}…` : member);
+    const lines = [""];
+    for (const piece of name.match(/[^+._-]*[+._-]*/gu).flatMap((part) => part.match(new RegExp(`.{1,${most}}`, "gu")) || [])) {
+      if (lines.at(-1).length + piece.length <= most) lines[lines.length - 1] += piece;
+      else lines.push(piece);
     }
-    return lines.map(plain).join("<br>");
+    const shown = lines.length > 4 ? [...lines.slice(0, 2), "…", lines.at(-1)] : lines;
+    return shown.map(plain).join("<br>");
   }
 
   function clear(id) {
     const place = byId(id);
     if (!place) return null;
-    for (const old of place.querySelectorAll(".drawing")) { Plotly.purge(old); drawn.delete(old); }
+    for (const old of place.querySelectorAll(".drawing")) {
+      near.unobserve(old);
+      pictures.delete(old);
+      if (isDrawn(old)) library().purge(old);
+    }
     place.replaceChildren();
     return place;
   }
@@ -114,8 +141,8 @@
           x: [point.x], y: [point.y], mode: few && point.on_front && !isPhone() ? "markers+text" : "markers", name: label(point.technique),
           text: [label(point.technique)], textposition: "top right", textfont: { size: 11 }, cliponaxis: false,
           hoverinfo: "text", hovertext: [`<b>${plain(point.technique)}</b><br>${plain(point.told).replaceAll("; ", "<br>")}${point.on_front ? "<br>on the front" : ""}`],
-          marker: { size: 9 + 19 * Math.sqrt(point.speed), color: colour(number), line: { width: 2, color: colour(number) },
-            symbol: SHAPES[Math.floor(Math.max(0, number - 1) / 7) % SHAPES.length] + (point.on_front ? "" : "-open"), opacity: 0.85 },
+          marker: { size: 9 + 19 * Math.sqrt(point.speed), color: colour(theme, number), line: { width: point.on_front ? 1 : 2, color: point.on_front ? theme.paper : colour(theme, number) },
+            symbol: SHAPES[round(theme, number) % SHAPES.length] + (point.on_front ? "" : "-open"), opacity: 1 },
         })),
       ],
       layout: {
@@ -136,16 +163,18 @@
     // What is written beside the longest bar has to find room.
     const room = (width) => { const wide = Math.max(width - 7 * longest - 40, 150); return wide / Math.max(wide - 125, 40); };
     const longest = Math.max(...picture.names.flatMap((name) => label(name).split("<br>").map((line) => line.length)));
+    // Long names take their room from the row, not from the bars.
+    place.closest(".row").style.setProperty("--least", `${24 + Math.max(0, longest - 14) / 2}rem`);
     figure(place, picture, (theme, width) => ({
       traces: picture.series.map((one, number) => ({
         type: "bar", orientation: "h", name: plain(one.name), y: picture.names.map((_, n) => n), x: one.values,
         hoverinfo: "text", hovertext: picture.names.map((name, n) => `<b>${plain(name)}</b><br>${plain(one.name)} ${plain(one.told[n])}`),
         ...(alone ? { text: one.told.map(plain), textposition: "outside", cliponaxis: false, textfont: { size: 11 } } : {}),
-        marker: { color: alone ? picture.names.map((_, n) => (n ? COLOURS[0] : "#7f7f7f")) : COLOURS[number % COLOURS.length],
+        marker: { color: alone ? picture.names.map((_, n) => theme.marks[n ? 1 : 0]) : colour(theme, number + 1),
           pattern: alone ? {} : { shape: PATTERNS[number % PATTERNS.length], fillmode: "overlay", fgcolor: theme.paper, size: 6, solidity: 0.2 } },
       })),
       layout: {
-        height, barmode: picture.stacked ? "stack" : "group", bargap: 0.25, showlegend: !alone, legend: { ...legend, y: -50 / height, traceorder: "normal" },
+        height, barmode: picture.stacked ? "stack" : "group", bargap: 0.25, showlegend: !alone, legend: { ...legend, y: -46 / (height - 110), traceorder: "normal" },
         xaxis: axis(theme, { title: picture.unit, ...(alone ? { range: [0, room(width) * most || 1] } : { rangemode: "tozero" }), nticks: 6 }),
         yaxis: axis(theme, { tickvals: picture.names.map((_, n) => n), ticktext: picture.names.map(label), range: [picture.names.length - 0.5, -0.5], zeroline: false, showgrid: false }),
       },
@@ -163,7 +192,7 @@
       return {
         traces: [
           ...Object.entries(picture.columns).map(([name, values], number) => ({
-            x: picture.at_s, y: values, mode: "lines", name: `${plain(name)}, sampled`, line: { color: COLOURS[number], width: 1.6, dash: ["solid", "dot", "dash"][number % 3] },
+            x: picture.at_s, y: values, mode: "lines", name: `${plain(name)}, sampled`, line: { color: theme.marks[1 + number], width: 1.6, dash: ["solid", "dot", "dash"][number % 3] },
             hovertemplate: `%{y:.4g} ${picture.unit} at %{x:.2f} s<extra></extra>`,
           })),
           ...[[false, "exact peak of a phase", "solid"], [true, "at most, file pages in it", "dot"]].map(([isBound, name, dash]) => {
@@ -177,7 +206,7 @@
         layout: {
           height: 400, legend, hovermode: "closest", margin: { l: 8, r: 12, t: 12, b: 8 },
           xaxis: axis(theme, { title: "seconds from the case's start", range: [first, last] }),
-          yaxis: axis(theme, { title: picture.unit, range: [Math.min(0, ...Object.values(picture.columns).flat()), top] }),
+          yaxis: axis(theme, { title: picture.y_title, range: [Math.min(0, ...Object.values(picture.columns).flat()), top] }),
           shapes: picture.spans.map((span, number) => ({ type: "rect", xref: "x", yref: "paper", x0: span.began_s, x1: span.ended_s, y0: 0, y1: 1, layer: "below",
             line: { width: 0 }, fillcolor: theme.faint, opacity: number % 2 ? 0.05 : 0.13 })),
           annotations: picture.spans.filter((span) => span.ended_s - span.began_s > (isPhone() ? 0.05 : 0.02) * (last - first)).map((span) => ({
@@ -189,16 +218,22 @@
   }
 
   function drawLines(place, picture) {
+    // A hole after the last run of each stretch: no line goes on from there.
+    const withHoles = (values) => values.flatMap((value, n) => (picture.breaks.includes(n) ? [null, value] : [value]));
+    const runs = picture.runs.map((_, n) => n);
     figure(place, picture, (theme) => ({
       traces: picture.series.map((one, number) => ({
-        x: picture.runs.map((_, n) => n), y: one.values, mode: "lines+markers", name: label(one.name),
-        hoverinfo: "text", hovertext: picture.runs.map((run, n) => `<b>${plain(one.name)}</b><br>${plain(picture.title)} ${plain(one.told[n])}<br>${plain(run)}`),
-        line: { color: colour(number), dash: ["solid", "dash", "dot"][Math.floor(Math.max(0, number - 1) / 7) % 3] }, marker: { size: 8, symbol: SHAPES[number % SHAPES.length] },
+        x: withHoles(runs), y: withHoles(one.values), mode: "lines+markers", name: label(one.name),
+        hoverinfo: "text", hovertext: withHoles(picture.runs.map((run, n) => `<b>${plain(one.name)}</b><br>${plain(picture.title)} ${plain(one.told[n])}<br>${plain(run)}`)),
+        line: { color: colour(theme, number), dash: ["solid", "dash", "dot"][round(theme, number) % 3] }, marker: { size: 8, symbol: SHAPES[number % SHAPES.length] },
       })),
       layout: {
         height: 330 + legendHeight(picture.series.map((one) => one.name)), legend: { ...legend, y: -0.17 },
-        xaxis: axis(theme, { tickvals: picture.runs.map((_, n) => n), ticktext: picture.runs.map((run) => plain(run).replace(" (", "<br>(")), range: [-0.4, picture.runs.length - 0.6] }),
+        xaxis: axis(theme, { tickvals: runs, ticktext: picture.runs.map((run) => plain(run).replace(" (", "<br>(").replace(") ", ")<br>")), range: [-0.4, picture.runs.length - 0.6] }),
         yaxis: axis(theme, { title: picture.unit, rangemode: "tozero" }),
+        shapes: picture.breaks.map((n) => ({ type: "line", xref: "x", yref: "paper", x0: n - 0.5, x1: n - 0.5, y0: 0, y1: 1, line: { color: theme.faint, width: 1, dash: "dash" } })),
+        annotations: picture.breaks.map((n) => ({ xref: "x", yref: "paper", x: n - 0.5, y: 0.02, yanchor: "bottom", xanchor: "right", showarrow: false, textangle: -90,
+          text: "other machine or versions", font: { size: 10, color: theme.faint } })),
       },
     }));
   }
@@ -212,6 +247,7 @@
     for (const name of ["conversion", "breakdown"]) {
       const place = clear(name);
       if (group[name]) drawBars(place, group[name]);
+      else if (name === "breakdown") make("p", place, data.noBreakdown, { class: "note" });
     }
     const history = clear("history");
     if (history) {
@@ -231,10 +267,10 @@
     byId("case-choice").value = String(index);
     drawTimeline(one.timeline);
     root.dataset.drawn = "false";
-    whenIdle(showNext, { timeout: 300 });
     const place = byId("whole");
     place.replaceChildren();
-    make("h3", place, `${data.groups[one.group].label} · ${one.technique}`);
+    make("h3", place, `${data.groups[one.group].label} · ${one.technique}`, { id: "whole-title", tabindex: "-1" });
+    make("button", make("p", place), "Back to its row of the table", { type: "button", id: "back" });
     make("p", place, `${one.status}; took ${one.took}${one.repeats > 1 ? `, ${one.repeats} repeats, figures are their medians` : ""}.`);
     const said = make("ul", place);
     for (const line of one.said) make("li", said, line);
@@ -244,6 +280,9 @@
       make("pre", place, one.output.join("\n"), { tabindex: "0" });
     }
   }
+
+  // Said to who does not see what has changed.
+  const tell = (index) => { byId("told").textContent = `Shown: ${data.groups[data.cases[index].group].label}, case ${data.cases[index].technique}.`; };
 
   // --- the table ---------------------------------------------------------------------------------------------------
 
@@ -268,6 +307,7 @@
     form.addEventListener("input", filter);
     form.addEventListener("reset", () => setTimeout(filter));
 
+    const inOrder = new Intl.Collator().compare;
     const heads = [...table.tHead.rows[0].cells];
     const valueOf = (row, column) => {
       const cell = row.cells[column];
@@ -280,7 +320,7 @@
       head.setAttribute("aria-sort", turn === 1 ? "ascending" : "descending");
       // What is not known stays at the end, whichever way round.
       const keyed = rows.map((row) => [valueOf(row, column), row]);
-      keyed.sort(([a], [b]) => (a === null ? (b === null ? 0 : 1) : b === null ? -1 : turn * (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b)))));
+      keyed.sort(([a], [b]) => (a === null ? (b === null ? 0 : 1) : b === null ? -1 : turn * (typeof a === "number" && typeof b === "number" ? a - b : inOrder(a, b))));
       body.append(...keyed.map(([, row]) => row));
     }));
 
@@ -290,7 +330,14 @@
       const row = pick.closest("tr");
       if (byId("group").value !== row.dataset.group) chooseGroup(Number(row.dataset.group));
       chooseCase(Number(row.dataset.case));
+      byId("whole-title").focus({ preventScroll: true });
       byId("case").scrollIntoView();
+    });
+
+    byId("whole").addEventListener("click", (event) => {
+      if (event.target.id !== "back") return;
+      const row = rows.find((one) => one.dataset.case === byId("case-choice").value);
+      (row.hidden ? search : row.querySelector(".pick")).focus();
     });
   }
 
@@ -298,7 +345,7 @@
 
   const prefersDark = window.matchMedia("(prefers-color-scheme: dark)");
   const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : prefersDark.matches);
-  const redraw = () => { for (const [place, draw] of drawn) show(place, draw); };
+  const redraw = () => { for (const place of pictures.keys()) if (isDrawn(place)) show(place); };
   const tellTheme = () => byId("theme").setAttribute("aria-pressed", String(isDark()));
   byId("theme").addEventListener("click", () => { root.dataset.theme = isDark() ? "light" : "dark"; tellTheme(); redraw(); });
   prefersDark.addEventListener("change", () => { tellTheme(); redraw(); });
@@ -310,7 +357,7 @@
     before = { theme: root.dataset.theme, closed: [...document.querySelectorAll("details:not([open])")] };
     root.dataset.theme = "light";
     for (const details of before.closed) details.open = true;
-    redraw();
+    for (const place of pictures.keys()) show(place); // what was far from the screen, too
   });
   window.addEventListener("afterprint", () => {
     if (before.theme) root.dataset.theme = before.theme; else delete root.dataset.theme;
@@ -326,8 +373,8 @@
   });
 
   if (data.cases.length) {
-    byId("group").addEventListener("change", (event) => chooseGroup(Number(event.target.value)));
-    byId("case-choice").addEventListener("change", (event) => chooseCase(Number(event.target.value)));
+    byId("group").addEventListener("change", (event) => { chooseGroup(Number(event.target.value)); tell(Number(byId("case-choice").value)); });
+    byId("case-choice").addEventListener("change", (event) => { chooseCase(Number(event.target.value)); tell(Number(event.target.value)); });
     wireTable();
     chooseGroup(0);
   } else {

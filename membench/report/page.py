@@ -47,17 +47,18 @@ def page(runs: Sequence[Run]) -> str:
         loader=jinja2.FileSystemLoader(_FOLDER), autoescape=True, undefined=jinja2.StrictUndefined, finalize=finalize,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    scripts = [get_plotlyjs(), (_FOLDER / "page.js").read_text(encoding="utf-8")]
+    library, script = get_plotlyjs(), (_FOLDER / "page.js").read_text(encoding="utf-8")
     compared = [Comparison(run.records) for run in runs]
     shown = _Shown(runs, compared)
     return environment.get_template("page.html").render(
         title=", ".join(dict.fromkeys(str(run.header.get("suite")) for run in runs)),
         policy="; ".join((
-            "default-src 'none'", f"script-src {' '.join(map(_fingerprint, scripts))}", "style-src 'unsafe-inline'",
-            "img-src data:", "base-uri 'none'", "form-action 'none'",
+            "default-src 'none'", f"script-src {_fingerprint(library)} {_fingerprint(script)}",
+            "style-src 'unsafe-inline'", "img-src data:", "base-uri 'none'", "form-action 'none'",
         )),
         style=markupsafe.Markup((_FOLDER / "page.css").read_text(encoding="utf-8")),
-        scripts=[markupsafe.Markup(script) for script in scripts],
+        library=markupsafe.Markup(library),
+        script=markupsafe.Markup(script),
         data=markupsafe.Markup(_json(shown.data())),
         runs=[_told(run) for run in runs],
         how_to_read=summary.HOW_TO_READ,
@@ -255,6 +256,7 @@ class _Shown:
         return {
             "groups": groups,
             "cases": cases,
+            "noBreakdown": bars.NO_BREAKDOWN,
             "ways": list(ways),
             "metrics": [metric.title for metric in self._metrics],
         }
@@ -278,7 +280,7 @@ class _Shown:
             "output": [line for record in repeats for line in record.output_tail.splitlines()[-20:]],
             "took": format_seconds(sum(record.duration_s for record in repeats)),
             "repeats": len(repeats),
-            "timeline": timeline.timeline(repeats[0]),
+            "timeline": timeline.timeline(repeats[0], len(repeats)),
             "figures": figures,
         }
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from membench.compare import CERTAIN, NO_DIVERGENCE, SAME_ACCURACY, Comparison, Group
-from membench.record import METRIC_OF_FIELD, REFERENCE
+from membench.compare import NO_DIVERGENCE, Comparison, Group
+from membench.record import METRIC_OF_FIELD, REFERENCE, Metric
 from membench.report.shapes import Cloud, Point, Tick, listed
 from membench.report.text import figure, signed
 from membench.units import byte_unit
@@ -18,6 +18,10 @@ _QUALITY_TITLES = {
     "lost_bits_per_byte": "lost bits/byte",
     "kl_nats": "KL from the reference, nats a token",
 }
+_TIMES = (("ms", 1e-3), ("µs", 1e-6), ("ns", 1e-9))
+_AGAINST = {
+    None: "time", "accuracy_percent": "quality", "lost_bits_per_byte": "quality", "kl_nats": "divergence",
+}  # fmt: skip
 
 
 def drawn(found: Comparison, group: Group) -> list[str]:
@@ -50,22 +54,21 @@ def pareto(found: Comparison, group: Group) -> Cloud:
     placed: list[tuple[str, float, float, float]] = []
     left_out = []
     for technique in drawn(found, group):
-        live, seconds = (found.value(group, technique, field) for field in ("peak_live_bytes", "step_median_s"))
-        lost = _lost(found, group, technique, quality) if quality else seconds
-        if live is None or seconds is None or lost is None or not _is_ok(found, group, technique):
+        live, pace_s = found.value(group, technique, "peak_live_bytes"), found.pace_s(group, technique)
+        lost = found.lost(group, technique, quality) if quality else pace_s
+        if live is None or pace_s is None or lost is None or not _is_ok(found, group, technique):
             left_out.append(technique)
         else:
-            placed.append((technique, lost, live, 1 / seconds if seconds else 0.0))
+            placed.append((technique, lost, live, 1 / pace_s if pace_s else 0.0))
     unit, step = byte_unit(max((live for _, _, live, _ in placed), default=0.0))
-    where, ticks = _axis([lost for _, lost, _, _ in placed], quality)
+    x_title, where, ticks = _axis([lost for _, lost, _, _ in placed], quality, found.speed_field(group))
     fastest = max((speed for _, _, _, speed in placed), default=0.0) or 1.0
     points = tuple(
         Point(technique, where(lost), live / step, speed / fastest, technique in front,
               _told(found, group, technique, quality))
         for technique, lost, live, speed in placed
     )  # fmt: skip
-    x_title = _QUALITY_TITLES[quality] if quality else "time of a step, ms (quality is not known)"
-    metrics = [METRIC_OF_FIELD[field] for field in _shown_of(quality)]
+    metrics = _metrics_of(found, group, quality)
     rows = (
         (name, *(figure(found, group, name, metric) for metric in metrics), "on the front" if name in front else "")
         for name in (point.technique for point in points)
@@ -73,8 +76,8 @@ def pareto(found: Comparison, group: Group) -> Cloud:
     table = (("technique", *(metric.title for metric in metrics), "Pareto"), *rows)
     caption = _caption_of_cloud(found, group, points, left_out) + left_out_of(found, group)
     return Cloud(
-        "Memory against quality" if quality else "Memory against time", caption, x_title,
-        f"live peak, {unit}", ticks, points, _lowest(points), table,
+        f"Memory against {_AGAINST[quality]}", caption, x_title, f"live peak, {unit}", ticks, points, _lowest(points),
+        table,
     )  # fmt: skip
 
 
@@ -82,44 +85,39 @@ def _is_ok(found: Comparison, group: Group, technique: str) -> bool:
     return all(record.status == "ok" for record in found.repeats(group, technique))
 
 
-def _shown_of(quality: str | None) -> tuple[str, ...]:
-    return ("peak_live_bytes", "step_median_s", *([quality] if quality else ()))
+def _metrics_of(found: Comparison, group: Group, quality: str | None) -> list[Metric]:
+    """What is told of each point."""
+    fields = ("peak_live_bytes", found.speed_field(group), *([quality] if quality else ()))
+    return [METRIC_OF_FIELD[field] for field in fields]
 
 
 def _told(found: Comparison, group: Group, technique: str, quality: str | None) -> str:
-    metrics = [METRIC_OF_FIELD[field] for field in _shown_of(quality)]
+    metrics = _metrics_of(found, group, quality)
     return "; ".join(f"{metric.title} {figure(found, group, technique, metric)}" for metric in metrics)
 
 
-def _lost(found: Comparison, group: Group, technique: str, quality: str) -> float | None:
-    """How much quality is lost; 0 where it cannot be told from none."""
-    difference = found.difference(group, technique, quality)
-    if difference is None:
-        return None
-    if quality == "accuracy_percent":
-        return 0.0 if abs(difference) <= SAME_ACCURACY else -difference
-    if quality == "kl_nats":
-        return difference if difference > NO_DIVERGENCE else 0.0
-    error = found.value(group, technique, f"{quality}_standard_error") or 0.0
-    return difference if difference > CERTAIN * error else 0.0
-
-
-def _axis(values: Sequence[float], quality: str | None) -> tuple[Callable[[float], float], tuple[Tick, ...]]:
-    """Where on the axis a value lies, and the axis' ticks where they are not those of the values themselves.
+def _axis(
+    values: Sequence[float], quality: str | None, speed: str
+) -> tuple[str, Callable[[float], float], tuple[Tick, ...]]:
+    """The axis' title, where on it a value lies, and its ticks where they are not those of the values themselves.
 
     Losses go over many orders of magnitude: their axis is a logarithm, with a place of its own for none at all.
     """
     if quality is None:
-        return (lambda value: value * 1000), ()
+        longest = max(values, default=0.0)
+        unit, step = next((known for known in _TIMES if longest >= known[1]), _TIMES[-1])
+        of = "a token" if speed == "tokens_per_s" else "a step"
+        return f"time of {of}, {unit} (quality is not known)", (lambda value: value / step), ()
+    title = _QUALITY_TITLES[quality]
     if quality == "accuracy_percent":
-        return (lambda value: value), ()
+        return title, (lambda value: value), ()
     known = [math.log10(value) for value in values if value > 0]
     first, last = (math.floor(min(known)), math.ceil(max(known))) if known else (-4, -4)
     nothing = first - 1
     decades = range(first, max(last, first) + 1) if known else ()
     nothing_told = f"below {NO_DIVERGENCE:g}" if quality == "kl_nats" else "none beyond chance"
     ticks = (Tick(nothing, nothing_told), *(Tick(decade, f"{10.0**decade:g}") for decade in decades))
-    return (lambda value: math.log10(value) if value > 0 else float(nothing)), ticks
+    return title, (lambda value: math.log10(value) if value > 0 else float(nothing)), ticks
 
 
 def _lowest(points: Sequence[Point]) -> tuple[tuple[float, float], ...]:
@@ -137,7 +135,10 @@ def _caption_of_cloud(found: Comparison, group: Group, points: Sequence[Point], 
     least = min(points, key=lambda point: point.y).technique
     front = [point.technique for point in points if point.on_front]
     shown = signed(found, group, least, METRIC_OF_FIELD["peak_live_bytes"])
-    left = "the less quality is lost" if found.quality_field(group) else "the less time a step takes"
+    left = {
+        None: f"the less time a {'token' if found.speed_field(group) == 'tokens_per_s' else 'step'} takes",
+        "kl_nats": "the nearer the logits are to the reference's (quality itself is not known)",
+    }.get(found.quality_field(group), "the less quality is lost")
     said = [
         f"The further down, the less memory; the further left, {left}; the larger, the faster.",
         f"The least live memory at its peak has {least} ({shown}).",

@@ -6,7 +6,8 @@ that the picture names; ``None`` is not known and not drawn.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ class Tick(NamedTuple):
 
 @dataclass(frozen=True)
 class Cloud:
-    """Memory against quality. ``lowest`` joins the points that no other is to the left of and below."""
+    """Memory against quality or time. ``lowest`` joins the points that no other is to the left of and below."""
 
     title: str
     caption: str
@@ -79,6 +80,7 @@ class Timeline:
     title: str
     caption: str
     unit: str
+    y_title: str
     at_s: tuple[float, ...]
     columns: Mapping[str, tuple[float | None, ...]]
     spans: tuple[Span, ...]
@@ -87,14 +89,21 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Lines:
-    """One metric of a group over several runs."""
+    """One metric of a group over several runs; no line goes from a run to the next across one of ``breaks``."""
 
     title: str
     caption: str
     unit: str
     runs: tuple[str, ...]
+    breaks: tuple[int, ...]
+    """The numbers of the runs that were on another machine, or with other versions, than the run before."""
     series: tuple[Series, ...]
     table: Table
+
+    def stretches(self) -> Iterator[range]:
+        """The numbers of the runs that a line may join."""
+        ends = (0, *self.breaks, len(self.runs))
+        return (range(first, last) for first, last in itertools.pairwise(ends))
 
 
 _MOST_LISTED = 8

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple
 
-from membench.compare import CERTAIN, NO_DIVERGENCE, SAME_ACCURACY, Comparison, Group
+from membench.compare import QUALITY, Comparison, Group
 from membench.record import METRIC_OF_FIELD, REFERENCE, Record
 from membench.report.text import Ratio, bound_of_ratio, is_coarse, ratios_of, signed
 from membench.store import Run
@@ -116,16 +116,7 @@ def _fastest_of_the_smallest(found: Comparison, group: Group, techniques: Sequen
 
     least = min(map(size, techniques))
     near = [technique for technique in techniques if size(technique) <= least * (1 + _AS_SMALL)]
-    return min(near, key=lambda technique: (_seconds_a_token(found, group, technique), size(technique)))
-
-
-def _seconds_a_token(found: Comparison, group: Group, technique: str) -> float:
-    """Of a step where it has no tokens; without end where it is not known."""
-    tokens_per_s = found.value(group, technique, "tokens_per_s")
-    if tokens_per_s:
-        return 1 / tokens_per_s
-    seconds = found.value(group, technique, "step_median_s")
-    return float("inf") if seconds is None else seconds
+    return min(near, key=lambda technique: (found.pace_s(group, technique) or float("inf"), size(technique)))
 
 
 def _ratio(found: Comparison, group: Group, technique: str, field: str) -> Ratio | None:
@@ -162,48 +153,45 @@ def _size(found: Comparison, group: Group, technique: str, field: str, what: str
 
 def _loses_nothing(found: Comparison, group: Group, technique: str) -> bool:
     """Whether a loss of quality was looked for and none found that is more than chance."""
-    points = found.difference(group, technique, "accuracy_percent")
-    if points is not None:
-        return points >= -SAME_ACCURACY
     if found.reads_only(group):
         return found.value(group, technique, "corpus_kept_percent") in (None, 100.0)
-    lost = found.value(group, technique, "lost_bits_per_byte")
-    if lost is not None:
-        return lost <= CERTAIN * (found.value(group, technique, "lost_bits_per_byte_standard_error") or 0.0)
-    divergence = found.value(group, technique, "kl_nats")
-    return divergence is not None and divergence <= NO_DIVERGENCE
+    losses = (found.lost(group, technique, field) for field in QUALITY)
+    loss = next((loss for loss in losses if loss is not None), None)
+    return loss is not None and loss <= 0
 
 
 def _loss(found: Comparison, group: Group, technique: str) -> str:
-    points = found.difference(group, technique, "accuracy_percent")
+    points, bits, divergence = (found.lost(group, technique, field) for field in QUALITY)
     if points is not None:
-        if abs(points) <= SAME_ACCURACY:
+        if not points:
             return ", gets as many held-out samples right"
-        more = "fewer" if points < 0 else "more"
+        more = "fewer" if points > 0 else "more"
         return f", gets {abs(points):.1f} percentage points {more} of the held-out samples right"
     kept = found.value(group, technique, "corpus_kept_percent") if found.reads_only(group) else None
     if kept is not None:
         return f", with {kept:.3g}% of the text"
-    lost, of = found.value(group, technique, "lost_bits_per_byte"), found.value(group, REFERENCE, "bits_per_byte")
-    if lost is not None and of:
-        error = found.value(group, technique, "lost_bits_per_byte_standard_error") or 0.0
-        is_chance = lost < 0 and found.value(group, technique, "final_loss_nats") is not None
-        if abs(lost) <= CERTAIN * error or is_chance:
+    of = found.value(group, REFERENCE, "bits_per_byte")
+    if bits is not None and of:
+        if not bits:
             return " for no more bits per byte than chance explains"
-        return f" for {format_percent(abs(lost / of) * 100)} {'more' if lost > 0 else 'fewer'} bits per byte"
-    divergence = found.value(group, technique, "kl_nats")
+        return f" for {format_percent(abs(bits / of) * 100)} {'more' if bits > 0 else 'fewer'} bits per byte"
     if divergence is not None:
-        if abs(divergence) < NO_DIVERGENCE:
+        if not divergence:
             return ", its logits those of the reference"
         return f", its logits {format_divergence(divergence)} nats a token from the reference's"
     return ", its quality not measured" if found.quality_field(group) else ""
 
 
 def _time(found: Comparison, group: Group, technique: str) -> str:
-    ratio = _ratio(found, group, technique, "step_median_s")
-    if ratio is None:
+    # Of an epoch that reads less text the time says nothing.
+    if found.reads_only(group):
+        ratio, what = _ratio(found, group, technique, "tokens_per_s"), "time a token"
+    else:
+        ratio, what = _ratio(found, group, technique, "step_median_s"), "time"
+    if ratio is None or not ratio.value:
         return ""
-    return f", in {ratio.value:.2g} times the time" if ratio.tells else ", in about the same time"
+    times = 1 / ratio.value if found.reads_only(group) else ratio.value
+    return f", in {times:.2g} times the {what}" if ratio.tells else f", in about the same {what}"
 
 
 def _counted(number: int, what: str) -> str:

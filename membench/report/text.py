@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import tabulate
 
-from membench.compare import CERTAIN, SAME_ACCURACY, Comparison, Group, prefixes
+from membench.compare import Comparison, Group, prefixes
 from membench.errors import one_line
-from membench.record import METRICS, REFERENCE, Metric, Record
+from membench.record import METRIC_OF_FIELD, METRICS, REFERENCE, Metric, Record
+from membench.report import latex, markdown
 from membench.units import format_bytes, format_difference, format_ratio, format_seconds
 
 # From here on a technique has changed a metric that is not always shown.
@@ -39,6 +40,7 @@ def comparison(records: Sequence[Record], form: str = "simple", width: int | Non
     tables = []
     for group in found.groups:
         rows = list(_rows(found, group, [metric for metric in found.metrics if is_shown(found, group, metric)]))
+        rows = [{**row, "technique": in_cell(row["technique"], form)} for row in rows]
         tables.append("\n\n".join([_heading(" · ".join(group), form), *_fitting(rows, form, width)]))
     return "\n\n".join(tables)
 
@@ -142,17 +144,18 @@ _REVERSED = {"≤": "≥", "≥": "≤"}
 
 def _sign(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
     """What stands before a figure that is a bound, or approximate."""
-    return _bound(found, group, technique, metric) or ("~" if is_coarse(found, group, technique, metric) else "")
+    return bound_of(found, group, technique, metric) or ("~" if is_coarse(found, group, technique, metric) else "")
 
 
-def _bound(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
+def bound_of(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
+    """``≤`` or ``≥`` where no more is known of a figure, else nothing."""
     bounds = {record.obtained.get(metric.field, {}).get("bound") for record in found.repeats(group, technique)}
     return next((sign for bound, sign in _SIGNS.items() if bound in bounds), "")
 
 
 def bound_of_ratio(found: Comparison, group: Group, technique: str, metric: Metric, base: str) -> str:
     """What a ratio is where one of its figures is a bound; ``~`` where the two say nothing together."""
-    own, of = _bound(found, group, technique, metric), _bound(found, group, base, metric)
+    own, of = bound_of(found, group, technique, metric), bound_of(found, group, base, metric)
     reversed_of = _REVERSED.get(of, "")
     if own and reversed_of and own != reversed_of:
         return "~"
@@ -215,11 +218,15 @@ def _heading(title: str, form: str) -> str:
     """A table's title, as the format writes one."""
     match form:
         case "latex":
-            escaped = "".join(tabulate.LATEX_ESCAPE_RULES.get(character, character) for character in title)
-            return f"\\subsection*{{{escaped}}}"
+            return f"\\subsection*{{{latex.escaped(title)}}}"
         case "html":
-            return f"<h3>{html.escape(title)}</h3>"
-    return title
+            return f"<h3>{html.escape(one_line(title))}</h3>"
+    return in_cell(title, form)
+
+
+def in_cell(name: str, form: str) -> str:
+    """A name for a table of tabulate's, which escapes by itself what means something in LaTeX and HTML."""
+    return markdown.escaped(name) if form == "github" else one_line(name)
 
 
 def explanation(records: Sequence[Record], form: str = "simple") -> str:
@@ -242,13 +249,14 @@ def explanation(records: Sequence[Record], form: str = "simple") -> str:
                     # Against the reference a difference is the figure itself.
                     if before is not None and (metric.has_ratio or before != REFERENCE):
                         shown = f"{shown} {_change(found, group, step, metric, before)}".rstrip()
-                    row[step] = shown
+                    row[in_cell(step, form)] = shown
                 if "+" in technique:
                     together = found.interaction(group, technique, metric.field)
                     row["together"] = "" if together is None else format_ratio(together)
                 rows.append(row)
             for category, sizes in _breakdown(found, group, chain).items():
-                rows.append({"metric": f"at the peak: {category}", **sizes})
+                told = {in_cell(step, form): size for step, size in sizes.items()}
+                rows.append({"metric": f"at the peak: {in_cell(category, form)}", **told})
             table = tabulate.tabulate(rows, headers="keys", tablefmt=form, disable_numparse=True)
             tables.append("\n\n".join([_heading(found.repeats(group, technique)[0].id, form), table]))
     return "\n\n".join(tables)
@@ -262,7 +270,7 @@ def _breakdown(found: Comparison, group: Group, chain: Sequence[str]) -> dict[st
             for process in record.processes:
                 parts = process.get("breakdown_bytes") or {}
                 for category, size in parts.get(process.get("peak_part"), {}).items():
-                    categories.setdefault(one_line(category), {})[technique] = format_bytes(size)
+                    categories.setdefault(category, {})[technique] = format_bytes(size)
     return categories
 
 
@@ -281,8 +289,8 @@ def phases(records: Sequence[Record], form: str = "simple") -> str:
         known = [field for field in _PHASE_TITLES if any(row[field] is not None for row in rows)]
         shown = [
             {
-                "phase": f"· {row['part']}" if row["part"] else row["phase"],
-                "allocator": row["allocator"],
+                "phase": in_cell(f"· {row['part']}" if row["part"] else row["phase"], form),
+                "allocator": in_cell(row["allocator"], form),
                 **{_PHASE_TITLES[field]: _or_blank(row, field, formats[field]) for field in known},
             }
             for row in rows
@@ -359,7 +367,8 @@ def remarks(records: Sequence[Record]) -> list[str]:
         if found.reads_other_text(record):
             lines.append(f"{record.id}: worked on another text than its reference; ratios say nothing of the technique")
         running = found.value(record.group, REFERENCE, "peak_live_bytes")
-        if record.repeat or record.technique == REFERENCE or running is None:
+        is_sure = bound_of(found, record.group, REFERENCE, METRIC_OF_FIELD["peak_live_bytes"]) != "≥"
+        if record.repeat or record.technique == REFERENCE or running is None or not is_sure:
             continue
         for doing, field in (("loading", "load_peak_live_bytes"), ("converting", "apply_peak_live_bytes")):
             ratio = found.ratio(record.group, record.technique, field)
@@ -383,24 +392,29 @@ def verdicts(records: Sequence[Record]) -> list[str]:
     quality, because its standard error is of the text and not of the training.
     """
     found = Comparison([record for record in records if record.status == "ok"])
+    shown_in = {
+        metric: [group for group in found.groups if is_shown(found, group, metric)]
+        for metric in METRICS
+        if metric.in_table
+    }
     lines = []
     for technique in dict.fromkeys(t for group in found.groups for t in found.techniques(group) if t != REFERENCE):
         said: dict[str, list[str]] = {"saved": [], "cost": [], "mixed": []}
         groups = [group for group in found.groups if found.repeats(group, technique)]
-        for metric in (metric for metric in METRICS if metric.in_table):
-            reached = ratios_of(found, groups, technique, metric)
+        for metric, where in shown_in.items():
+            reached = ratios_of(found, where, technique, metric)
             told = [ratio.gains for ratio in reached if ratio.tells]
             if told:
                 values = [ratio.value for ratio in reached]
                 shown = " to ".join(dict.fromkeys((format_ratio(min(values)), format_ratio(max(values)))))
                 said[_kind(told)].append(f"{metric.title} {shown}")
-        lost = [round(loss, 4) for loss in losses_of(found, groups, technique)]
+        lost = [round(loss, 4) for loss in _losses_of(found, groups, technique, "lost_bits_per_byte")]
         if any(lost):
             shown = " to ".join(dict.fromkeys(format_difference(value) for value in (min(lost), max(lost))))
             said[_kind([loss < 0 for loss in lost if loss])].append(f"{shown} bits/byte")
         points = [found.difference(group, technique, "accuracy_percent") for group in groups]
         known = [point for point in points if point is not None]
-        told = [point > 0 for point in known if abs(point) > SAME_ACCURACY]
+        told = [loss < 0 for loss in _losses_of(found, groups, technique, "accuracy_percent") if loss]
         if told:
             shown = " to ".join(dict.fromkeys(f"{point:+.1f}" for point in (min(known), max(known))))
             said[_kind(told)].append(f"{shown} percent of samples")
@@ -424,11 +438,11 @@ class Ratio(NamedTuple):
 
 
 def ratios_of(found: Comparison, groups: Sequence[Group], technique: str, metric: Metric) -> list[Ratio]:
-    """A metric's ratios to the reference, of each group that shows it."""
+    """A metric's ratios to the reference, of each group where there is one."""
     ratios = []
     for group in groups:
         value = found.ratio(group, technique, metric.field)
-        if value is None or not is_shown(found, group, metric):
+        if value is None:
             continue
         gains = value < 1 if metric.better == "lower" else value > 1
         bound = bound_of_ratio(found, group, technique, metric, REFERENCE)
@@ -448,16 +462,9 @@ def ratios_of(found: Comparison, groups: Sequence[Group], technique: str, metric
 _QUALITY = ("bits_per_byte", "final_loss_nats")
 
 
-def losses_of(found: Comparison, groups: Sequence[Group], technique: str) -> list[float]:
-    """Losses in bits per byte; 0 for one that cannot be told from chance."""
-    losses = []
-    for group in groups:
-        loss = found.value(group, technique, "lost_bits_per_byte")
-        if loss is not None:
-            error = found.value(group, technique, "lost_bits_per_byte_standard_error") or 0
-            trains = found.value(group, technique, "final_loss_nats") is not None
-            losses.append(0.0 if abs(loss) <= CERTAIN * error or (trains and loss < 0) else loss)
-    return losses
+def _losses_of(found: Comparison, groups: Sequence[Group], technique: str, field: str) -> list[float]:
+    losses = [found.lost(group, technique, field) for group in groups]
+    return [loss for loss in losses if loss is not None]
 
 
 def is_within_resolution(found: Comparison, group: Group, technique: str, metric: Metric) -> bool:

@@ -23,8 +23,12 @@ _COLUMNS = {
 """Of each column of samples: its name, and what of the worker's baseline is in it."""
 
 
-def timeline(record: Record) -> Timeline:
-    """A case's samples with its phases and their exact peaks; all above the worker's baseline, where that is known."""
+def timeline(record: Record, repeats: int = 1) -> Timeline:
+    """A case's samples with its phases and their exact peaks; all above the worker's baseline, where that is known.
+
+    Args:
+        repeats: how many records there are of the case.
+    """
     process: Mapping[str, Any] = record.processes[0] if record.processes else {}
     baseline = process.get("baseline") or {}
     phases = [phase for phase in process.get("phases", ()) if "began_s" in phase and "ended_s" in phase]
@@ -41,8 +45,12 @@ def timeline(record: Record) -> Timeline:
     peaks = [_peak(phase, baseline.get("file_bytes", 0)) for phase in phases]
     sampled = [value for column in columns.values() for value in column if value is not None]
     unit, step = byte_unit(max([0.0, *sampled, *(peak.size_bytes or 0.0 for peak in peaks)]))
+    has_gpu = any(name.startswith("GPU") for name in columns)
+    which = f", repeat {record.repeat + 1} of {repeats}" if repeats > 1 else ""
     return Timeline(
-        f"Memory of {record.id} over time", _caption(record, peaks, len(kept), len(shown), bool(baseline)), unit,
+        f"Memory of {record.id} over time{which}",
+        _caption(record, peaks, len(kept), len(shown), _counted_from(bool(baseline), has_gpu)),
+        unit, f"{unit} above the worker's baseline" if baseline and not has_gpu else unit,
         tuple(round(all_at[kept[n]], 3) for n in shown),
         {name: tuple(_rounded(column[n], step) for n in shown) for name, column in columns.items()},
         tuple(
@@ -91,7 +99,7 @@ def _at_least(phase: Mapping[str, Any], baseline_file_bytes: int) -> float:
     return max(0, sure - passing)
 
 
-def _caption(record: Record, peaks: Sequence[_Peak], samples: int, shown: int, above: bool) -> str:
+def _caption(record: Record, peaks: Sequence[_Peak], samples: int, shown: int, counted_from: str) -> str:
     if not samples and not peaks:
         return f"{record.id} ended as {record.status} before anything was seen of its memory."
     said = [f"{record.id} took {format_seconds(record.duration_s)} and ended as {record.status}."]
@@ -101,10 +109,18 @@ def _caption(record: Record, peaks: Sequence[_Peak], samples: int, shown: int, a
     said.append("Lines are samples; bars are phases' exact peaks, which hold what was too short for a sample, too.")
     if any(peak.is_bound for peak in peaks):
         said.append("A dotted bar is an upper bound: file pages came and went meanwhile.")
-    said.append("Sizes are above the worker's baseline." if above else "Sizes are whole, the baseline is not known.")
+    said.append(counted_from)
     if shown < samples:
         said.append(f"Of {samples} samples the lowest and the highest of each stretch are drawn.")
     return " ".join(said)
+
+
+def _counted_from(is_known: bool, has_gpu: bool) -> str:
+    if not is_known:
+        return "Sizes are whole, the baseline is not known."
+    if has_gpu:
+        return "Sizes of main memory are above the worker's baseline, the GPU's are whole or above idle."
+    return "Sizes are above the worker's baseline."
 
 
 def _thinned(columns: Mapping[str, Sequence[float | None]], samples: int) -> list[int]:
