@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from membench import session
-from membench.regression.measured import Measured, of_run
+from membench.regression.measured import Measured, MeasuredCase, of_run
 from membench.regression.tolerances import Tolerances
 from membench.regression.verdict import Judgement, judge
 from membench.store import Run
@@ -15,6 +15,12 @@ from membench.suite import Suite
 
 MORE_REPEATS = 3
 """Of each suspect: a figure's median is then of four measurements, and the last word of a time hangs on several."""
+
+
+def expected(suite: Suite) -> Measured:
+    """What measuring a suite here is going to be of, figures aside: its cases, this machine."""
+    cases = {case.id: MeasuredCase(case.id, "ok", device=case.device) for case in suite.cases}
+    return Measured(suite.name, suite.name, session.machine_of(suite), "", cases)
 
 
 def check(

@@ -87,8 +87,9 @@ class Grows(Technique):
         plain = step.step
 
         def slow() -> None:
+            ends = time.perf_counter() + self.pause_s  # however long what is done meanwhile takes
             plain()
-            time.sleep(self.pause_s)
+            time.sleep(max(0.0, ends - time.perf_counter()))
 
         if self.pause_s:
             step.step = slow

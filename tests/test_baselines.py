@@ -22,6 +22,7 @@ from membench.regression.verdict import judge
 from membench.store import read_run
 
 _KEPT = Path(__file__).parent.parent / "results" / "quickstart@2-cores-epyc.jsonl"
+_EARLY = Path(__file__).parent / "baselines" / "schema-1.json"
 _TRAIN = "llama-60m/bf16/train/cpu"
 
 
@@ -55,12 +56,14 @@ def test_what_is_kept_comes_back(path: Path, measured: Measured) -> None:
 
 
 def test_noise_and_modules_are_kept(tmp_path: Path, measured: Measured) -> None:
-    noise = Noise({_TRAIN: {"peak_live_bytes": Spread(5, 1_449_984), "weights_bytes": Spread(5, 0)}})
+    spreads = {"peak_live_bytes": Spread(5, 1_449_984, 542_900_224), "step_median_s": Spread(5, 0.0312, 0.4361)}
+    noise = Noise({_TRAIN: {**spreads, "weights_bytes": Spread(5, 0, 1)}})
     case = dataclasses.replace(measured.cases[_TRAIN], modules=[Modules("layers.*", 8, 800), Modules("head", 1, 5)])
     path = tmp_path / "b.json"
     baselines.write(dataclasses.replace(measured, cases={_TRAIN: case}, noise=noise), path)
     kept = baselines.read(path)
     assert kept.noise.floor(_TRAIN, "peak_live_bytes") == noise.floor(_TRAIN, "peak_live_bytes")
+    assert kept.noise.spreads[_TRAIN] == spreads
     assert kept.noise.floor(_TRAIN, "weights_bytes") == 0
     assert kept.cases[_TRAIN].modules == [Modules("layers.*", 8, 800), Modules("head", 1, 5)]
 
@@ -120,7 +123,7 @@ def test_a_name_that_leads_elsewhere_is_none(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(schema=2), "schema 2 is newer than 1; a newer membench reads it"),
+        (lambda c: c.update(schema=3), "schema 3 is newer than 2; a newer membench reads it"),
         (lambda c: c.update(schema=0), "there is no schema 0"),
         (lambda c: c.update(schema=True), "no baseline ('schema' or 'cases' is missing)"),
         (lambda c: c.pop("cases"), "no baseline ('schema' or 'cases' is missing)"),
@@ -133,7 +136,9 @@ def test_a_name_that_leads_elsewhere_is_none(name: str, tmp_path: Path) -> None:
         (lambda c: c["cases"][_TRAIN]["values"].update(weights_bytes=[10**30]), "holds nothing that was measured"),
         (lambda c: c["cases"][_TRAIN].update(values={}), "ended well and has no figures"),
         (lambda c: c["cases"].update({"a\x1b[2J": c["cases"].pop(_TRAIN)}), "damaged: case"),
-        (lambda c: c.update(noise={_TRAIN: {"weights_bytes": {"runs": 1, "range": 3}}}), "is no spread"),
+        (lambda c: c.update(noise={_TRAIN: {"weights_bytes": {"runs": 1, "range": 3, "median": 2}}}), "is no spread"),
+        (lambda c: c.update(noise={_TRAIN: {"weights_bytes": {"runs": 2, "range": 3, "median": 1e300}}}), "no spread"),
+        (lambda c: c["cases"][_TRAIN].update(device="abacus"), "device = 'abacus'"),
         (lambda c: c["cases"][_TRAIN].update(waited_s=[[0.1]]), "waited_s is not of the steps in samples"),
         (lambda c: c.update(noise=[]), "damaged: 'noise.spreads':"),
         (lambda c: c["cases"][_TRAIN]["samples"].update(step_median_s=[[]]), "step_median_s holds nothing"),
@@ -210,8 +215,32 @@ def test_a_baseline_is_removed_by_its_name(path: Path) -> None:
 def test_a_baseline_that_is_saved_anew_keeps_what_was_measured_of_the_machines_noise(
     path: Path, measured: Measured, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    noise = Noise({_TRAIN: {"peak_live_bytes": Spread(5, 1_449_984)}})
+    noise = Noise({_TRAIN: {"peak_live_bytes": Spread(5, 1_449_984, 542_900_224)}})
     baselines.write(dataclasses.replace(measured, noise=noise), path)
     assert cli.main(["baseline", "save", "--run", str(_KEPT), "--output", str(path.parent.parent)]) == 0
     assert baselines.read(path).noise == noise
-    assert "times were measured 1x: none will be called slower than these" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "times were measured less than 3 times: none will be called slower than these; repeats = 3 in [settings] tells,"
+        " or 'membench calibrate quickstart quickstart@2-cores-epyc'"
+    )
+    noise = Noise({case_id: {"step_median_s": Spread(5, 0.01, 0.5)} for case_id in measured.cases})
+    baselines.write(dataclasses.replace(measured, noise=noise), path)
+    assert cli.main(["baseline", "save", "--run", str(_KEPT), "--output", str(path.parent.parent)]) == 0
+    assert "none will be called slower" not in capsys.readouterr().out
+
+
+def test_a_baseline_of_the_first_schema_is_read_and_written_anew_as_one_of_this(tmp_path: Path) -> None:
+    early = _EARLY.read_text()
+    assert json.loads(early)["schema"] == 1
+    read = baselines.read(_EARLY)
+    on_cpu, on_gpu = "trained-tiny/none/generate/cpu", "trained-tiny/none/generate/cuda:1"
+    assert {case.id: case.device for case in read.cases.values()} == {on_cpu: "cpu", on_gpu: "cuda:1"}
+    # What it does not say of noise is taken from the figures beside it.
+    (time_s,) = read.cases[on_cpu].values["step_median_s"]
+    assert read.noise.spreads[on_cpu]["step_median_s"] == Spread(5, 0.001021, time_s)
+    assert read.noise.spreads["trained-tiny/gone/generate/cpu"]["disk_bytes"] == Spread(2, 5, None)
+    assert judge(read, of_run(read_run(_KEPT)), Tolerances()).pairs[0].verdict == "same"
+    path = tmp_path / _EARLY.name
+    baselines.write(read, path)
+    assert json.loads(path.read_text())["schema"] == baselines.SCHEMA_VERSION == 2
+    assert baselines.read(path) == read

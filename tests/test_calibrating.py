@@ -73,16 +73,41 @@ def test_each_repeat_is_of_a_new_fork_server_and_the_spread_is_kept_with_the_bas
     figures = kept.cases[_CASE].values
     path = baselines.path_of(name)
     content = json.loads(path.read_text())
-    content["noise"] = {"m/other/w/cpu": {"disk_bytes": {"runs": 2, "range": 5}}}
+    content["noise"] = {"m/other/w/cpu": {"disk_bytes": {"runs": 2, "range": 5, "median": 7}}}
     content["cases"][_CASE]["values"]["weights_bytes"] = [1, 1, 1]
     path.write_text(json.dumps(content))
     assert cli.main(["calibrate", "still.toml", "--repeats", "2"]) == 0
     again = baselines.read(path)
-    assert again.noise.spreads["m/other/w/cpu"] == {"disk_bytes": Spread(2, 5)}
+    assert again.noise.spreads["m/other/w/cpu"] == {"disk_bytes": Spread(2, 5, 7)}
     assert again.noise.spreads[_CASE]["step_median_s"].runs == 2
     assert again.cases[_CASE].values["weights_bytes"] == [1, 1, 1]
     assert again.cases[_CASE].values["step_median_s"] == figures["step_median_s"]
-    assert "whose figures are as they were" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "whose figures are as they were" in said
+    assert "with less than 5 repeats the noise of times stays unknown" in said
+
+
+def test_it_is_kept_under_the_name_that_is_given_if_what_lies_there_can_have_it(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["calibrate", "still.toml", "main", "--repeats", "2"]) == 0
+    assert baselines.names() == ["main"]
+    path = baselines.path_of("main")
+    kept = json.loads(path.read_text())
+
+    def refused(**changed: Any) -> tuple[int, str]:
+        path.write_text(json.dumps({**kept, **changed}))
+        runs = set(Path("results").glob("*.jsonl"))
+        code = cli.main(["calibrate", "still.toml", "main", "--repeats", "2"])
+        assert set(Path("results").glob("*.jsonl")) == runs
+        return code, capsys.readouterr().err.splitlines()[-1]
+
+    capsys.readouterr()
+    assert refused(suite="other") == (2, f"membench: {path}: is a baseline of suite 'other', not of 'still'")
+    cores = kept["machine"]["cores"]
+    code, said = refused(machine={**kept["machine"], "cores": 512})
+    assert (code, f"is of another machine (cores: 512, now {cores})" in said) == (3, True)
+    assert cli.main(["calibrate", "still.toml", "../main"]) == 2
 
 
 @pytest.mark.parametrize("repeats", ["1", "0", "-3", "many", "1001"])

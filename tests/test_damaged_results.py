@@ -209,7 +209,7 @@ def test_folders_pipes_and_other_files_are_no_baselines(baseline: tuple[Path, Me
         ("binary", bytes(range(256)), "not JSON"),
         ("deep", b"[" * 200_000, "not JSON of membench: nested too deeply"),
         ("nan", b'{"schema": 1, "cases": {}, "machine": {"x": NaN}}', "NaN is no number of JSON"),
-        ("newer", b'{"schema": 2, "cases": {}}', "schema 2 is newer than 1; a newer membench reads it"),
+        ("newer", b'{"schema": 3, "cases": {}}', "schema 3 is newer than 2; a newer membench reads it"),
     ):
         other = path.with_name(f"{name}.json")
         if content is not None:

@@ -12,7 +12,7 @@ import pytest
 
 from membench.errors import RuleError
 from membench.record import METRICS, Metric
-from membench.regression import machines
+from membench.regression import machines, timing
 from membench.regression.measured import Measured, MeasuredCase, Modules, of_run
 from membench.regression.noise import Noise, Spread
 from membench.regression.tolerances import Tolerances, of_table, parse_fail
@@ -46,6 +46,12 @@ def _measured(*cases: MeasuredCase, noise: Noise | None = None, **machine: Any) 
 def _judged(base: MeasuredCase, new: MeasuredCase, *fail: str, noise: Noise | None = None) -> Judgement:
     tolerances = Tolerances(command_line=[parse_fail(text) for text in fail])
     return judge(_measured(base, noise=noise), _measured(new), tolerances)
+
+
+def _undecided(judgement: Judgement) -> tuple[str, str | None]:
+    (change,) = judgement.undecided
+    assert change.reason is not None
+    return change.reason, change.advice
 
 
 def _verdict(judgement: Judgement, name: str) -> str:
@@ -154,6 +160,20 @@ def test_noise_is_estimated_as_if_it_were_normal() -> None:
         assert sum(floors) / len(floors) == pytest.approx(3 * 2**0.5, rel=0.03)
 
 
+def test_medians_of_many_repeats_of_one_run_are_as_far_from_those_of_the_next_as_single_ones() -> None:
+    # What sets a run apart is in each of its repeats: here it is all there is.
+    drawn, alarms = random.Random(0), 0
+    runs = [drawn.gauss(100, 0.5) for _ in range(5 + 2 * 400)]
+    noise = Noise.of_values({"m/x/train/cpu": {"weights_bytes": [each * MIB for each in runs[:5]]}})
+    pairs = zip(runs[5::2], runs[6::2], strict=True)
+    for before, now in pairs:
+        base, new = (
+            MeasuredCase("m/x/train/cpu", "ok", values={"weights_bytes": [each * MIB] * 5}) for each in (before, now)
+        )
+        alarms += _judged(base, new, "weights:0.1%", noise=noise).exit_code
+    assert alarms <= 400 * 0.017
+
+
 def test_of_two_noises_the_larger_one_counts() -> None:
     quiet, loud = (Noise({"c": {"weights_bytes": Spread(5, size)}}) for size in (1.0, 2.0))
     assert (quiet | loud).floor("c", "weights_bytes") == loud.floor("c", "weights_bytes")
@@ -188,6 +208,128 @@ def test_time_regresses_where_several_repeats_say_so(
     base: list[list[float]], new: list[list[float]], verdict: str
 ) -> None:
     assert _verdict(_judged(_case(times=base), _case(times=new)), "time") == verdict
+
+
+def _noise_of_times(share: float, runs: int = 5) -> Noise:
+    """Of a machine where the range of so many runs spans this share of their median."""
+    return Noise({"m/x/train/cpu": {"step_median_s": Spread(runs, share, 1.0)}})
+
+
+@pytest.mark.parametrize(
+    ("share", "base", "new", "verdict"),
+    [
+        # One run against one, as 'repeats = 1' leaves it: 3 deviations of a difference are 1.82 times the range.
+        (0.05, 1, 1, "regressed"),
+        (0.05, 1, 4, "regressed"),
+        (0.12, 1, 1, "undecided"),
+        (0.12, 1, 4, "undecided"),
+        # Of runs that differ by as much, no number of repeats tells which one was the code's.
+        (0.12, 5, 5, "undecided"),
+        (0.05, 5, 5, "regressed"),
+        (0.05, 5, 1, "regressed"),
+    ],
+)
+def test_a_fifth_slower_is_told_where_runs_of_the_same_code_are_known_to_differ_by_less(
+    share: float, base: int, new: int, verdict: str
+) -> None:
+    judgement = _judged(
+        _case(times=_steps(1.0, base)), _case(times=_steps(1.2, new, seed=1)), noise=_noise_of_times(share)
+    )
+    assert _verdict(judgement, "time") == verdict
+    if verdict == "undecided":
+        reason, advice = _undecided(judgement)
+        assert reason == "runs of the same code may differ by 24% on this machine"
+        assert advice == (
+            "to tell such a time from chance, measure both in turn: 'membench run SUITE --against-ref GIT_REF'"
+        )
+    else:
+        assert "tolerance 10%, noise of this machine 9.5%" in judgement.sentences()[0]
+
+
+def test_calibrated_noise_raises_no_tolerance_of_a_time() -> None:
+    judgement = _judged(_case(times=_steps(1.0, 1)), _case(times=_steps(1.2, 1)), noise=_noise_of_times(10.0))
+    assert _change(judgement, "time").allowed == pytest.approx(0.1, rel=0.02)
+    assert _verdict(judgement, "time") == "undecided"
+
+
+def test_a_gain_within_the_noise_is_none() -> None:
+    base, new = _case(times=_steps(1.2, 1)), _case(times=_steps(1.0, 1))
+    verdicts = [_verdict(_judged(base, new, noise=_noise_of_times(share)), "time") for share in (0.05, 0.12)]
+    assert verdicts == ["better", "same"]
+
+
+def test_what_fewer_than_five_runs_show_of_noise_tells_no_time_from_chance() -> None:
+    base, new = _case(times=_steps(1.0, 1)), _case(times=_steps(1.2, 1))
+    verdicts = [_verdict(_judged(base, new, noise=_noise_of_times(0.01, runs)), "time") for runs in (4, 5)]
+    assert verdicts == ["undecided", "regressed"]
+
+
+@pytest.mark.parametrize(("base", "new", "which"), [(1, 4, "the base was measured once"), (3, 2, "measured 2 times")])
+def test_a_time_that_repeats_are_too_few_for_says_what_would_tell(base: int, new: int, which: str) -> None:
+    judgement = _judged(_case(times=_steps(1.0, base)), _case(times=_steps(1.3, new, seed=1)))
+    reason, advice = _undecided(judgement)
+    assert reason == f"{which}, which a busy machine can look like"
+    for way in ("--against-ref GIT_REF", "repeats = 3", "'membench calibrate SUITE [NAME]'"):
+        assert advice is not None
+        assert way in advice
+    assert judgement.sentences()[-1] == advice
+    assert judgement.exit_code == 0
+
+
+def test_what_would_tell_is_said_once_for_all_cases() -> None:
+    ids = ("m/x/train/cpu", "m/y/train/cpu")
+    base, new = (_measured(*(_case(case_id, times=_steps(pace, 1)) for case_id in ids)) for pace in (1.0, 1.3))
+    said = judge(base, new, Tolerances()).sentences()
+    assert [line.partition(":")[0] for line in said[:2]] == ["undecided", "undecided"]
+    assert len(said) == 3
+
+
+def test_by_noise_the_same_code_is_called_slower_as_often_as_is_said() -> None:
+    drawn, pairs = random.Random(0), 4000
+
+    def run() -> float:
+        return drawn.lognormvariate(0, 0.1)
+
+    def is_alarm() -> bool:
+        noise = Noise.of_values({"m/x/train/cpu": {"step_median_s": [run() for _ in range(5)]}})
+        factor = noise.factor("m/x/train/cpu", "step_median_s")
+        return timing.compare([[run()]], [[run()]]).is_certainly_slower(0.0, factor)
+
+    assert sum(is_alarm() for _ in range(pairs)) / pairs == pytest.approx(0.017, abs=0.006)
+
+
+@pytest.mark.parametrize(("repeats", "most"), [((3, 3), 0.05), ((3, 4), 0.029), ((4, 4), 0.02), ((6, 3), 0.02)])
+def test_by_rank_the_same_code_is_called_slower_as_often_as_is_said(repeats: tuple[int, int], most: float) -> None:
+    drawn, pairs = random.Random(0), 1500
+
+    def is_alarm() -> bool:
+        base, new = ([[drawn.lognormvariate(0, 0.1)] for _ in range(count)] for count in repeats)
+        return timing.compare(base, new).is_certainly_slower(0.0)
+
+    assert sum(is_alarm() for _ in range(pairs)) / pairs <= most + 0.01
+
+
+@pytest.mark.parametrize(("base", "new", "verdict"), [(3, 3, "regressed"), (3, 4, "regressed"), (2, 4, "undecided")])
+def test_a_duration_that_there_is_one_of_in_each_repeat_is_told_by_repeats_alone(
+    base: int, new: int, verdict: str
+) -> None:
+    drawn = random.Random(0)
+
+    def warmed_up(pace_s: float, repeats: int) -> MeasuredCase:
+        return MeasuredCase("c", "ok", values={"warmup_s": [pace_s * drawn.uniform(1, 1.02) for _ in range(repeats)]})
+
+    judgement = _judged(warmed_up(1.0, base), warmed_up(1.3, new), "warmup_time:10%")
+    assert _verdict(judgement, "warmup_time") == verdict
+
+
+def test_a_runs_own_repeats_say_nothing_of_how_far_apart_times_of_runs_are() -> None:
+    from membench.regression.measured import of_records
+
+    (record,) = (record for record in read_run(_KEPT).records if record.id == "trained-tiny/none/generate/cpu")
+    again = [dataclasses.replace(record, repeat=number) for number in range(5)]
+    known = of_records(again, "r").noise.spreads[record.id]
+    assert "peak_live_bytes" in known
+    assert [name for name in known if machines.kind(name) == "time"] == []
 
 
 def test_runs_of_the_same_pace_on_a_busy_machine_raise_no_alarm_once_suspects_are_measured_again() -> None:
@@ -266,13 +408,27 @@ def test_a_time_that_was_asked_for_and_cannot_be_judged_is_no_success() -> None:
 
 def test_on_a_gpu_live_memory_hangs_on_the_card_and_not_on_the_processor() -> None:
     def bars(base: dict[str, Any], new: dict[str, Any]) -> set[str]:
-        found = machines.differences({**_MACHINE, **base}, {**_MACHINE, **new}, on_gpu=True)
-        return {kind for difference in found for kind in difference.bars}
+        found = machines.differences({**_MACHINE, **base}, {**_MACHINE, **new})
+        return {kind for difference in found for kind in difference.bars(on_gpu=True)}
 
     card = {"name": "H100", "memory_bytes": 80 * 2**30, "driver": "570"}
     assert bars({"gpus": [card]}, {"gpus": [{**card, "name": "H200"}]}) == {"live", "footprint", "time"}
     assert bars({"gpus": [card]}, {"gpus": [{**card, "driver": "580"}]}) == {"footprint", "time"}
     assert bars({"gpus": [card], "threads": 2}, {"gpus": [card], "threads": 8}) == {"time"}
+
+
+def test_of_one_run_each_case_is_judged_by_what_its_own_device_hangs_on() -> None:
+    def peak(device: str) -> MeasuredCase:
+        return dataclasses.replace(_case(f"m/x/train/{device}", peak_live_bytes=60 * MIB), device=device)
+
+    def verdicts(base: dict[str, Any], new: dict[str, Any]) -> list[str]:
+        cases = [peak("cpu"), peak("cuda:1")]
+        judgement = judge(_measured(*cases, **base), _measured(*cases, **new), Tolerances())
+        return [change.verdict for pair in judgement.pairs for change in pair.changes]
+
+    card = {"name": "H100", "memory_bytes": 80 * 2**30, "driver": "570"}
+    assert verdicts({"gpus": [card], "threads": 2}, {"gpus": [card], "threads": 8}) == ["not judged", "same"]
+    assert verdicts({"gpus": [card]}, {"gpus": [{**card, "name": "H200"}]}) == ["same", "not judged"]
 
 
 @pytest.mark.parametrize(
@@ -327,10 +483,47 @@ def test_a_figure_that_the_base_has_and_that_is_not_known_now_is_not_judged() ->
     ]
 
 
-def test_a_bound_says_nothing_against_an_exact_figure() -> None:
+@pytest.mark.parametrize(
+    ("base", "new", "verdicts"),
+    [
+        # What is worse by more than is tolerated, within that, and better by more than that.
+        (None, None, ("regressed", "same", "better")),
+        (None, "at least", ("regressed", "undecided", "undecided")),
+        (None, "at most", ("undecided", "same", "better")),
+        ("at least", None, ("undecided", "same", "better")),
+        ("at least", "at least", ("regressed", "same", "better")),
+        ("at least", "at most", ("undecided", "same", "better")),
+        ("at most", None, ("regressed", "undecided", "undecided")),
+        ("at most", "at least", ("regressed", "undecided", "undecided")),
+        ("at most", "at most", ("regressed", "same", "better")),
+    ],
+)
+def test_a_figure_of_which_a_bound_is_known_is_judged_by_what_that_proves(
+    base: str | None, new: str | None, verdicts: tuple[str, str, str]
+) -> None:
+    def verdict(field: str, before: float, now: float, fail: str) -> str:
+        earlier, later = (
+            MeasuredCase("c", "ok", values={field: [value]}, bounds={field: bound} if bound else {})
+            for value, bound in ((before, base), (now, new))
+        )
+        return _judged(earlier, later, fail).pairs[0].verdict
+
+    sizes_mib = (110, 100.5, 90)
+    assert verdicts == tuple(verdict("peak_live_bytes", 100 * MIB, mib * MIB, "peak_live:1%") for mib in sizes_mib)
+    # Of what is better the higher it is, a lower bound is what an upper one is of the rest.
+    opposite = {"at least": "at most", "at most": "at least", None: None}
+    base, new = opposite[base], opposite[new]
+    ratios = (90, 99.5, 110)
+    assert verdicts == tuple(verdict("compression_ratio", 100, ratio, "compression_ratio:1") for ratio in ratios)
+
+
+def test_an_undecided_bound_says_which_side_is_one() -> None:
     base, new = _case(peak_live_bytes=100 * MIB), _case(peak_live_bytes=150 * MIB)
     new = dataclasses.replace(new, bounds={"peak_live_bytes": "at most"})
-    assert _verdict(_judged(base, new), "peak_live") == "undecided"
+    assert _judged(base, new).sentences() == [
+        "undecided: m/x/train/cpu: peak_live 100.0 MiB → 150.0 MiB (+50.0%, tolerance 1%): of bounds: the new figure is"
+        " at most this much"
+    ]
 
 
 def test_a_peak_is_laid_at_the_category_that_grew_and_weights_at_their_modules() -> None:

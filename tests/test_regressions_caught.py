@@ -97,8 +97,8 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Judgement
 
 @pytest.fixture(scope="module")
 def paced(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Measured]:
-    """Steps that pause for 100 ms, and for a quarter more: nothing that a busy machine does comes near it."""
-    pauses_s = {"before": 0.100, "slower": 0.125}
+    """Steps that pause for 100 ms, and for a fifth more."""
+    pauses_s = {"before": 0.100, "slower": 0.120}
     variants = [_variant(name, "time", f"pause_s = {pause_s}") for name, pause_s in pauses_s.items()]
     records = _records(tmp_path_factory.mktemp("slow"), "slow", _TIME + "".join(variants))
     return {name: _as_one_case(records, name) for name in pauses_s}
@@ -162,12 +162,12 @@ def test_a_regression_is_told_in_one_line_with_amount_and_place(grown: Grown) ->
 def test_a_slowdown_is_caught_with_its_interval_and_the_part_of_the_step(paced: Mapping[str, Measured]) -> None:
     (change,) = judge(paced["before"], paced["slower"], Tolerances()).regressions
     assert change.metric.name == "time"
-    assert change.ratio == pytest.approx(1.24, abs=0.06)
+    assert change.ratio == pytest.approx(1.2, abs=0.05)
     assert change.ratio is not None
     assert change.interval is not None
     assert change.p_value is not None
     assert 1 < change.interval[0] <= change.ratio <= change.interval[1]
-    assert change.p_value < 0.02
+    assert change.p_value == pytest.approx(1 / 20)  # of three and three none can be lower
     assert [(cause.what, cause.kind) for cause in change.causes] == [("optimizer", "part of the step")]
 
 

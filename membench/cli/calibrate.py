@@ -6,9 +6,14 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from membench.cli.output import RESULTS, Verbs, beside
-from membench.errors import EXIT_CASES_FAILED, EXIT_OK, MembenchError
+from membench.errors import EXIT_CASES_FAILED, EXIT_OK, CannotCompare, MembenchError
+
+if TYPE_CHECKING:
+    from membench import Suite
+    from membench.regression.measured import Measured
 
 _FORMATS = ("simple", "github", "csv", "json")
 
@@ -16,6 +21,9 @@ _FORMATS = ("simple", "github", "csv", "json")
 def add(verbs: Verbs) -> None:
     calibrate = verbs.add_parser("calibrate", help="measure how far apart runs of the same code are on this machine")
     calibrate.add_argument("suite", help="a suite's name or path")
+    calibrate.add_argument(
+        "name", nargs="?", help="of the baseline to keep it with; SUITE@MACHINE-CLASS if none is given"
+    )
     calibrate.add_argument("--repeats", type=_repeats, default=5, help="how often each case is measured (5)")
     calibrate.add_argument("-k", dest="expression", help="only cases whose id fits, such as 'int8 and not train'")
     calibrate.add_argument("--device", action="append", help="in place of the suite's devices: cpu, cuda, cuda:0")
@@ -37,35 +45,60 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     from membench import selection
     from membench.calibrating import calibrate
     from membench.progress import Display
-    from membench.regression import baselines, sources
+    from membench.regression import baselines
     from membench.regression.measured import of_run
-    from membench.regression.noise import Noise
+    from membench.regression.noise import RUNS_FOR_TIMES, Noise
     from membench.report import noise as report
 
     suite = membench.load_suite(arguments.suite, arguments.device)
     keep = selection.parse(arguments.expression) if arguments.expression else lambda _: True
     if not suite.select(keep):
         raise selection.fits_nothing(arguments.expression)
+    path, kept = _baseline(arguments, suite)
     with Display(Console(stderr=True, force_terminal=sys.stderr.isatty())) as display:
         run = calibrate(suite, arguments.repeats, keep=keep, output=arguments.output, tell=display)
     noise = Noise.of_records(run.records)
     print(report.table(run.records, noise, arguments.format))
     if not noise.spreads:
         raise MembenchError(f"no case ended well twice, so nothing is known of its noise; see {run.path}")
-    measured = of_run(run)
-    path = sources.baseline_path(measured, arguments.output)
-    is_new = not path.exists()
     # What other cases showed before stays; of these, what was measured last counts.
-    kept = measured if is_new else baselines.read(path)
-    spreads = {**({} if is_new else kept.noise.spreads), **noise.spreads}
-    baselines.write(dataclasses.replace(kept, noise=Noise(spreads)), path)
+    spreads = {**(kept.noise.spreads if kept else {}), **noise.spreads}
+    baselines.write(dataclasses.replace(kept or of_run(run), noise=Noise(spreads)), path)
     for line in (
         "",
         f"each case was measured {arguments.repeats} times, each time out of a fork server of its own",
         "range: the highest less the lowest; noise: three standard deviations of the difference of two runs, estimated"
-        " from it: no tolerance is below that",
-        f"kept in {path}" + (", which is a baseline of this code" if is_new else ", whose figures are as they were"),
+        " from it: no tolerance of memory is below that, and no time that changed by less is called slower",
+        f"kept in {path}" + (", whose figures are as they were" if kept else ", which is a baseline of this code"),
         f"measured in {run.path}",
     ):
         print(line, file=beside(arguments.format))
+    if arguments.repeats < RUNS_FOR_TIMES:
+        print(
+            f"with less than {RUNS_FOR_TIMES} repeats the noise of times stays unknown", file=beside(arguments.format)
+        )
     return EXIT_CASES_FAILED if any(record.status not in ("ok", "skipped") for record in run.records) else EXIT_OK
+
+
+def _baseline(arguments: argparse.Namespace, suite: Suite) -> tuple[Path, Measured | None]:
+    """Where the noise is to be kept, and what lies there already: found before anything is measured.
+
+    Raises:
+        MembenchError: if it is of another suite, or no baseline.
+        CannotCompare: if it is of a machine whose times are no business of this one's.
+    """
+    from membench import checking
+    from membench.regression import baselines
+    from membench.regression.machines import differences
+
+    here = checking.expected(suite)
+    path = baselines.path_of(arguments.name or baselines.default_name(here), arguments.output / baselines.FOLDER.name)
+    if not path.exists():
+        return path, None
+    kept = baselines.read(path)
+    if kept.suite != suite.name:
+        raise MembenchError(f"{path}: is a baseline of suite '{kept.suite}', not of '{suite.name}'")
+    for difference in differences(kept.machine, here.machine):
+        if "time" in difference.bars(here.on_gpu):
+            raise CannotCompare(f"{path}: is of another machine ({difference}), whose noise this one's is not")
+    return path, kept

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from membench.store import Run
 
 _FORMATS = ("simple", "github", "csv", "json", "plain", "grid")
+_TIME = "step_median_s"
 _WHAT = "a run's or a baseline's file, or the name of one in results"
 
 
@@ -140,10 +141,9 @@ def _of_suite(arguments: argparse.Namespace) -> tuple[Measured, Judgement, Run |
     """Run a suite, and measure its suspects again."""
     from rich.console import Console
 
-    from membench import checking, selection, session
+    from membench import checking, selection
     from membench.progress import Display
     from membench.regression import sources
-    from membench.regression.measured import Measured, MeasuredCase
     from membench.regression.tolerances import Tolerances, parse_fail
     from membench.suite import load_suite
 
@@ -153,8 +153,7 @@ def _of_suite(arguments: argparse.Namespace) -> tuple[Measured, Judgement, Run |
     if not suite.select(keep):
         raise selection.fits_nothing(arguments.expression)
     # All that can be wrong is found before anything is measured.
-    to_be = {case.id: MeasuredCase(case.id, "ok") for case in suite.cases}
-    expected = Measured(suite.name, suite.name, session.machine_of(suite), "", to_be)
+    expected = checking.expected(suite)
     base = _only(_base(arguments, expected, sources), keep)
     tolerances = Tolerances(suite.tolerances, asked)
     _refuse_idle(asked, base, expected)
@@ -301,16 +300,19 @@ def _save(arguments: argparse.Namespace) -> int:
     folder = arguments.output / baselines.FOLDER.name
     path = baselines.path_of(arguments.name or baselines.default_name(measured), folder)
     is_there = path.is_file()
-    if is_there:
-        measured = dataclasses.replace(measured, noise=baselines.read(path).noise | measured.noise)
-    baselines.write(measured, path)
+    baselines.write_anew(measured, path)
     print(f"{path}: {len(measured.cases)} cases of {measured.name}{', in place of what was there' if is_there else ''}")
     for case in measured.cases.values():
         if not case.is_measured:
             print(f"{case.id}: kept as {case.status}; nothing is held against it")
-    repeats = min(len(values) for case in measured.cases.values() for values in case.values.values())
-    if repeats < LEAST_REPEATS:
-        print(f"times were measured {repeats}x: none will be called slower than these; repeats = {LEAST_REPEATS} tells")
+    kept = baselines.read(path)
+    times = {case.id: len(case.values.get(_TIME, ())) for case in kept.cases.values()}
+    if any(0 < count < LEAST_REPEATS and not kept.noise.factor(case_id, _TIME) for case_id, count in times.items()):
+        print(
+            f"times were measured less than {LEAST_REPEATS} times: none will be called slower than these;"
+            f" repeats = {LEAST_REPEATS} in [settings] tells,"
+            f" or 'membench calibrate {kept.suite or 'SUITE'} {path.stem}'"
+        )
     return EXIT_OK
 
 

@@ -52,7 +52,7 @@ class Keeper:
             for run in runs:
                 name = self._save_as and (own_name(self._save_as, run.suite) if len(runs) > 1 else self._save_as)
                 path = baselines.path_of(name or baselines.default_name(run), self._output / baselines.FOLDER.name)
-                baselines.write(run, path)
+                baselines.write_anew(run, path)
                 self._said.append(f"saved as baseline {_shown(path)}")
         except MembenchError as error:
             self._said.append(f"not saved as a baseline: {error}")

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from membench import strict_json
 from membench.errors import ResultsError, did_you_mean
-from membench.names import checked_name
+from membench.names import checked_device, checked_name
 from membench.record import METRIC_OF_FIELD, is_own
 from membench.regression.machines import machine_class
 from membench.regression.measured import Measured, MeasuredCase
@@ -25,8 +25,9 @@ from membench.schema import check_machine
 from membench.units import format_bytes
 from membench.validation import shown
 
-SCHEMA_VERSION = 1
-"""History: 1, the first."""
+SCHEMA_VERSION = 2
+"""History: 1, the first. 2 says on which device each case ran, and of noise the median beside the range: that of a time
+is taken as a share."""
 
 FOLDER = Path("results") / "baselines"
 
@@ -90,6 +91,17 @@ def write(measured: Measured, path: Path) -> None:
         raise ResultsError(f"{path}: cannot be written: {error.strerror}") from None
 
 
+def write_anew(measured: Measured, path: Path) -> None:
+    """Keep a measurement in place of the baseline that may be there; what that knows of the machine's noise stays.
+
+    Raises:
+        ResultsError: as ``write``; if what is there is no baseline.
+    """
+    if path.is_file():
+        measured = dataclasses.replace(measured, noise=read(path).noise | measured.noise)
+    write(measured, path)
+
+
 def read(path: Path) -> Measured:
     """Read a baseline.
 
@@ -113,13 +125,18 @@ def read(path: Path) -> Measured:
         raise ResultsError(f"{path}: schema {shown(schema)} is newer than {SCHEMA_VERSION}; a newer membench reads it")
     if schema < 1:
         raise ResultsError(f"{path}: there is no schema {shown(schema)}")
+    unfolded = _unfolded(parsed)
+    if schema == 1:
+        _say_devices(unfolded)
     try:
-        measured = TypeAdapter(Measured).validate_json(json.dumps(_unfolded(parsed)))
+        measured = TypeAdapter(Measured).validate_json(json.dumps(unfolded))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
         raise ResultsError(f"{path}: damaged: {shown(place)}: {first['msg'].lower()}") from None
     _refuse_impossible(measured, path)
+    if schema == 1:
+        measured = dataclasses.replace(measured, noise=_with_medians(measured))
     return dataclasses.replace(measured, name=path.stem)  # whoever renames a file renames the baseline
 
 
@@ -180,6 +197,10 @@ def _refuse_impossible(measured: Measured, path: Path) -> None:
         steps = [len(repeat) for repeat in case.samples.get("step_median_s", ())]
         if case.waited_s and [len(repeat) for repeat in case.waited_s] != steps:
             raise ResultsError(f"{path}: damaged: cases.{case_id}.waited_s is not of the steps in samples")
+        try:
+            checked_device(case.device)
+        except ValueError as error:
+            raise ResultsError(f"{path}: damaged: cases.{case_id}.device = {shown(case.device)}: {error}") from None
         if wrong := _impossible(case):
             raise ResultsError(f"{path}: damaged: cases.{case_id}.{wrong} holds nothing that was measured")
         for name, values in case.values.items():
@@ -187,7 +208,7 @@ def _refuse_impossible(measured: Measured, path: Path) -> None:
                 raise ResultsError(f"{path}: damaged: cases.{case_id}.values.{name} holds nothing that was measured")
     for case_id, spreads in measured.noise.spreads.items():
         for name, spread in spreads.items():
-            if spread.runs < 2 or not 0 <= spread.range <= _LARGEST:
+            if spread.runs < 2 or not 0 <= spread.range <= _LARGEST or abs(spread.median or 0) > _LARGEST:
                 raise ResultsError(f"{path}: damaged: noise.{case_id}.{name} is no spread of two runs or more")
 
 
@@ -220,6 +241,29 @@ def _unfolded(parsed: dict[str, Any]) -> dict[str, Any]:
         parsed["cases"] = {case_id: _unfolded_case(case_id, case) for case_id, case in cases.items()}
     parsed["noise"] = {"spreads": parsed.get("noise", {})}
     return parsed
+
+
+def _say_devices(unfolded: dict[str, Any]) -> None:
+    """What schema 1 left to the ids of a suite's cases."""
+    cases = unfolded["cases"] if isinstance(unfolded["cases"], dict) else {}
+    for case_id, case in cases.items():
+        if isinstance(case, dict):
+            named = case_id.rpartition("/")[2]
+            case["device"] = named if named.startswith("cuda") else "cpu"
+
+
+def _with_medians(measured: Measured) -> Noise:
+    """The noise of a file of schema 1: the figures that are kept stand for the medians that are not."""
+    return Noise(
+        {
+            case_id: {
+                name: dataclasses.replace(spread, median=case.value(name)) if case else spread
+                for name, spread in spreads.items()
+            }
+            for case_id, spreads in measured.noise.spreads.items()
+            for case in [measured.cases.get(case_id)]
+        }
+    )
 
 
 def _unfolded_case(case_id: str, case: Any) -> Any:
@@ -282,7 +326,11 @@ def _spreads(noise: Noise) -> dict[str, Any]:
     """A spread of nothing says no more than none."""
     found = {
         case_id: {
-            name: {"runs": spread.runs, "range": _rounded(name, spread.range)}
+            name: {
+                "runs": spread.runs,
+                "range": _rounded(name, spread.range),
+                "median": _rounded(name, spread.median) if spread.median is not None else None,
+            }
             for name, spread in spreads.items()
             if spread.range
         }

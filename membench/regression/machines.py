@@ -19,7 +19,7 @@ _TIME: frozenset[Kind] = frozenset({"time"})
 _MEMORY: frozenset[Kind] = frozenset({"live", "footprint", "time"})
 _FOOTPRINT: frozenset[Kind] = frozenset({"footprint", "time"})
 
-_BARS: Mapping[str, frozenset[Kind]] = {
+_OF_A_CPU_CASE: Mapping[str, frozenset[Kind]] = {
     # Each thread takes buffers of its own; which kernels run, and what they pack, goes by the instructions there are.
     "threads": _MEMORY,
     "cpu.instructions": _MEMORY,
@@ -27,8 +27,7 @@ _BARS: Mapping[str, frozenset[Kind]] = {
     "architecture": _MEMORY,
     "page_bytes": _MEMORY,
     "variables.LD_PRELOAD": _MEMORY,  # another malloc, most often
-    "variables.PYTORCH_CUDA_ALLOC_CONF": _MEMORY,
-    "gpus": _MEMORY,
+    "system": frozenset({"footprint"}),
     "processor": _TIME,
     "cores": _TIME,
     "cpu.family": _TIME,
@@ -41,7 +40,19 @@ _BARS: Mapping[str, frozenset[Kind]] = {
     "memory_bytes": _NOTHING,
     "python": _NOTHING,
 }
-_BARS_OF_A_GPU: Mapping[str, frozenset[Kind]] = {"name": _MEMORY, "memory_bytes": _NOTHING, "driver": _FOOTPRINT}
+"""What bars which figures of a case that runs on a processor: whatever cards there are is nothing to it."""
+
+_OF_A_GPU_CASE: Mapping[str, frozenset[Kind]] = {
+    **_OF_A_CPU_CASE,
+    # Live memory is the card's own.
+    "threads": _TIME,
+    "cpu.instructions": _TIME,
+    "cpu.vendor": _TIME,
+    "variables.OMP_NUM_THREADS": _TIME,
+    "variables.PYTORCH_CUDA_ALLOC_CONF": _MEMORY,
+    "gpus": _MEMORY,
+}
+_OF_A_CARD: Mapping[str, frozenset[Kind]] = {"name": _MEMORY, "memory_bytes": _NOTHING, "driver": _FOOTPRINT}
 
 _COUNTED = (
     "weights", "trained_weights", "frozen_weights", "optimizer_state", "cache", "activations", "disk", "data",
@@ -53,39 +64,35 @@ _OF_THE_MODEL = ("final_loss", "accuracy", "bits_per_byte", "quality_loss", "qua
 
 @dataclass(frozen=True)
 class Difference:
-    """One respect in which two machines or their software differ.
-
-    ``bars``: the kinds of figures that cannot be compared for it. Versions bar nothing: what they change is what one
-    wants to know.
-    """
+    """One respect in which two machines or their software differ."""
 
     respect: str
     base: Any
     new: Any
-    bars: frozenset[Kind] = frozenset()
 
     def __str__(self) -> str:
         """``cores: 2, now 4``."""
         return f"{self.respect}: {self.base}, now {self.new}"
 
+    def bars(self, on_gpu: bool) -> frozenset[Kind]:
+        """The kinds of figures that cannot be compared for it.
 
-def differences(base: Mapping[str, Any], new: Mapping[str, Any], on_gpu: bool) -> tuple[Difference, ...]:
+        Versions bar nothing: what they change is what one wants to know.
+
+        Args:
+            on_gpu: whether the case whose figures they are runs on one.
+        """
+        if self.respect.startswith("gpus."):
+            return _OF_A_CARD.get(self.respect.rpartition(".")[2], _MEMORY) if on_gpu else _NOTHING
+        return (_OF_A_GPU_CASE if on_gpu else _OF_A_CPU_CASE).get(self.respect, _NOTHING)
+
+
+def differences(base: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[Difference, ...]:
     """All that differs between two descriptions of machines."""
-    found = []
+    found = [Difference(*respect) for respect in environment.unlike(base, new)]
     if base.get("system") != new.get("system"):
-        found.append(Difference("system", base.get("system"), new.get("system"), _FOOTPRINT - _TIME))
-    for respect, before, now in environment.unlike(base, new):
-        bars = _bars(respect)
-        if on_gpu and respect in ("cpu.instructions", "cpu.vendor", "threads", "variables.OMP_NUM_THREADS"):
-            bars = _TIME  # live memory is the card's own
-        found.append(Difference(respect, before, now, bars))
+        found.insert(0, Difference("system", base.get("system"), new.get("system")))
     return tuple(found)
-
-
-def _bars(respect: str) -> frozenset[Kind]:
-    if respect.startswith("gpus."):
-        return _BARS_OF_A_GPU.get(respect.rpartition(".")[2], _MEMORY)
-    return _BARS.get(respect, _NOTHING)
 
 
 def kind(field: str) -> Kind:

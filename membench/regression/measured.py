@@ -12,7 +12,8 @@ from typing import Any
 from pydantic import ConfigDict
 
 from membench.errors import ResultsError, summary
-from membench.record import Record, Status
+from membench.record import METRIC_OF_FIELD, Record, Status
+from membench.regression.machines import kind
 from membench.regression.noise import Noise
 from membench.store import Run
 
@@ -66,6 +67,7 @@ class MeasuredCase:
         modules: what the weights are made of, the largest first. ``None``: the record does not say.
         phases: by phase, ``peak_live_bytes`` and ``held_live_bytes``.
         stands_for: what the names in the id stood for: ``model``, ``technique`` and ``workload``, each with options.
+        device: on which it ran.
     """
 
     __pydantic_config__ = _AS_WRITTEN
@@ -85,6 +87,11 @@ class MeasuredCase:
     modules: Sequence[Modules] | None = None
     phases: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     stands_for: Mapping[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.startswith("cuda")
 
     @property
     def is_measured(self) -> bool:
@@ -104,7 +111,7 @@ class Measured:
     Attributes:
         name: what it is called in tables and messages: a run's or a baseline's name.
         machine: as ``environment.describe`` says it.
-        noise: of A/A repeats kept with a baseline, and of a run's own repeats.
+        noise: of A/A repeats kept with a baseline, and of what a run's own repeats show, times aside.
     """
 
     __pydantic_config__ = _AS_WRITTEN
@@ -118,7 +125,7 @@ class Measured:
 
     @property
     def on_gpu(self) -> bool:
-        return any(case_id.rpartition("/")[2].startswith("cuda") for case_id in self.cases)
+        return any(case.on_gpu for case in self.cases.values())
 
 
 def of_run(run: Run, name: str | None = None) -> Measured:
@@ -163,15 +170,16 @@ def of_records(records: Sequence[Record], name: str, suite: str = "") -> Measure
 
 
 def _untimed(case: MeasuredCase) -> dict[str, Sequence[float]]:
-    """What is not judged by its samples, in which the repeats' own noise is already."""
-    return {name: values for name, values in case.values.items() if name not in case.samples}
+    """What is no time: repeats of one run are too much alike to tell how far apart runs are."""
+    return {name: values for name, values in case.values.items() if name in METRIC_OF_FIELD and kind(name) != "time"}
 
 
 def _case(case_id: str, repeats: Sequence[Record]) -> MeasuredCase:
     worst = max(repeats, key=_badness)
     measured = [record for record in repeats if record.status in _MEASURED_TO_THE_END]
     if 2 * len(measured) <= len(repeats) and worst not in measured:
-        return MeasuredCase(case_id, worst.status, worst.message, worst.ended_in, reasons=dict(worst.reasons))
+        return MeasuredCase(case_id, worst.status, worst.message, worst.ended_in, reasons=dict(worst.reasons),
+                            device=str(worst.case["device"]))  # fmt: skip
     message = worst.message
     if worst not in measured:
         message = f"{len(repeats) - len(measured)} of {len(repeats)} repeats ended as {worst.status}: {worst.message}"
@@ -200,6 +208,7 @@ def _case(case_id: str, repeats: Sequence[Record]) -> MeasuredCase:
         None if modules is None else [Modules(**entry) for entry in modules],
         _phases(process),
         _stands_for(last.case),
+        str(last.case["device"]),
     )
 
 

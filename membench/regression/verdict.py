@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
 
 from membench.errors import EXIT_CANNOT_COMPARE, EXIT_CASES_FAILED, EXIT_OK, one_line
 from membench.record import Metric, metrics_with
 from membench.regression.attribution import Cause, causes
+from membench.regression.decision import Decision, Verdict, decide, decide_time, timing_of
 from membench.regression.machines import Difference, Kind, differences, kind
-from membench.regression.measured import OF_STEPS, Measured, MeasuredCase
+from membench.regression.measured import Measured, MeasuredCase
 from membench.regression.noise import Noise
-from membench.regression.timing import LEAST_REPEATS, Timing, compare
+from membench.regression.timing import Timing
 from membench.regression.tolerances import Tolerance, Tolerances
 from membench.units import format_bytes
-
-Verdict = Literal["regressed", "undecided", "not judged", "worse", "better", "same"]
-"""``undecided``: worse than is tolerated, but not told from chance; measuring again may. ``not judged``: the figure is
-not known on one side, or hangs on a machine that differs; the reason is said. ``worse``: of a figure that is not
-watched."""
 
 _RESOLUTIONS = 2
 """By how many times its resolution a figure of the kernel's may be off. A resolution is what one core may have counted
@@ -32,12 +26,6 @@ _PAGE_BYTES = 4096
 _SAME_WITHOUT_RATIO = 0.05
 _NOTHING = 1e-6
 """How near figures without a ratio (divergences, shares) are the same, where nobody says otherwise."""
-
-_LEAST_OF_A_STEP = 0.01
-"""What is left of a step at least, whatever its threads waited."""
-
-_MEDIAN_OVER_MEAN = 1.2533
-"""Standard deviation of a normal sample's median over that of its mean: the root of π/2."""
 
 _MOST_CAUSES = 3
 
@@ -51,11 +39,13 @@ class Change:
         ratio: new over base; ``None`` where it has no meaning.
         interval: 95 % of the ratio, where there are samples.
         p_value: of being worse by chance (Mann-Whitney, one-sided), where there are samples.
-        allowed: by how much it may get worse, in its unit: never below ``noise`` nor the figures' own resolution.
-            ``None``: it is not watched.
+        allowed: by how much it may get worse, in its unit: never below the figures' own resolution nor, of anything
+            but a time, ``noise``. ``None``: it is not watched.
         tolerance: which of the tolerances that hold is the closest.
-        noise: what this machine's repeats differ by, in its unit.
+        noise: by how much runs of the same code differ on this machine, in its unit; 0 where that is not known. A time
+            that changed by less is not told from chance.
         reason: why it is undecided or not judged.
+        advice: what would decide it.
         causes: what a change beyond ``allowed`` is made of.
         repeats: how often the new figure was measured.
     """
@@ -72,6 +62,7 @@ class Change:
     tolerance: Tolerance | None = None
     noise: float = 0.0
     reason: str | None = None
+    advice: str | None = None
     causes: tuple[Cause, ...] = ()
     repeats: int = 0
     barred: bool = False
@@ -114,7 +105,9 @@ class Change:
             return []
         told = [f"tolerance {self.tolerance.shown}"]
         asked = self.tolerance.allowed(self.base)
-        if self.allowed > asked and self.allowed == self.noise:
+        if kind(self.metric.field) == "time" and self.noise and self.base:
+            told.append(f"noise of this machine {self.noise / abs(self.base) * 100:.2g}%")
+        elif self.allowed > asked and self.allowed == self.noise:
             told.append(f"noise of this machine {_shown(self.metric, self.noise)}")
         elif self.allowed > asked and self.metric.field.endswith("_bytes"):
             told.append(f"with the counters' granularity {format_bytes(self.allowed)}")
@@ -224,6 +217,7 @@ class Judgement:
         lines = [f"{pair.id}: {pair.broke}" for pair in self.broken]
         lines += [f"regressed: {change.sentence()}" for change in self.regressions]
         lines += [f"undecided: {change.sentence()}" for change in self.undecided]
+        lines += dict.fromkeys(change.advice for change in self.undecided if change.advice)
         lines += self._lines_on_what_was_not_judged()
         lines += [line for pair in self.pairs for line in _redefined(pair)]
         lines += [f"not measured now: {case_id}{self._why_missing(case_id)}" for case_id in self.missing]
@@ -262,11 +256,6 @@ def _redefined(pair: Pair) -> list[str]:
     ]
 
 
-class _Judged(NamedTuple):
-    verdict: Verdict
-    reason: str | None = None
-
-
 def judge(
     base: Measured,
     new: Measured,
@@ -279,7 +268,7 @@ def judge(
     Args:
         across_machines: judge figures that hang on the machine although it differs.
     """
-    unlike = differences(base.machine, new.machine, on_gpu=base.on_gpu or new.on_gpu)
+    unlike = differences(base.machine, new.machine)
     pairs = []
     for case_id in dict.fromkeys([*base.cases, *new.cases]):
         before, now = base.cases.get(case_id), new.cases.get(case_id)
@@ -309,7 +298,7 @@ def judge_case(
         return Pair(base.id, base, new, broke=_broke(new) if base.is_measured else None)
     barred: dict[Kind, Difference] = {}
     for difference in differences:
-        for each in difference.bars:
+        for each in difference.bars(base.on_gpu or new.on_gpu):
             barred.setdefault(each, difference)
     known = noise or Noise()
     changes = (
@@ -346,23 +335,19 @@ def _change(
         closest = held[0] if held and before is not None else None
         return Change(base.id, metric, before, now, "not judged", reason=reason, tolerance=closest)
     closest = min(held, key=lambda one: one.allowed(before)) if held else None
-    floor = noise.floor(base.id, field) * _share_of_noise(len(base.values[field]), len(new.values[field]))
-    allowed = _allowed(metric, before, closest, base, new, floor)
-    timing = _timing(base, new, metric)
+    is_time = kind(field) == "time"
+    factor = noise.factor(base.id, field) if is_time else None
+    floor = (factor - 1) * abs(before) if factor else 0.0 if is_time else noise.floor(base.id, field)
+    allowed = _allowed(metric, before, closest, base, new, 0.0 if is_time else floor)
+    timing = timing_of(base, new, metric)
     ratio = now / before if metric.has_ratio and before else None
     is_barred = barred.get(kind(field))
     if is_barred:
-        judged = _Judged("not judged", f"the machines differ in {is_barred}")
+        judged = Decision("not judged", f"the machines differ in {is_barred}")
+    elif is_time:
+        judged = decide_time(metric, base, new, allowed, timing, factor, is_watched=closest is not None)
     else:
-        judged = _judged(metric, base, new, allowed, timing, is_watched=closest is not None)
-        if (
-            judged.verdict in ("regressed", "worse")
-            and timing is not None
-            and _is_of_waiting(metric, base, new, allowed)
-        ):
-            judged = _Judged(
-                "undecided" if closest else "same", "the rest of it went to waiting for a core: the machine is busy"
-            )
+        judged = decide(metric, base, new, allowed, is_watched=closest is not None)
     return Change(
         base.id,
         metric,
@@ -376,16 +361,11 @@ def _change(
         closest,
         floor,
         judged.reason,
+        judged.advice,
         () if judged.verdict in ("same", "not judged") else causes(metric, base, new),
         len(new.values[field]),
         bool(is_barred),
     )
-
-
-def _share_of_noise(repeats_base: int, repeats_new: int) -> float:
-    """What is left of the noise of single runs where medians of several are compared."""
-    of_means = math.sqrt((1 / repeats_base + 1 / repeats_new) / 2)
-    return min(1.0, _MEDIAN_OVER_MEAN * of_means)
 
 
 def _allowed(
@@ -399,88 +379,11 @@ def _allowed(
     return max(tolerated + _RESOLUTIONS * off, floor, smallest)
 
 
-def _timing(base: MeasuredCase, new: MeasuredCase, metric: Metric) -> Timing | None:
-    """A time against the earlier one, from its samples; a rate as what one of it takes."""
-    if kind(metric.field) != "time":
-        return None
-    sides: list[list[list[float]]] = []
-    for case in (base, new):
-        # Where single durations are not kept, or there is one a repeat, the repeats are all there is.
-        repeats = case.samples.get(metric.field) or [[value] for value in case.values[metric.field]]
-        slower = [
-            [1 / each if metric.better == "higher" else each for each in repeat if each > 0] for repeat in repeats
-        ]
-        sides.append([repeat for repeat in slower if repeat])
-    before, now = sides
-    if not before or not now:
-        return None
-    return compare(before, now)
-
-
-def _is_of_waiting(metric: Metric, base: MeasuredCase, new: MeasuredCase, allowed: float) -> bool:
-    """Whether steps took no longer than is tolerated, were it not that others had the cores."""
-    before = base.value(metric.field)
-    if metric.field not in OF_STEPS or not new.waited_s or not before:
-        return False
-    if not base.samples.get("step_median_s") or not new.samples.get("step_median_s"):
-        return False
-    sides = [_without_waiting(base), _without_waiting(new)]
-    return not compare(*sides).is_certainly_slower(allowed / abs(before))
-
-
-def _without_waiting(case: MeasuredCase) -> list[list[float]]:
-    """The durations of steps less what their threads waited for a core.
-
-    Threads that wait at the same time are each counted, so that too much may go: that excuses, and accuses nobody.
-    """
-    steps = case.samples["step_median_s"]
-    waited = case.waited_s or [[0.0] * len(repeat) for repeat in steps]
-    return [
-        [max(step - gone, _LEAST_OF_A_STEP * step) for step, gone in zip(repeat, of_repeat, strict=True)]
-        for repeat, of_repeat in zip(steps, waited, strict=True)
-    ]
-
-
 def _as_ratio_of_metric(metric: Metric, timing: Timing | None) -> tuple[float, float] | None:
     if timing is None or timing.interval is None:
         return None
     low, high = timing.interval
     return (low, high) if metric.better == "lower" else (1 / high, 1 / low)
-
-
-def _judged(
-    metric: Metric, base: MeasuredCase, new: MeasuredCase, allowed: float, timing: Timing | None, *, is_watched: bool
-) -> _Judged:
-    before, now = base.value(metric.field), new.value(metric.field)
-    assert before is not None
-    assert now is not None
-    worse_by = now - before if metric.better == "lower" else before - now
-    if abs(worse_by) <= allowed:
-        return _Judged("same")
-    is_worse = worse_by > 0
-    bounds = [case.bounds.get(metric.field) for case in (base, new)]
-    if bounds[0] != bounds[1]:
-        bound = next(bound for bound in reversed(bounds) if bound)
-        return _Judged("undecided" if is_worse and is_watched else "same", f"it is a bound: {bound} this much")
-    if kind(metric.field) == "time":
-        share = allowed / abs(before) if before else 0.0
-        if not is_worse:
-            return _Judged("better" if timing and timing.is_certainly_faster(share) else "same")
-        if not timing or not timing.is_certainly_slower(share):
-            return _Judged("undecided", _why_uncertain(timing)) if is_watched else _Judged("same")
-    worse: Verdict = "regressed" if is_watched else "worse"
-    return _Judged(worse if is_worse else "better")
-
-
-def _why_uncertain(timing: Timing | None) -> str:
-    if timing is None:
-        return "it is 0 on one side"
-    if not timing.are_enough:
-        which = "" if timing.repeats_new < LEAST_REPEATS else "the base was "
-        repeats = min(timing.repeats_base, timing.repeats_new)
-        times = "once" if repeats == 1 else f"{repeats} times"
-        return f"{which}measured {times}, which a busy machine can look like: {LEAST_REPEATS} repeats tell"
-    return f"its {timing.repeats_new} repeats are not all slower: chance is not ruled out"
 
 
 def _shown(metric: Metric, value: float | None) -> str:
