@@ -210,7 +210,7 @@ def test_a_wrong_marker_is_one_clear_line(inner: pytest.Pytester) -> None:
             "@pytest.mark.membench(limit='1 GB'): limit = '1 GB': '1 GB' is no size; write a number and B, KiB, MiB*",
             "@pytest.mark.membench(limit=1073741824): limit = 1073741824: write a size with its unit, such as '1 GiB'",
             "@pytest.mark.membench(compare='2 percent'): compare = '2 percent': write a share such as '2%', a size*",
-            "@pytest.mark.membench('1 GiB'): it takes no values without a name; known: limit, compare, device",
+            "@pytest.mark.membench('1 GiB'): it takes no values without a name; known: limit, compare, device, repeats",
             "@pytest.mark.membench: the test does not use the fixture 'membench', so nothing would be held against*",
         ]
     )

@@ -19,6 +19,9 @@ from typing import Any
 
 import pytest
 
+FUNCTIONS = "pytest"
+"""What stands for the suite's name in the file of what functions of tests took."""
+
 _OUTPUT = "results"
 
 
