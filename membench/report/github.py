@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 
 from membench.errors import one_line
+from membench.report import markdown
 from membench.report.checked import CheckedCase, End
 
 _LEVELS: dict[End, str] = {"failed": "error", "unfinished": "error"}
-_MARKDOWN = re.compile(r"([\\`*_\[\]|~])")
 _LARGEST_SUMMARY_BYTES = 1_000_000  # GitHub drops a step's summary above 1 MiB
 
 
@@ -31,8 +30,10 @@ def summary(heading: str, cases: Sequence[CheckedCase], tables: Sequence[str]) -
     skipped = sum(case.end == "skipped" for case in cases)
     counts = [f"{len(cases) - len(failed) - skipped} passed", f"{len(failed)} failed", f"{skipped} skipped"]
     said = ", ".join(count for count in counts if not count.startswith("0 ")) or "no cases"
-    lines = [f"## {'❌' if failed else '✅'} {_escaped(heading)}: {said}", ""]
-    lines += [f"- {_escaped(case.id)}: {_escaped(reason)}" for case in failed for reason in case.reasons]
+    lines = [f"## {'❌' if failed else '✅'} {markdown.escaped(heading)}: {said}", ""]
+    lines += [
+        f"- {markdown.escaped(case.id)}: {markdown.escaped(reason)}" for case in failed for reason in case.reasons
+    ]
     size = len("\n".join(lines).encode())
     for table in tables:
         size += len(table.encode()) + 2
@@ -50,9 +51,3 @@ def _data(text: str) -> str:
 
 def _property(text: str) -> str:
     return _data(text).replace(":", "%3A").replace(",", "%2C")
-
-
-def _escaped(text: str) -> str:
-    """Text in which Markdown and HTML find nothing of theirs."""
-    plain = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return _MARKDOWN.sub(r"\\\1", plain)
