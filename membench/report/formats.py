@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import tabulate
-
-from membench.errors import one_line
-from membench.report import summary, text
+from membench.report import latex, markdown, summary, text
 from membench.store import Run
 
 FORMATS = {"html": ".html", "md": ".md", "csv": ".csv", "json": ".json", "latex": ".tex"}
@@ -40,31 +36,25 @@ def _rows(run: Run, is_one_of_several: bool) -> Iterator[dict[str, Any]]:
 
 
 def _markdown(run: Run) -> Iterator[str]:
-    yield f"# {one_line(str(run.header.get('suite')))}"
-    yield one_line(summary.overview(run))
+    yield f"# {markdown.escaped(str(run.header.get('suite')))}"
+    yield markdown.escaped(summary.overview(run))
     told = summary.highlights(run.records)
     if told:
-        yield "\n".join(f"- {one_line(str(line))}" for line in told)
+        yield "\n".join(f"- {markdown.escaped(str(line))}" for line in told)
         yield summary.HOW_TO_READ
     if run.records:
         yield text.comparison(run.records, "github")
     said = [*text.remarks(run.records), *text.verdicts(run.records)]
     if said:
-        yield "\n".join(["```text", *map(one_line, said), "```"])
-    suite = [one_line(line) for line in str(run.header.get("suite_text", "")).splitlines()]
-    fence = "`" * max(3, 1 + max((len(ticks) for line in suite for ticks in re.findall("`+", line)), default=0))
-    yield "\n".join([f"{fence}toml", *suite, fence])
+        yield markdown.fenced(said, "text")
+    yield markdown.fenced(str(run.header.get("suite_text", "")).splitlines(), "toml")
 
 
 def _latex(run: Run) -> Iterator[str]:
-    yield f"\\section*{{{_escaped(str(run.header.get('suite')))}}}"
-    yield _escaped(summary.overview(run))
+    yield f"\\section*{{{latex.escaped(str(run.header.get('suite')))}}}"
+    yield latex.escaped(summary.overview(run))
     if run.records:
         yield text.comparison(run.records, "latex")
     said = [*map(str, summary.highlights(run.records)), *text.remarks(run.records), *text.verdicts(run.records)]
     if said:
-        yield "\n".join([r"\begin{itemize}", *(rf"\item {_escaped(line)}" for line in said), r"\end{itemize}"])
-
-
-def _escaped(line: str) -> str:
-    return "".join(tabulate.LATEX_ESCAPE_RULES.get(sign, sign) for sign in one_line(line))
+        yield "\n".join([r"\begin{itemize}", *(rf"\item {latex.escaped(line)}" for line in said), r"\end{itemize}"])

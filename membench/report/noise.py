@@ -14,6 +14,7 @@ import tabulate
 from membench.record import METRIC_OF_FIELD, METRICS, Metric, Record
 from membench.regression.noise import Noise
 from membench.regression.tolerances import DEFAULTS
+from membench.report.text import in_cell
 
 _WATCHED = frozenset(tolerance.metric.name for tolerance in DEFAULTS)
 
@@ -32,7 +33,7 @@ def table(records: Sequence[Record], noise: Noise, form: str = "simple") -> str:
         writer.writeheader()
         writer.writerows(rows)
         return text.getvalue().rstrip()
-    shown = [_shown(row) for row in rows if row["metric"] in _WATCHED]
+    shown = [{"case": in_cell(row["case"], form), **_shown(row)} for row in rows if row["metric"] in _WATCHED]
     return tabulate.tabulate(shown, headers="keys", tablefmt=form, disable_numparse=True)
 
 
@@ -74,7 +75,6 @@ def _shown(row: dict[str, Any]) -> dict[str, str]:
     known = row["range"] is not None
     share = f"{row['noise'] / abs(row['median']) * 100:.2f}%" if known and row["median"] else "–"
     return {
-        "case": row["case"],
         "metric": row["metric"],
         "repeats": str(row["repeats"]),
         "median": "–" if row["median"] is None else metric.format(row["median"]),

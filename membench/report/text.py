@@ -15,6 +15,7 @@ import tabulate
 from membench.compare import CERTAIN, SAME_ACCURACY, Comparison, Group, prefixes
 from membench.errors import one_line
 from membench.record import METRICS, REFERENCE, Metric, Record
+from membench.report import latex, markdown
 from membench.units import format_bytes, format_difference, format_ratio, format_seconds
 
 _SHOWN = tuple(metric for metric in METRICS if metric.in_table)
@@ -41,6 +42,7 @@ def comparison(records: Sequence[Record], form: str = "simple", width: int | Non
     tables = []
     for group in found.groups:
         rows = list(_rows(found, group, [metric for metric in _SHOWN if is_shown(found, group, metric)]))
+        rows = [{**row, "technique": in_cell(row["technique"], form)} for row in rows]
         tables.append("\n\n".join([_heading(" · ".join(group), form), *_fitting(rows, form, width)]))
     return "\n\n".join(tables)
 
@@ -215,11 +217,15 @@ def _heading(title: str, form: str) -> str:
     """A table's title, as the format writes one."""
     match form:
         case "latex":
-            escaped = "".join(tabulate.LATEX_ESCAPE_RULES.get(character, character) for character in title)
-            return f"\\subsection*{{{escaped}}}"
+            return f"\\subsection*{{{latex.escaped(title)}}}"
         case "html":
-            return f"<h3>{html.escape(title)}</h3>"
-    return title
+            return f"<h3>{html.escape(one_line(title))}</h3>"
+    return in_cell(title, form)
+
+
+def in_cell(name: str, form: str) -> str:
+    """A name for a table of tabulate's, which escapes by itself what means something in LaTeX and HTML."""
+    return markdown.escaped(name) if form == "github" else one_line(name)
 
 
 def explanation(records: Sequence[Record], form: str = "simple") -> str:
@@ -242,13 +248,14 @@ def explanation(records: Sequence[Record], form: str = "simple") -> str:
                     # Against the reference a difference is the figure itself.
                     if before is not None and (metric.has_ratio or before != REFERENCE):
                         shown = f"{shown} {_change(found, group, step, metric, before)}".rstrip()
-                    row[step] = shown
+                    row[in_cell(step, form)] = shown
                 if "+" in technique:
                     together = found.interaction(group, technique, metric.field)
                     row["together"] = "" if together is None else format_ratio(together)
                 rows.append(row)
             for category, sizes in _breakdown(found, group, chain).items():
-                rows.append({"metric": f"at the peak: {category}", **sizes})
+                told = {in_cell(step, form): size for step, size in sizes.items()}
+                rows.append({"metric": f"at the peak: {in_cell(category, form)}", **told})
             table = tabulate.tabulate(rows, headers="keys", tablefmt=form, disable_numparse=True)
             tables.append("\n\n".join([_heading(found.repeats(group, technique)[0].id, form), table]))
     return "\n\n".join(tables)
@@ -262,7 +269,7 @@ def _breakdown(found: Comparison, group: Group, chain: Sequence[str]) -> dict[st
             for process in record.processes:
                 parts = process.get("breakdown_bytes") or {}
                 for category, size in parts.get(process.get("peak_part"), {}).items():
-                    categories.setdefault(one_line(category), {})[technique] = format_bytes(size)
+                    categories.setdefault(category, {})[technique] = format_bytes(size)
     return categories
 
 
@@ -281,8 +288,8 @@ def phases(records: Sequence[Record], form: str = "simple") -> str:
         known = [field for field in _PHASE_TITLES if any(row[field] is not None for row in rows)]
         shown = [
             {
-                "phase": f"· {row['part']}" if row["part"] else row["phase"],
-                "allocator": row["allocator"],
+                "phase": in_cell(f"· {row['part']}" if row["part"] else row["phase"], form),
+                "allocator": in_cell(row["allocator"], form),
                 **{_PHASE_TITLES[field]: _or_blank(row, field, formats[field]) for field in known},
             }
             for row in rows
