@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -13,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from membench import cli
+from membench.cli import ci
 from membench.record import METRICS, Record
 from membench.regression.gates import Outcome, parse
 from membench.regression.measured import of_records
@@ -292,3 +296,61 @@ def test_a_case_that_is_not_measured_any_more_is_told_as_such() -> None:
     assert [(case.id, case.end) for case in checked.of_judgement(judgement)] == [
         ("m/none/w/cpu", "passed"), ("m/a/w/cpu", "unfinished"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["run", "no-such-suite"], 2, "no suite is named 'no-such-suite'"),
+        (["run", "small.toml", "--against-ref", "HEAD"], 2, "is in no git repository"),
+        (["check", "small.toml"], 3, "no baseline is named 'small@"),
+        (["check", "results/none.jsonl"], 2, "there is no such file"),
+    ],
+)
+def test_a_check_that_cannot_be_done_leaves_files_that_say_so(
+    tmp_path: Path, arguments: list[str], code: int, said: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    Path("small.toml").write_text(_SUITE)
+    Path("junit.xml").write_text("that of an earlier run")
+    assert cli.main([*arguments, "--junit", "junit.xml", "--summary", "summary.md"]) == code
+    (error,) = ElementTree.parse("junit.xml").getroot().iter("error")
+    assert said in str(error.get("message"))
+    assert Path("summary.md").read_text().startswith(f"## ❌ membench {arguments[0]} {arguments[1]}: 1 failed\n")
+    *_, annotation, last = capsys.readouterr().err.splitlines()
+    assert annotation.startswith("::error title=membench%3A ")
+    assert last.startswith("membench: ")
+
+
+def test_an_interrupted_run_leaves_files_that_say_so(tmp_path: Path) -> None:
+    (tmp_path / "small.toml").write_text(_SUITE)
+    command = [sys.executable, "-m", "membench", "run", "small.toml", "--junit", "junit.xml", "--summary", "summary.md"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert "ballast/none" in process.stderr.readline()  # the first of two cases is done
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode == 130
+    (error,) = ElementTree.parse(tmp_path / "junit.xml").getroot().iter("error")
+    assert error.get("message") == "interrupted"
+    assert (tmp_path / "summary.md").read_text().startswith("## ❌ membench run small: 1 failed\n")
+
+
+def test_an_interrupted_check_leaves_files_that_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("membench.cli.regression._check", interrupted)
+    assert cli.main(["check", "small", "--junit", str(tmp_path / "junit.xml")]) == 130
+    (error,) = ElementTree.parse(tmp_path / "junit.xml").getroot().iter("error")
+    assert error.get("message") == "interrupted"
+
+
+def test_looking_whether_a_file_can_be_written_leaves_none(tmp_path: Path) -> None:
+    arguments = argparse.Namespace(summary=tmp_path / "new" / "summary.md", junit=tmp_path / "junit.xml")
+    arguments.junit.write_text("as it was")
+    ci.refuse_unwritable(arguments)
+    assert not arguments.summary.exists()
+    assert arguments.junit.read_text() == "as it was"
