@@ -39,6 +39,18 @@ class Scratch:
             self._held = None
 
 
+def share(folder: Path) -> None:
+    """Make a folder that several processes use. As long as one of them lives it is locked, too."""
+    while True:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another runner took it for a leftover just now
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            with contextlib.suppress(OSError):  # where there are no locks
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+            if os.fstat(descriptor).st_ino == folder.stat().st_ino:
+                return  # the descriptor is held to the end of this process
+
+
 def empty(folder: Path) -> None:
     """Remove what is in a folder, but not the folder."""
     with contextlib.suppress(OSError):

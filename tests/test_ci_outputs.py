@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -13,11 +15,14 @@ from typing import Any
 
 import pytest
 
+from membench import cli
+from membench.cli import ci
 from membench.record import METRICS, Record
+from membench.regression.gates import Outcome, parse
 from membench.regression.measured import of_records
 from membench.regression.tolerances import Tolerances
-from membench.regression.verdict import judge
-from membench.report import checked, exchange, github, junit
+from membench.regression.verdict import Judgement, judge
+from membench.report import checked, exchange, github, junit, regression
 from membench.report.checked import CheckedCase
 
 _HOSTILE = "50% of <b>it</b> | `rm`\r\n\x00\x1b[31m::set-output name=x::y, \ufffe]]>"
@@ -210,7 +215,6 @@ def test_a_check_fails_for_what_got_worse_and_not_for_what_was_broken_before() -
         "message": "killed by the kernel",
         "metrics": {},
     }
-    process = {"role": "worker", "rank": 0, "device": "cpu", "phases": []}
     base = [
         _record(metrics=weights),
         _record("a", metrics=weights),
@@ -221,11 +225,7 @@ def test_a_check_fails_for_what_got_worse_and_not_for_what_was_broken_before() -
         _record(metrics=weights, broken_limits=("weights 1.000 MiB is over its limit of 1 B",)),
         _record("a", metrics={"weights_bytes": 2**21}), _record("b", **broken), _record("c", **broken),
     ]  # fmt: skip
-    sides = [
-        of_records([dataclasses.replace(record, processes=(process,)) for record in side], name, "s")
-        for side, name in ((base, "before"), (new, "now"))
-    ]
-    judgement = judge(sides[0], sides[1], Tolerances())
+    judgement = _judged(base, new)
     told = {case.id: (case.end, case.reasons) for case in checked.of_check(judgement, new)}
     assert told["m/none/w/cpu"] == ("failed", ("weights 1.000 MiB is over its limit of 1 B",))
     assert told["m/a/w/cpu"][0] == "failed"
@@ -235,17 +235,122 @@ def test_a_check_fails_for_what_got_worse_and_not_for_what_was_broken_before() -
     assert "killed by the kernel" in told["m/c/w/cpu"][1][-1]
 
 
-def test_a_case_that_is_not_measured_any_more_is_told_as_such() -> None:
+def _judged(base: list[Record], new: list[Record]) -> Judgement:
     process = {"role": "worker", "rank": 0, "device": "cpu", "phases": []}
-    base, new = (
+    before, now = (
         of_records([dataclasses.replace(record, processes=(process,)) for record in side], name, "s")
-        for side, name in (
-            ([_record(metrics={"weights_bytes": 1}), _record("a", metrics={"weights_bytes": 1})], "before"),
-            ([_record(metrics={"weights_bytes": 1})], "now"),
-        )
+        for side, name in ((base, "before"), (new, "now"))
     )
-    judgement = judge(base, new, Tolerances())
+    return judge(before, now, Tolerances())
+
+
+def test_a_new_case_that_ends_badly_is_not_said_to_have_ended_well_before() -> None:
+    weights = {"weights_bytes": 2**20}
+    crashed: dict[str, Any] = {"status": "crashed", "ended_in": "run", "message": "killed by SIGKILL", "metrics": {}}
+    judgement = _judged([_record(metrics=weights)], [_record(metrics=weights), _record("a", **crashed)])
+    assert judgement.exit_code == 1
+    told = {case.id: (case.end, case.reasons) for case in checked.of_judgement(judgement)}
+    assert told["m/a/w/cpu"] == (
+        "unfinished",
+        ("it is not in before, and ended badly: crashed in run: killed by SIGKILL",),
+    )
+
+
+def test_what_is_undecided_fails_nothing_and_is_told_everywhere() -> None:
+    slower = _judged([_record(metrics={"step_median_s": 0.5})], [_record(metrics={"step_median_s": 0.9})])
+    assert slower.undecided
+    (case,) = checked.of_check(slower, [_record(metrics={"step_median_s": 0.9})])
+    (doubt,) = case.undecided
+    assert case.end == "passed"
+    assert doubt.startswith("time 500 ms → 900 ms (+80.0%")
+    root = ElementTree.fromstring(junit.document([case]))
+    assert [(node.tag, node.text) for node in root.iter("testcase") for node in node] == [
+        ("system-out", f"undecided: {doubt}"),
+    ]  # fmt: skip
+    lines = github.summary("check", [case], []).splitlines()
+    assert lines[0] == "## ✅ check: 1 passed, 1 of them undecided"
+    assert lines[2].startswith("- m/none/w/cpu: undecided: time 500 ms → 900 ms")
+    (warning,) = github.workflow_commands([case])
+    assert warning.startswith("::warning title=membench%3A m/none/w/cpu::undecided: time 500 ms → 900 ms (+80.0%25")
+
+
+def test_names_in_a_comparisons_tables_are_text_in_markdown() -> None:
+    name = "test_it.py::test[<b>a|b`c`\n&]"
+    record = _record(metrics={"weights_bytes": 1}, id=name)
+    judgement = _judged([record], [record])
+    table = regression.table([judgement], "github")
+    shown = "test\\_it.py::test\\[&lt;b&gt;a\\|b\\`c\\`\\\\n&amp;\\]"
+    assert f"| {shown} " in table
+    assert len(table.splitlines()) == 3
+    assert regression.table([judgement]).splitlines()[2].startswith("test_it.py::test[<b>a|b`c`\\n&] ")
+    assert f"| {shown} " in regression.figures(judgement.new, "github")
+    outcome = Outcome(name, parse("weights <= 1 B"), True)
+    assert f"| {shown} " in regression.gates([outcome], "github")
+    assert "| weights &lt;= 1 B " in regression.gates([outcome], "github")
+
+
+def test_a_case_that_is_not_measured_any_more_is_told_as_such() -> None:
+    weights = {"weights_bytes": 1}
+    judgement = _judged([_record(metrics=weights), _record("a", metrics=weights)], [_record(metrics=weights)])
     assert judgement.exit_code == 3
     assert [(case.id, case.end) for case in checked.of_judgement(judgement)] == [
         ("m/none/w/cpu", "passed"), ("m/a/w/cpu", "unfinished"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["run", "no-such-suite"], 2, "no suite is named 'no-such-suite'"),
+        (["run", "small.toml", "--against-ref", "HEAD"], 2, "is in no git repository"),
+        (["check", "small.toml"], 3, "no baseline is named 'small@"),
+        (["check", "results/none.jsonl"], 2, "there is no such file"),
+    ],
+)
+def test_a_check_that_cannot_be_done_leaves_files_that_say_so(
+    tmp_path: Path, arguments: list[str], code: int, said: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    Path("small.toml").write_text(_SUITE)
+    Path("junit.xml").write_text("that of an earlier run")
+    assert cli.main([*arguments, "--junit", "junit.xml", "--summary", "summary.md"]) == code
+    (error,) = ElementTree.parse("junit.xml").getroot().iter("error")
+    assert said in str(error.get("message"))
+    assert Path("summary.md").read_text().startswith(f"## ❌ membench {arguments[0]} {arguments[1]}: 1 failed\n")
+    *_, annotation, last = capsys.readouterr().err.splitlines()
+    assert annotation.startswith("::error title=membench%3A ")
+    assert last.startswith("membench: ")
+
+
+def test_an_interrupted_run_leaves_files_that_say_so(tmp_path: Path) -> None:
+    (tmp_path / "small.toml").write_text(_SUITE)
+    command = [sys.executable, "-m", "membench", "run", "small.toml", "--junit", "junit.xml", "--summary", "summary.md"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert "ballast/none" in process.stderr.readline()  # the first of two cases is done
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode == 130
+    (error,) = ElementTree.parse(tmp_path / "junit.xml").getroot().iter("error")
+    assert error.get("message") == "interrupted"
+    assert (tmp_path / "summary.md").read_text().startswith("## ❌ membench run small: 1 failed\n")
+
+
+def test_an_interrupted_check_leaves_files_that_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("membench.cli.regression._check", interrupted)
+    assert cli.main(["check", "small", "--junit", str(tmp_path / "junit.xml")]) == 130
+    (error,) = ElementTree.parse(tmp_path / "junit.xml").getroot().iter("error")
+    assert error.get("message") == "interrupted"
+
+
+def test_looking_whether_a_file_can_be_written_leaves_none(tmp_path: Path) -> None:
+    arguments = argparse.Namespace(summary=tmp_path / "new" / "summary.md", junit=tmp_path / "junit.xml")
+    arguments.junit.write_text("as it was")
+    ci.refuse_unwritable(arguments)
+    assert not arguments.summary.exists()
+    assert arguments.junit.read_text() == "as it was"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import membench
+from membench import scratch
 from membench.pytest_plugin.sharing import Sharing
 from membench.regression import sources
 
@@ -210,7 +213,7 @@ def test_a_wrong_marker_is_one_clear_line(inner: pytest.Pytester) -> None:
             "@pytest.mark.membench(limit='1 GB'): limit = '1 GB': '1 GB' is no size; write a number and B, KiB, MiB*",
             "@pytest.mark.membench(limit=1073741824): limit = 1073741824: write a size with its unit, such as '1 GiB'",
             "@pytest.mark.membench(compare='2 percent'): compare = '2 percent': write a share such as '2%', a size*",
-            "@pytest.mark.membench('1 GiB'): it takes no values without a name; known: limit, compare, device",
+            "@pytest.mark.membench('1 GiB'): it takes no values without a name; known: limit, compare, device, repeats",
             "@pytest.mark.membench: the test does not use the fixture 'membench', so nothing would be held against*",
         ]
     )
@@ -405,6 +408,25 @@ def _worker(number: int, workers: int, tmp_path: Path) -> Sharing:
     from datetime import UTC, datetime
 
     return Sharing(tmp_path, tmp_path, datetime.now(UTC), True, number, workers)
+
+
+def test_what_workers_share_is_no_leftover_while_one_of_them_lives(tmp_path: Path) -> None:
+    """Also to a runner in another container, which sees the folder and not the process that it is named after."""
+    folder = tmp_path / f"membench-{2**30}-pytest_0"
+    hold = (
+        "import sys, datetime, pathlib; from membench.pytest_plugin.sharing import Sharing\n"
+        f"folder = pathlib.Path({str(folder)!r})\n"
+        "sharing = Sharing(folder, folder, datetime.datetime.now(), True, 0, 1)\n"
+        "sharing.passing('x').touch(); print('there', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
+        assert worker.stdout is not None
+        worker.stdout.readline()
+        scratch.sweep(tmp_path)
+        assert list(folder.glob("x-*"))
+        worker.communicate()
+    scratch.sweep(tmp_path)
+    assert not folder.exists()
 
 
 def test_gpus_are_shared_out_one_a_worker(tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from membench.errors import ResultsError
+from membench.errors import MembenchError, ResultsError
 
 if TYPE_CHECKING:
     from membench.report.checked import CheckedCase
@@ -46,14 +47,39 @@ def write(arguments: argparse.Namespace, heading: str, cases: Sequence[CheckedCa
         _write(arguments.junit, "w", junit.document(cases))
 
 
+@contextlib.contextmanager
+def telling(arguments: argparse.Namespace, verb: str, subject: str) -> Iterator[None]:
+    """Write all that is asked for also if what is done here ends before anything can be judged: then it says why.
+
+    Args:
+        subject: what the verb was given.
+    """
+    try:
+        yield
+    except (MembenchError, KeyboardInterrupt) as error:
+        with contextlib.suppress(ResultsError):  # that a file cannot be written may be what is wrong
+            write(arguments, f"membench {verb} {subject}", [unfinished(subject, str(error) or "interrupted")], [])
+        raise
+
+
+def unfinished(subject: str, reason: str) -> CheckedCase:
+    """What stands for all that was not done."""
+    from membench.report.checked import CheckedCase
+
+    return CheckedCase(subject, "all that was asked for", "unfinished", (reason,))
+
+
 def refuse_unwritable(arguments: argparse.Namespace) -> None:
-    """Find out before anything is measured whether the files can be written.
+    """Find out before anything is measured whether the files can be written. No empty one is left.
 
     Raises:
         ResultsError: if one cannot.
     """
     for path in filter(None, (arguments.summary, arguments.junit)):
+        is_new = not path.exists()
         _write(path, "a", "")
+        if is_new:
+            path.unlink()
 
 
 def _write(path: Path, mode: str, text: str) -> None:

@@ -49,7 +49,7 @@ def _add_check(verbs: Verbs) -> None:
     check.add_argument("--update", action="store_true", help="make this the baseline, if nothing regressed")
     _add_what_is_common(check)
     ci.add(check)
-    check.set_defaults(do=_check)
+    check.set_defaults(do=_told)
 
 
 def add_fail(verb: argparse.ArgumentParser, where: str = "") -> None:
@@ -103,6 +103,11 @@ def _compare(arguments: argparse.Namespace) -> int:
     print_judgements(judgements, arguments.format)
     in_common = any(pair.base and pair.new for judgement in judgements for pair in judgement.pairs)
     return EXIT_OK if in_common else EXIT_CANNOT_COMPARE
+
+
+def _told(arguments: argparse.Namespace) -> int:
+    with ci.telling(arguments, "check", arguments.new):
+        return _check(arguments)
 
 
 def _check(arguments: argparse.Namespace) -> int:

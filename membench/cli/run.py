@@ -35,13 +35,18 @@ def add(verbs: Verbs) -> None:
     run.add_argument("--repeats", type=_repeats, help=f"with --against-ref: rounds of both ({against.ROUNDS})")
     add_fail(run, "with --against-ref: ")
     ci.add(run)
-    run.set_defaults(do=_run)
+    run.set_defaults(do=_told)
 
 
 def _repeats(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 1000:
         raise argparse.ArgumentTypeError("write a number from 1 to 1000")
     return int(text)
+
+
+def _told(arguments: argparse.Namespace) -> int:
+    with ci.telling(arguments, "run", " ".join(arguments.suite)):
+        return _run(arguments)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -102,7 +107,8 @@ def _run(arguments: argparse.Namespace) -> int:
             raise
         command = _command(arguments, left, has_begun or bool(resumed[len(chosen) - len(left)]))
         print(f"interrupted; what is done is kept. To go on: {command}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        code = EXIT_INTERRUPTED
+        cases.append(ci.unfinished(" ".join(left), "interrupted"))
     ci.write(arguments, f"membench run {' '.join(suite.name for suite in chosen.values())}", cases, tables)
     return code
 

@@ -18,6 +18,7 @@ from membench.pytest_plugin import entries
 if TYPE_CHECKING:
     import pluggy
 
+    from membench.pytest_plugin.comparing import Comparison
     from membench.pytest_plugin.fixture import MembenchFixture
     from membench.pytest_plugin.keeping import Keeper
     from membench.pytest_plugin.timing import Timing
@@ -66,8 +67,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; cases of membench suites on cuda have it.")
     config.addinivalue_line(
         "markers",
-        "membench(limit='1 GiB', compare='2%', device='cuda'): for tests with the fixture 'membench': how much live"
-        " memory a function may take at most, how much more than --membench-compare says, and where it is measured.",
+        "membench(limit='1 GiB', compare='2%', device='cuda', repeats=3): for tests with the fixture 'membench': how"
+        " much live memory a function may take at most, how much more than --membench-compare says, where it is"
+        " measured, and how often.",
     )
     # Whether there is pytest-benchmark decides what the fixture depends on, and with it what --benchmark-skip means.
     if config.pluginmanager.hasplugin("benchmark"):
@@ -92,6 +94,11 @@ class _Records:
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
         self._keeper: Keeper | None = None
+        self._comparison: Comparison | None = None
+        if config.getoption("membench_compare") is not None:
+            from membench.pytest_plugin.comparing import Comparison
+
+            self._comparison = Comparison(config)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -102,15 +109,21 @@ class _Records:
             self._keeper = Keeper(self._config)
         if self._keeper is not None:
             self._keeper.keep(found)
+        if self._comparison is not None:
+            self._comparison.hear(found)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if self._keeper is not None and (code := self._keeper.finish()):
             session.exitstatus = code
+        is_wrong = self._comparison is not None and not self._config.option.collectonly and self._comparison.finish()
+        if is_wrong and session.exitstatus == pytest.ExitCode.OK:  # else tests say by it that they failed
+            session.exitstatus = pytest.ExitCode.USAGE_ERROR
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        if self._keeper is not None:
-            self._keeper.summarize(terminalreporter)
+        for told in (self._keeper, self._comparison):
+            if told is not None:
+                told.summarize(terminalreporter)
 
 
 @pytest.fixture

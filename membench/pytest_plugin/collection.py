@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from membench.pytest_plugin import entries
-from membench.pytest_plugin.sharing import Sharing
+from membench.pytest_plugin.sharing import FUNCTIONS, Sharing
 
 if TYPE_CHECKING:
     from membench.record import Case, Record
@@ -63,8 +63,20 @@ class SuiteFile(pytest.File):
             self.suite: Suite = load_suite(os.path.relpath(self.path))
         except MembenchError as error:
             raise self.CollectError(str(error)) from None
+        self._refuse_namesake()
         for case in self.suite.cases:
             yield CaseItem.from_parent(self, name=case.id, case=case)
+
+    def _refuse_namesake(self) -> None:
+        """A baseline goes by its suite's name: of two suites of one name it could not tell which it is of."""
+        known = self.config.stash.setdefault(_COLLECTED, {})
+        first = known.setdefault(self.suite.name, self.nodeid)
+        asked = [name for name in ("save", "compare") if self.config.getoption(f"membench_{name}") is not None]
+        if first != self.nodeid and asked:
+            raise self.CollectError(
+                f"{first} and {self.nodeid} are both named '{self.suite.name}', and --membench-{asked[0]} goes by that:"
+                " give one of them another name, or run them apart"
+            )
 
     def setup(self) -> None:
         self._runner: Runner | None = None
@@ -82,9 +94,18 @@ class SuiteFile(pytest.File):
 
         devices = list(dict.fromkeys(case.device for case in self.suite.cases))
         started = Sharing.of(self.config).started
-        return run_header(
+        header = run_header(
             self.suite.name, self.suite.text, devices, started, self.suite.plugin_files, self.suite.own_metrics
         )
+        number = self._number()
+        return header if number == 1 else {**header, "run": f"{header['run']}-{number}"}
+
+    def _number(self) -> int:
+        """Which of those files it is that would have the same name, of suites and of functions; the same for all
+        workers of xdist."""
+        files = {item.parent for item in self.session.items if isinstance(item, CaseItem)}
+        namesakes = sorted(file.nodeid for file in files if file.suite.name == self.suite.name)
+        return namesakes.index(self.nodeid) + (2 if self.suite.name == FUNCTIONS else 1)
 
     def measure(self, item: CaseItem) -> tuple[list[Record], list[Record]]:
         """Of an item's case, and of its reference, a record a repeat.
@@ -158,6 +179,9 @@ class SuiteFile(pytest.File):
         return self._runner
 
 
+_COLLECTED = pytest.StashKey[dict[str, str]]()
+
+
 class CaseItem(pytest.Item):
     """A case of a suite."""
 
@@ -206,5 +230,5 @@ class CaseItem(pytest.Item):
         assert judge is not None
         suite = self.parent.suite
         return judge.complaints(
-            suite.name, records, suite.tolerances, lambda repeat: self.parent.measure_again(self, repeat)
+            self, suite.name, records, suite.tolerances, lambda repeat: self.parent.measure_again(self, repeat)
         )

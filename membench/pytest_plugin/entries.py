@@ -16,6 +16,16 @@ def add(item: pytest.Item, header: dict[str, Any], record: dict[str, Any]) -> No
     item.stash.setdefault(_MEASURED, []).append({"header": header, "record": record})
 
 
+def add_comparison(item: pytest.Item, case_id: str, base: str, known: list[str] | None) -> None:
+    """Give a test's next report what a case was held against.
+
+    Args:
+        base: the name of the baseline or run.
+        known: the cases that it has, where this one is not among them.
+    """
+    item.stash.setdefault(_MEASURED, []).append({"compared": case_id, "base": base, "known": known})
+
+
 def put_on(report: pytest.TestReport, item: pytest.Item) -> None:
     """Put what a test has measured since its last report on this one."""
     measured = item.stash.get(_MEASURED, None)

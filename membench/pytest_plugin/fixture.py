@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import pickle
+import statistics
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from membench import environment, sending
 from membench.amounts import is_duration
 from membench.errors import MembenchError, did_you_mean, summary
 from membench.pytest_plugin import entries, marker, outcome
-from membench.pytest_plugin.sharing import Sharing
+from membench.pytest_plugin.sharing import FUNCTIONS, Sharing
 from membench.pytest_plugin.timing import durations_s
 from membench.quantities import ByteSize, Duration
 from membench.record import METRICS, Record
@@ -29,9 +30,6 @@ from membench.suite import Settings
 if TYPE_CHECKING:
     from membench.pytest_plugin.timing import Timing
 
-_SUITE = "pytest"
-"""What stands for the suite's name in the file of what functions took."""
-
 _WORTH_IMPORTING_ONCE = ("numpy", "torch", "transformers")
 """Where test modules have imported them, functions will need them, and each process would import them anew."""
 
@@ -40,7 +38,8 @@ class Result:
     """What a function took. Each metric of a record is an attribute; sizes and durations compare with text.
 
     Attributes:
-        record: all that was measured, with how each figure was obtained.
+        record: all that was measured, with how each figure was obtained; of several repeats, in the first.
+        records: that of each repeat. Figures are medians over them.
         peak_live: most memory in use at once during a call, above what was there before the first.
         held_live: memory still in use after a call, what it returned included.
         peak_footprint: most memory taken from the machine during a call under the default allocator.
@@ -49,28 +48,31 @@ class Result:
     """
 
     record: Record
+    records: tuple[Record, ...]
     peak_live: ByteSize
     held_live: ByteSize
     peak_footprint: ByteSize
     held_footprint: ByteSize
     time: Duration
 
-    def __init__(self, record: Record, name: str) -> None:
-        self.record = record
+    def __init__(self, records: Sequence[Record], name: str) -> None:
+        self.records = tuple(records)
+        self.record = self.records[0]
         self._name = name
 
     def __getattr__(self, name: str) -> Any:
         __tracebackhide__ = True
-        if name.startswith("_") or name == "record":  # asked for by whoever copies a result
+        if name.startswith("_") or name in ("record", "records"):  # asked for by whoever copies a result
             raise AttributeError(name)
         metric = next((metric for metric in METRICS if metric.name == name), None)
         if metric is None:
             hint = did_you_mean(name, (metric.name for metric in METRICS if metric.field in self.record.metrics))
             raise AttributeError(f"a result has no '{name}'; {hint}")
-        value = self.record.metrics.get(metric.field)
-        if value is None:
+        values = [value for record in self.records if (value := record.metrics.get(metric.field)) is not None]
+        if not values:
             reason = self.record.reasons.get(metric.field, "a function has no such figure")
             raise MembenchError(f"{name} of {self._name} is not known: {reason}")
+        value = statistics.median(values)
         if metric.field.endswith("_bytes"):
             return ByteSize(value)
         return Duration(value) if is_duration(metric) else value
@@ -92,6 +94,8 @@ class MembenchFixture:
     def __call__(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Result:
         """Call a function with these arguments, twelve times, in a process of its own, and say what it took.
 
+        With ``repeats`` in the test's marker all that is done so many times, each time in a new process.
+
         The function may be a lambda or a local one. What it and its arguments hold is in no figure. Module, class and
         closure come along by value: what it changes in them is not seen here.
 
@@ -104,18 +108,19 @@ class MembenchFixture:
         if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
             _fail(f"'{name}' does nothing when it is called; give membench a function that goes through it to its end")
         self._count += 1
-        record, worse = self._measured(function, args, kwargs, name)
-        if record.status == "skipped":
-            pytest.skip(str(record.message))
-        if wrong := [*outcome.complaints(record), *worse]:
-            outcome.add_output(self._item, [record])
-            _fail("\n".join(wrong))
-        return Result(record, name)
+        records, worse = self._measured(function, args, kwargs, name)
+        if records[-1].status == "skipped":
+            pytest.skip(str(records[-1].message))
+        wrong = [*(line for record in records for line in outcome.complaints(record)), *worse]
+        if wrong:
+            outcome.add_output(self._item, records)
+            _fail("\n".join(dict.fromkeys(wrong)))
+        return Result(records, name)
 
     def _measured(
         self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], name: str
-    ) -> tuple[Record, list[str]]:
-        """The record, and what is worse in it than before."""
+    ) -> tuple[list[Record], list[str]]:
+        """A record a repeat, up to one that did not end well, and what is worse in them than before."""
         __tracebackhide__ = True
         sharing, device = Sharing.of(self._item.config), self._demands.device
         pickled, raised = sharing.passing("call"), sharing.passing("raised")
@@ -130,11 +135,14 @@ class MembenchFixture:
         pickled.write_bytes(pickle.dumps(here))
         try:
             call = Call(**self._names(device), pickled=pickled, raised=raised)
-            record = caller.measure(call, limits)
-            self._keep(record)
+            records: list[Record] = []
+            while len(records) < self._demands.repeats and all(record.status == "ok" for record in records):
+                records.append(caller.measure(call, limits, len(records)))
+                self._keep(records[-1])
+            self._tell(records)
             if raised.exists():
                 raise _raised(raised)
-            return record, self._worse(record, lambda repeat: caller.measure(call, limits, repeat))
+            return records, self._worse(records, lambda repeat: caller.measure(call, limits, repeat))
         finally:
             pickled.unlink(missing_ok=True)
             raised.unlink(missing_ok=True)
@@ -155,34 +163,34 @@ class MembenchFixture:
             "device": device,
         }
 
-    def _worse(self, record: Record, measure: Callable[[int], Record]) -> list[str]:
+    def _worse(self, records: Sequence[Record], measure: Callable[[int], Record]) -> list[str]:
         __tracebackhide__ = True
-        if self._item.config.getoption("membench_compare") is None or record.status != "ok":
+        if self._item.config.getoption("membench_compare") is None or records[-1].status != "ok":
             return []
         from membench.pytest_plugin.judging import Judge
 
         def again(repeat: int) -> Record:
             more = measure(repeat)
-            self._add(more)
+            self._keep(more)
             return more
 
         try:
             judge = Judge.of(self._item.config)
             assert judge is not None
-            return judge.complaints(_SUITE, [record], self._demands.tolerances, again)
+            return judge.complaints(self._item, FUNCTIONS, records, self._demands.tolerances, again)
         except MembenchError as error:
             raise pytest.fail.Exception(f"membench: {error}") from None
 
-    def _add(self, record: Record) -> None:
-        sharing = Sharing.of(self._item.config)
-        header = run_header(_SUITE, "", [self._demands.device], sharing.started)
+    def _keep(self, record: Record) -> None:
+        # Of no devices: other tests of the same file's may be on others.
+        header = run_header(FUNCTIONS, "", [], Sharing.of(self._item.config).started)
         entries.add(self._item, header, dataclasses.asdict(record))
 
-    def _keep(self, record: Record) -> None:
-        self._add(record)
-        outcome.add_figures(self._item, [record], "" if self._count == 1 else f"{self._count}.")
+    def _tell(self, records: Sequence[Record]) -> None:
+        """Tell others what the test's report and pytest-benchmark are to show."""
+        outcome.add_figures(self._item, records, "" if self._count == 1 else f"{self._count}.")
         if self._timing is not None:
-            self._timing.tell(durations_s([record]), outcome.figures([record]))
+            self._timing.tell(durations_s(records), outcome.figures(records))
 
 
 class _Caller:

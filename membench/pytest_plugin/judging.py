@@ -9,12 +9,16 @@ import pytest
 
 from membench.checking import MORE_REPEATS
 from membench.errors import MembenchError, RuleError
-from membench.pytest_plugin.sharing import Sharing, own_name
+from membench.pytest_plugin import entries
+from membench.pytest_plugin.outcome import MembenchWarning
+from membench.pytest_plugin.sharing import FUNCTIONS, Sharing, own_name
 from membench.record import Record
 from membench.regression import baselines, sources
+from membench.regression.machines import kind
 from membench.regression.measured import Measured, of_records
+from membench.regression.timing import LEAST_REPEATS
 from membench.regression.tolerances import Tolerance, Tolerances, parse_fail
-from membench.regression.verdict import judge
+from membench.regression.verdict import Judgement, Pair, judge
 
 
 class Judge:
@@ -28,7 +32,7 @@ class Judge:
         """
         self._results = Sharing.of(config).output
         self._name: str = config.getoption("membench_compare")
-        self._asked = [_parsed(text) for text in config.getoption("membench_fail")]
+        self._asked = asked(config)
         self._bases: dict[str, Measured] = {}
         if self._name and not any(name.startswith(f"{self._name}-") for name in self._kept()):
             sources.load(self._name, self._results)
@@ -59,14 +63,16 @@ class Judge:
 
     def complaints(
         self,
+        item: pytest.Item,
         suite: str,
         records: Sequence[Record],
         demanded: Sequence[Tolerance],
         measure_again: Callable[[int], Record],
     ) -> list[str]:
-        """What is worse than before in one case, a line each.
+        """What is worse than before in one case, a line each; of what cannot be told the test is warned.
 
         Args:
+            item: the test that measured it.
             suite: whose case it is.
             records: of its repeats.
             demanded: tolerances of the suite or the test.
@@ -79,15 +85,61 @@ class Judge:
         new = of_records(records, "this run", suite)
         base = self._base(new)
         own = dataclasses.replace(base, cases={id: case for id, case in base.cases.items() if id == records[0].id})
+        entries.add_comparison(item, records[0].id, base.name, None if own.cases else list(base.cases))
         if not own.cases:
             return []  # new since then
         judgement = judge(own, new, tolerances)
         if judgement.suspects:
             more = [measure_again(len(records) + number) for number in range(MORE_REPEATS)]
             judgement = judge(own, of_records([*records, *more], "this run", suite), tolerances)
+        for line in _doubts(judgement, suite):
+            item.warn(MembenchWarning(line))
         lines = [f"{pair.id}: {pair.broke}" for pair in judgement.broken]
         lines += [f"regressed since {base.name}: {change.sentence()}" for change in judgement.regressions]
         return lines + [f"cannot be compared with {base.name}: {change.sentence()}" for change in judgement.blocked]
+
+
+def _doubts(judgement: Judgement, suite: str) -> list[str]:
+    """What fails nothing and is not known to be fine either."""
+    base = judgement.base
+    lines = [f"undecided since {base.name}: {change.sentence()}" for change in judgement.undecided]
+    lines += [
+        f"not judged against {base.name}: {change.sentence()}"
+        for change in judgement.not_judged
+        if change not in judgement.blocked
+    ]
+    return lines + [line for pair in judgement.pairs for line in _too_few_repeats(pair, base.name, suite)]
+
+
+def _too_few_repeats(pair: Pair, base: str, suite: str) -> list[str]:
+    """Times that were asked for by name, and that no verdict can come of."""
+    lines = []
+    for change in pair.changes:
+        # Of a machine whose noise is known fewer repeats may say something.
+        if pair.base and change.was_asked and kind(change.metric.field) == "time" and not change.noise:
+            repeats = len(pair.base.values.get(change.metric.field, ()))
+            if 0 < repeats < LEAST_REPEATS:
+                lines.append(
+                    f"{pair.id}: {change.metric.name} cannot be judged: {base} has it from {repeats}"
+                    f" {'repeat' if repeats == 1 else 'repeats'}, and {LEAST_REPEATS} tell; {how_to_repeat(suite)}"
+                )
+    return lines
+
+
+def how_to_repeat(suite: str) -> str:
+    """How a user gets enough repeats."""
+    if suite == FUNCTIONS:
+        return f"mark the test with @pytest.mark.membench(repeats={LEAST_REPEATS})"
+    return f"write 'repeats = {LEAST_REPEATS}' under [settings]"
+
+
+def asked(config: pytest.Config) -> list[Tolerance]:
+    """What ``--membench-fail`` says.
+
+    Raises:
+        RuleError: if it cannot be understood.
+    """
+    return [_parsed(text) for text in config.getoption("membench_fail")]
 
 
 def _parsed(text: str) -> Tolerance:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,37 @@ from typing import Any
 import pytest
 
 from membench.errors import MembenchError
-from membench.pytest_plugin.sharing import Sharing, own_name
-from membench.regression import baselines
-from membench.regression.measured import of_run
+from membench.pytest_plugin import saving
+from membench.pytest_plugin.sharing import Sharing
 from membench.session import run_path
-from membench.store import RunFile, read_run, record_of
+from membench.store import Run, RunFile, read_run, record_of
+
+
+@dataclasses.dataclass
+class _Kept:
+    """A file under way.
+
+    Attributes:
+        repeats: how many there are of each case.
+        last: with which repeat of a case its last attempt began: whoever runs failed tests again counts that one.
+    """
+
+    file: RunFile
+    repeats: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    last: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def append(self, record: dict[str, Any]) -> None:
+        case_id = record["id"]
+        if record["repeat"] == 0:
+            self.last[case_id] = self.repeats[case_id]
+        self.file.append(record_of({**record, "repeat": self.repeats[case_id]}))
+        self.repeats[case_id] += 1
+
+    def read(self) -> Run:
+        """What counts of it."""
+        run = read_run(self.file.path)
+        counting = (record for record in run.records if record.repeat >= self.last.get(record.id, 0))
+        return dataclasses.replace(run, records=tuple(counting))
 
 
 class Keeper:
@@ -24,8 +52,7 @@ class Keeper:
         self._output = Sharing.of(config).output
         self._save_as: str | None = config.getoption("membench_save")
         self._said: list[str] = []
-        self._files: dict[Path, RunFile] = {}
-        self._counts: dict[Path, int] = {}
+        self._kept: dict[Path, _Kept] = {}
         self._open = contextlib.ExitStack()
         config.add_cleanup(self._open.close)
 
@@ -33,12 +60,12 @@ class Keeper:
         """Keep records. If that cannot be done pytest ends here, with exit code 2 and one line."""
         try:
             for entry in entries:
-                path, record = run_path(self._output, entry["header"]), record_of(entry["record"])
-                if path not in self._files:
-                    header = {**entry["header"], "machine": record.machine}
-                    self._files[path] = self._open.enter_context(RunFile.create(path, header))
-                self._files[path].append(record)
-                self._counts[path] = self._counts.get(path, 0) + 1
+                if "record" in entry:
+                    path = run_path(self._output, entry["header"])
+                    if path not in self._kept:
+                        header = {**entry["header"], "machine": entry["record"]["machine"]}
+                        self._kept[path] = _Kept(self._open.enter_context(RunFile.create(path, header)))
+                    self._kept[path].append(entry["record"])
         except MembenchError as error:
             pytest.exit(f"membench: {error}", returncode=error.exit_code)
 
@@ -48,12 +75,7 @@ class Keeper:
         if self._save_as is None:
             return 0
         try:
-            runs = [of_run(read_run(path)) for path in self._files]
-            for run in runs:
-                name = self._save_as and (own_name(self._save_as, run.suite) if len(runs) > 1 else self._save_as)
-                path = baselines.path_of(name or baselines.default_name(run), self._output / baselines.FOLDER.name)
-                baselines.write_anew(run, path)
-                self._said.append(f"saved as baseline {_shown(path)}")
+            self._said += saving.save([kept.read() for kept in self._kept.values()], self._save_as, self._output)
         except MembenchError as error:
             self._said.append(f"not saved as a baseline: {error}")
             return error.exit_code
@@ -61,11 +83,9 @@ class Keeper:
 
     def summarize(self, terminal: Any) -> None:
         """Say where the records are."""
-        for path, count in self._counts.items():
-            terminal.write_line(f"membench: {count} {'record' if count == 1 else 'records'} kept in {_shown(path)}")
+        for path, kept in self._kept.items():
+            count = kept.repeats.total()
+            records = "record" if count == 1 else "records"
+            terminal.write_line(f"membench: {count} {records} kept in {saving.shown_path(path)}")
         for line in self._said:
             terminal.write_line(f"membench: {line}")
-
-
-def _shown(path: Path) -> Path:
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

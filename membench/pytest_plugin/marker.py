@@ -15,6 +15,8 @@ from membench.units import parse_bytes
 
 FIXTURE = "membench"
 
+_MOST_REPEATS = 100
+
 
 @dataclass(frozen=True)
 class Demands:
@@ -24,11 +26,13 @@ class Demands:
         limit_bytes: how much live memory a measured function may take at most.
         tolerances: how much more than before it may take.
         device: where it is measured: ``cpu``, ``cuda`` or ``cuda:0``.
+        repeats: how often it is measured, each time in a process of its own.
     """
 
     limit_bytes: int | None = None
     tolerances: tuple[Tolerance, ...] = ()
     device: str = "cpu"
+    repeats: int = 1
 
 
 def _limit(value: Any) -> int:
@@ -51,10 +55,17 @@ def _device(value: Any) -> str:
     return checked_device(value)
 
 
+def _repeats(value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= _MOST_REPEATS:
+        raise ValueError(f"write a whole number from 1 to {_MOST_REPEATS}")
+    return value
+
+
 _KEYS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "limit": ("limit_bytes", _limit),
     "compare": ("tolerances", _compare),
     "device": ("device", _device),
+    "repeats": ("repeats", _repeats),
 }
 
 

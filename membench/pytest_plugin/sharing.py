@@ -19,6 +19,11 @@ from typing import Any
 
 import pytest
 
+from membench import scratch
+
+FUNCTIONS = "pytest"
+"""What stands for the suite's name in the file of what functions of tests took."""
+
 _OUTPUT = "results"
 
 
@@ -82,7 +87,7 @@ class Sharing:
         }
 
     def _file(self, name: str) -> Path:
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _share(self.folder)
         return self.folder / name
 
     def passing(self, name: str) -> Path:
@@ -170,6 +175,9 @@ class Turns:
         fcntl.flock(self._floor, fcntl.LOCK_UN)
         self._shares = False
 
+
+# A process holds the folder once.
+_share = functools.cache(scratch.share)
 
 # A process has one place in the queue, whichever of its runners is at work.
 _turns = functools.cache(Turns)

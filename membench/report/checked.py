@@ -26,6 +26,7 @@ class CheckedCase:
         notes: what is worth knowing although it breaks nothing.
         duration_s: of all its repeats; ``None`` where it was not measured here.
         output: the end of what it printed, where it did not end well.
+        undecided: what looks worse and may be chance, a line each; it fails nothing.
     """
 
     suite: str
@@ -35,6 +36,7 @@ class CheckedCase:
     notes: tuple[str, ...] = ()
     duration_s: float | None = None
     output: str = ""
+    undecided: tuple[str, ...] = ()
 
 
 _ENDS: Mapping[str, End] = {"skipped": "skipped", "diverged": "failed"}
@@ -92,15 +94,29 @@ def of_judgement(judgement: Judgement) -> list[CheckedCase]:
     suite, missing = judgement.new.suite or judgement.base.suite, set(judgement.missing)
     cases = []
     for pair in judgement.pairs:
-        watched = [change for change in pair.changes if change.is_watched]
-        reasons = [_of(pair.id, change.sentence()) for change in watched if change.verdict == "regressed"]
+        told: dict[str, list[str]] = {}
+        for change in pair.changes:
+            if change.is_watched:
+                told.setdefault(change.verdict, []).append(_of(pair.id, change.sentence()))
+        reasons = told.get("regressed", [])
         end: End = "failed" if reasons else "passed"
         if pair.broke:
-            end, reasons = "unfinished", [f"it ended well in {judgement.base.name}, and now: {pair.broke}", *reasons]
+            name = judgement.base.name
+            how = f"it ended well in {name}, and now" if pair.base else f"it is not in {name}, and ended badly"
+            end, reasons = "unfinished", [f"{how}: {pair.broke}", *reasons]
         elif pair.id in missing:
             end, reasons = "unfinished", [f"it was measured in {judgement.base.name}, and was not now"]
-        better = [_of(pair.id, change.sentence()) for change in watched if change.verdict == "better"]
-        cases.append(CheckedCase(suite, pair.id, end, tuple(reasons), tuple(better)))
+        not_judged = [f"not judged: {sentence}" for sentence in told.get("not judged", [])]
+        cases.append(
+            CheckedCase(
+                suite,
+                pair.id,
+                end,
+                tuple(reasons),
+                (*not_judged, *told.get("better", [])),
+                undecided=tuple(told.get("undecided", [])),
+            )
+        )
     if judgement.exit_code and not any(case.end in ("failed", "unfinished") for case in cases):
         cases.append(CheckedCase(suite, "comparison", "unfinished", tuple(judgement.sentences())))
     return cases
@@ -134,6 +150,7 @@ def together(first: Sequence[CheckedCase], second: Sequence[CheckedCase]) -> lis
             tuple(dict.fromkeys((*other.notes, *case.notes))),
             other.duration_s if case.duration_s is None else case.duration_s,
             other.output or case.output,
+            tuple(dict.fromkeys((*other.undecided, *case.undecided))),
         )
     return list(merged.values())
 

@@ -13,26 +13,37 @@ _LARGEST_SUMMARY_BYTES = 1_000_000  # GitHub drops a step's summary above 1 MiB
 
 
 def workflow_commands(cases: Sequence[CheckedCase]) -> Iterator[str]:
-    """A workflow command for each case that failed."""
+    """A workflow command for each case that failed, and one for each of which something is undecided."""
     for case in cases:
+        title = _property(f"membench: {case.id}")
         if case.end in _LEVELS:
-            title = _property(f"membench: {case.id}")
             yield f"::{_LEVELS[case.end]} title={title}::{'%0A'.join(map(_data, case.reasons))}"
+        if case.undecided:
+            yield f"::warning title={title}::{'%0A'.join(_data(f'undecided: {doubt}') for doubt in case.undecided)}"
 
 
 def summary(heading: str, cases: Sequence[CheckedCase], tables: Sequence[str]) -> str:
-    """Markdown: what failed and why, then the tables.
+    """Markdown: what failed and why, what is undecided, then the tables.
 
     Args:
         tables: in Markdown already; they are left out from the last on where there is no room.
     """
     failed = [case for case in cases if case.end in _LEVELS]
     skipped = sum(case.end == "skipped" for case in cases)
-    counts = [f"{len(cases) - len(failed) - skipped} passed", f"{len(failed)} failed", f"{skipped} skipped"]
+    undecided = sum(bool(case.undecided) for case in cases)
+    counts = [
+        f"{len(cases) - len(failed) - skipped} passed", f"{len(failed)} failed", f"{skipped} skipped",
+        f"{undecided} of them undecided",
+    ]  # fmt: skip
     said = ", ".join(count for count in counts if not count.startswith("0 ")) or "no cases"
     lines = [f"## {'❌' if failed else '✅'} {markdown.escaped(heading)}: {said}", ""]
     lines += [
         f"- {markdown.escaped(case.id)}: {markdown.escaped(reason)}" for case in failed for reason in case.reasons
+    ]
+    lines += [
+        f"- {markdown.escaped(case.id)}: undecided: {markdown.escaped(doubt)}"
+        for case in cases
+        for doubt in case.undecided
     ]
     size = len("\n".join(lines).encode())
     for table in tables:

@@ -16,8 +16,9 @@ _TAGS = {"failed": "failure", "unfinished": "error", "skipped": "skipped"}
 def document(cases: Sequence[CheckedCase]) -> str:
     """The whole file: a ``testsuite`` a suite, a ``testcase`` a case.
 
-    A broken limit, rule or tolerance is a ``failure``, a case that was not measured to its end an ``error``. What
-    GitLab shows as suite is ``classname``, and of failures their text, not their ``message``.
+    A broken limit, rule or tolerance is a ``failure``, a case that was not measured to its end an ``error``. What is
+    undecided fails nothing and was not skipped either: it stands in the case's ``system-out``. What GitLab shows as
+    suite is ``classname``, and of failures their text, not their ``message``.
     """
     root = ElementTree.Element("testsuites", name="membench")
     for suite in dict.fromkeys(case.suite for case in cases):
@@ -44,7 +45,8 @@ def _add(suite: ElementTree.Element, case: CheckedCase) -> None:
         end = ElementTree.SubElement(node, _TAGS[case.end], message=reasons[0] if reasons else "")
         if case.end != "skipped":
             end.text = "\n".join(reasons)
-    printed = "\n".join(filter(None, (*case.notes, case.output)))
+    undecided = (f"undecided: {doubt}" for doubt in case.undecided)
+    printed = "\n".join(filter(None, (*undecided, *case.notes, case.output)))
     if printed:
         ElementTree.SubElement(node, "system-out").text = _clean(printed)
 

@@ -11,7 +11,7 @@ from membench.record import Metric, metrics_with
 from membench.regression.gates import Outcome
 from membench.regression.measured import Measured
 from membench.regression.verdict import Change, Judgement, Pair
-from membench.report.text import written
+from membench.report.text import in_cell, written
 from membench.units import format_ratio
 
 _ALWAYS_SHOWN = ("weights", "peak_live", "time")
@@ -27,10 +27,10 @@ def table(judgements: Sequence[Judgement], form: str = "simple") -> str:
     if form in ("csv", "json"):
         return written([row for judgement in judgements for row in _flat(judgement)], form)
     rows: list[dict[str, str]] = []
-    titles = _titles(judgements)
+    titles = [in_cell(title, form) for title in _titles(judgements)]
     for case_id in dict.fromkeys(pair.id for judgement in judgements for pair in judgement.pairs):
         pairs = [_pair(judgement, case_id) for judgement in judgements]
-        rows += _rows(case_id, pairs, titles)
+        rows += _rows(in_cell(case_id, form), pairs, titles)
     return tabulate.tabulate(rows, headers="keys", tablefmt=form, disable_numparse=True)
 
 
@@ -66,8 +66,8 @@ def gates(outcomes: Sequence[Outcome], form: str = "simple") -> str:
     held = {True: "holds", False: "broken", None: "not checked"}
     rows = [
         {
-            "case": one_line(outcome.case_id),
-            "rule": one_line(outcome.gate.text),
+            "case": in_cell(outcome.case_id, form),
+            "rule": in_cell(outcome.gate.text, form),
             "outcome": held[outcome.holds],
             "left": outcome.left or "–",
             "right": outcome.right or "–",
@@ -92,7 +92,7 @@ def figures(measured: Measured, form: str = "simple") -> str:
         return written(rows, form)
     shown = [
         {
-            "case": one_line(case.id),
+            "case": in_cell(case.id, form),
             "status": case.status,
             **{metric.title: _figure(metric, case.value(metric.field)) for metric in known},
         }
@@ -116,10 +116,9 @@ def _pair(judgement: Judgement, case_id: str) -> Pair | None:
     return next((pair for pair in judgement.pairs if pair.id == case_id), None)
 
 
-def _rows(case_id: str, pairs: Sequence[Pair | None], titles: Sequence[str]) -> Iterator[dict[str, str]]:
+def _rows(first: str, pairs: Sequence[Pair | None], titles: Sequence[str]) -> Iterator[dict[str, str]]:
     base = next((pair.base for pair in pairs if pair and pair.base), None)
     statuses = [base.status if base else "–", *(pair.new.status if pair and pair.new else "–" for pair in pairs)]
-    first = one_line(case_id)
     if set(statuses) != {"ok"}:
         yield {"case": first, "figure": "status", **dict(zip(titles, statuses, strict=True))}
         first = ""

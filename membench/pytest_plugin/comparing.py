@@ -1,0 +1,71 @@
+"""What of a whole pytest run was compared: a comparison of nothing, or a tolerance that watches nothing, is no pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from membench.errors import RuleError
+from membench.pytest_plugin.judging import asked
+from membench.regression.tolerances import Tolerances
+
+_MOST_NAMED = 10
+
+
+class Comparison:
+    """Hears what every test compared, in the process that all reports come to."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._asked = asked(config)
+        self._measured: dict[str, None] = {}
+        self._bases_with_cases: set[str] = set()
+        self._new: dict[str, dict[str, None]] = {}
+        """By base the cases that it does not have."""
+        self._known: dict[str, Sequence[str]] = {}
+        self._said: list[str] = []
+
+    def hear(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Hear what a report says."""
+        for entry in entries:
+            if "record" in entry:
+                self._measured[entry["record"]["id"]] = None
+            elif entry["known"] is None:
+                self._bases_with_cases.add(entry["base"])
+            else:
+                self._new.setdefault(entry["base"], {})[entry["compared"]] = None
+                self._known[entry["base"]] = entry["known"]
+
+    def finish(self) -> bool:
+        """Work out what was asked for in vain; whether that makes the options wrong."""
+        if not self._measured:
+            self._said.append("nothing was compared: no test measured anything")
+            return bool(self._asked)
+        if not self._bases_with_cases and not self._new:
+            self._said.append("nothing was compared: no case ended well")
+        for base, cases in self._new.items():
+            if base in self._bases_with_cases:
+                self._said.append(f"not in {base}, so held against nothing: {_named(cases)}")
+            else:
+                self._said.append(
+                    f"nothing was compared: {base} has none of what was measured ({_named(cases)});"
+                    f" it has {_named(self._known[base])}"
+                )
+        is_wrong = not self._new.keys() <= self._bases_with_cases
+        try:
+            Tolerances(command_line=self._asked).refuse_idle(self._measured)
+        except RuleError as error:
+            self._said.append(f"--membench-fail: {error}")
+            is_wrong = True
+        return is_wrong
+
+    def summarize(self, terminal: Any) -> None:
+        for line in self._said:
+            terminal.write_line(f"membench: {line}")
+
+
+def _named(cases: Sequence[str] | Mapping[str, None]) -> str:
+    names = list(cases)
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more

@@ -1,0 +1,84 @@
+"""``--membench-save``: what a pytest run measured becomes baselines, beside what these hold of other tests."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from membench.errors import ResultsError
+from membench.pytest_plugin.judging import how_to_repeat
+from membench.pytest_plugin.sharing import own_name
+from membench.regression import baselines
+from membench.regression.machines import differences
+from membench.regression.measured import Measured, of_run
+from membench.regression.timing import LEAST_REPEATS
+from membench.store import Run
+
+
+def save(runs: Sequence[Run], name: str, results: Path) -> list[str]:
+    """Save runs, and say so in a line or two each.
+
+    A case that was not measured to its end this time stays as it was, and so does one that was not measured at all:
+    ``-k``, ``-x`` and ``--lf`` take nothing out of a baseline.
+
+    Args:
+        name: as it was asked for; empty: each suite's own for this class of machines.
+
+    Raises:
+        ResultsError: if one cannot be written, or would be of two machines.
+    """
+    lines = []
+    folder = results / baselines.FOLDER.name
+    for run in runs:
+        measured = of_run(run)
+        own = _name(measured, name, len(runs), folder) if name else baselines.default_name(measured)
+        path = baselines.path_of(own, folder)
+        new = {case_id: case for case_id, case in measured.cases.items() if case.is_measured}
+        kept = baselines.read(path) if path.is_file() else None
+        stays = {case_id: case for case_id, case in kept.cases.items() if case_id not in new} if kept else {}
+        if kept:
+            _refuse_two_machines(kept, measured, len(stays), path)
+            noise = kept.noise | measured.noise
+            measured = dataclasses.replace(measured, cases={**measured.cases, **stays, **new}, noise=noise)
+        baselines.write(measured, path)
+        beside = f", beside {_cases(len(stays))} as before" if stays else ""
+        lines.append(f"saved as baseline {shown_path(path)}: {_cases(len(new))} as measured now{beside}")
+        if (repeats := min(len(values) for case in new.values() for values in case.values.values())) < LEAST_REPEATS:
+            lines.append(
+                f"times were measured {repeats}x: none will be called slower than these;"
+                f" to have them judged {how_to_repeat(measured.suite)}"
+            )
+    return lines
+
+
+def _name(measured: Measured, name: str, runs: int, folder: Path) -> str:
+    """The baseline of this name that is the suite's own: where there are several suites each has its part.
+
+    A part is told by its name; what was saved of one suite alone stays its baseline when others come.
+    """
+    own, kept = own_name(name, measured.suite), baselines.names(folder)
+    if own in kept:
+        return own
+    if name in kept:
+        return name if baselines.named(name, folder).suite == measured.suite else own
+    return own if runs > 1 else name
+
+
+def _refuse_two_machines(kept: Measured, new: Measured, stay: int, path: Path) -> None:
+    on_gpu = any(case.on_gpu for case in (*kept.cases.values(), *new.cases.values()))
+    unlike = [each for each in differences(kept.machine, new.machine) if each.bars(on_gpu)]
+    if stay and unlike:
+        raise ResultsError(
+            f"{shown_path(path)}: {_cases(stay)} of it would stay, and {'is' if stay == 1 else 'are'} of another"
+            f" machine ({unlike[0]}); 'membench baseline remove {path.stem}' begins anew"
+        )
+
+
+def _cases(count: int) -> str:
+    return f"{count} {'case' if count == 1 else 'cases'}"
+
+
+def shown_path(path: Path) -> Path:
+    """A path as short as it can be."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
