@@ -90,13 +90,9 @@ class SuiteFile(pytest.File):
     @property
     def header(self) -> dict[str, Any]:
         """Of the file that the suite's records go to."""
-        from membench.session import run_header
+        from membench.session import header_of
 
-        devices = list(dict.fromkeys(case.device for case in self.suite.cases))
-        started = Sharing.of(self.config).started
-        header = run_header(
-            self.suite.name, self.suite.text, devices, started, self.suite.plugin_files, self.suite.own_metrics
-        )
+        header = header_of(self.suite, Sharing.of(self.config).started)
         number = self._number()
         return header if number == 1 else {**header, "run": f"{header['run']}-{number}"}
 
