@@ -107,6 +107,7 @@ class _Part(_Table):
     cuda_peak_reserved_bytes: Size | None = None
     cuda_held_reserved_bytes: Size | None = None
     children_peak_bytes: Size | None = None
+    own_peak_bytes: Size | None = None
     gpu_process_peak_bytes: Size | None = None
     gpu_used_peak_bytes: Size | None = None
     bound: Literal["exact", "at least", "at most"] | None = None
