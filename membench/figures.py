@@ -198,10 +198,11 @@ def _footprint_of_program(
 
 def _gpu_footprint_of_program(found: Figures, whole: Mapping[str, Any], interval_s: float) -> None:
     """NVML's figure of the processes, or of the device above its idle level where the driver hides them."""
-    if whole["gpu_process_peak_bytes"] is not None:
-        peak_bytes, source = whole["gpu_process_peak_bytes"], "NVML per process, sampled"
-    else:
-        peak_bytes = whole["gpu_used_peak_bytes"]
+    peak_bytes, used_bytes = whole["gpu_process_peak_bytes"], whole["gpu_used_peak_bytes"]
+    source = "NVML per process, sampled"
+    # A container has process ids of its own: what NVML shows under ours may be another's, and more than ours took.
+    if peak_bytes is None or (used_bytes is not None and peak_bytes > used_bytes):
+        peak_bytes = used_bytes
         source = "NVML: used memory of the device above its idle level, sampled; the driver hides the process"
     if peak_bytes is None:
         found.miss("peak_footprint_bytes", whole.get("gpu_unknown") or "NVML shows neither the process nor the device")

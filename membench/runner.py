@@ -294,7 +294,7 @@ class Runner:
                 outcome.observer = observer = Observer(outcome.pid, self._gpus, idle)
                 if is_program:
                     if request["device"].startswith("cuda"):
-                        outcome.gpu_unknown = observer.use_gpu_of(request["device"]) or self._no_gpus
+                        outcome.gpu_unknown = self._no_gpus or observer.use_gpu_of(request["device"])
                     outcome.marked = MarkedPhases(outcome.pid, observer)
                 ended, timed_out = self._followed(home, outcome, observer, ours, read_end, timeout_s)
             if outcome.marked:

@@ -78,13 +78,8 @@ _SMALL = """\
 import membench
 
 
-def small(name, mib):
-    return membench.Suite(
-        name,
-        matrix={"model": ["block"], "technique": ["none"], "workload": ["still"]},
-        workload={"still": {"use": "burst", "mib": mib}},
-        settings={"measured_steps": 1},
-    )
+def small(name, *arguments):
+    return membench.Suite(name, script={"module": "this", "arguments": arguments})
 """
 
 
@@ -167,8 +162,8 @@ _BROKEN = {
     "x = 1\n": " makes no suite: assign a membench.Suite(...) to a variable",
     "import beside\n": ", line 1: ZeroDivisionError: division by zero",
     "x = '\0'\n": ": ",
-    f"{_SMALL}a = small('a', 1)\nb = small('b', 1)\n": " makes 2 suites; name one: suites.py::a, suites.py::b",
-    f"{_SMALL}both = [small('a', 1), small('a', 2)]\n": ": two suites are named 'a'",
+    f"{_SMALL}a = small('a')\nb = small('b')\n": " makes 2 suites; name one: suites.py::a, suites.py::b",
+    f"{_SMALL}both = [small('a'), small('a', '2')]\n": ": two suites are named 'a'",
 }
 
 
@@ -184,7 +179,7 @@ def test_a_file_that_makes_no_suite_to_run_is_one_line(tmp_path: Path, monkeypat
 
 
 def test_a_suite_that_imports_torch_is_refused(tmp_path: Path) -> None:
-    written(tmp_path, f"{_SMALL}import torch\none = small('one', 1)\n")
+    written(tmp_path, f"{_SMALL}import torch\none = small('one')\n")
     code = "import sys; from membench.cli import main; sys.exit(main(['list', 'suites.py']))"
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 2
@@ -193,8 +188,8 @@ def test_a_suite_that_imports_torch_is_refused(tmp_path: Path) -> None:
 
 
 def test_one_of_several_suites_is_chosen_by_name(tmp_path: Path) -> None:
-    path = written(tmp_path, f"{_SMALL}all = {{'x': [small('a', 1)], 'y': (small('b', 2),)}}\nagain = all['x'][0]\n")
-    assert membench.load_suite(f"{path}::b").cases[0].workload_plugin.options == {"mib": 2}
+    path = written(tmp_path, f"{_SMALL}all = {{'x': [small('a')], 'y': (small('b', '2'),)}}\nagain = all['x'][0]\n")
+    assert membench.load_suite(f"{path}::b").cases[0].model_plugin.options == {"module": "this", "arguments": ["2"]}
     with pytest.raises(SuiteError, match=r"makes no suite 'c'; known: a, b$"):
         membench.load_suite(f"{path}::c")
     with pytest.raises(SuiteError, match="only a file in Python makes several suites"):
@@ -204,11 +199,11 @@ def test_one_of_several_suites_is_chosen_by_name(tmp_path: Path) -> None:
 def test_a_suite_may_import_what_lies_beside_it_and_print(tmp_path: Path) -> None:
     written(tmp_path, "names = ['a']\n", "beside_the_suite.py")
     path = written(tmp_path, f"{_SMALL}import beside_the_suite\nprint('hello')\n"
-                             "made = [small(name, 1) for name in beside_the_suite.names]\n")  # fmt: skip
+                             "made = [small(name) for name in beside_the_suite.names]\n")  # fmt: skip
     ran = subprocess.run(
         [sys.executable, "-m", "membench", "run", str(path), "--dry-run"], capture_output=True, text=True
     )
-    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "block/none/still/cpu\n", "hello\n")
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "this/none/script/cpu\n", "hello\n")
 
 
 @pytest.fixture(scope="module")
@@ -243,13 +238,8 @@ def test_a_run_goes_on_as_long_as_the_suite_comes_to_the_same(kept: tuple[Path, 
 
 
 def test_a_suite_made_by_a_program_is_run_as_it_is(tmp_path: Path) -> None:
-    suite = membench.Suite(
-        "made",
-        matrix={"model": ["block"], "technique": ["none"], "workload": ["burst"]},
-        settings={"measured_steps": 1},
-    )
-    run = membench.run(suite, output=tmp_path)
-    assert [record.id for record in run.records] == ["block/none/burst/cpu"]
+    run = membench.run(membench.Suite("made", script={"module": "this"}), output=tmp_path)
+    assert [record.id for record in run.records] == ["this/none/script/cpu"]
     assert json.loads(run.header["suite_text"]) == run.header["suite_tables"]
 
 
@@ -268,23 +258,23 @@ def test_another_commits_suite_is_its_own_file(tmp_path: Path) -> None:
 
 
 def test_pytest_collects_a_suite_that_is_named_alone(inner: pytest.Pytester) -> None:
-    inner.makepyfile(suites=f"{_SMALL}one = small('one', 1)\n")
+    inner.makepyfile(suites=f"{_SMALL}one = small('one')\n")
     found = inner.runpytest_subprocess("-p", "no:benchmark", "-v", "suites.py")
     found.assert_outcomes(passed=1)
-    found.stdout.fnmatch_lines(["suites.py::block/none/still/cpu PASSED*"])
+    found.stdout.fnmatch_lines(["suites.py::this/none/script/cpu PASSED*"])
     inner.makepyfile(test_other="def test_x(): pass\n")
     inner.runpytest_subprocess("-p", "no:benchmark", ".").assert_outcomes(passed=1)
 
 
 def test_pytest_names_the_suite_where_a_file_makes_several(inner: pytest.Pytester) -> None:
-    inner.makepyfile(suites=f"{_SMALL}all = [small('one', 1), small('two', 1)]\n")
+    inner.makepyfile(suites=f"{_SMALL}all = [small('one'), small('two')]\n")
     listed = inner.runpytest_subprocess("--collect-only", "-q", "suites.py")
-    listed.stdout.fnmatch_lines(["suites.py::one::block/none/still/cpu", "suites.py::two::block/none/still/cpu"])
+    listed.stdout.fnmatch_lines(["suites.py::one::this/none/script/cpu", "suites.py::two::this/none/script/cpu"])
     inner.runpytest_subprocess("-p", "no:benchmark", "suites.py::two").assert_outcomes(passed=1)
 
 
 def test_pytest_still_collects_tests_beside_a_suite_and_no_suite_of_a_tests_own(inner: pytest.Pytester) -> None:
-    inner.makepyfile(test_both=f"{_SMALL}\n\ndef test_x():\n    assert small('x', 1).name == 'x'\n")
+    inner.makepyfile(test_both=f"{_SMALL}\n\ndef test_x():\n    assert small('x').name == 'x'\n")
     listed = inner.runpytest_subprocess("--collect-only", "-q", "test_both.py")
     assert [line for line in listed.outlines if "::" in line] == ["test_both.py::test_x"]
     inner.makepyfile(test_both="import membench\n\ndef test_x(): pass\n\n"
