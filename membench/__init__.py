@@ -1,7 +1,8 @@
 """Measure what memory-saving techniques for language models really save, and what they cost.
 
-``load_suite`` reads a suite, ``run`` measures it, ``read_run`` reads what was kept; whatever a user can set right is
-raised as a ``MembenchError``, in one line. Nothing here imports torch.
+``load_suite`` reads a suite and ``Suite`` makes one, ``run`` measures it, ``read_run`` reads what was kept; whatever a
+user can set right is raised as a ``MembenchError``, in one line. ``phase`` marks the phases of a program of one's own.
+Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from membench.errors import MembenchError, PluginError, ResultsError, SuiteError
+    from membench.phases import phase
     from membench.record import Record
     from membench.session import resumable, run
     from membench.store import Run, newest_run, read_run
@@ -26,6 +28,7 @@ __all__ = [
     "SuiteError",
     "load_suite",
     "newest_run",
+    "phase",
     "read_run",
     "resumable",
     "run",
@@ -36,6 +39,7 @@ _HOMES = {
     "PluginError": "membench.errors",
     "ResultsError": "membench.errors",
     "SuiteError": "membench.errors",
+    "phase": "membench.phases",
     "Record": "membench.record",
     "Run": "membench.store",
     "newest_run": "membench.store",
@@ -51,4 +55,5 @@ def __getattr__(name: str) -> Any:
     # Loaded when asked for, so that a worker does not carry the runner's modules.
     if name not in _HOMES:
         raise AttributeError(f"module 'membench' has no attribute '{name}'")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    found = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+    return found

@@ -95,9 +95,15 @@ def available_bytes() -> int:
     return min([psutil.virtual_memory().available, *_left_in_cgroups()])
 
 
-def worker_environment(threads: int) -> dict[str, str]:
-    """The environment a worker starts in. Passive waiting keeps OpenMP from spinning against other work."""
+def worker_environment(threads: int | None) -> dict[str, str]:
+    """The environment a worker starts in. Passive waiting keeps OpenMP from spinning against other work.
+
+    Args:
+        threads: ``None`` of a program, whose environment is its user's own.
+    """
     environment = dict(os.environ)
+    if threads is None:
+        return environment
     environment["OMP_NUM_THREADS"] = str(threads)
     environment["OPENBLAS_NUM_THREADS"] = "1"  # else importing numpy starts threads before the fork
     environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for CUDA must not touch it before the fork
@@ -166,10 +172,11 @@ def _gpus() -> list[dict[str, Any]] | str | None:
     return found.describe() if found else reason
 
 
-def describe(threads: int, *, with_gpus: bool = False) -> dict[str, Any]:
+def describe(threads: int | None, *, with_gpus: bool = False) -> dict[str, Any]:
     """The machine's description that stands in every record.
 
     Args:
+        threads: ``None`` of a program, which has as many as it takes.
         with_gpus: whether a case runs on one: ``gpus`` then lists them, or is the reason why none can be seen.
     """
     environment = worker_environment(threads)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import os
+import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from membench import registry
@@ -15,7 +19,10 @@ from membench.record import METRICS, REFERENCE, Case, Plugin, PluginFile, own_fi
 from membench.validation import shown
 
 if TYPE_CHECKING:
-    from membench.suite import Addition, Contents, Matrix, Selection
+    from membench.tables import Addition, Contents, Matrix, Program, Selection
+
+
+_LONGEST_NAME = 64
 
 
 class _Combination(NamedTuple):
@@ -72,6 +79,46 @@ def expand(contents: Contents, devices: Sequence[str] | None, files: Sequence[Pl
         elif each in written:
             raise SuiteError(wrong)
     return tuple(cases)
+
+
+def cases_of_program(program: Program, folder: Path, devices: Sequence[str] | None) -> tuple[Case, ...]:
+    """A case of a user's program on each device; it is called by the program's file or module.
+
+    Args:
+        folder: that its file is relative to.
+        devices: in place of the one that the suite names.
+
+    Raises:
+        SuiteError: if it cannot be started: key, value and what is wrong.
+    """
+    if program.module is not None:
+        command, name = [sys.executable, "-m", program.module], program.module
+    else:
+        path = folder / str(program.file)
+        command, name = _started(path, str(program.file)), path.stem
+    name = re.sub(r"[^\w.-]+", "-", name)[:_LONGEST_NAME] or "script"
+    options = program.model_dump(exclude_none=True, exclude={"device"})
+    return tuple(
+        Case(name, REFERENCE, "script", device, Plugin("script", options), (Plugin(REFERENCE),), Plugin("script"),
+             command=(*command, *program.arguments))
+        for device in devices or [program.device]
+    )  # fmt: skip
+
+
+def _started(path: Path, written: str) -> list[str]:
+    """How a file is started: by this interpreter if it is Python's, else by itself."""
+    where = f"script.file = {shown(written)}"
+    try:
+        if path.is_dir():
+            raise SuiteError(f"{where}: it is a folder")
+        if not path.is_file():
+            raise SuiteError(f"{where}: there is no such file")
+    except (OSError, ValueError) as error:
+        raise SuiteError(f"{where}: {getattr(error, 'strerror', None) or error}") from None
+    is_python = path.suffix == ".py"
+    if not os.access(path, os.R_OK if is_python else os.X_OK):
+        raise SuiteError(f"{where}: {'it cannot be read' if is_python else 'it is neither Python nor executable'}")
+    return [sys.executable, str(path)] if is_python else [str(path.absolute())]
 
 
 def _written(contents: Contents, devices: Sequence[str] | None) -> tuple[list[_Combination], list[_Combination]]:

@@ -148,6 +148,70 @@ def figures_of_calls(
     return found
 
 
+NO_LIVE = "a script keeps its own allocator: what it freed and still holds cannot be told from what it uses"
+
+
+def figures_of_program(
+    phases: Sequence[Mapping[str, Any]],
+    result: Mapping[str, Any],
+    status: str,
+    on_gpu: bool,
+    interval_s: float,
+    baseline: Mapping[str, int] | None,
+) -> Figures:
+    """The same for a user's program as it is: whole, its interpreter included; to where it ended, however it did."""
+    del baseline  # nothing is taken off
+    found = Figures()
+    found.miss("peak_live_bytes", NO_LIVE)
+    if not phases:
+        for name in ("peak_footprint_bytes", "step_median_s"):
+            found.miss(name, f"the case ended as {status}")
+        return found
+    whole = phases[0]
+    if on_gpu:
+        _gpu_footprint_of_program(found, whole, interval_s)
+    else:
+        _footprint_of_program(found, whole, result, interval_s)
+    _children(found, phases, interval_s)
+    if status == "ok":
+        found.know("step_median_s", result["durations_s"][0], "monotonic clock, from the script's start to its end")
+    else:
+        found.miss("step_median_s", f"the case ended as {status}")
+    return found
+
+
+def _footprint_of_program(
+    found: Figures, whole: Mapping[str, Any], result: Mapping[str, Any], interval_s: float
+) -> None:
+    how: dict[str, Any] = {"source": "kernel's peak (VmHWM, ru_maxrss), under the script's own allocator",
+                           "bound": whole.get("bound", "exact"), "resolution_bytes": resolution_bytes(),
+                           "children": False}  # fmt: skip
+    if how["bound"] == "at most" and result["had_children"]:
+        found.miss("peak_footprint_bytes", "script and children take less than what they were forked from")
+        return
+    if how["bound"] == "at least" or result["had_children"]:
+        # The kernel tells the highest peak of any child that was waited for, too, however short it lived.
+        how |= {"source": "kernel's peak (VmHWM, ru_maxrss); with children, their own pages (USS), sampled",
+                "bound": "at least", "children": True, "interval_s": interval_s}  # fmt: skip
+    found.know("peak_footprint_bytes", whole["peak_footprint_bytes"], **how)
+
+
+def _gpu_footprint_of_program(found: Figures, whole: Mapping[str, Any], interval_s: float) -> None:
+    """NVML's figure of the processes, or of the device above its idle level where the driver hides them."""
+    peak_bytes, used_bytes = whole["gpu_process_peak_bytes"], whole["gpu_used_peak_bytes"]
+    source = "NVML per process, sampled"
+    # A container has process ids of its own: what NVML shows under ours may be another's, and more than ours took.
+    if peak_bytes is None or (used_bytes is not None and peak_bytes > used_bytes):
+        peak_bytes = used_bytes
+        source = "NVML: used memory of the device above its idle level, sampled; the driver hides the process"
+    if peak_bytes is None:
+        found.miss("peak_footprint_bytes", whole.get("gpu_unknown") or "NVML shows neither the process nor the device")
+    else:
+        found.know("peak_footprint_bytes", peak_bytes, source, "at least", interval_s=interval_s)
+    if whole["gpu_energy_j"] is not None:
+        found.know("energy_j", whole["gpu_energy_j"], "NVML's counter from the script's start to its end, whole device")
+
+
 _CATEGORIES = {
     "optimizer": "optimizer_state_bytes",
     "cache": "cache_bytes",

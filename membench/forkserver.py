@@ -1,4 +1,4 @@
-"""A clean process that has imported what cases need and forks one worker at a time.
+"""A clean process that has imported what cases need and forks one worker at a time, or starts a program as one.
 
 It speaks JSON, a message a packet, over the socket on its standard input. It watches that socket: when the runner
 dies, however it dies, the worker and all its descendants are killed and the scratch folder, which the runner made, is
@@ -19,13 +19,17 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 
-from membench import allocator, corpus, procfs, scratch
+from membench import allocator, corpus, phases, procfs, scratch
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _WORKER_FAILED = 70
+_CANNOT_BE_STARTED = 127  # as a shell has it
+_GRACE_S = 0.5
+"""Helpers of multiprocessing end by themselves when they see that their program has."""
 
 
 def die_with_parent() -> None:
@@ -47,6 +51,16 @@ def _kill_descendants() -> None:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         select.select([], [], [], 0.002)
+
+
+def _left_running() -> list[str]:
+    """The names of descendants that do not end by themselves."""
+    deadline = time.monotonic() + _GRACE_S
+    while names := [name for pid in procfs.children(os.getpid()) if (name := procfs.running(pid)) is not None]:
+        if time.monotonic() > deadline:
+            break
+        select.select([], [], [], 0.01)
+    return sorted(names)
 
 
 def _fork_worker(request: dict[str, object], pipe: int, output: int, server: socket.socket) -> int:
@@ -76,6 +90,34 @@ def _fork_worker(request: dict[str, object], pipe: int, output: int, server: soc
         os._exit(code)
 
 
+def _start_program(request: dict[str, object], pipe: int, errors: int, streams: list[int]) -> int:
+    """Start a program as its user would, but for its standard error and a way to mark phases.
+
+    Args:
+        streams: its standard input and output.
+    """
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        die_with_parent()
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores the last two
+            signal.signal(number, signal.SIG_DFL)
+        for descriptor, given in enumerate((*streams, errors)):
+            os.dup2(given, descriptor)
+        channel = os.dup(pipe)
+        os.set_inheritable(channel, True)
+        command = request["command"]
+        assert isinstance(command, list)
+        marks = {phases.CHANNEL_VARIABLE: f"{os.getpid()}:{channel}"}
+        os.execve(command[0], command, {**os.environ, **marks})
+    except OSError as error:
+        print(f"cannot be started: {error.strerror}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(_CANNOT_BE_STARTED)
+
+
 def _spawn_worker(request: dict[str, object], pipe: int, output: int) -> int:
     process = subprocess.Popen(
         [sys.executable, "-m", "membench.worker", str(pipe)],
@@ -97,6 +139,7 @@ class _Server:
         self._server = server
         self._folder = folder
         self._worker = 0
+        self._is_program = False
         # A pipe turns the signal of a dead child into something that select sees.
         self._wake, wake_end = os.pipe()
         os.set_blocking(wake_end, False)
@@ -118,16 +161,24 @@ class _Server:
 
     def _reap(self) -> None:
         with contextlib.suppress(ChildProcessError):
-            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                if ended[0] == self._worker:
+            while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+                # As long as it is not reaped, the kernel tells of it.
+                had_children = ended.si_pid == self._worker and procfs.waited_for_children(ended.si_pid)
+                pid, status, usage = os.wait4(ended.si_pid, 0)
+                if pid == self._worker:
                     self._worker = 0
+                    ended_at_s = time.monotonic()
+                    left = _left_running() if self._is_program else []
                     _kill_descendants()
                     scratch.empty(self._folder)
-                    self._tell(exited=ended[1])
+                    self._tell(
+                        exited=status, peak_bytes=usage.ru_maxrss * 1024, had_children=had_children, left=left,
+                        ended_at_s=ended_at_s, own_peak_bytes=procfs.resident().peak_bytes,
+                    )  # fmt: skip
 
     def _obey(self) -> bool:
         """Do what the runner asks; False when it has gone."""
-        data, descriptors, _, _ = socket.recv_fds(self._server, 2**20, 2)
+        data, descriptors, _, _ = socket.recv_fds(self._server, 2**20, 4)
         if not data:
             return False
         request = json.loads(data)
@@ -136,13 +187,16 @@ class _Server:
                 _kill([*procfs.children(self._worker), self._worker])
             return True
         request["scratch"] = str(self._folder)
-        pipe, output = descriptors
-        if request["isolation"] == "spawn":
+        pipe, output, *streams = descriptors
+        self._is_program = "command" in request
+        if self._is_program:
+            self._worker = _start_program(request, pipe, output, streams)
+        elif request["isolation"] == "spawn":
             self._worker = _spawn_worker(request, pipe, output)
         else:
             self._worker = _fork_worker(request, pipe, output, self._server)
-        os.close(pipe)
-        os.close(output)
+        for descriptor in descriptors:
+            os.close(descriptor)
         self._tell(pid=self._worker)
         return True
 

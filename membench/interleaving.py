@@ -76,13 +76,17 @@ class Interleaved:
             tree = opened.enter_context(self._repository.work_tree(self.commit))
             here = Path.cwd()
             there = self._in(tree, here, "this folder")
-            theirs = self._in(tree, self._suite.path, f"suite {self._suite.path}")
+            path = self._suite.path
+            if path is None:
+                raise MembenchError(f"suite '{self._suite.name}' is of no file: the other commit has none like it")
+            theirs = self._in(tree, path, f"suite {path}")
+            chosen = f"::{self._suite.name}" if path.suffix == ".py" else ""
             order = {"devices": self._devices, "ids": self._ids, "repeats": self._suite.settings.repeats}
             head_commit = self._repository.commit("HEAD")
-            head = {**order, "suite": str(self._suite.path.resolve()), "output": str(self._output.absolute()),
+            head = {**order, "suite": f"{path.resolve()}{chosen}", "output": str(self._output.absolute()),
                     "root": str(self._repository.root), "not_from": None,
                     "code": {"commit": head_commit, "ref": "HEAD", "is_changed": self.is_changed}}  # fmt: skip
-            base = {**order, "suite": str(theirs), "output": str(self._output.absolute() / "base"),
+            base = {**order, "suite": f"{theirs}{chosen}", "output": str(self._output.absolute() / "base"),
                     "root": str(tree.path), "not_from": str(self._repository.root),
                     "code": {"commit": self.commit, "ref": self.ref, "is_changed": False}}  # fmt: skip
             paths = _import_paths(self._repository.root)

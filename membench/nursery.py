@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from membench import environment
 from membench.errors import MembenchError
@@ -30,6 +30,27 @@ class NurseryLost(MembenchError):
     """The fork server is gone."""
 
 
+class Ended(NamedTuple):
+    """How a worker ended.
+
+    Attributes:
+        status: as ``os.waitpid`` says it.
+        at_s: when, by the monotonic clock.
+        peak_bytes: the kernel's peak since it was last reset: of the worker, of what it was forked from, or of a child
+            that it waited for, whichever is the highest.
+        forked_from_bytes: at most so much of that was there before a program was started.
+        had_children: whether it waited for one.
+        left: the names of processes that outlived a program, and were killed.
+    """
+
+    status: int
+    at_s: float
+    peak_bytes: int
+    forked_from_bytes: int
+    had_children: bool
+    left: tuple[str, ...]
+
+
 class Nursery:
     """A fork server and the socket to it. It starts importing at once; ``wait_until_ready`` waits for it.
 
@@ -38,8 +59,13 @@ class Nursery:
         NurseryLost: if the fork server cannot be started.
     """
 
-    def __init__(self, preload: Sequence[str], threads: int, variables: Mapping[str, str] | None = None) -> None:
-        """``variables``: of the environment, for workers alone."""
+    def __init__(self, preload: Sequence[str], threads: int | None, variables: Mapping[str, str] | None = None) -> None:
+        """Start it.
+
+        Args:
+            threads: of a worker; ``None`` leaves the environment as it is.
+            variables: of the environment, for workers alone.
+        """
         self._scratch = Scratch()
         # Packets, so that two messages never run together.
         self._socket, child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -91,17 +117,25 @@ class Nursery:
         answer: Mapping[str, Any] = json.loads(data)
         return answer
 
-    def start(self, request: Mapping[str, Any], pipe: socket.socket, output: int) -> int:
-        """Start a worker that speaks over ``pipe`` and prints to ``output``; its process id."""
+    def start(self, request: Mapping[str, Any], pipe: socket.socket, output: int, streams: Sequence[int] = ()) -> int:
+        """Start a worker that speaks over ``pipe`` and prints to ``output``; its process id.
+
+        Args:
+            streams: of a program, its standard input and output; ``output`` is its standard error then.
+        """
         try:
-            socket.send_fds(self._socket, [json.dumps(request).encode()], [pipe.fileno(), output])
+            socket.send_fds(self._socket, [json.dumps(request).encode()], [pipe.fileno(), output, *streams])
         except OSError as error:
             raise NurseryLost(f"the fork server is gone: {error.strerror}") from None
         return int(self._answer(_ANSWER_TIMEOUT_S)["pid"])
 
-    def exit_status(self) -> int:
-        """How the worker ended, as ``os.waitpid`` says it; waits for it."""
-        return int(self._answer(_ANSWER_TIMEOUT_S)["exited"])
+    def ended(self) -> Ended:
+        """How the worker ended; waits for it."""
+        answer = self._answer(_ANSWER_TIMEOUT_S)
+        return Ended(
+            answer["exited"], answer["ended_at_s"], answer["peak_bytes"], answer["own_peak_bytes"],
+            answer["had_children"], tuple(answer["left"]),
+        )  # fmt: skip
 
     def kill(self) -> None:
         """Kill the worker and its descendants."""

@@ -6,6 +6,7 @@ which the worker tells once its CUDA context stands.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,22 @@ class Gpus:
             if handle is not None:
                 return Gpu(self._nvml, handle, candidate)
         return None
+
+    def of_device(self, device: str) -> Gpu | None:
+        """The device that ``cuda:1`` means to a program: among those it may see, in the order of the PCI bus."""
+        number = int(device.partition(":")[2] or 0)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if visible is not None:
+            names = [name.strip() for name in visible.split(",")]
+            if number >= len(names):
+                return None
+            if not names[number].isdecimal():
+                return self.find(names[number])
+            number = int(names[number])
+        if number >= len(self._handles):
+            return None
+        uuid, _ = self._ask(self._nvml.nvmlDeviceGetUUID, self._handles[number])
+        return None if uuid is None else self.find(uuid)
 
 
 class Gpu:

@@ -56,6 +56,13 @@ class Observer:
         self._gpu = self._gpus.find(uuid)
         return None if self._gpu else f"NVML knows no device with the UUID {uuid}"
 
+    def use_gpu_of(self, device: str) -> str | None:
+        """Look at the device that ``cuda:1`` means to a program; the reason if it cannot be found."""
+        if self._gpus is None:
+            return "NVML is not available"
+        self._gpu = self._gpus.of_device(device)
+        return None if self._gpu else f"NVML knows no {device}"
+
     def close(self) -> None:
         """Look no more; what was seen can still be asked for."""
         if self._watch:

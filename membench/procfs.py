@@ -114,6 +114,28 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def waited_for_children(pid: int) -> bool:
+    """Whether a process that has ended, and is not reaped yet, had children that it waited for.
+
+    ``False`` if it cannot be told. (/proc/<pid>/stat, fields 11 and 13: page faults of such children.)
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[8]) + int(fields[10]) > 0
+    except (OSError, IndexError, ValueError):
+        return False
+
+
+def running(pid: int) -> str | None:
+    """The name of a process that lives; ``None`` of one that has ended, whether or not it is reaped."""
+    try:
+        _, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")
+    except OSError:
+        return None
+    name, _, fields = rest.rpartition(") ")
+    return None if fields[:1] in "ZX" else name
+
+
 def unique_bytes(pid: int) -> int:
     """Memory that only this process holds (USS); 0.4 to 4 ms a look.
 

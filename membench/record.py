@@ -449,6 +449,9 @@ METRICS: tuple[Metric, ...] = (
     ),
 )
 
+METRICS_OF_PROGRAMS = ("peak_footprint", "children_peak", "time", "energy")
+"""The metrics that a user's program has."""
+
 _OWN = "own."
 _OWN_FIELD = re.compile(r"own\.(?P<name>[a-z][a-z0-9_]*)\.(?P<better>lower|higher)(?:\.(?P<unit>[^\s._]{1,16}))?")
 
@@ -546,6 +549,8 @@ class Case:
     workload_plugin: Plugin
     metric_plugins: Mapping[str, Plugin] = field(default_factory=dict)
     """By field, the quality metrics that are plug-ins."""
+    command: tuple[str, ...] | None = None
+    """Of a user's program: how it is started, its arguments included."""
 
     @property
     def plugins(self) -> tuple[tuple[str, Plugin], ...]:
@@ -583,7 +588,8 @@ class Record:
         processes: one entry a process of the case (role, rank, device), each with its baseline and phases, what its
             weights are made of (``modules_bytes``), what held live memory at the highest moment of each part of a step
             (``breakdown_bytes``), how long each timed step took (``durations_s``) and for how long its threads waited
-            for a core meanwhile, all together (``waited_s``). Earlier records have neither the first nor the last.
+            for a core meanwhile, all together (``waited_s``). Earlier records have neither the first nor the last. A
+            user's program has its ``exit_code``, and in each phase how often it passed through it (``passes``).
         timeline: columns of samples over the whole case, ``at_s`` from its start.
         output_tail: the end of what the case printed, where it did not end well.
     """

@@ -17,18 +17,29 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from membench import environment, procfs, registry
-from membench.figures import Figures, figures, figures_of_calls
-from membench.nursery import Nursery, NurseryLost
+from membench import environment, procfs, programs, registry
+from membench.figures import Figures, figures, figures_of_calls, figures_of_program
+from membench.marked import MOST_PHASES, MarkedPhases
+from membench.nursery import Ended, Nursery, NurseryLost
 from membench.nvml import gpus
 from membench.observer import Observer
 from membench.record import METRIC_OF_FIELD, REFERENCE, Case, Plugin, Record, Status
-from membench.suite import Settings
+from membench.tables import Settings
 
 _TAIL_BYTES = 4096
 _PREPARE_TIMEOUT_S = 1800
+_STREAMS = (0, 1)
+"""What a user's program has as its standard input and output: ours."""
 
 Tell = Callable[[str, Mapping[str, Any]], None]
+
+
+class Interrupted(KeyboardInterrupt):
+    """A program was interrupted; what had been measured of it is in the record."""
+
+    def __init__(self, record: Record) -> None:
+        super().__init__()
+        self.record = record
 
 
 class Turn(Protocol):
@@ -78,6 +89,8 @@ class _Outcome:
     result: Mapping[str, Any] = field(default_factory=dict)
     tail: bytes = b""
     done: bool = False
+    marked: MarkedPhases | None = None
+    interrupted: bool = False
 
 
 class Runner:
@@ -111,8 +124,10 @@ class Runner:
         self._references = references
         self._settings = settings
         self._tell = tell
-        self._threads = settings.threads or environment.usable_cores()
-        self._preload = sorted({*_modules_of(cases), *modules}) if settings.isolation == "fork" else []
+        self._runs_programs = any(case.command for case in cases)
+        self._threads = None if self._runs_programs else settings.threads or environment.usable_cores()
+        can_preload = settings.isolation == "fork" and not self._runs_programs
+        self._preload = sorted({*_modules_of(cases), *modules}) if can_preload else []
         self._nursery: Nursery | None = None
         on_gpu = calls_on_gpu or any(case.device.startswith("cuda") for case in cases)
         self.machine = machine or environment.describe(self._threads, with_gpus=on_gpu)
@@ -141,6 +156,8 @@ class Runner:
 
     def prepare(self, case: Case) -> str | None:
         """Let a case's model do what it does once; the reason if that failed."""
+        if case.command:
+            return None
         request = {"prepare": True, "device": "cpu", "isolation": self._settings.isolation,
                    "model": _asked(case.model_plugin)}  # fmt: skip
         outcome = self._watch(request, _PREPARE_TIMEOUT_S)
@@ -152,9 +169,14 @@ class Runner:
         Args:
             limits: by metric field.
             not_ready: what ``prepare`` said; the case is then ``failed`` without being started.
+
+        Raises:
+            Interrupted: if a user's program was, with its record.
         """
         began, started_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
-        if not_ready:
+        if case.command:
+            outcome = self._watch({"command": case.command, "device": case.device}, self._settings.timeout_s)
+        elif not_ready:
             outcome = _Outcome(status="failed", message=not_ready)
         else:
             request = {
@@ -185,7 +207,11 @@ class Runner:
         if case.metric_plugins:
             names["metric_plugins"] = {field: _named(plugin) for field, plugin in case.metric_plugins.items()}
         duration_s = time.monotonic() - began - outcome.waited_s
-        return self._record(names, case.id, repeat, outcome, figures, limits, started_at, duration_s)
+        work_out = figures_of_program if case.command else figures
+        record = self._record(names, case.id, repeat, outcome, work_out, limits, started_at, duration_s)
+        if outcome.interrupted:
+            raise Interrupted(record)
+        return record
 
     def run_call(self, call: Call, repeat: int, limits: Mapping[str, float]) -> Record:
         """Measure a function of the user's in phases like those of a case; always a record."""
@@ -259,13 +285,23 @@ class Runner:
                 home = self._home()
                 # The idle level of the GPUs is read here, before the worker touches one.
                 idle = self._gpus.used_bytes() if self._gpus else {}
-                outcome.pid = home.start(request, theirs, write_end)
+                is_program = "command" in request
+                began_at_s = time.monotonic()
+                outcome.pid = home.start(request, theirs, write_end, _STREAMS if is_program else ())
                 theirs.close()
                 os.close(write_end)
                 write_end = -1
-                outcome.observer = Observer(outcome.pid, self._gpus, idle)
-                exited, timed_out = self._follow(home, outcome, outcome.observer, ours, read_end, timeout_s)
-            _judge(outcome, timed_out, timeout_s, exited, oom_kills_before)
+                outcome.observer = observer = Observer(outcome.pid, self._gpus, idle)
+                if is_program:
+                    if request["device"].startswith("cuda"):
+                        outcome.gpu_unknown = self._no_gpus or observer.use_gpu_of(request["device"])
+                    outcome.marked = MarkedPhases(outcome.pid, observer)
+                ended, timed_out = self._followed(home, outcome, observer, ours, read_end, timeout_s)
+            if outcome.marked:
+                _settle(outcome, outcome.marked, ended, began_at_s)
+            _judge(outcome, timed_out, timeout_s, ended.status, oom_kills_before)
+            if outcome.marked and outcome.message and (said := programs.last_line(outcome.tail)):
+                outcome.message += f": {said}"
         except NurseryLost as error:
             # Something killed the fork server, the kernel for want of memory perhaps: the next case gets a new one.
             self._close()
@@ -287,19 +323,34 @@ class Runner:
             os.close(read_end)
         return outcome
 
+    def _followed(
+        self, home: Nursery, outcome: _Outcome, observer: Observer, pipe: socket.socket, output: int, timeout_s: float
+    ) -> tuple[Ended, bool]:
+        """``_follow``, to the end even if it is interrupted, where it is a user's program: its record is kept."""
+        try:
+            return self._follow(home, outcome, observer, pipe, output, timeout_s)
+        except KeyboardInterrupt:
+            if outcome.marked is None:
+                raise
+            outcome.interrupted = True
+            home.kill()
+            return self._follow(home, outcome, observer, pipe, output, timeout_s)
+
     def _follow(
         self, home: Nursery, outcome: _Outcome, observer: Observer, pipe: socket.socket, output: int, timeout_s: float
-    ) -> tuple[int, bool]:
-        """Hear and observe a worker until it is gone: its exit status, and whether it had to be killed."""
+    ) -> tuple[Ended, bool]:
+        """Hear and observe a worker until it is gone: how it ended, and whether it had to be killed."""
         deadline = time.monotonic() - outcome.waited_s + timeout_s
         buffer, timed_out = b"", False
-        exited: int | None = None
+        ended: Ended | None = None
         sources = [home.fileno(), pipe.fileno(), output]
-        while exited is None or pipe.fileno() in sources:
+        while ended is None or pipe.fileno() in sources or (outcome.marked and output in sources):
             ready, _, _ = select.select(sources, [], [], self._settings.sampling_interval_s)
             if output in ready:
                 data = os.read(output, 65536)
                 outcome.tail = (outcome.tail + data)[-_TAIL_BYTES:]
+                if outcome.marked:
+                    _pass_on(data)
                 if not data:
                     sources.remove(output)
             if pipe.fileno() in ready:
@@ -312,17 +363,17 @@ class Runner:
                 *lines, buffer = (buffer + data).split(b"\n")
                 for line in lines:
                     self._hear(json.loads(line), outcome, observer, pipe)
-            if exited is None and home.fileno() in ready:
-                exited = home.exit_status()
+            if ended is None and home.fileno() in ready:
+                ended = home.ended()
                 sources.remove(home.fileno())
-            if exited is None:
+            if ended is None:
                 held = observer.look()
                 if held is not None:
                     self._tell("memory", {"bytes": held})
-            if not timed_out and exited is None and time.monotonic() - outcome.waited_s > deadline:
+            if not timed_out and ended is None and time.monotonic() - outcome.waited_s > deadline:
                 timed_out = True
                 home.kill()
-        return exited, timed_out
+        return ended, timed_out
 
     def _take_turn(self, outcome: _Outcome, alone: bool = False) -> None:
         if self._turn is None:
@@ -343,6 +394,11 @@ class Runner:
                 unknown = outcome.gpu_unknown or seen["gpu_unknown"]
                 outcome.phases.append({**message["phase"], **seen, "gpu_unknown": unknown})
                 self._take_turn(outcome)
+            case "enter" | "leave" if outcome.marked:
+                if message["event"] == "enter":
+                    self._tell("phase", {"phase": outcome.marked.enter(message["phase"])})
+                else:
+                    outcome.marked.leave(message["phase"], message["raised"])
             case "baseline":
                 outcome.baseline = message["baseline"]
                 held = message["baseline"]["anonymous_bytes"] + message["baseline"]["file_bytes"]
@@ -359,9 +415,40 @@ class Runner:
                 outcome.done = True
             case "progress":
                 self._tell("progress", message)
-        if message["event"] in ("begin", "end"):
+        if message["event"] in ("begin", "end", "enter", "leave"):
             with contextlib.suppress(OSError):
                 pipe.sendall(b"go\n")
+
+
+def _pass_on(data: bytes) -> None:
+    """Write what a user's program wrote to its standard error to ours."""
+    with contextlib.suppress(OSError):
+        while data:
+            data = data[os.write(2, data) :]
+
+
+def _settle(outcome: _Outcome, marked: MarkedPhases, ended: Ended, began_at_s: float) -> None:
+    """What a user's program took, and how it ended unless a signal or the clock ended it."""
+    said = programs.last_line(outcome.tail)
+    outcome.phase = marked.ended_in(said)
+    outcome.phases = marked.end(ended.at_s, ended.peak_bytes, ended.forked_from_bytes)
+    for phase in outcome.phases:
+        phase["gpu_unknown"] = phase.get("gpu_unknown") or outcome.gpu_unknown
+    outcome.result = {
+        "durations_s": [ended.at_s - began_at_s],
+        "exit_code": os.WEXITSTATUS(ended.status) if os.WIFEXITED(ended.status) else None,
+        "had_children": ended.had_children,
+        "remarks": [
+            *programs.told_of(ended.left),
+            *([f"of the phases it marks only the first {MOST_PHASES} are kept"] if marked.left_out else []),
+        ],
+    }
+    if outcome.interrupted:
+        outcome.status, outcome.message = "crashed", "interrupted"
+    elif found := programs.judged(ended.status, said):
+        outcome.status, outcome.message = found
+    else:
+        outcome.done = os.WIFEXITED(ended.status)
 
 
 def _judge(outcome: _Outcome, timed_out: bool, timeout_s: float, exited: int, oom_kills_before: int | None) -> None:
@@ -413,8 +500,9 @@ def _modules_of(cases: tuple[Case, ...]) -> list[str]:
 
 def _process(device: str, outcome: _Outcome) -> dict[str, Any]:
     """The entry of a case's only process so far; parallel techniques will have one a rank."""
+    of_program = {"exit_code": outcome.result.get("exit_code")} if outcome.marked else {}
     return {
-        "role": "worker",
+        "role": "worker" if outcome.marked is None else "script",
         "rank": 0,
         "device": device,
         "pid": outcome.pid,
@@ -429,6 +517,7 @@ def _process(device: str, outcome: _Outcome) -> dict[str, Any]:
         "breakdown_bytes": outcome.result.get("breakdown_bytes"),
         "peak_part": outcome.result.get("peak_part"),
         "quality": outcome.result.get("quality"),
+        **of_program,
     }
 
 

@@ -60,6 +60,7 @@ class _Header(_Table):
     suite: str
     suite_sha256: str = ""
     suite_text: str = ""
+    suite_tables: dict[str, Any] | None = None
     devices: list[str] = []
     machine: _Machine = _Machine()
     started_at: str = ""
@@ -106,6 +107,10 @@ class _Part(_Table):
     cuda_peak_reserved_bytes: Size | None = None
     cuda_held_reserved_bytes: Size | None = None
     children_peak_bytes: Size | None = None
+    own_peak_bytes: Size | None = None
+    gpu_process_peak_bytes: Size | None = None
+    gpu_used_peak_bytes: Size | None = None
+    bound: Literal["exact", "at least", "at most"] | None = None
 
 
 class _Phase(_Part):
@@ -257,7 +262,7 @@ class Membership:
     def __init__(self, header: Mapping[str, Any]) -> None:
         self._suite = header["suite"]
         self._devices: Sequence[str] = header.get("devices", [])
-        self._named = _names(header.get("suite_text", ""))
+        self._named = _names(header)
         self._seen: set[tuple[str, int]] = set()
 
     def check(self, entry: Mapping[str, Any]) -> None:
@@ -279,10 +284,10 @@ class Membership:
         self._seen.add((entry["id"], entry["repeat"]))
 
 
-def _names(suite_text: str) -> dict[str, set[str]]:
-    """By axis, the names that a suite's text puts into cases. None of an axis that cannot be made out."""
+def _names(header: Mapping[str, Any]) -> dict[str, set[str]]:
+    """By axis, the names that a run's suite puts into cases. None of an axis that cannot be made out."""
     try:
-        suite = tomllib.loads(suite_text)
+        suite = header.get("suite_tables") or tomllib.loads(header.get("suite_text", ""))
         tables = [suite["matrix"], *suite.get("include", [])]
         listed = {
             axis: [name for table in tables for name in _listed(table[axis])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import hashlib
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from membench import environment, plugin_files
 from membench.errors import ResultsError
 from membench.record import Case, Metric, PluginFile, Record
-from membench.runner import Runner
+from membench.runner import Interrupted, Runner
 from membench.store import Run, RunFile, find_run, read_run
 from membench.suite import Suite
 
@@ -126,7 +127,11 @@ class Session:
         """Measure a case and keep its record."""
         if case.model not in self._not_ready:
             self._not_ready[case.model] = self._runner.prepare(case)
-        record = self._runner.run_case(case, repeat, self._limits, self._not_ready[case.model])
+        try:
+            record = self._runner.run_case(case, repeat, self._limits, self._not_ready[case.model])
+        except Interrupted as interrupted:
+            self._file.append(interrupted.record)
+            raise
         self._file.append(record)
         self._tell("record", {"id": case.id, "status": record.status, "duration_s": record.duration_s})
         return record
@@ -169,7 +174,7 @@ def resumable(suite: Suite, output: str | Path, since: str = "") -> Path | None:
 
 def machine_of(suite: Suite) -> dict[str, Any]:
     """The description of this machine that stands in the records of a suite."""
-    threads = suite.settings.threads or environment.usable_cores()
+    threads = None if suite.runs_program else suite.settings.threads or environment.usable_cores()
     return environment.describe(threads, with_gpus=any(case.device.startswith("cuda") for case in suite.cases))
 
 
@@ -182,10 +187,16 @@ def _file(
             raise ResultsError(f"{folder}: no run of suite '{suite.name}' there to go on with")
         _refuse_what_differs(path, suite, machine)
         return RunFile.reopen(path)
-    header = run_header(
-        suite.name, suite.text, _devices(suite), datetime.now(UTC), suite.plugin_files, suite.own_metrics
-    )
+    header = header_of(suite, datetime.now(UTC))
     return RunFile.create(run_path(folder, header), {**header, "machine": machine, **more})
+
+
+def header_of(suite: Suite, started: datetime) -> dict[str, Any]:
+    """What a run's file says of a run of this suite, the machine aside."""
+    header = run_header(suite.name, suite.text, _devices(suite), started, suite.plugin_files, suite.own_metrics)
+    if suite.tables is None:
+        return header
+    return {**header, "suite_sha256": _fingerprint(suite), "suite_tables": suite.tables}
 
 
 def run_header(
@@ -229,7 +240,7 @@ def references(path: Path) -> Path:
 
 def _refuse_what_differs(path: Path, suite: Suite, machine: Mapping[str, Any]) -> None:
     header = read_run(path).header
-    if header.get("suite") != suite.name or header.get("suite_sha256") != _sha256(suite.text):
+    if header.get("suite") != suite.name or header.get("suite_sha256") != _fingerprint(suite):
         raise ResultsError(
             f"{path}: its suite '{header.get('suite')}' is not '{suite.name}' as it is now; run it afresh"
         )
@@ -245,6 +256,11 @@ def _refuse_what_differs(path: Path, suite: Suite, machine: Mapping[str, Any]) -
     unlike = environment.differences(header.get("machine", {}), machine)
     if unlike:
         raise ResultsError(f"{path}: began on another machine ({unlike[0]}); figures of two do not go together")
+
+
+def _fingerprint(suite: Suite) -> str:
+    """Of what is measured: of a suite in Python what it came to, whatever its text does besides."""
+    return _sha256(suite.text if suite.tables is None else json.dumps(suite.tables, sort_keys=True))
 
 
 def _sha256(text: str) -> str:

@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from membench import console, registry
 from membench.errors import EXIT_OK, MembenchError
@@ -33,8 +33,10 @@ class ForeignCode(MembenchError):
 def main() -> int:
     """Serve until standard input ends."""
     told = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    # What a user's module prints when it is loaded must not be taken for a message.
+    orders = os.fdopen(os.dup(0), encoding="utf-8")
+    # What a user's module prints when it is loaded must not be taken for a message, nor a program read our orders.
     os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 
     def tell(event: str, details: Mapping[str, Any]) -> None:
         told.write(json.dumps({"event": event, **details}) + "\n")
@@ -42,7 +44,7 @@ def main() -> int:
 
     def work() -> int:
         try:
-            _serve(json.loads(sys.stdin.readline()), tell)
+            _serve(json.loads(orders.readline()), orders, tell)
         except MembenchError as error:
             tell("refused", {"message": str(error)})
             return error.exit_code
@@ -51,7 +53,7 @@ def main() -> int:
     return console.main(work)
 
 
-def _serve(order: Mapping[str, Any], tell: Any) -> None:
+def _serve(order: Mapping[str, Any], orders: TextIO, tell: Any) -> None:
     suite = load_suite(order["suite"], order["devices"]).with_repeats(order["repeats"])
     if order["not_from"]:
         _refuse_foreign_code(suite, Path(order["not_from"]), Path(order["root"]))
@@ -62,7 +64,7 @@ def _serve(order: Mapping[str, Any], tell: Any) -> None:
     cases = {case.id: case for case in chosen}
     with Session(suite, chosen, Path(order["output"]), tell=tell, code=order["code"]) as session:
         tell("ready", {"path": str(session.path.resolve()), "ids": list(cases)})
-        for line in sys.stdin:
+        for line in orders:
             wanted = json.loads(line)
             session.measure(cases[wanted["id"]], wanted["repeat"])
 
@@ -87,6 +89,8 @@ def _refuse_foreign_code(suite: Suite, other: Path, own: Path) -> None:
 
 def _origins(case: Case) -> Iterator[tuple[str, Path | None]]:
     """What a case is made of, with the file that it is loaded from."""
+    if case.command:
+        return  # its file is named relative to the suite
     for kind, plugin in case.plugins:
         family = registry.find(kind, plugin.use, plugin.files).loaded
         yield f"{kind} '{plugin.use}'", Path(inspect.getfile(family))

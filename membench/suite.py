@@ -1,142 +1,120 @@
-"""A suite file (TOML) to a validated suite and its cases."""
+"""What a suite says, in a file of TOML or in Python, to a validated suite and its cases."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextvars
+import copy
 import fnmatch
+import json
 import os
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError
 
-from membench import plugin_files, suite_names, units
+from membench import plugin_files, python_files, suite_names, units
 from membench.amounts import amount, wanted
 from membench.errors import PluginError, RuleError, SuiteError, did_you_mean, nearest, one_line
-from membench.expansion import expand
-from membench.names import checked_device, checked_name, checked_plugin, checked_stack, parts
-from membench.record import METRICS, REFERENCE, Case, Metric, PluginFile, own_metrics
+from membench.expansion import cases_of_program, expand
+from membench.names import checked_device, parts
+from membench.record import METRICS, METRICS_OF_PROGRAMS, REFERENCE, Case, Metric, PluginFile, own_metrics
 from membench.regression.gates import Gate
 from membench.regression.gates import of_table as gates_of_table
 from membench.regression.tolerances import Tolerance
 from membench.regression.tolerances import of_table as tolerances_of_table
+from membench.tables import Contents, ProgramContents, Settings
 from membench.validation import problem, shown
 
-_LARGEST_SEED = 2**63 - 1  # TOML's own largest number; torch takes twice as much, techniques add to it
+_FOOTPRINT_OF_PROGRAMS = "5%"
+"""How much more a user's program may take before it has regressed, if its suite does not say."""
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-def _listed(value: Any) -> Any:
-    if not isinstance(value, str | list):
-        raise ValueError("text or a list of it is wanted")
-    return [value] if isinstance(value, str) else value
-
-
-Name = Annotated[str, AfterValidator(checked_name)]
-Names = Annotated[list[Annotated[str, AfterValidator(checked_plugin)]], Field(min_length=1)]
-Stacks = Annotated[list[Annotated[str, AfterValidator(checked_stack)]], Field(min_length=1)]
-Devices = Annotated[list[Annotated[str, AfterValidator(checked_device)]], Field(min_length=1)]
-Patterns = Annotated[list[str], Field(min_length=1), BeforeValidator(_listed)]
-_OneOrMore = BeforeValidator(_listed)
-
-
-class Head(_Table):
-    """``plugins``: files of plug-ins, relative to the suite's. ``metrics``: quality metrics that are plug-ins."""
-
-    name: Name
-    description: str = ""
-    plugins: Patterns | None = None
-    metrics: list[Annotated[str, AfterValidator(checked_plugin)]] = []
-
-
-class Matrix(_Table):
-    model: Names
-    technique: Stacks
-    workload: Names
-    device: Devices = ["cpu"]
-
-
-class Selection(_Table):
-    """Patterns of what to leave out; what is not named fits all."""
-
-    model: Patterns | None = None
-    technique: Patterns | None = None
-    workload: Patterns | None = None
-    device: Patterns | None = None
-
-    @model_validator(mode="after")
-    def _name_something(self) -> Self:
-        if not any(self.axes):
-            raise ValueError("it would exclude every case; name a model, technique, workload or device")
-        return self
-
-    @property
-    def axes(self) -> tuple[list[str] | None, ...]:
-        """The patterns in the order in which the id of a case has the names."""
-        return (self.model, self.technique, self.workload, self.device)
-
-
-class Addition(_Table):
-    """Names of what to add. ``device`` of ``None``: those of the matrix."""
-
-    model: Annotated[Names, _OneOrMore]
-    technique: Annotated[Stacks, _OneOrMore]
-    workload: Annotated[Names, _OneOrMore]
-    device: Annotated[Devices, _OneOrMore] | None = None
-
-
-class Settings(_Table):
-    """How cases are run. ``threads`` of ``None``: as many as the cores this process may use."""
-
-    repeats: int = Field(1, ge=1, le=1000)
-    warmup_steps: int = Field(1, ge=1, le=1_000_000)
-    measured_steps: int = Field(5, ge=1, le=1_000_000)
-    seed: int = Field(0, ge=0, le=_LARGEST_SEED)
-    threads: int | None = Field(None, ge=1, le=1024)
-    timeout_s: float = Field(600, gt=0, le=7 * 24 * 3600)
-    sampling_interval_s: float = Field(0.02, ge=0.001, le=10)
-    isolation: Literal["fork", "spawn"] = "fork"
-
-
-class Contents(_Table):
-    """A suite file as it is written, its keys and values checked one by one."""
-
-    suite: Head
-    matrix: Matrix
-    exclude: list[Selection] = []
-    include: list[Addition] = []
-    model: dict[str, dict[str, Any]] = {}
-    technique: dict[str, dict[str, Any]] = {}
-    workload: dict[str, dict[str, Any]] = {}
-    metric: dict[str, dict[str, Any]] = {}
-    settings: Settings = Settings.model_validate({})
-    limits: dict[str, Any] = {}
-    regression: dict[str, Any] = {}
-    gate: dict[str, Any] = {}
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, eq=False)
 class Suite:
     """A suite, checked: its cases (references included), settings, limits by metric field, tolerances, gates, and the
     files of its own plug-ins.
+
+    Attributes:
+        path: the file that it is read from; ``None`` of one that is made elsewhere.
+        text: as it is written; of one that is made elsewhere, its tables in JSON.
+        tables: what it was made of, if that was Python.
     """
 
-    path: Path
+    path: Path | None
     name: str
     description: str
     cases: tuple[Case, ...]
     settings: Settings
     limits: Mapping[str, float]
     text: str
-    tolerances: tuple[Tolerance, ...] = ()
-    gates: tuple[Gate, ...] = ()
-    plugin_files: tuple[PluginFile, ...] = ()
+    tolerances: tuple[Tolerance, ...]
+    gates: tuple[Gate, ...]
+    plugin_files: tuple[PluginFile, ...]
+    tables: Mapping[str, Any] | None
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        matrix: Mapping[str, Any] | None = None,
+        script: Mapping[str, Any] | None = None,
+        description: str = "",
+        plugins: Sequence[str] = (),
+        metrics: Sequence[str] = (),
+        exclude: Iterable[Mapping[str, Any]] = (),
+        include: Iterable[Mapping[str, Any]] = (),
+        model: Mapping[str, Any] | None = None,
+        technique: Mapping[str, Any] | None = None,
+        workload: Mapping[str, Any] | None = None,
+        metric: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        limits: Mapping[str, Any] | None = None,
+        regression: Mapping[str, Any] | None = None,
+        gate: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Make a suite in Python. Arguments are the tables of a suite's file, and hold what these hold.
+
+        Args:
+            plugins: files of plug-ins, relative to that of the suite, or to the current folder if it is of none.
+            metrics: quality metrics that are plug-ins.
+            script: of a suite that measures a program, in place of ``matrix``.
+
+        Raises:
+            SuiteError: in one line: key, value and what would be right.
+        """
+        head = {"name": name, "description": description, "plugins": plugins, "metrics": metrics}
+        given = {
+            "suite": {key: value for key, value in head.items() if value not in ((), [])},
+            "matrix": matrix, "script": script, "exclude": list(exclude), "include": list(include),
+            "model": model, "technique": technique, "workload": workload, "metric": metric,
+            "settings": settings, "limits": limits, "regression": regression, "gate": gate,
+        }  # fmt: skip
+        path = _BEING_READ.get()
+        where = str(path) if path else f"suite {shown(name)}"
+        try:
+            tables = {key: python_files.plain(value, key) for key, value in given.items() if value not in (None, [])}
+        except ValueError as error:
+            raise SuiteError(f"{where}: {error}") from None
+        self._set(_checked(tables, where, path.parent if path else Path(), None))
+        self._set({"path": path, "text": json.dumps(tables, indent=2, ensure_ascii=False), "tables": tables})
+
+    def _set(self, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def _of(cls, values: Mapping[str, Any]) -> Self:
+        suite = cls.__new__(cls)
+        suite._set(values)
+        return suite
+
+    def _but(self, **values: Any) -> Self:
+        changed = copy.copy(self)
+        changed._set(values)
+        return changed
 
     @property
     def own_metrics(self) -> tuple[Metric, ...]:
@@ -151,9 +129,28 @@ class Suite:
                 wanted |= {(case.group, t) for t in (case.technique, REFERENCE, *parts(case.technique))}
         return tuple(case for case in self.cases if (case.group, case.technique) in wanted)
 
+    @property
+    def runs_program(self) -> bool:
+        """Whether it measures a user's program, which writes to the terminal itself."""
+        return any(case.command for case in self.cases)
+
     def with_repeats(self, repeats: int) -> Suite:
         """The same suite with as many repeats of each case."""
-        return dataclasses.replace(self, settings=self.settings.model_copy(update={"repeats": repeats}))
+        return self._but(settings=self.settings.model_copy(update={"repeats": repeats}))
+
+    def on(self, devices: list[str]) -> Suite:
+        """The same suite on other devices.
+
+        Raises:
+            SuiteError: if something in it does not run there.
+        """
+        tables = self.tables if self.tables is not None else _parsed(Path(str(self.path)), self.text)
+        folder = self.path.parent if self.path else Path()
+        return self._but(**_checked(tables, str(self.path or f"suite '{self.name}'"), folder, devices))
+
+
+_BEING_READ: contextvars.ContextVar[Path | None] = contextvars.ContextVar("being read", default=None)
+"""The file whose suites are being made."""
 
 
 def is_suite(name: str) -> bool:
@@ -162,7 +159,7 @@ def is_suite(name: str) -> bool:
 
 
 def _is_path(name: str) -> bool:
-    return os.sep in name or name.endswith(".toml")
+    return os.sep in name or name.partition("::")[0].endswith((".toml", ".py"))
 
 
 def description(path: Path) -> str:
@@ -180,7 +177,8 @@ def load_suite(name: str | Path, devices: list[str] | None = None) -> Suite:
     """Read and check a suite.
 
     Args:
-        name: the name of a suite that comes with membench or lies in ./suites, or a path.
+        name: the name of a suite that comes with membench or lies in ./suites, or a path; of a file in Python that
+            makes several, with the name of one: ``suites.py::small``.
         devices: in place of the suite's own devices.
 
     Raises:
@@ -191,41 +189,101 @@ def load_suite(name: str | Path, devices: list[str] | None = None) -> Suite:
             checked_device(device)
         except ValueError as error:
             raise SuiteError(f"--device {shown(device)}: {error}") from None
-    path = _found(name)
+    file, _, chosen = str(name).partition("::")
+    path = _found(file if chosen else name)
+    if path.suffix == ".py":
+        suite = _chosen(suites_in(path), path, chosen)
+        return suite if devices is None else suite.on(devices)
+    if chosen:
+        raise SuiteError(f"{shown(str(name))}: only a file in Python makes several suites")
     text = _read(path)
-    parsed = _parsed(path, text)
+    values = _checked(_parsed(path, text), str(path), path.parent, devices)
+    return Suite._of({**values, "path": path, "text": text, "tables": None})
+
+
+def suites_in(path: Path) -> list[Suite]:
+    """The suites that a file in Python makes: its variables, and what lists, tuples and dicts among them hold.
+
+    Raises:
+        SuiteError: if it ends in an error, makes none, or two of one name: file, line and what is wrong.
+    """
+    token = _BEING_READ.set(path)
     try:
-        contents = Contents.model_validate(parsed)
+        namespace, text = python_files.executed(path)
+    finally:
+        _BEING_READ.reset(token)
+    found: dict[str, Suite] = {}
+    for suite in python_files.held(namespace.values(), Suite):
+        other = found.setdefault(suite.name, suite)
+        if other is not suite:
+            raise SuiteError(f"{path}: two suites are named '{suite.name}'")
+    if not found:
+        raise SuiteError(f"{path} makes no suite: assign a membench.Suite(...) to a variable")
+    return [suite._but(path=path, text=text) for suite in found.values()]
+
+
+def _chosen(suites: Sequence[Suite], path: Path, name: str) -> Suite:
+    if not name:
+        if len(suites) > 1:
+            several = ", ".join(f"{path}::{suite.name}" for suite in suites)
+            raise SuiteError(f"{path} makes {len(suites)} suites; name one: {several}")
+        return suites[0]
+    named = next((suite for suite in suites if suite.name == name), None)
+    if named is None:
+        raise SuiteError(f"{path} makes no suite {shown(name)}; {did_you_mean(name, (s.name for s in suites))}")
+    return named
+
+
+def _checked(tables: Mapping[str, Any], where: str, folder: Path, devices: Sequence[str] | None) -> dict[str, Any]:
+    """What a suite's tables come to, by the names of a ``Suite``'s attributes.
+
+    Args:
+        where: what errors begin with.
+        folder: that a program's file is relative to.
+        devices: in place of the suite's own.
+
+    Raises:
+        SuiteError: in one line: key, value and what would be right.
+    """
+    if {"script", "matrix"} <= tables.keys():
+        raise SuiteError(f"{where}: 'script' and 'matrix' do not go together: a suite is of cases, or of a program")
+    schema: type[Contents | ProgramContents] = ProgramContents if "script" in tables else Contents
+    try:
+        contents = schema.model_validate(tables)
     except ValidationError as error:
-        raise SuiteError(f"{path}: {problem(error, Contents, parsed).sentence()}") from None
+        raise SuiteError(f"{where}: {problem(error, schema, tables).sentence()}") from None
     try:
-        files = _plugin_files(contents.suite.plugins or (), path)
-        cases = expand(contents, devices, files)
+        files: tuple[PluginFile, ...] = ()
+        if isinstance(contents, Contents):
+            files = _plugin_files(contents.suite.plugins or (), folder)
+            cases, settings = expand(contents, devices, files), contents.settings
+        else:
+            cases = cases_of_program(contents.script, folder, devices)
+            settings = Settings.model_validate(contents.settings.model_dump())
+            _refuse_unknown_of_programs(contents.limits)
         own = own_metrics(cases[0].metric_plugins)
         limits = dict(_limit(key, value, own) for key, value in contents.limits.items())
-        tolerances, gates = _rules(contents.regression, contents.gate, own)
+        tolerances, gates = _rules(contents.regression, contents.gate, own, of_program=schema is ProgramContents)
         if devices is None:  # others may be what a pattern is about
             _refuse_idle_patterns(tolerances, gates, [case.id for case in cases])
     except (SuiteError, RuleError) as error:
-        raise SuiteError(f"{path}: {error}") from None
-    return Suite(
-        path,
-        contents.suite.name,
-        contents.suite.description,
-        cases,
-        contents.settings,
-        limits,
-        text,
-        tolerances,
-        gates,
-        files,
-    )
+        raise SuiteError(f"{where}: {error}") from None
+    return {
+        "name": contents.suite.name,
+        "description": contents.suite.description,
+        "cases": cases,
+        "settings": settings,
+        "limits": limits,
+        "tolerances": tolerances,
+        "gates": gates,
+        "plugin_files": files,
+    }
 
 
-def _plugin_files(names: Sequence[str], path: Path) -> tuple[PluginFile, ...]:
+def _plugin_files(names: Sequence[str], folder: Path) -> tuple[PluginFile, ...]:
     """A suite's own plug-ins, each file run once to see that it can be."""
     try:
-        files = plugin_files.named(names, path.parent)
+        files = plugin_files.named(names, folder)
     except PluginError as error:
         raise SuiteError(f"suite.plugins: {error}") from None
     for file in files:
@@ -236,8 +294,8 @@ def _plugin_files(names: Sequence[str], path: Path) -> tuple[PluginFile, ...]:
     return files
 
 
-def rules_in(text: str, own: Sequence[Metric] = ()) -> tuple[tuple[Tolerance, ...], tuple[Gate, ...]]:
-    """Tolerances and gates of a suite of which only the text is left, in the header of a run.
+def rules_of(header: Mapping[str, Any], own: Sequence[Metric] = ()) -> tuple[tuple[Tolerance, ...], tuple[Gate, ...]]:
+    """Tolerances and gates of a suite of which only what the header of a run keeps is left.
 
     Args:
         own: the suite's metrics that are plug-ins.
@@ -245,19 +303,31 @@ def rules_in(text: str, own: Sequence[Metric] = ()) -> tuple[tuple[Tolerance, ..
     Raises:
         RuleError: if they cannot be understood.
     """
-    try:
-        tables = tomllib.loads(text)
-    except (ValueError, RecursionError):
-        raise RuleError("the suite's text in the run is not TOML") from None
+    tables = header.get("suite_tables")
+    if tables is None:
+        try:
+            tables = tomllib.loads(str(header.get("suite_text", "")))
+        except (ValueError, RecursionError):
+            raise RuleError("the suite's text in the run is not TOML") from None
     regression, gate = tables.get("regression", {}), tables.get("gate", {})
     if not isinstance(regression, dict) or not isinstance(gate, dict):
         raise RuleError("[regression] and [gate] are tables")
-    return _rules(regression, gate, own)
+    return _rules(regression, gate, own, of_program="script" in tables)
+
+
+def _refuse_unknown_of_programs(limits: Mapping[str, Any]) -> None:
+    """A limit on what no program has would look kept for ever."""
+    known = [metric.name for metric in METRICS]
+    for key in limits:
+        if key in known and key not in METRICS_OF_PROGRAMS:
+            raise SuiteError(f"limits.{key}: of a script it is not known; known: {', '.join(METRICS_OF_PROGRAMS)}")
 
 
 def _rules(
-    regression: Mapping[str, Any], gate: Mapping[str, Any], own: Sequence[Metric]
+    regression: Mapping[str, Any], gate: Mapping[str, Any], own: Sequence[Metric], *, of_program: bool
 ) -> tuple[tuple[Tolerance, ...], tuple[Gate, ...]]:
+    if of_program:  # of which nothing that is watched by default is known but the time
+        regression = {"peak_footprint": _FOOTPRINT_OF_PROGRAMS, **regression}
     return tolerances_of_table(regression, own), gates_of_table(gate, own)
 
 

@@ -22,15 +22,15 @@ _MEASURED = {
     "stand_in", "weights", "worker",
 }  # fmt: skip
 _GROUPS = {
-    "ground": {"amounts", "contract", "contract_check", "corpus", "errors", "names", "nvml", "packages", "plugin_files",
-               "plugins", "procfs", "quantities", "record", "registry", "scratch", "sending", "units", "validation",
-               "environment", "data.storage"},
+    "ground": {"amounts", "contract", "contract_check", "corpus", "errors", "names", "nvml", "packages", "phases",
+               "plugin_files", "plugins", "procfs", "quantities", "record", "registry", "scratch", "sending", "units",
+               "validation", "environment", "data.storage"},
     "training data": {"data"},
     "rules": {"regression.gates", "regression.tolerances"},
-    "suites": {"expansion", "listing", "selection", "suite", "suite_names"},
+    "suites": {"expansion", "listing", "python_files", "selection", "suite", "suite_names", "tables"},
     "measured process": _MEASURED,
     "plug-ins": {"builtin"},
-    "runner's process": {"figures", "nursery", "observer", "runner", "session"},
+    "runner's process": {"figures", "marked", "nursery", "observer", "programs", "runner", "session"},
     "records": {"compare", "regression", "report", "schema", "store", "strict_json"},
     "programs": {"__init__", "__main__", "calibrating", "checking", "cli", "console", "doctor", "interleaving",
                  "progress", "pytest_plugin", "side", "worktree"},
@@ -138,7 +138,7 @@ def test_imports_go_in_the_directions_that_the_table_allows(path: Path) -> None:
     strayed = {name: _group(name) for name in _own(_imported(path)) if _group(name) not in allowed}
     if _name(path) == "forkserver":
         # The worker comes after the fork.
-        assert _own(_imported_at_load(path)) == {"allocator", "corpus", "procfs", "scratch"}
+        assert _own(_imported_at_load(path)) == {"allocator", "corpus", "phases", "procfs", "scratch"}
     assert strayed == {}
 
 

@@ -16,7 +16,7 @@ from membench.record import METRIC_OF_FIELD, METRICS, metrics_in
 from membench.regression.gates import outcomes
 from membench.report import exchange, text
 from membench.store import RunFile
-from membench.suite import rules_in
+from membench.suite import rules_of
 
 _ACCURACY, _NATS = "own.next_token_accuracy.higher.%", "own.mean_nats.lower.nats"
 
@@ -138,7 +138,7 @@ def test_limits_gates_and_tolerances_hold_it_like_any_other(run: membench.Run, t
     )
     # What is told of a run that was kept: its header says which metrics are plug-ins'.
     assert set(run.header["own_metrics"]) >= {_ACCURACY, _NATS}
-    tolerances, gates = rules_in(run.header["suite_text"], [METRIC_OF_FIELD[f] for f in run.header["own_metrics"]])
+    tolerances, gates = rules_of(run.header, [METRIC_OF_FIELD[f] for f in run.header["own_metrics"]])
     assert [each.metric.field for each in tolerances] == [_NATS]
     assert [outcome.holds for outcome in outcomes(gates, run.records)] == [False, True]
     worse = {**reference.metrics, _NATS: (reference.metrics[_NATS] or 0) + 0.02}

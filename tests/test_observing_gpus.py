@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
-from membench.figures import Figures, figures
+from membench.figures import Figures, figures, figures_of_program
+from membench.marked import MarkedPhases
 from membench.nvml import Gpus
 from membench.observer import Observer
 
@@ -237,3 +239,64 @@ def test_energy_is_given_for_a_step(steps: int) -> None:
     found = _gpu_case(gpu_process_peak_bytes=1, gpu_used_peak_bytes=1, gpu_used_end_bytes=1, gpu_energy_j=21.0,
                       steps=steps)  # fmt: skip
     assert found.metrics["energy_j"] == 21.0 / steps
+
+
+@pytest.mark.parametrize(
+    ("visible", "device", "uuid"),
+    [
+        (None, "cuda", "GPU-aa"),
+        (None, "cuda:1", "GPU-bb"),
+        (None, "cuda:2", None),
+        ("1", "cuda", "GPU-bb"),
+        ("1", "cuda:1", None),
+        ("7", "cuda", None),
+        ("GPU-bb, 0", "cuda:0", "GPU-bb"),
+        ("GPU-bb, 0", "cuda:1", "GPU-aa"),
+        ("", "cuda", None),
+    ],
+)
+def test_a_programs_device_is_among_those_that_it_may_see(
+    visible: str | None, device: str, uuid: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    gpu = Gpus(FakeNvml()).of_device(device)
+    assert (gpu.uuid if gpu else None) == uuid
+
+
+def _program(nvml: FakeNvml) -> tuple[list[dict[str, Any]], Figures]:
+    """A program that takes 1 GiB on a device in a phase, and half of it outside."""
+    gpus = Gpus(nvml)
+    observer = Observer(os.getpid(), gpus, gpus.used_bytes())
+    assert observer.use_gpu_of("cuda:1") is None
+    marked = MarkedPhases(os.getpid(), observer)
+
+    def take(mib: int) -> None:
+        nvml.used["GPU-bb"] = (300 + mib) * MIB
+        for process in nvml.processes.get("GPU-bb", []):
+            process.usedGpuMemory = mib * MIB
+        observer.look()
+
+    marked.enter("train")
+    take(1024)
+    take(512)
+    marked.leave("train", None)
+    phases = marked.end(time.monotonic(), 10 * MIB, 0)
+    return phases, figures_of_program(phases, {"durations_s": [1.0], "had_children": False}, "ok", True, 0.02, None)
+
+
+def test_what_a_program_takes_on_a_device_is_its_footprint_and_known_of_each_phase() -> None:
+    phases, found = _program(FakeNvml({"GPU-bb": [_Process(os.getpid(), 0)]}))
+    assert [phase["gpu_process_peak_bytes"] for phase in phases] == [1024 * MIB, 1024 * MIB]
+    assert found.metrics["peak_footprint_bytes"] == 1024 * MIB
+    assert found.obtained["peak_footprint_bytes"]["source"] == "NVML per process, sampled"
+    assert found.obtained["peak_footprint_bytes"]["bound"] == "at least"
+
+
+def test_where_the_driver_hides_a_program_it_is_use_above_the_idle_level() -> None:
+    _, found = _program(FakeNvml())
+    assert found.metrics["peak_footprint_bytes"] == 1024 * MIB
+    assert "the driver hides the process" in found.obtained["peak_footprint_bytes"]["source"]
+    _, refused = _program(FakeNvml(refused=("nvmlDeviceGetMemoryInfo",)))
+    assert refused.reasons["peak_footprint_bytes"] == "NVML: Insufficient Permissions"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import sys
 from collections.abc import Sequence
 
 from membench import console
-from membench.cli import advise, calibrate, doctor, export, listing, regression, report, run, show
+from membench.cli import advise, calibrate, doctor, export, listing, regression, report, run, script, show
 
 # In the order in which the help shows them.
 _VERBS = (run, listing, show, report, advise, regression, calibrate, export, doctor)
@@ -31,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
 
     def work() -> int:
-        arguments = _parser().parse_args(argv)
+        words, program_arguments = script.divided(sys.argv[1:] if argv is None else argv)
+        arguments = _parser().parse_args(words)
+        arguments.program_arguments = program_arguments
         code: int = arguments.do(arguments)
         return code
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from membench.cli import ci
+from membench.cli import ci, script
 from membench.cli.output import FOR_MACHINES, RESULTS, Verbs, beside
 from membench.errors import EXIT_CANNOT_COMPARE, EXIT_CASES_FAILED, EXIT_OK, CannotCompare, MembenchError, one_line
 
@@ -126,7 +126,8 @@ def _check(arguments: argparse.Namespace) -> int:
             raise MembenchError("--device is for a suite that is to be run; a run has its devices")
         base, judgement, run, gates = _of_run(arguments)
     print_judgements([judgement], arguments.format)
-    if is_kept and any(change.repeats == 1 for change in judgement.regressions):
+    is_of_file = run is None or "suite_tables" not in run.header
+    if is_kept and is_of_file and any(change.repeats == 1 for change in judgement.regressions):
         what = f"'membench check {judgement.new.suite}'" if judgement.new.suite else "a check of its suite"
         print(
             f"each was measured once; {what} runs the suite and measures suspects again", file=beside(arguments.format)
@@ -144,10 +145,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _of_suite(arguments: argparse.Namespace) -> tuple[Measured, Judgement, Run | None, Sequence[Gate]]:
     """Run a suite, and measure its suspects again."""
-    from rich.console import Console
-
     from membench import checking, selection
-    from membench.progress import Display
     from membench.regression import sources
     from membench.regression.tolerances import Tolerances, parse_fail
     from membench.suite import load_suite
@@ -162,11 +160,7 @@ def _of_suite(arguments: argparse.Namespace) -> tuple[Measured, Judgement, Run |
     base = _only(_base(arguments, expected, sources), keep)
     tolerances = Tolerances(suite.tolerances, asked)
     _refuse_idle(asked, base, expected)
-    with Display(Console(stderr=True, force_terminal=sys.stderr.isatty())) as display:
-
-        def tell(event: str, details: Mapping[str, Any]) -> None:
-            display(event, details)
-
+    with script.watched(suite, arguments.format) as tell:
         run, judgement = checking.check(
             suite, base, tolerances,
             keep=keep, output=arguments.output, across_machines=arguments.across_machines, tell=tell,
@@ -185,7 +179,7 @@ def _of_run(arguments: argparse.Namespace) -> tuple[Measured, Judgement, Run | N
     from membench.regression import sources
     from membench.regression.tolerances import Tolerances, parse_fail
     from membench.regression.verdict import judge
-    from membench.suite import rules_in
+    from membench.suite import rules_of
 
     keep = _keep(arguments.expression)
     measured, run = sources.load_with_run(arguments.new, arguments.output)
@@ -194,7 +188,7 @@ def _of_run(arguments: argparse.Namespace) -> tuple[Measured, Judgement, Run | N
     if run:
         plugins = own_metrics(run.header.get("own_metrics", ()))
     asked = [parse_fail(text, plugins) for text in arguments.fail]
-    own, gates = rules_in(str(run.header.get("suite_text", "")), plugins) if run else ((), ())
+    own, gates = rules_of(run.header, plugins) if run else ((), ())
     _refuse_idle(asked, base, measured)
     judgement = judge(base, _only(measured, keep), Tolerances(own, asked), across_machines=arguments.across_machines)
     return base, judgement, run, gates

@@ -9,18 +9,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from membench.cli import against, ci
+from membench.cli import against, ci, script
 from membench.cli.output import EXPLAIN, FORMATS, RESULTS, Verbs, print_run
 from membench.cli.regression import add_fail, tell_of_gates
 from membench.errors import EXIT_CASES_FAILED, EXIT_INTERRUPTED, EXIT_OK, MembenchError, ResultsError
 
 if TYPE_CHECKING:
     from membench import Suite
+    from membench.runner import Tell
 
 
 def add(verbs: Verbs) -> None:
-    run = verbs.add_parser("run", help="measure the cases of a suite and print a table")
-    run.add_argument("suite", nargs="+", help="a suite's name or path")
+    run = verbs.add_parser("run", help="measure the cases of a suite, or a program, and print a table")
+    run.add_argument("suite", nargs="*", help="a suite's name or path; of a file in Python FILE or FILE::NAME")
+    script.add(run)
     run.add_argument("-k", dest="expression", help="only cases whose id fits, such as 'int8 and not train'")
     run.add_argument("--device", action="append", help="in place of the suite's devices: cpu, cuda, cuda:0")
     run.add_argument("--resume", action="store_true", help="go on with the newest run of the suite")
@@ -32,7 +34,9 @@ def add(verbs: Verbs) -> None:
         "--against-ref", metavar="GIT_REF",
         help="measure that commit's code and suite, too, in turn with what is here, and fail if something regressed",
     )  # fmt: skip
-    run.add_argument("--repeats", type=_repeats, help=f"with --against-ref: rounds of both ({against.ROUNDS})")
+    run.add_argument(
+        "--repeats", type=_repeats, help=f"of a program; with --against-ref: rounds of both ({against.ROUNDS})"
+    )
     add_fail(run, "with --against-ref: ")
     ci.add(run)
     run.set_defaults(do=_told)
@@ -53,11 +57,15 @@ def _run(arguments: argparse.Namespace) -> int:
     import membench
     from membench import selection
 
+    is_script = script.is_asked_for(arguments)
     keep = selection.parse(arguments.expression) if arguments.expression else lambda _: True
     # What is typed and what it stands for; a suite of which -k leaves nothing is left out.
     chosen: dict[str, Suite] = {}
-    for name in arguments.suite:
-        suite = membench.load_suite(name, arguments.device)
+    if is_script:
+        named = {arguments.script or arguments.module: script.suite(arguments)}
+    else:
+        named = {name: membench.load_suite(name, arguments.device) for name in arguments.suite}
+    for name, suite in named.items():
         if suite.select(keep):
             chosen[name] = suite
         else:
@@ -72,29 +80,27 @@ def _run(arguments: argparse.Namespace) -> int:
         if len(chosen) > 1:
             raise MembenchError("--against-ref compares one suite; name one")
         return against.run(arguments, *chosen.values())
-    if arguments.repeats or arguments.fail:
+    if not is_script and (arguments.repeats or arguments.fail):
         raise MembenchError(f"--{'repeats' if arguments.repeats else 'fail'} belongs to --against-ref GIT_REF")
-    from rich.console import Console
-
-    from membench.progress import Display
     from membench.regression.gates import outcomes
     from membench.report import checked, text
 
     resumed = _resumed(list(chosen.values()), arguments.output) if arguments.resume else [False] * len(chosen)
-    code, left, has_begun = EXIT_OK, list(chosen), False
+    code, left, has_begun, kept_in = EXIT_OK, list(chosen), False, ""
     cases: list[checked.CheckedCase] = []
     tables: list[str] = []
     try:
         for suite, resume in zip(chosen.values(), resumed, strict=True):
-            # The library takes FORCE_COLOR for a terminal, which a log in a file is not.
-            with Display(Console(stderr=True, force_terminal=sys.stderr.isatty())) as display:
+            with script.watched(suite, arguments.format) as hear:
 
-                def tell(event: str, details: Mapping[str, Any], display: Display = display) -> None:
-                    nonlocal has_begun
+                def tell(event: str, details: Mapping[str, Any], hear: Tell = hear) -> None:
+                    nonlocal has_begun, kept_in
                     has_begun = has_begun or event == "start"
-                    display(event, details)
+                    kept_in = details.get("path", kept_in)
+                    hear(event, details)
 
                 run = membench.run(suite, keep=keep, output=arguments.output, resume=resume, tell=tell)
+            script.print_phases(run.records, arguments.format)
             print_run(run, arguments.format, arguments.explain)
             broken = tell_of_gates(run, suite.gates, arguments.format)
             if broken or any(record.broken_limits or record.status not in ("ok", "skipped") for record in run.records):
@@ -103,7 +109,10 @@ def _run(arguments: argparse.Namespace) -> int:
             cases += checked.of_records(suite.name, run.records, outcomes(suite.gates, run.records))
             tables.append(text.comparison(run.records, "github"))
     except KeyboardInterrupt:
-        if not left:
+        if is_script and kept_in:
+            print(f"interrupted; what was measured is kept in {kept_in}", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        if not left or is_script:
             raise
         command = _command(arguments, left, has_begun or bool(resumed[len(chosen) - len(left)]))
         print(f"interrupted; what is done is kept. To go on: {command}", file=sys.stderr)

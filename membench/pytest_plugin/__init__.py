@@ -138,8 +138,11 @@ def membench(request: pytest.FixtureRequest, _membench_timing: Timing | None) ->
     return MembenchFixture(request, _membench_timing)
 
 
+@pytest.hookimpl(trylast=True)  # tests in a file come before the suites in it
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
-    if file_path.suffix != ".toml":
+    if file_path.suffix not in (".toml", ".py"):
+        return None
+    if file_path.suffix == ".py" and not parent.session.isinitpath(file_path):  # a Python file is read to look at it
         return None
     from membench.pytest_plugin import collection
 

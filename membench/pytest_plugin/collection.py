@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import os
@@ -20,20 +21,50 @@ if TYPE_CHECKING:
     from membench.runner import Runner
     from membench.suite import Suite
 
+_MAKES_SUITE = re.compile(r"^[^#\n]*\bSuite\s*\(", re.MULTILINE)
 _SUITE_TABLE = re.compile(r"^\s*\[\s*suite\s*\]", re.MULTILINE)
 _LARGEST_SUITE_BYTES = 2**20
 
 
 def suite_file(path: Path, parent: pytest.Collector) -> SuiteFile | None:
-    """The collector for a TOML file, if it is a suite and asked for."""
+    """The collector for a file, if it is a suite and asked for: one in Python by its name alone."""
     is_named = parent.session.isinitpath(path)
     if not is_named and not Sharing.of(parent.config).finds_suites:
         return None
-    return SuiteFile.from_parent(parent, path=path) if _is_suite(path, is_named) else None
+    if path.suffix == ".py":
+        is_suite = _makes_suite(path, any(path.match(each) for each in parent.config.getini("python_files")))
+    else:
+        is_suite = _is_suite(path, is_named)
+    return SuiteFile.from_parent(parent, path=path) if is_suite else None
+
+
+def _makes_suite(path: Path, is_tests: bool) -> bool:
+    """Whether a Python file speaks of membench and calls ``Suite``; it is not run for that.
+
+    In a file of tests, only calls that are made when it is loaded count: functions there make suites for themselves.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    if "membench" not in text or _MAKES_SUITE.search(text) is None:
+        return False
+    try:
+        return not is_tests or _calls_suite(ast.parse(text))
+    except (SyntaxError, ValueError, RecursionError):
+        return False  # pytest tells of it
+
+
+def _calls_suite(node: ast.AST) -> bool:
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        return False
+    if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "Suite":
+        return True
+    return any(map(_calls_suite, ast.iter_child_nodes(node)))
 
 
 def _is_suite(path: Path, is_named: bool) -> bool:
-    """Whether a file has a table [suite]; one that was not named must have [matrix], too, and be TOML."""
+    """Whether a file has a table [suite]; one not named must have [matrix] or [script], too, and be TOML."""
     import tomllib
 
     try:
@@ -49,20 +80,26 @@ def _is_suite(path: Path, is_named: bool) -> bool:
     except (ValueError, RecursionError):
         # The user meant a suite, and is told what is wrong with it.
         return is_named and _SUITE_TABLE.search(text) is not None
-    return isinstance(parsed.get("suite"), dict) and (is_named or isinstance(parsed.get("matrix"), dict))
+    tells_what = isinstance(parsed.get("matrix"), dict) or isinstance(parsed.get("script"), dict)
+    return isinstance(parsed.get("suite"), dict) and (is_named or tells_what)
 
 
 class SuiteFile(pytest.File):
     """A suite; it measures cases, and while it does has a fork server."""
 
-    def collect(self) -> Iterator[CaseItem]:
-        from membench.errors import MembenchError
-        from membench.suite import load_suite
+    def __init__(self, *, suite: Suite | None = None, **others: Any) -> None:
+        """``suite``: one of several in a file."""
+        super().__init__(**others)
+        self._given = suite
 
-        try:
-            self.suite: Suite = load_suite(os.path.relpath(self.path))
-        except MembenchError as error:
-            raise self.CollectError(str(error)) from None
+    def collect(self) -> Iterator[CaseItem | SuiteFile]:
+        suites = [self._given] if self._given else self._suites()
+        if len(suites) > 1:
+            for suite in suites:
+                nodeid = f"{self.nodeid}::{suite.name}"
+                yield SuiteFile.from_parent(self, path=self.path, name=suite.name, nodeid=nodeid, suite=suite)
+            return
+        (self.suite,) = suites
         self._refuse_namesake()
         for case in self.suite.cases:
             yield CaseItem.from_parent(self, name=case.id, case=case)
@@ -78,6 +115,16 @@ class SuiteFile(pytest.File):
                 " give one of them another name, or run them apart"
             )
 
+    def _suites(self) -> list[Suite]:
+        from membench.errors import MembenchError
+        from membench.suite import load_suite, suites_in
+
+        path = Path(os.path.relpath(self.path))
+        try:
+            return suites_in(path) if path.suffix == ".py" else [load_suite(path)]
+        except MembenchError as error:
+            raise self.CollectError(str(error)) from None
+
     def setup(self) -> None:
         self._runner: Runner | None = None
         self._not_ready: dict[str, str | None] = {}
@@ -90,13 +137,9 @@ class SuiteFile(pytest.File):
     @property
     def header(self) -> dict[str, Any]:
         """Of the file that the suite's records go to."""
-        from membench.session import run_header
+        from membench.session import header_of
 
-        devices = list(dict.fromkeys(case.device for case in self.suite.cases))
-        started = Sharing.of(self.config).started
-        header = run_header(
-            self.suite.name, self.suite.text, devices, started, self.suite.plugin_files, self.suite.own_metrics
-        )
+        header = header_of(self.suite, Sharing.of(self.config).started)
         number = self._number()
         return header if number == 1 else {**header, "run": f"{header['run']}-{number}"}
 

@@ -25,7 +25,7 @@ from membench.quantities import ByteSize, Duration
 from membench.record import METRICS, Record
 from membench.runner import Call, Runner
 from membench.session import run_header, silent
-from membench.suite import Settings
+from membench.tables import Settings
 
 if TYPE_CHECKING:
     from membench.pytest_plugin.timing import Timing

@@ -274,9 +274,10 @@ def _stands_for(case: Mapping[str, Any]) -> dict[str, Any]:
 def _phases(process: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     found = {}
     for phase in process["phases"]:
-        if phase["name"] not in _TOLD_BY_PHASE:
-            continue
         on_gpu = "cuda_peak_allocated_bytes" in phase
+        # A user's program may have phases of these names; live memory is not known of it.
+        if phase["name"] not in _TOLD_BY_PHASE or not (on_gpu or "peak_live_bytes" in phase):
+            continue
         peak = phase["cuda_peak_allocated_bytes" if on_gpu else "peak_live_bytes"]
         held = phase["cuda_held_allocated_bytes" if on_gpu else "held_live_bytes"]
         found[phase["name"]] = {"peak_live_bytes": peak, "held_live_bytes": held}

@@ -47,7 +47,8 @@ def _markdown(run: Run) -> Iterator[str]:
     said = [*text.remarks(run.records), *text.verdicts(run.records)]
     if said:
         yield markdown.fenced(said, "text")
-    yield markdown.fenced(str(run.header.get("suite_text", "")).splitlines(), "toml")
+    language = "toml" if run.header.get("suite_tables") is None else ""
+    yield markdown.fenced(str(run.header.get("suite_text", "")).splitlines(), language)
 
 
 def _latex(run: Run) -> Iterator[str]:

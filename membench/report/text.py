@@ -305,13 +305,17 @@ _PHASE_TITLES = {
     "live_peak_bytes": "live peak",
     "live_held_bytes": "live held",
     "footprint_peak_bytes": "footprint peak",
+    "gpu_peak_bytes": "GPU peak",
     "file_pages_bytes": "file pages",
 }
 
 
 def _or_blank(row: Mapping[str, Any], field: str, show: Callable[[float], str]) -> str:
     """A figure; a dash for a phase that lacks it, nothing for a part, of which memory is taken in one phase only."""
-    return show(row[field]) if row[field] is not None else "" if row["part"] else "–"
+    if row[field] is None:
+        return "" if row["part"] else "–"
+    bound = row["bound"] if field == "footprint_peak_bytes" else None
+    return f"{_SIGNS.get(str(bound), '')}{show(row[field])}"
 
 
 def _phase_rows(record: Record) -> Iterator[dict[str, Any]]:
@@ -326,6 +330,8 @@ def _phase_rows(record: Record) -> Iterator[dict[str, Any]]:
                     "live_peak_bytes": entry.get("cuda_peak_allocated_bytes" if on_gpu else "peak_live_bytes"),
                     "live_held_bytes": entry.get("cuda_held_allocated_bytes" if on_gpu else "held_live_bytes"),
                     "footprint_peak_bytes": entry.get("peak_footprint_bytes"),
+                    # A worker's own is in its live peak; what a user's program allocates there is seen from outside.
+                    "gpu_peak_bytes": _gpu_peak(entry) if process["role"] == "script" else None,
                     "file_pages_bytes": entry.get("file_end_bytes"),
                 }
                 # The meter's own entry for what runs between parts says nothing that is shown here.
@@ -333,7 +339,13 @@ def _phase_rows(record: Record) -> Iterator[dict[str, Any]]:
                     yield {"case": record.id, "repeat": record.repeat, "status": record.status,
                            "role": one_line(process["role"]), "rank": process["rank"],
                            "phase": one_line(phase["name"]), "part": None if part is None else one_line(part),
-                           "allocator": one_line(phase["allocator"]), **row}  # fmt: skip
+                           "allocator": one_line(phase["allocator"]), **row,
+                           "bound": entry.get("bound")}  # fmt: skip
+
+
+def _gpu_peak(entry: Mapping[str, Any]) -> int | None:
+    of_process: int | None = entry.get("gpu_process_peak_bytes")
+    return entry.get("gpu_used_peak_bytes") if of_process is None else of_process
 
 
 def _worst(repeats: Sequence[Record]) -> Record:

@@ -42,6 +42,7 @@ def timeline(record: Record, repeats: int = 1) -> Timeline:
         if any(column := record.timeline.get(field, ()))
     }
     shown = _thinned(columns, len(kept))
+    drawn = _side_by_side([phase["name"] for phase in phases], process.get("role") == "script")
     peaks = [_peak(phase, baseline.get("file_bytes", 0)) for phase in phases]
     sampled = [value for column in columns.values() for value in column if value is not None]
     unit, step = byte_unit(max([0.0, *sampled, *(peak.size_bytes or 0.0 for peak in peaks)]))
@@ -57,11 +58,20 @@ def timeline(record: Record, repeats: int = 1) -> Timeline:
             Span(peak.phase, phase.get("allocator", ""), round(phase["began_s"], 3), round(phase["ended_s"], 3),
                  _rounded(peak.size_bytes, step), peak.is_bound, peak.told)
             for phase, peak in zip(phases, peaks, strict=True)
+            if phase["name"] in drawn
         ),
         (("phase", "allocator", "took", "peak"),
          *((peak.phase, str(phase.get("allocator", "")), format_seconds(phase["ended_s"] - phase["began_s"]), peak.told)
            for phase, peak in zip(phases, peaks, strict=True))),
     )  # fmt: skip
+
+
+def _side_by_side(names: Sequence[str], of_program: bool) -> Sequence[str]:
+    """The phases that lie in no other: a user's program has the whole first, and those it marks may be nested."""
+    if not of_program or len(names) < 2:
+        return names
+    marked = names[1:]
+    return [name for name in marked if not any(name.startswith(f"{outer}.") for outer in marked)]
 
 
 def _rounded(size_bytes: float | None, step: int) -> float | None:
@@ -80,7 +90,8 @@ def _peak(phase: Mapping[str, Any], baseline_file_bytes: int) -> _Peak:
     if "cuda_peak_allocated_bytes" in phase:
         size, what = phase["cuda_peak_allocated_bytes"], "allocated"
     elif phase.get("allocator") == "default":
-        size, what = phase.get("peak_footprint_bytes"), "footprint"
+        # Of a user's program that of itself, as its line is; its children have a line of their own.
+        size, what = phase.get("own_peak_bytes", phase.get("peak_footprint_bytes")), "footprint"
     else:
         size, what = phase.get("peak_live_bytes"), "live"
     if size is None:

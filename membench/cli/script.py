@@ -1,0 +1,146 @@
+"""``membench run --script``: a program of the user's, as it is."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from membench.cli.output import FOR_MACHINES
+from membench.errors import MembenchError, SuiteError
+
+if TYPE_CHECKING:
+    from membench import Suite
+    from membench.runner import Tell
+
+
+def add(run: argparse.ArgumentParser) -> None:
+    """Add what names a program, its limits; its arguments stand behind ``--``."""
+    run.add_argument(
+        "--script", metavar="FILE",
+        help="measure this program as it is, and the phases that it marks with membench.phase; its arguments follow --",
+    )  # fmt: skip
+    run.add_argument("-m", dest="module", metavar="MODULE", help="the same of a module, as python -m runs it")
+    run.add_argument(
+        "--limit", action="append", default=[], metavar="METRIC=MOST",
+        help="with --script or -m: what it may take, such as peak_footprint=1GiB; can be given several times",
+    )  # fmt: skip
+
+
+def divided(words: Sequence[str]) -> tuple[list[str], list[str] | None]:
+    """A command line in two: membench's own words, and what stands behind ``--`` for the program."""
+    if words[:1] == ["run"] and "--" in words:
+        at = words.index("--")
+        return list(words[:at]), list(words[at + 1 :])
+    return list(words), None
+
+
+def is_asked_for(arguments: argparse.Namespace) -> bool:
+    """Whether a program is to be run.
+
+    Raises:
+        MembenchError: if something is only for programs, and none is named.
+    """
+    if arguments.script is not None or arguments.module is not None:
+        return True
+    if arguments.program_arguments is not None:
+        raise MembenchError("what stands behind '--' is for a script: name it with --script FILE or -m MODULE")
+    if arguments.limit:
+        raise MembenchError("--limit is for --script and -m; a suite has a table [limits]")
+    if not arguments.suite:
+        raise MembenchError("name a suite, or a program with --script FILE or -m MODULE")
+    return False
+
+
+def suite(arguments: argparse.Namespace) -> Suite:
+    """The suite of one case that a command line asks for.
+
+    Raises:
+        MembenchError: if the program cannot be started, or an option does not go with it.
+    """
+    import membench
+
+    if arguments.script is not None and arguments.module is not None:
+        raise MembenchError("--script FILE and -m MODULE name two programs; name one")
+    option = "-m" if arguments.script is None else "--script"
+    if arguments.suite:
+        raise MembenchError(
+            f"{option} runs one program, and '{arguments.suite[0]}' is a suite;"
+            " what is for the program stands behind '--'"
+        )
+    for name, why in (
+        ("resume", "goes on with a suite"),
+        ("against_ref", "measures a suite; write one with a table [script]"),
+        ("fail", "belongs to --against-ref GIT_REF"),
+    ):
+        if getattr(arguments, name):
+            raise MembenchError(f"--{name.replace('_', '-')} {why}; it does not go with {option}")
+    if len(arguments.device or ()) > 1:
+        raise MembenchError(f"{option} runs on one --device")
+    named = {"file": arguments.script} if arguments.script is not None else {"module": arguments.module}
+    program = {**named, "arguments": arguments.program_arguments or [], "device": (arguments.device or ["cpu"])[0]}
+    name = Path(arguments.script).stem if arguments.script else arguments.module or ""
+    try:
+        return membench.Suite(
+            re.sub(r"[^\w.-]+", "-", name)[:64] or "script",
+            script=program, limits=_limits(arguments.limit), settings={"repeats": arguments.repeats or 1},
+        )  # fmt: skip
+    except SuiteError as error:
+        _, _, wrong = str(error).partition(": ")
+        raise MembenchError(wrong.replace(f"script.{next(iter(named))} = ", f"{option} ")) from None
+
+
+def _limits(asked: Sequence[str]) -> dict[str, str]:
+    limits = {}
+    for text in asked:
+        metric, sign, most = text.partition("=")
+        if not sign or not metric or not most:
+            raise MembenchError(f"--limit '{text}': write METRIC=MOST, such as peak_footprint=1GiB")
+        limits[metric.strip()] = most.strip()
+    return limits
+
+
+@contextlib.contextmanager
+def watched(suite: Suite, form: str) -> Iterator[Tell]:
+    """What hears of a suite's run, and shows it: nothing beside a program, which writes to the terminal itself.
+
+    Where a machine reads our output, what a program prints goes to standard error.
+    """
+    from rich.console import Console
+
+    from membench.progress import Display
+    from membench.session import silent
+
+    if not suite.runs_program:
+        # The library takes FORCE_COLOR for a terminal, which a log in a file is not.
+        with Display(Console(stderr=True, force_terminal=sys.stderr.isatty())) as display:
+            yield display
+        return
+    sys.stdout.flush()
+    if form not in FOR_MACHINES:
+        yield silent
+        return
+    output = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield silent
+    finally:
+        os.dup2(output, 1)
+        os.close(output)
+
+
+def print_phases(records: Sequence[Any], form: str) -> None:
+    """Print what each phase took that a program marked."""
+    from membench.report import text
+
+    marked = [
+        record for record in records
+        if any(process["role"] == "script" and len(process["phases"]) > 1 for process in record.processes)
+    ]  # fmt: skip
+    if marked and form not in FOR_MACHINES:
+        print(f"{text.phases(marked, form)}\n")

@@ -1,0 +1,102 @@
+"""Python files of a user's that are read here, in the process that measures nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+import tokenize
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from membench.errors import MembenchError, SuiteError, summary
+
+_T = TypeVar("_T")
+_DEEPEST = 5
+
+
+def executed(path: Path) -> tuple[dict[str, Any], str]:
+    """What a file defines, and its text. Modules beside it can be imported, as by a script.
+
+    Raises:
+        SuiteError: if it cannot be read, ends in an error or imports torch: file, line and what is wrong.
+    """
+    try:
+        with tokenize.open(path) as file:
+            text = file.read()
+        code = compile(text, str(path), "exec", dont_inherit=True)
+    except OSError as error:
+        raise SuiteError(f"{path} cannot be read: {error.strerror}") from None
+    except SyntaxError as error:
+        where = f", line {error.lineno}" if error.lineno else ""
+        raise SuiteError(f"{path}{where}: {error.msg}") from None
+    except (ValueError, RecursionError, MemoryError) as error:  # not of its encoding, or nested too deeply
+        raise SuiteError(f"{path}: {summary(error)}") from None
+    namespace: dict[str, Any] = {"__name__": path.stem, "__file__": str(path.absolute())}
+    had_torch = "torch" in sys.modules
+    try:
+        # What it prints must not be taken for a table.
+        with _importing_from(path.parent), contextlib.redirect_stdout(sys.stderr):
+            exec(code, namespace)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        if isinstance(error, SuiteError) and str(error).startswith(f"{path}: "):
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        where = f", line {lines[-1]}" if lines else ""
+        said = str(error) if isinstance(error, MembenchError) else summary(error)
+        raise SuiteError(f"{path}{where}: {said}") from None
+    if "torch" in sys.modules and not had_torch:
+        raise SuiteError(
+            f"{path} imports torch, itself or through what it imports; a suite names what is measured,"
+            " and the process that reads it stays small"
+        )
+    return namespace, text
+
+
+@contextlib.contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+    entry = os.path.abspath(folder)
+    sys.path.insert(0, entry)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(entry)
+
+
+def held(values: Iterable[Any], kind: type[_T], depth: int = 0) -> Iterator[_T]:
+    """What is of a kind among values, and in the lists, tuples and dicts among them."""
+    for value in list(values):
+        if isinstance(value, kind):
+            yield value
+        elif isinstance(value, list | tuple | dict) and depth < _DEEPEST:
+            yield from held(value.values() if isinstance(value, dict) else value, kind, depth + 1)
+
+
+def plain(value: Any, key: str) -> Any:
+    """A value as a file of TOML would have given it.
+
+    Raises:
+        ValueError: if no such file could: the key, and what is wrong.
+    """
+    match value:
+        case float() if not math.isfinite(value):
+            raise ValueError(f"{key} = {value}: a finite number is wanted")
+        case str() | bool() | int() | float() | None:
+            return value
+        case Mapping():
+            odd = next((name for name in value if not isinstance(name, str)), None)
+            if odd is not None:
+                raise ValueError(f"{key}: {odd!r} is the name of something, and text is wanted")
+            return {name: plain(inner, f"{key}.{name}") for name, inner in value.items()}
+        case list() | tuple() | range():
+            return [plain(inner, f"{key}.{number}") for number, inner in enumerate(value)]
+        case Path():
+            return str(value)
+    raise ValueError(f"{key}: a suite holds text, numbers, true or false, lists and tables, not {type(value).__name__}")
