@@ -39,6 +39,11 @@ class Scratch:
             self._held = None
 
 
+def is_scratch(folder: Path) -> bool:
+    """Whether a folder, which need not be there any more, is or was one for a runner's scratch."""
+    return _NAME.fullmatch(folder.name) is not None
+
+
 def share(folder: Path) -> None:
     """Make a folder that several processes use. As long as one of them lives it is locked, too."""
     while True:

@@ -9,9 +9,10 @@ from pathlib import Path
 from types import TracebackType
 
 from membench.errors import MembenchError
-from membench.scratch import Scratch
+from membench.scratch import Scratch, is_scratch
 
 _TIMEOUT_S = 300
+_FOLDER = "tree"
 
 
 class GitError(MembenchError):
@@ -51,6 +52,15 @@ class Repository:
                     " 'fetch-depth: 0' of actions/checkout, in GitLab 'GIT_DEPTH: 0')"
                 )
             raise GitError(message) from None
+
+    def has(self, commit: str, path: Path) -> bool:
+        """Whether a commit has a file of the repository; one outside it is the same for all commits."""
+        resolved = path.resolve()
+        if not resolved.is_relative_to(self.root):
+            return True
+        return bool(
+            self.git("ls-tree", "--full-tree", "--name-only", commit, "--", str(resolved.relative_to(self.root)))
+        )
 
     def is_changed(self) -> bool:
         """Whether files that git follows are not as in the commit that is checked out."""
@@ -97,10 +107,9 @@ class WorkTree:
             MembenchError: if there is no room.
         """
         self._scratch = Scratch()
-        self.path = (self._scratch.path / "tree").resolve()
+        self.path = (self._scratch.path / _FOLDER).resolve()
         try:
-            # Those of runs that were killed: their folders are gone, git does not know it yet.
-            self.repository.git("worktree", "prune")
+            self._forget_leftovers()
             self.repository.git("worktree", "add", "--quiet", "--detach", str(self.path), self.commit)
         except BaseException:
             self._remove()
@@ -115,7 +124,17 @@ class WorkTree:
         resolved, root = path.resolve(), self.repository.root
         return self.path / resolved.relative_to(root) if resolved.is_relative_to(root) else None
 
+    def _forget_leftovers(self) -> None:
+        """Let git forget those of runs that were killed: their folders are gone. Others' may be so for a while only."""
+        for line in self.repository.git("worktree", "list", "--porcelain").splitlines():
+            path = Path(line.removeprefix("worktree "))
+            if line.startswith("worktree ") and path.name == _FOLDER and is_scratch(path.parent) and not path.exists():
+                self._forget(path)
+
     def _remove(self) -> None:
         self._scratch.remove()
+        self._forget(self.path)
+
+    def _forget(self, path: Path) -> None:
         with contextlib.suppress(GitError):  # what went wrong before is what is to be told
-            self.repository.git("worktree", "prune")
+            self.repository.git("worktree", "remove", "--force", str(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,6 +113,21 @@ def test_a_suite_that_the_commit_does_not_have_is_named(here: Path) -> None:
     )
 
 
+def test_only_work_trees_of_ours_are_forgotten(here: Path, tmp_path: Path, temporary: Path) -> None:
+    """What a killed run left is; somebody's that lies on a disk which is not there just now is none of our business."""
+    theirs, ours = tmp_path / "on-a-disk", temporary / "membench-1-killed" / "tree"
+    for path in (theirs, ours):
+        git(here, "worktree", "add", "--quiet", "--detach", str(path), "HEAD")
+        shutil.rmtree(path)
+    shutil.rmtree(ours.parent)
+    with Repository(here).work_tree("HEAD"):
+        known = git(here, "worktree", "list")
+        assert str(theirs) in known
+        assert str(ours) not in known
+    assert str(theirs) in git(here, "worktree", "list")
+    git(here, "worktree", "remove", "--force", str(theirs))
+
+
 def test_a_suite_that_is_broken_in_the_commit_is_told_of_the_base(here: Path) -> None:
     commit(here, "Break it", {"small.toml": SUITE.replace("[settings]", "[settigns]")})
     (here / "small.toml").write_text(SUITE)
@@ -181,6 +197,26 @@ def test_a_model_that_grew_since_the_commit_fails_and_is_told_where(here: Path) 
     # A suspect was measured again on both sides before that was said.
     for path in (membench.newest_run("results"), membench.newest_run("results/base")):
         assert [record.repeat for record in membench.read_run(path).records] == [0, 1, 2, 3]
+
+
+def test_a_suite_that_is_new_is_measured_alone_by_its_limits_and_gates(here: Path) -> None:
+    new = SUITE.replace('"small"', '"new"')
+    (here / "new.toml").write_text(new)
+    asked = ["run", "new.toml", "--against-ref", "HEAD", "--repeats", "1", "--summary", "summary.md"]
+    passes = _membench(*asked)
+    assert passes.returncode == 0, passes.stderr
+    said = (
+        f"suite new.toml is not in 'HEAD' ({git(here, 'rev-parse', 'HEAD')[:12]}): there is nothing to compare with;"
+        " what is here is measured alone"
+    )
+    assert said in passes.stdout
+    assert "own · forward · cpu" in passes.stdout
+    assert "there is nothing to compare with" in Path("summary.md").read_text()
+    assert [path.parent.name for path in here.rglob("*.jsonl")] == ["results"]
+    (here / "new.toml").write_text(new + '[limits]\nweights = "1 KiB"\n')
+    fails = _membench(*asked)
+    assert fails.returncode == 1
+    assert said in fails.stdout
 
 
 def test_what_has_not_changed_passes(here: Path) -> None:

@@ -122,6 +122,37 @@ def test_what_is_the_same_exits_with_0_and_what_regressed_with_1_and_a_line_that
     assert allowed.returncode == 0
 
 
+def _with_rules(path: Path, rules: str) -> Path:
+    """A run of which the suite states rules."""
+    header, *records = path.read_text().splitlines()
+    entry = json.loads(header)
+    entry["suite_text"] += rules
+    path.write_text("\n".join([json.dumps(entry), *records]) + "\n")
+    return path
+
+
+def test_compare_takes_the_tolerances_of_the_suite_as_check_does(kept: Path) -> None:
+    path = _slower(kept)
+    assert "×1.030 regressed" in _read("compare", _NAME, str(path), folder=kept).stdout
+    _with_rules(path, '\n[regression]\nweights = "5%"\n')
+    compared = _read("compare", _NAME, str(path), folder=kept)
+    assert "regressed" not in compared.stdout.replace("nothing regressed", "")
+    assert "nothing regressed" in compared.stdout
+
+
+def test_only_the_gates_and_limits_of_what_k_chooses_are_judged_and_the_rest_is_named(kept: Path) -> None:
+    path = _with_rules(_slower(kept, _NAME), '\n[gate]\nrules = ["weights <= 300 KiB"]\n')
+    asked = ["check", str(path), "--against", f"results/{_NAME}.jsonl", "--junit", "junit.xml"]
+    chosen = _read(*asked, "-k", "trained-tiny and bf16 and generate", folder=kept)
+    assert chosen.returncode == 0, chosen.stdout
+    assert "not judged, since -k leaves it out: weights <= 300 KiB in llama-60m/none/forward/cpu, " in chosen.stdout
+    assert "is broken" not in chosen.stdout
+    assert (kept / "junit.xml").read_text().count("<testcase") == 1
+    broken = _read(*asked, "-k", "trained-tiny and none and generate", folder=kept)
+    assert broken.returncode == 1
+    assert "trained-tiny/none/generate/cpu: weights <= 300 KiB is broken: 481.3 KiB is over 300.0 KiB" in broken.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -73,6 +73,15 @@ def test_a_pull_request_that_grows_the_model_fails(project: Path, tmp_path: Path
     assert 'failures="1"' in (tmp_path / "checkout" / "memory.xml").read_text()
 
 
+def test_the_pull_request_that_adds_the_suite_passes(project: Path, tmp_path: Path) -> None:
+    git(tmp_path, "clone", "--quiet", "--depth", "2", f"file://{project}", "checkout")
+    (script,) = [str(step["run"]) for step in _steps(project) if "membench run" in str(step.get("run"))]
+    done = _shell(tmp_path / "checkout", script, GITHUB_STEP_SUMMARY=str(tmp_path / "summary.md"))
+    assert done.returncode == 0, done.stderr
+    assert "suite memory.toml is not in 'HEAD^1' (" in done.stdout
+    assert (tmp_path / "summary.md").read_text().startswith("## ✅ membench run memory: 1 passed\n")
+
+
 def test_every_step_is_an_install_an_action_or_run_by_the_test_above(project: Path) -> None:
     shell = [str(step["run"]) for step in _steps(project) if "run" in step]
     assert [line.split()[:2] for line in shell] == [["pip", "install"], ["membench", "run"]]

@@ -5,19 +5,50 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from membench.cli import ci
+from membench.cli import ci, rules
 from membench.cli.output import beside
-from membench.cli.regression import print_judgements, tell_of_gates
+from membench.cli.regression import print_judgements
 from membench.errors import EXIT_CASES_FAILED, MembenchError
+from membench.worktree import Repository
 
 if TYPE_CHECKING:
     from membench import Suite
+    from membench.regression.tolerances import Tolerances
     from membench.regression.verdict import Judgement
 
 ROUNDS = 5
 """Time is judged over three repeats or more; five tell it from chance more surely."""
+
+
+def lacks(arguments: argparse.Namespace, suite: Suite) -> str | None:
+    """That the other commit has no such suite, if that is so: it is new here, and there is nothing to compare with.
+
+    Raises:
+        MembenchError: if there is no such commit, or what was asked of the comparison makes no sense.
+    """
+    if arguments.resume:
+        raise MembenchError("--resume goes on with one run; --against-ref measures two in turn, afresh")
+    _tolerances(arguments, suite)
+    repository = Repository(Path.cwd())
+    commit = repository.commit(arguments.against_ref)
+    assert suite.path is not None  # one was named on the command line
+    if repository.has(commit, suite.path):
+        return None
+    return (
+        f"suite {suite.path} is not in '{arguments.against_ref}' ({commit[:12]}): there is nothing to compare with;"
+        " what is here is measured alone"
+    )
+
+
+def _tolerances(arguments: argparse.Namespace, suite: Suite) -> Tolerances:
+    from membench.regression.tolerances import Tolerances, parse_fail
+
+    asked = [parse_fail(text, suite.own_metrics) for text in arguments.fail]
+    Tolerances(command_line=asked).refuse_idle(case.id for case in suite.cases)
+    return Tolerances(suite.tolerances, asked)
 
 
 def run(arguments: argparse.Namespace, suite: Suite) -> int:
@@ -31,17 +62,11 @@ def run(arguments: argparse.Namespace, suite: Suite) -> int:
     from membench import interleaving, selection
     from membench.checking import MORE_REPEATS
     from membench.progress import Display
-    from membench.regression.gates import outcomes
     from membench.regression.measured import of_run
-    from membench.regression.tolerances import Tolerances, parse_fail
     from membench.regression.verdict import judge
     from membench.report import checked, regression
 
-    if arguments.resume:
-        raise MembenchError("--resume goes on with one run; --against-ref measures two in turn, afresh")
-    asked = [parse_fail(text, suite.own_metrics) for text in arguments.fail]
-    tolerances = Tolerances(suite.tolerances, asked)
-    Tolerances(command_line=asked).refuse_idle(case.id for case in suite.cases)
+    tolerances = _tolerances(arguments, suite)
     rounds = arguments.repeats or max(ROUNDS, suite.settings.repeats)
     keep = selection.parse(arguments.expression) if arguments.expression else None
     with (
@@ -68,10 +93,10 @@ def run(arguments: argparse.Namespace, suite: Suite) -> int:
             sides = both.measure(MORE_REPEATS, judgement.suspects)
             judgement = judged(sides)
     print_judgements([judgement], arguments.format)
-    held = outcomes(suite.gates, sides.head.records)
-    is_broken = tell_of_gates(sides.head, suite.gates, arguments.format)
-    is_broken |= any(record.broken_limits for record in sides.head.records)
+    held = rules.held(suite.gates, sides.head.records)
+    held.tell_of_gates(arguments.format)
+    held.tell_of_limits(arguments.format)
     print("kept in {} and {}".format(*(os.path.relpath(side.path) for side in sides)), file=beside(arguments.format))
-    cases = checked.of_check(judgement, sides.head.records, held)
+    cases = checked.of_check(judgement, held.records, held.outcomes)
     ci.write(arguments, regression.summary(judgement), cases, [regression.table([judgement], "github")])
-    return EXIT_CASES_FAILED if is_broken else judgement.exit_code
+    return EXIT_CASES_FAILED if held.are_broken else judgement.exit_code

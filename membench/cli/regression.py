@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from membench.cli import ci, script
-from membench.cli.output import FOR_MACHINES, RESULTS, Verbs, beside
+from membench.cli import ci, rules, script
+from membench.cli.output import RESULTS, Verbs, beside
 from membench.errors import EXIT_CANNOT_COMPARE, EXIT_CASES_FAILED, EXIT_OK, CannotCompare, MembenchError, one_line
 
 if TYPE_CHECKING:
+    from membench.record import Metric
     from membench.regression.gates import Gate
     from membench.regression.measured import Measured
     from membench.regression.tolerances import Tolerance
@@ -90,16 +91,17 @@ def _add_baseline(verbs: Verbs) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from membench.regression.sources import load
+    from membench.regression.sources import load, load_with_run
     from membench.regression.tolerances import Tolerances
     from membench.regression.verdict import judge
 
     keep = _keep(arguments.expression)
     base = _only(load(arguments.base, arguments.output), keep)
-    judgements = [
-        judge(base, _only(load(name, arguments.output), keep), Tolerances(), across_machines=arguments.across_machines)
-        for name in arguments.new
-    ]
+    judgements = []
+    for name in arguments.new:
+        new, run = load_with_run(name, arguments.output)
+        own, _ = _own_rules(new, run)
+        judgements.append(judge(base, _only(new, keep), Tolerances(own), across_machines=arguments.across_machines))
     print_judgements(judgements, arguments.format)
     in_common = any(pair.base and pair.new for judgement in judgements for pair in judgement.pairs)
     return EXIT_OK if in_common else EXIT_CANNOT_COMPARE
@@ -111,7 +113,6 @@ def _told(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from membench.regression.gates import outcomes
     from membench.report import checked, regression
     from membench.suite import is_suite
 
@@ -132,11 +133,12 @@ def _check(arguments: argparse.Namespace) -> int:
         print(
             f"each was measured once; {what} runs the suite and measures suspects again", file=beside(arguments.format)
         )
-    code = judgement.exit_code
-    if _broken_rules(run, gates, arguments.format):
-        code = EXIT_CASES_FAILED
-    records = run.records if run else ()
-    cases = checked.of_check(judgement, records, outcomes(gates, records))
+    # A baseline keeps no records: its rules were held against them when it was a run.
+    held = rules.held(gates, run.records if run else (), _keep(arguments.expression) if arguments.expression else None)
+    held.tell_of_gates(arguments.format)
+    held.tell_of_limits(arguments.format)
+    code = EXIT_CASES_FAILED if held.are_broken else judgement.exit_code
+    cases = checked.of_check(judgement, held.records, held.outcomes)
     ci.write(arguments, regression.summary(judgement), cases, [regression.table([judgement], "github")])
     if arguments.update:
         _update(base, judgement, arguments, code)
@@ -175,23 +177,33 @@ def _kept_pairs(judgement: Judgement, keep: Callable[[str], bool]) -> Any:
 
 def _of_run(arguments: argparse.Namespace) -> tuple[Measured, Judgement, Run | None, Sequence[Gate]]:
     """Judge a run as it was kept, by the tolerances and gates of the suite that it was made of."""
-    from membench.record import own_metrics
     from membench.regression import sources
     from membench.regression.tolerances import Tolerances, parse_fail
     from membench.regression.verdict import judge
-    from membench.suite import rules_of
 
     keep = _keep(arguments.expression)
     measured, run = sources.load_with_run(arguments.new, arguments.output)
     base = _only(_base(arguments, measured, sources), keep)
-    plugins = own_metrics(field for case in measured.cases.values() for field in case.values)
-    if run:
-        plugins = own_metrics(run.header.get("own_metrics", ()))
-    asked = [parse_fail(text, plugins) for text in arguments.fail]
-    own, gates = rules_of(run.header, plugins) if run else ((), ())
+    asked = [parse_fail(text, _own_metrics(measured, run)) for text in arguments.fail]
+    own, gates = _own_rules(measured, run)
     _refuse_idle(asked, base, measured)
     judgement = judge(base, _only(measured, keep), Tolerances(own, asked), across_machines=arguments.across_machines)
     return base, judgement, run, gates
+
+
+def _own_rules(measured: Measured, run: Run | None) -> tuple[Sequence[Tolerance], Sequence[Gate]]:
+    """Tolerances and gates of the suite that a run was made of; a baseline does not know them."""
+    from membench.suite import rules_of
+
+    return rules_of(run.header, _own_metrics(measured, run)) if run else ((), ())
+
+
+def _own_metrics(measured: Measured, run: Run | None) -> Sequence[Metric]:
+    from membench.record import own_metrics
+
+    if run:
+        return own_metrics(run.header.get("own_metrics", ()))
+    return own_metrics(field for case in measured.cases.values() for field in case.values)
 
 
 def _base(arguments: argparse.Namespace, measured: Measured, sources: Any) -> Measured:
@@ -232,33 +244,6 @@ def print_judgements(judgements: Sequence[Judgement], form: str) -> None:
     for judgement in judgements:
         for line in (*regression.remarks(judgement), regression.summary(judgement)):
             print(line, file=where)
-
-
-def tell_of_gates(run: Run, gates: Sequence[Gate], form: str) -> bool:
-    """Tell what a suite's gates came to in a run; whether one is broken."""
-    from membench.regression.gates import outcomes
-    from membench.report import regression
-
-    held = outcomes(gates, run.records)
-    if not held:
-        return False
-    where = beside(form)
-    print(f"\n{regression.gates(held, 'simple' if form in FOR_MACHINES else form)}\n", file=where)
-    for outcome in held:
-        if not outcome.holds:
-            print(outcome.sentence(), file=where)
-    return any(outcome.holds is False for outcome in held)
-
-
-def _broken_rules(run: Run | None, gates: Sequence[Gate], form: str) -> bool:
-    """Tell what gates and limits came to; whether one is broken."""
-    if run is None:
-        return False
-    broken = tell_of_gates(run, gates, form)
-    over = [f"{record.id}: {limit}" for record in run.records for limit in record.broken_limits]
-    for line in over:
-        print(line, file=beside(form))
-    return broken or bool(over)
 
 
 def _update(base: Measured, judgement: Judgement, arguments: argparse.Namespace, code: int) -> None:

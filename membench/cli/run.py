@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from membench.cli import against, ci, script
-from membench.cli.output import EXPLAIN, FORMATS, RESULTS, Verbs, print_run
-from membench.cli.regression import add_fail, tell_of_gates
+from membench.cli import against, ci, rules, script
+from membench.cli.output import EXPLAIN, FORMATS, RESULTS, Verbs, beside, print_run
+from membench.cli.regression import add_fail
 from membench.errors import EXIT_CASES_FAILED, EXIT_INTERRUPTED, EXIT_OK, MembenchError, ResultsError
 
 if TYPE_CHECKING:
@@ -76,19 +76,25 @@ def _run(arguments: argparse.Namespace) -> int:
         print("\n".join(case.id for suite in chosen.values() for case in suite.select(keep)))
         return EXIT_OK
     ci.refuse_unwritable(arguments)
+    alone: str | None = None
     if arguments.against_ref:
         if len(chosen) > 1:
             raise MembenchError("--against-ref compares one suite; name one")
-        return against.run(arguments, *chosen.values())
-    if not is_script and (arguments.repeats or arguments.fail):
+        ((name, suite),) = chosen.items()
+        alone = against.lacks(arguments, suite)
+        if alone is None:
+            return against.run(arguments, suite)
+        if arguments.repeats:
+            chosen[name] = suite.with_repeats(arguments.repeats)
+        print(alone, file=beside(arguments.format))
+    elif not is_script and (arguments.repeats or arguments.fail):
         raise MembenchError(f"--{'repeats' if arguments.repeats else 'fail'} belongs to --against-ref GIT_REF")
-    from membench.regression.gates import outcomes
-    from membench.report import checked, text
+    from membench.report import checked, markdown, text
 
     resumed = _resumed(list(chosen.values()), arguments.output) if arguments.resume else [False] * len(chosen)
     code, left, has_begun, kept_in = EXIT_OK, list(chosen), False, ""
     cases: list[checked.CheckedCase] = []
-    tables: list[str] = []
+    tables = [markdown.escaped(alone)] if alone else []
     try:
         for suite, resume in zip(chosen.values(), resumed, strict=True):
             with script.watched(suite, arguments.format) as hear:
@@ -102,11 +108,12 @@ def _run(arguments: argparse.Namespace) -> int:
                 run = membench.run(suite, keep=keep, output=arguments.output, resume=resume, tell=tell)
             script.print_phases(run.records, arguments.format)
             print_run(run, arguments.format, arguments.explain)
-            broken = tell_of_gates(run, suite.gates, arguments.format)
-            if broken or any(record.broken_limits or record.status not in ("ok", "skipped") for record in run.records):
+            held = rules.held(suite.gates, run.records)
+            held.tell_of_gates(arguments.format)  # of limits the table's remarks tell
+            if held.are_broken or any(record.status not in ("ok", "skipped") for record in run.records):
                 code = EXIT_CASES_FAILED
             left, has_begun = left[1:], False
-            cases += checked.of_records(suite.name, run.records, outcomes(suite.gates, run.records))
+            cases += checked.of_records(suite.name, held.records, held.outcomes)
             tables.append(text.comparison(run.records, "github"))
     except KeyboardInterrupt:
         if is_script and kept_in:

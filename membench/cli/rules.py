@@ -1,0 +1,80 @@
+"""What a suite's own rules, its limits and gates, came to in a run: worked out once, for people, exit code and CI."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from membench.cli.output import FOR_MACHINES, beside
+
+if TYPE_CHECKING:
+    from membench.record import Record
+    from membench.regression.gates import Gate, Outcome
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The rules held against records.
+
+    Attributes:
+        records: those that were judged.
+        outcomes: of the gates, in these.
+        left_out: of the gates, in cases that were measured or kept and are not among these.
+    """
+
+    records: Sequence[Record]
+    outcomes: Sequence[Outcome]
+    left_out: Sequence[Outcome] = ()
+
+    @property
+    def are_broken(self) -> bool:
+        return any(outcome.holds is False for outcome in self.outcomes) or any(
+            record.broken_limits for record in self.records
+        )
+
+    def tell_of_gates(self, form: str) -> None:
+        """Print a table of the gates' outcomes, and a line for each that does not hold or was not judged."""
+        from membench.report import regression
+
+        where = beside(form)
+        if self.outcomes:
+            table = regression.gates(self.outcomes, "simple" if form in FOR_MACHINES else form)
+            print(f"\n{table}\n", file=where)
+        for outcome in self.outcomes:
+            if not outcome.holds:
+                print(outcome.sentence(), file=where)
+        for text in dict.fromkeys(outcome.gate.text for outcome in self.left_out):
+            cases = [outcome.case_id for outcome in self.left_out if outcome.gate.text == text]
+            print(f"not judged, since -k leaves it out: {text} in {', '.join(cases)}", file=where)
+
+    def tell_of_limits(self, form: str) -> None:
+        """Print a line for each limit that is broken."""
+        for record in self.records:
+            for limit in record.broken_limits:
+                print(f"{record.id}: {limit}", file=beside(form))
+
+
+def held(gates: Sequence[Gate], records: Sequence[Record], keep: Callable[[str], bool] | None = None) -> Rules:
+    """Hold a suite's rules against the cases that were asked for.
+
+    Args:
+        records: also of the cases that those are compared with.
+        keep: says which case ids were asked for, if not all.
+    """
+    from membench.regression.gates import outcomes
+
+    found = outcomes(gates, records)
+    if keep is None:
+        return Rules(records, found)
+    kept = [record for record in records if keep(record.id)]
+    ids = {record.id for record in kept}
+    judged = [outcome for outcome in found if outcome.case_id in ids or _is_of_no_figures(outcome, ids)]
+    return Rules(kept, judged, [outcome for outcome in found if outcome not in judged])
+
+
+def _is_of_no_figures(outcome: Outcome, ids: Collection[str]) -> bool:
+    """Whether a gate is about cases that were asked for, and about figures that no case has."""
+    match = outcome.gate.match
+    return outcome.case_id == match and any(fnmatch.fnmatchcase(case_id, match) for case_id in ids)
