@@ -129,4 +129,5 @@ def test_in_html_they_are_text() -> None:
 
 def test_in_a_terminal_none_steers_it() -> None:
     for written in (text.comparison(_RECORDS), text.explanation(_RECORDS), text.phases(_RECORDS)):
-        assert all(line.isprintable() for line in written.splitlines())
+        assert all(line.isprintable() for line in written.split("\n"))
+    assert all(line.isprintable() for line in (*text.remarks(_RECORDS), *text.verdicts(_RECORDS)))

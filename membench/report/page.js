@@ -96,7 +96,7 @@
   }
 
   const axis = (theme, more) => ({
-    gridcolor: theme.line, zerolinecolor: theme.line, linecolor: theme.line, automargin: true, fixedrange: true, ...more,
+    gridcolor: theme.line, zerolinecolor: theme.line, linecolor: theme.line, automargin: true, fixedrange: true, ticklabeloverflow: "allow", ...more,
     title: { text: plain(more.title || ""), standoff: 8 },
   });
 

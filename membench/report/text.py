@@ -393,7 +393,7 @@ def remarks(records: Sequence[Record]) -> list[str]:
                     f"{record.id}: {doing} takes {format_bytes(taken)} of live memory,"
                     f" more than running the original ({format_bytes(running)})"
                 )
-    return lines
+    return [one_line(line) for line in lines]
 
 
 def verdicts(records: Sequence[Record]) -> list[str]:
@@ -439,7 +439,7 @@ def verdicts(records: Sequence[Record]) -> list[str]:
         mixed = f"; depends on the case: {', '.join(said['mixed'])}" if said["mixed"] else ""
         saved, cost = (", ".join(said[kind]) or "nothing" for kind in ("saved", "cost"))
         lines.append(f"{technique}: saved {saved}; cost {cost}{mixed}")
-    return lines
+    return [one_line(line) for line in lines]
 
 
 class Ratio(NamedTuple):
