@@ -36,18 +36,26 @@ def named(paths: Sequence[str], folder: Path) -> tuple[PluginFile, ...]:
     Raises:
         PluginError: if one is missing or no file: its path, and what is wrong with it.
     """
-    found = {name: (folder / name).resolve() for name in paths}
-    for name, path in found.items():
-        if path.is_dir():
-            raise PluginError(f"'{name}' is a folder; name a Python file")
-        if not path.is_file():
-            raise PluginError(f"'{name}': there is no such file in {path.parent}")
-        if path.suffix != ".py":
-            raise PluginError(f"'{name}' is no Python file; its name must end in .py")
+    found = {name: _path(name, folder) for name in paths}
     beside = folder / BESIDE_A_SUITE
     if beside.is_file() and beside.resolve() not in found.values():
         found = {BESIDE_A_SUITE: beside.resolve()} | found
     return tuple(PluginFile(name, str(path), _sha256(_source(name, path))) for name, path in found.items())
+
+
+def _path(name: str, folder: Path) -> Path:
+    try:
+        path = (folder / name).resolve()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a name too long, a character that names have not
+        raise PluginError(f"{shown(name)} leads to no file") from None
+    if is_folder:
+        raise PluginError(f"'{name}' is a folder; name a Python file")
+    if not is_file:
+        raise PluginError(f"'{name}': there is no such file in {path.parent}")
+    if path.suffix != ".py":
+        raise PluginError(f"'{name}' is no Python file; its name must end in .py")
+    return path
 
 
 def classes(file: PluginFile) -> Iterator[tuple[str, type[Options]]]:

@@ -51,7 +51,7 @@ class Head(_Table):
 
     name: Name
     description: str = ""
-    plugins: Patterns | None = None
+    plugins: Annotated[list[str], _OneOrMore] = []
     metrics: list[Annotated[str, AfterValidator(checked_plugin)]] = []
 
 
@@ -199,7 +199,7 @@ def load_suite(name: str | Path, devices: list[str] | None = None) -> Suite:
     except ValidationError as error:
         raise SuiteError(f"{path}: {problem(error, Contents, parsed).sentence()}") from None
     try:
-        files = _plugin_files(contents.suite.plugins or (), path)
+        files = _plugin_files(contents.suite.plugins, path)
         cases = expand(contents, devices, files)
         own = own_metrics(cases[0].metric_plugins)
         limits = dict(_limit(key, value, own) for key, value in contents.limits.items())

@@ -161,6 +161,8 @@ def test_a_file_that_cannot_be_run_is_one_line_with_file_and_line(tmp_path: Path
     ("name", "said"),
     [
         ("absent.py", "suite.plugins: 'absent.py': there is no such file in {folder}"),
+        ("loop.py", "suite.plugins: 'loop.py' leads to no file"),
+        ("a\\u0000.py", "suite.plugins: 'a\\x00.py' leads to no file"),
         ("folder", "suite.plugins: 'folder' is a folder; name a Python file"),
         ("text.txt", "suite.plugins: 'text.txt' is no Python file; its name must end in .py"),
         ("../out.py", "suite.plugins: '../out.py': there is no such file in {folder.parent}"),
@@ -168,6 +170,7 @@ def test_a_file_that_cannot_be_run_is_one_line_with_file_and_line(tmp_path: Path
 )
 def test_a_file_that_is_none_is_one_line(tmp_path: Path, name: str, said: str) -> None:
     (tmp_path / "folder").mkdir()
+    (tmp_path / "loop.py").symlink_to(tmp_path / "loop.py")
     (tmp_path / "text.txt").touch()
     path = _suite(tmp_path, ["bf16"], f'plugins = "{name}"')
     assert _refused(path) == f"{path}: {said.format(folder=tmp_path)}"
