@@ -12,6 +12,9 @@ import membench
 from membench.cli import main
 from membench.errors import MembenchError, ResultsError
 from membench.interleaving import Interleaved
+from membench.regression.measured import of_run
+from membench.regression.tolerances import Tolerances
+from membench.regression.verdict import judge
 from tests.installing import install
 from tests.repositories import commit, repository
 
@@ -250,6 +253,9 @@ def test_each_of_two_commits_has_its_own_file(tmp_path: Path, monkeypatch: pytes
     with Interleaved(membench.load_suite("own.toml").with_repeats(1), "HEAD~1") as both:
         sides = both.measure(1)
     assert [_weights_mib(side)["keeps-a-part"] for side in sides] == [4, 2]
+    told = judge(of_run(sides.base), of_run(sides.head), Tolerances()).sentences()
+    assert any(line.startswith("small/keeps-a-part/still/cpu: its technique is not what it was: ") for line in told)
+    assert not any(line.startswith("small/none/still/cpu: its ") for line in told)
 
 
 def test_pytest_measures_a_suite_with_its_own_plug_ins(inner: pytest.Pytester) -> None:
