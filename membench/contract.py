@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from os import PathLike
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 CONTRACT_VERSION = 1
 """History: 1, the first."""
+
+
+SuiteProvider: TypeAlias = "str | PathLike[str]"
+"""In the entry-point group membench.suites: the path of a suite's file, under the suite's name."""
 
 
 class Plugin(Protocol):

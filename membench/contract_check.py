@@ -67,6 +67,9 @@ def _of_options(loaded: type[Options], stages: dict[str, Any]) -> Iterator[str]:
         value = getattr(loaded, name, ())
         if isinstance(value, str):
             yield f"{name} = {shown(value)}: a tuple of names is wanted: ({shown(value)},)"
+    better = getattr(loaded, "better", "lower")
+    if better not in ("lower", "higher"):
+        yield f"better = {shown(better)}: write 'lower' or 'higher'"
     for preset, options in loaded.presets.items():
         unknown = next((option for option in options if option not in loaded.model_fields), None)
         if unknown is not None:

@@ -8,17 +8,16 @@ from pathlib import Path
 
 from membench.errors import MembenchError
 
+ON_PATH = "put the folder that it is imported from on PYTHONPATH"
+
 
 class ForeignCode(MembenchError):
     """What is measured is not of the version that it is measured for."""
 
     @classmethod
-    def of(cls, what: str, other: Path) -> ForeignCode:
+    def of(cls, what: str, other: Path, remedy: str = ON_PATH) -> ForeignCode:
         """``what``: 'module helpers', that lies in ``other``, the folder of the other version."""
-        return cls(
-            f"{what} would come out of {other} and not out of the other commit:"
-            " put the folder that it is imported from on PYTHONPATH"
-        )
+        return cls(f"{what} would come out of {other} and not out of the other commit: {remedy}")
 
 
 def refuse_imported(folders: Mapping[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import importlib.util
 import re
@@ -13,8 +14,10 @@ from pathlib import Path
 from types import ModuleType
 
 from membench.errors import PluginError, summary
+from membench.names import checked_name
 from membench.plugins import Options, QualityMetric
 from membench.record import PluginFile
+from membench.validation import shown
 
 BESIDE_A_SUITE = "membench_plugins.py"
 """The file that is used without being named, if it lies in a suite's folder."""
@@ -33,18 +36,26 @@ def named(paths: Sequence[str], folder: Path) -> tuple[PluginFile, ...]:
     Raises:
         PluginError: if one is missing or no file: its path, and what is wrong with it.
     """
-    found = {name: (folder / name).resolve() for name in paths}
-    for name, path in found.items():
-        if path.is_dir():
-            raise PluginError(f"'{name}' is a folder; name a Python file")
-        if not path.is_file():
-            raise PluginError(f"'{name}': there is no such file in {path.parent}")
-        if path.suffix != ".py":
-            raise PluginError(f"'{name}' is no Python file; its name must end in .py")
+    found = {name: _path(name, folder) for name in paths}
     beside = folder / BESIDE_A_SUITE
     if beside.is_file() and beside.resolve() not in found.values():
         found = {BESIDE_A_SUITE: beside.resolve()} | found
     return tuple(PluginFile(name, str(path), _sha256(_source(name, path))) for name, path in found.items())
+
+
+def _path(name: str, folder: Path) -> Path:
+    try:
+        path = (folder / name).resolve()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a name too long, a character that names have not
+        raise PluginError(f"{shown(name)} leads to no file") from None
+    if is_folder:
+        raise PluginError(f"'{name}' is a folder; name a Python file")
+    if not is_file:
+        raise PluginError(f"'{name}': there is no such file in {path.parent}")
+    if path.suffix != ".py":
+        raise PluginError(f"'{name}' is no Python file; its name must end in .py")
+    return path
 
 
 def classes(file: PluginFile) -> Iterator[tuple[str, type[Options]]]:
@@ -63,7 +74,11 @@ def classes(file: PluginFile) -> Iterator[tuple[str, type[Options]]]:
             continue
         if value.__module__ == module.__name__ and value.__name__ == attribute and not attribute.startswith("_"):
             own = vars(value).get("name")
-            yield own if isinstance(own, str) else _named_after(value), value
+            try:
+                yield checked_name(own) if isinstance(own, str) else _named_after(value), value
+            except ValueError as error:
+                where = f"{file.name}, line {line_of(value)}"
+                raise PluginError(f"{where}: class {attribute} is named {shown(own)}: {error}") from None
 
 
 def line_of(loaded: type[Options]) -> int | None:
@@ -108,8 +123,8 @@ def _module(file: PluginFile) -> ModuleType:
     except SyntaxError as error:
         where = f", line {error.lineno}" if error.lineno else ""
         raise PluginError(f"{file.name}{where}: {error.msg}") from None
-    except ValueError as error:
-        raise PluginError(f"{file.name}: {error}") from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise PluginError(f"{file.name} cannot be read as Python: {summary(error)}") from None
     for line, imported in _imports_at_load(tree.body):
         if imported.partition(".")[0] in _TORCH:
             raise PluginError(f"{file.name}, line {line}: imports {imported} when it is loaded; do so in the methods")
@@ -119,7 +134,8 @@ def _module(file: PluginFile) -> ModuleType:
     had_torch = "torch" in sys.modules
     sys.modules[name] = module  # classes and their pickles look for it there
     try:
-        exec(code, vars(module))
+        with contextlib.redirect_stdout(sys.stderr):  # a machine may read what we print
+            exec(code, vars(module))
         if "torch" in sys.modules and not had_torch:
             raise PluginError(f"{file.name}: what it imports loads torch; import that in the methods")
     except PluginError:

@@ -477,7 +477,8 @@ def _judge(outcome: _Outcome, timed_out: bool, timeout_s: float, exited: int, oo
 
 def _named(plugin: Plugin) -> dict[str, Any]:
     """A plug-in as its record has it."""
-    own = {"file": plugin.file.name} if plugin.file else {}
+    # By the fingerprint a comparison tells that the same name has become something else.
+    own = {"file": plugin.file.name, "sha256": plugin.file.sha256[:12]} if plugin.file else {}
     return {"use": plugin.use, "options": dict(plugin.options), **own}
 
 

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from membench import console, registry
 from membench.errors import EXIT_OK, MembenchError
-from membench.foreign import ForeignCode, is_foreign
+from membench.foreign import ON_PATH, ForeignCode, is_foreign
 from membench.record import Case, Plugin
 from membench.session import Session
 from membench.suite import Suite, load_suite
@@ -86,23 +86,24 @@ def _refuse_foreign_code(suite: Suite, other: Path, own: Path) -> None:
         ForeignCode: if one does: its name, and where it is.
     """
     for case in suite.cases:
-        for what, file in _origins(case):
-            if file is not None and is_foreign(file, other, own):
-                raise ForeignCode.of(what, other)
+        for what, file, remedy in _origins(case):
+            if is_foreign(file, other, own):
+                raise ForeignCode.of(what, other, remedy)
 
 
-def _origins(case: Case) -> Iterator[tuple[str, Path | None]]:
-    """What a case is made of, with the file that it is loaded from."""
+def _origins(case: Case) -> Iterator[tuple[str, Path, str]]:
+    """What a case is made of, with the file that it is loaded from, and what to do if that is the wrong one."""
     if case.command:
         return  # its file is named relative to the suite
     for kind, plugin in case.plugins:
         family = registry.find(kind, plugin.use, plugin.files).loaded
-        yield f"{kind} '{plugin.use}'", Path(inspect.getfile(family))
+        remedy = f"name {plugin.file.name} relative to the suite" if plugin.file else ON_PATH
+        yield f"{kind} '{plugin.use}'", Path(inspect.getfile(family)), remedy
         for name in _functions(plugin):
             # Only the package is looked for: to import it may take seconds and much memory.
             found = importlib.util.find_spec(name.partition(":")[0].partition(".")[0])
             if found is not None and found.origin not in (None, "built-in", "frozen"):
-                yield f"'{name}' of {kind} '{plugin.use}'", Path(str(found.origin))
+                yield f"'{name}' of {kind} '{plugin.use}'", Path(str(found.origin)), ON_PATH
 
 
 def _functions(plugin: Plugin) -> Iterator[str]:

@@ -255,7 +255,7 @@ def _checked(tables: Mapping[str, Any], where: str, folder: Path, devices: Seque
     try:
         files: tuple[PluginFile, ...] = ()
         if isinstance(contents, Contents):
-            files = _plugin_files(contents.suite.plugins or (), folder)
+            files = _plugin_files(contents.suite.plugins, folder)
             cases, settings = expand(contents, devices, files), contents.settings
         else:
             cases = cases_of_program(contents.script, folder, devices)

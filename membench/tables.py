@@ -35,7 +35,7 @@ class Head(_Table):
 
     name: Name
     description: str = ""
-    plugins: Patterns | None = None
+    plugins: Annotated[list[str], _OneOrMore] = []
     metrics: list[Annotated[str, AfterValidator(checked_plugin)]] = []
 
 

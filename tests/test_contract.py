@@ -127,6 +127,9 @@ def test_what_has_no_default_must_be_there_in_the_class_or_above_it() -> None:
     assert _wrong("class Own(QualityMetric): ...", "QualityMetric") == (
         "'measure(self, module, held_out, context)' is missing"
     )
+    assert _wrong("class Own(QualityMetric):\n    better = 'more'\n", "QualityMetric") == (
+        "better = 'more': write 'lower' or 'higher'"
+    )
     assert _wrong("class Above(Model):\n    def build(self, context): ...\nclass Own(Above): ...", "Model") is None
     assert _wrong("class Own(Model):\n    def build(self, context): ...\n    def shape(self): ...", "Model") == (
         "'shape' is a property: write @property above it"

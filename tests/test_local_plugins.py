@@ -12,6 +12,9 @@ import membench
 from membench.cli import main
 from membench.errors import MembenchError, ResultsError
 from membench.interleaving import Interleaved
+from membench.regression.measured import of_run
+from membench.regression.tolerances import Tolerances
+from membench.regression.verdict import judge
 from tests.installing import install
 from tests.repositories import commit, repository
 
@@ -144,6 +147,9 @@ def test_one_named_as_an_installed_one_is_refused_with_how_to_choose(tmp_path: P
         ("raise SystemExit('over')\n", "own.py, line 1: SystemExit: over"),
         ("from membench.plugins import Technique\nclass A(Technique):\n    depth = 2\n",
          "own.py, line 2: option 'depth' has no type: write 'depth: TYPE = 2', or ClassVar[TYPE] if it is no option"),
+        ("from typing import ClassVar\nfrom membench.plugins import Technique\nclass A(Technique):\n"
+         "    name: ClassVar = 'a b'\n",
+         "own.py, line 3: class A is named 'a b': a name has letters, digits, '.', '_' and '-' and nothing else"),
         ("\0", "own.py: source code string cannot contain null bytes"),
     ],
 )  # fmt: skip
@@ -158,6 +164,8 @@ def test_a_file_that_cannot_be_run_is_one_line_with_file_and_line(tmp_path: Path
     ("name", "said"),
     [
         ("absent.py", "suite.plugins: 'absent.py': there is no such file in {folder}"),
+        ("loop.py", "suite.plugins: 'loop.py' leads to no file"),
+        ("a\\u0000.py", "suite.plugins: 'a\\x00.py' leads to no file"),
         ("folder", "suite.plugins: 'folder' is a folder; name a Python file"),
         ("text.txt", "suite.plugins: 'text.txt' is no Python file; its name must end in .py"),
         ("../out.py", "suite.plugins: '../out.py': there is no such file in {folder.parent}"),
@@ -165,6 +173,7 @@ def test_a_file_that_cannot_be_run_is_one_line_with_file_and_line(tmp_path: Path
 )
 def test_a_file_that_is_none_is_one_line(tmp_path: Path, name: str, said: str) -> None:
     (tmp_path / "folder").mkdir()
+    (tmp_path / "loop.py").symlink_to(tmp_path / "loop.py")
     (tmp_path / "text.txt").touch()
     path = _suite(tmp_path, ["bf16"], f'plugins = "{name}"')
     assert _refused(path) == f"{path}: {said.format(folder=tmp_path)}"
@@ -185,6 +194,14 @@ def test_a_broken_file_ends_the_command_with_two_and_no_traceback(tmp_path: Path
     assert ran.stderr == (
         f"membench: {path}: plug-in file membench_plugins.py: what it imports loads torch; import that in the methods\n"
     )
+
+
+def test_what_a_file_prints_is_not_taken_for_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "membench_plugins.py").write_text("print('loaded')\n")
+    assert main(["run", str(_suite(tmp_path, ["bf16"])), "--dry-run"]) == 0
+    output, errors = capsys.readouterr()
+    assert output == "small/none/still/cpu\nsmall/bf16/still/cpu\n"
+    assert errors == "loaded\n"
 
 
 def test_one_class_that_keeps_no_contract_is_told_with_its_line_when_it_is_used(tmp_path: Path) -> None:
@@ -236,6 +253,9 @@ def test_each_of_two_commits_has_its_own_file(tmp_path: Path, monkeypatch: pytes
     with Interleaved(membench.load_suite("own.toml").with_repeats(1), "HEAD~1") as both:
         sides = both.measure(1)
     assert [_weights_mib(side)["keeps-a-part"] for side in sides] == [4, 2]
+    told = judge(of_run(sides.base), of_run(sides.head), Tolerances()).sentences()
+    assert any(line.startswith("small/keeps-a-part/still/cpu: its technique is not what it was: ") for line in told)
+    assert not any(line.startswith("small/none/still/cpu: its ") for line in told)
 
 
 def test_pytest_measures_a_suite_with_its_own_plug_ins(inner: pytest.Pytester) -> None:

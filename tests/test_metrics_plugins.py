@@ -100,6 +100,7 @@ def test_its_figure_is_what_it_measures_on_the_converted_model(run: membench.Run
     assert (converted.metrics[_NATS] or 0) > (reference.metrics[_NATS] or 0)
     assert reference.case["metric_plugins"][_NATS] == {
         "use": "mean_nats", "options": {}, "file": "membench_plugins.py",
+        "sha256": run.header["plugin_files"]["membench_plugins.py"][:12],
     }  # fmt: skip
 
 
@@ -194,6 +195,14 @@ def test_a_mistake_is_one_line(tmp_path: Path, lines: str, said: str) -> None:
     with pytest.raises(MembenchError) as raised:
         membench.load_suite(path)
     assert str(raised.value).startswith(f"{path}: {said}")
+
+
+def test_a_record_whose_field_is_no_metric_of_a_plug_in_is_refused(run: membench.Run, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.jsonl"
+    path.write_text(run.path.read_text().replace('"own.mean_nats.lower.nats":', '"own.mean_nats.less.nats":'))
+    with pytest.raises(MembenchError) as raised:
+        membench.read_run(path)
+    assert "metrics.own.mean_nats.less.nats: a plug-in's metric is 'own.NAME.lower' or" in str(raised.value)
 
 
 def test_listing_says_unit_and_direction(capsys: pytest.CaptureFixture[str]) -> None:
