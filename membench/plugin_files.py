@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import importlib.util
 import re
@@ -13,8 +14,10 @@ from pathlib import Path
 from types import ModuleType
 
 from membench.errors import PluginError, summary
+from membench.names import checked_name
 from membench.plugins import Options, QualityMetric
 from membench.record import PluginFile
+from membench.validation import shown
 
 BESIDE_A_SUITE = "membench_plugins.py"
 """The file that is used without being named, if it lies in a suite's folder."""
@@ -63,7 +66,11 @@ def classes(file: PluginFile) -> Iterator[tuple[str, type[Options]]]:
             continue
         if value.__module__ == module.__name__ and value.__name__ == attribute and not attribute.startswith("_"):
             own = vars(value).get("name")
-            yield own if isinstance(own, str) else _named_after(value), value
+            try:
+                yield checked_name(own) if isinstance(own, str) else _named_after(value), value
+            except ValueError as error:
+                where = f"{file.name}, line {line_of(value)}"
+                raise PluginError(f"{where}: class {attribute} is named {shown(own)}: {error}") from None
 
 
 def line_of(loaded: type[Options]) -> int | None:
@@ -108,8 +115,8 @@ def _module(file: PluginFile) -> ModuleType:
     except SyntaxError as error:
         where = f", line {error.lineno}" if error.lineno else ""
         raise PluginError(f"{file.name}{where}: {error.msg}") from None
-    except ValueError as error:
-        raise PluginError(f"{file.name}: {error}") from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise PluginError(f"{file.name} cannot be read as Python: {summary(error)}") from None
     for line, imported in _imports_at_load(tree.body):
         if imported.partition(".")[0] in _TORCH:
             raise PluginError(f"{file.name}, line {line}: imports {imported} when it is loaded; do so in the methods")
@@ -119,7 +126,8 @@ def _module(file: PluginFile) -> ModuleType:
     had_torch = "torch" in sys.modules
     sys.modules[name] = module  # classes and their pickles look for it there
     try:
-        exec(code, vars(module))
+        with contextlib.redirect_stdout(sys.stderr):  # a machine may read what we print
+            exec(code, vars(module))
         if "torch" in sys.modules and not had_torch:
             raise PluginError(f"{file.name}: what it imports loads torch; import that in the methods")
     except PluginError:

@@ -74,27 +74,26 @@ def _refuse_foreign_code(suite: Suite, other: Path, own: Path) -> None:
         ForeignCode: if one does: its name, and where it is.
     """
     for case in suite.cases:
-        for what, file in _origins(case):
-            if file is None or "site-packages" in file.parts:
+        for what, file, remedy in _origins(case):
+            if "site-packages" in file.parts:
                 continue
             resolved = file.resolve()
             if resolved.is_relative_to(other) and not resolved.is_relative_to(own):
-                raise ForeignCode(
-                    f"{what} would come out of {other} and not out of the other commit:"
-                    " put the folder that it is imported from on PYTHONPATH"
-                )
+                raise ForeignCode(f"{what} would come out of {other} and not out of the other commit: {remedy}")
 
 
-def _origins(case: Case) -> Iterator[tuple[str, Path | None]]:
-    """What a case is made of, with the file that it is loaded from."""
+def _origins(case: Case) -> Iterator[tuple[str, Path, str]]:
+    """What a case is made of, with the file that it is loaded from, and what to do if that is the wrong one."""
+    on_path = "put the folder that it is imported from on PYTHONPATH"
     for kind, plugin in case.plugins:
         family = registry.find(kind, plugin.use, plugin.files).loaded
-        yield f"{kind} '{plugin.use}'", Path(inspect.getfile(family))
+        remedy = f"name {plugin.file.name} relative to the suite" if plugin.file else on_path
+        yield f"{kind} '{plugin.use}'", Path(inspect.getfile(family)), remedy
         for name in _functions(plugin):
             # Only the package is looked for: to import it may take seconds and much memory.
             found = importlib.util.find_spec(name.partition(":")[0].partition(".")[0])
             if found is not None and found.origin not in (None, "built-in", "frozen"):
-                yield f"'{name}' of {kind} '{plugin.use}'", Path(str(found.origin))
+                yield f"'{name}' of {kind} '{plugin.use}'", Path(str(found.origin)), on_path
 
 
 def _functions(plugin: Plugin) -> Iterator[str]:

@@ -144,6 +144,9 @@ def test_one_named_as_an_installed_one_is_refused_with_how_to_choose(tmp_path: P
         ("raise SystemExit('over')\n", "own.py, line 1: SystemExit: over"),
         ("from membench.plugins import Technique\nclass A(Technique):\n    depth = 2\n",
          "own.py, line 2: option 'depth' has no type: write 'depth: TYPE = 2', or ClassVar[TYPE] if it is no option"),
+        ("from typing import ClassVar\nfrom membench.plugins import Technique\nclass A(Technique):\n"
+         "    name: ClassVar = 'a b'\n",
+         "own.py, line 3: class A is named 'a b': a name has letters, digits, '.', '_' and '-' and nothing else"),
         ("\0", "own.py: source code string cannot contain null bytes"),
     ],
 )  # fmt: skip
@@ -185,6 +188,14 @@ def test_a_broken_file_ends_the_command_with_two_and_no_traceback(tmp_path: Path
     assert ran.stderr == (
         f"membench: {path}: plug-in file membench_plugins.py: what it imports loads torch; import that in the methods\n"
     )
+
+
+def test_what_a_file_prints_is_not_taken_for_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "membench_plugins.py").write_text("print('loaded')\n")
+    assert main(["run", str(_suite(tmp_path, ["bf16"])), "--dry-run"]) == 0
+    output, errors = capsys.readouterr()
+    assert output == "small/none/still/cpu\nsmall/bf16/still/cpu\n"
+    assert errors == "loaded\n"
 
 
 def test_one_class_that_keeps_no_contract_is_told_with_its_line_when_it_is_used(tmp_path: Path) -> None:

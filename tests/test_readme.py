@@ -22,6 +22,8 @@ def test_every_suite_in_it_can_be_read(block: str, suite_file: Path) -> None:
     # A block that shows some tables alone goes below a suite.
     head = '[suite]\nname = "s"\n[matrix]\nmodel = ["llama-15m"]\ntechnique = ["bf16"]\nworkload = ["train"]\n'
     suite_file.write_text(block if "[suite]" in block else head + block)
+    (own,) = (text for text in re.findall(r"```python\n(.*?)```", _README, re.DOTALL) if "membench.plugins" in text)
+    (suite_file.parent / "membench_plugins.py").write_text(own)
     assert membench.load_suite(suite_file).cases
 
 
