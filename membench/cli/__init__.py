@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 
 from membench import console
-from membench.cli import advise, calibrate, doctor, export, listing, regression, report, run, script, show
+from membench.cli import advise, calibrate, doctor, export, listing, new, regression, report, run, script, show
 
 # In the order in which the help shows them.
-_VERBS = (run, listing, show, report, advise, regression, calibrate, export, doctor)
+_VERBS = (run, listing, show, report, advise, regression, calibrate, export, new, doctor)
 
 
 def _parser() -> argparse.ArgumentParser:
