@@ -163,11 +163,13 @@ def _is_path(name: str) -> bool:
 
 
 def description(path: Path) -> str:
-    """What a suite says of itself, in one line; nothing but the file is looked at.
+    """What a suite says of itself, in one line. Of one in TOML nothing but the file is looked at; Python is run.
 
     Raises:
         SuiteError: if it cannot be read.
     """
+    if path.name.partition("::")[0].endswith(".py"):
+        return one_line(load_suite(path).description.strip().partition("\n")[0])
     head = _parsed(path, _read(path)).get("suite")
     said = head.get("description", "") if isinstance(head, dict) else ""
     return one_line(str(said).strip().partition("\n")[0])

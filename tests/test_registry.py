@@ -311,6 +311,18 @@ def test_a_package_s_suites_are_run_and_listed_by_name(
     assert _listed(capsys, "first:budget") == "ballast/none/burst/cpu\n"
 
 
+def test_a_package_s_suite_may_be_in_python(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = "from pathlib import Path\nIN_PYTHON = Path(__file__).with_name('in_python.py')\n"
+    install(site, "third", "[membench.suites]\nin-python = suites_third:IN_PYTHON\n", {"suites_third.py": paths})
+    (site / "in_python.py").write_text(
+        "import membench\nsuite = membench.Suite('in-python', description='Made', matrix={'model': ['ballast'],"
+        " 'technique': ['none'], 'workload': ['burst']})\n"
+    )
+    assert _listed(capsys, "in-python") == _listed(capsys, "third:in-python") == "ballast/none/burst/cpu\n"
+    (line,) = (line for line in _listed(capsys, "suites").splitlines() if "in-python" in line)
+    assert line.split() == ["in-python", "third", "1.0", "Made"]
+
+
 def test_the_reference_is_membench_s_own(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     install(site, "other", "[membench.techniques]\nnone = halves_of_none:Halved\n", {})
     lines = [line.split(maxsplit=1)[1] for line in _listed(capsys, "techniques").splitlines() if line[:7] == "  none "]
