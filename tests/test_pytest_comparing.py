@@ -301,9 +301,10 @@ def test_saving_keeps_what_was_not_measured_this_time(of_two: pytest.Pytester) -
 
 
 def test_saving_keeps_the_figures_of_a_case_that_ends_badly_this_time(of_two: pytest.Pytester) -> None:
-    of_two.makepyfile(test_it=_TWO.replace("membench(bytearray, 2**20)", "import os; membench(os.abort)", 1))
+    of_two.makepyfile(test_it=_TWO.replace("membench(bytearray, 2**20)", "import os; membench(os.abort)"))
     ran = of_two.runpytest_subprocess("-q", "--membench-save=before")
-    ran.assert_outcomes(passed=1, failed=1)
+    ran.assert_outcomes(failed=2)
+    ran.stdout.fnmatch_lines(["membench: saved as baseline *: 0 cases as measured now, beside 2 cases as before"])
     assert {case.status for case in _before(of_two).cases.values()} == {"ok"}
 
 

@@ -15,6 +15,8 @@ from membench.regression.measured import Measured, of_run
 from membench.regression.timing import LEAST_REPEATS
 from membench.store import Run
 
+_TIME = "step_median_s"
+
 
 def save(runs: Sequence[Run], name: str, results: Path) -> list[str]:
     """Save runs, and say so in a line or two each.
@@ -44,9 +46,10 @@ def save(runs: Sequence[Run], name: str, results: Path) -> list[str]:
         baselines.write(measured, path)
         beside = f", beside {_cases(len(stays))} as before" if stays else ""
         lines.append(f"saved as baseline {shown_path(path)}: {_cases(len(new))} as measured now{beside}")
-        if (repeats := min(len(values) for case in new.values() for values in case.values.values())) < LEAST_REPEATS:
+        times = {case_id: len(case.values.get(_TIME, ())) for case_id, case in new.items()}
+        if any(0 < n < LEAST_REPEATS and not measured.noise.factor(case_id, _TIME) for case_id, n in times.items()):
             lines.append(
-                f"times were measured {repeats}x: none will be called slower than these;"
+                f"times were measured less than {LEAST_REPEATS} times: none will be called slower than these;"
                 f" to have them judged {how_to_repeat(measured.suite)}"
             )
     return lines
