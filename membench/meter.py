@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from membench import allocator, procfs
+from membench import allocator, environment, procfs
 
 _T = TypeVar("_T")
 
@@ -33,6 +33,7 @@ class Meter:
         self.current_part: str | None = None
         self._look: Callable[[], None] | None = None
         self._device = device
+        self._cores = environment.usable_cores()
         self._channel = channel
         self._answers = channel.makefile("rb")
         self._baseline = self._stretch_start = procfs.resident()
@@ -77,18 +78,19 @@ class Meter:
         return procfs.resident().anonymous_bytes - self._baseline.anonymous_bytes
 
     def timed(self, step: Callable[[], _T]) -> tuple[_T, float, float | None]:
-        """What a step returns, its duration, and of that what its threads waited for a core; in seconds."""
+        """What a step returns, its duration, and of that what its threads waited for cores that others had, all
+        together; in seconds.
+        """
         self.synchronize()
-        waited_before_s = procfs.waited_s()
+        before = procfs.cores()
         began = time.perf_counter()
         returned = step()
         self.synchronize()
         duration_s = time.perf_counter() - began
-        waited_after_s = procfs.waited_s()
-        if waited_before_s is None or waited_after_s is None:
+        after = procfs.cores()
+        if before is None or after is None:
             return returned, duration_s, None
-        # A thread that ends takes along what it had waited.
-        return returned, duration_s, max(0.0, waited_after_s - waited_before_s)
+        return returned, duration_s, after.waited_for_others_s(before, duration_s, self._cores)
 
     @contextlib.contextmanager
     def looking(self, look: Callable[[], None]) -> Iterator[None]:

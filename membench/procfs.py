@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,16 +34,53 @@ def resident(pid: int | str = "self") -> Resident:
     return Resident(found["RssAnon"], found["RssFile"] + found["RssShmem"], found["VmHWM"])
 
 
-def waited_s() -> float | None:
-    """Seconds for which threads of this process were ready to run and had no core, summed over those there are now.
+@dataclass(frozen=True)
+class Cores:
+    """What this process has had of the machine's cores since it began, in seconds summed over threads.
 
-    ``None``: the kernel does not tell (/proc/<pid>/task/<tid>/schedstat, second figure, nanoseconds).
+    Attributes:
+        waited_s: threads were ready to run and had none; of those threads that there are now.
+        used_s: threads ran, those that have ended and those of descendants included.
     """
+
+    waited_s: float
+    used_s: float
+
+    def waited_for_others_s(self, earlier: Cores, duration_s: float, cores: int) -> float:
+        """What of the waiting since ``earlier`` others can have caused: no more than the time for which the cores were
+        not this process's own. Threads that wait for one another while all cores are theirs wait for nobody else.
+
+        Args:
+            cores: how many it may use.
+        """
+        waited_s = self.waited_s - earlier.waited_s  # a thread that has ended took along what it had waited
+        not_ours_s = cores * duration_s - (self.used_s - earlier.used_s)
+        return max(0.0, min(waited_s, not_ours_s))
+
+
+def cores() -> Cores | None:
+    """``None``: the kernel does not tell (/proc/<pid>/task/<tid>/schedstat: nanoseconds run, nanoseconds waited)."""
     try:
         tasks = os.listdir("/proc/self/task")
-        return sum(int(Path(f"/proc/self/task/{task}/schedstat").read_text().split()[1]) for task in tasks) / 1e9
+        waited_ns = sum(_schedstat(f"self/task/{task}")[1] for task in tasks)
+        used_ns = sum(_of_all_threads_ns(pid) for pid in children(os.getpid()))
     except (OSError, IndexError, ValueError):
         return None
+    reaped = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return Cores(waited_ns / 1e9, time.process_time() + used_ns / 1e9 + reaped.ru_utime + reaped.ru_stime)
+
+
+def _of_all_threads_ns(pid: int) -> int:
+    """For how long threads of a process ran; 0 once it is gone."""
+    try:
+        return sum(_schedstat(f"{pid}/task/{task}")[0] for task in os.listdir(f"/proc/{pid}/task"))
+    except OSError:
+        return 0
+
+
+def _schedstat(what: str) -> tuple[int, int]:
+    ran, waited, *_ = Path(f"/proc/{what}/schedstat").read_text().split()
+    return int(ran), int(waited)
 
 
 def file_mappings() -> list[tuple[int, int]]:

@@ -588,8 +588,9 @@ class Record:
         processes: one entry a process of the case (role, rank, device), each with its baseline and phases, what its
             weights are made of (``modules_bytes``), what held live memory at the highest moment of each part of a step
             (``breakdown_bytes``), how long each timed step took (``durations_s``) and for how long its threads waited
-            for a core meanwhile, all together (``waited_s``). Earlier records have neither the first nor the last. A
-            user's program has its ``exit_code``, and in each phase how often it passed through it (``passes``).
+            for cores that others had meanwhile, all together (``waited_s``). Earlier records have neither the first nor
+            the last, or in the last what threads waited for one another, too. A user's program has its ``exit_code``,
+            and in each phase how often it passed through it (``passes``).
         timeline: columns of samples over the whole case, ``at_s`` from its start.
         output_tail: the end of what the case printed, where it did not end well.
     """

@@ -60,8 +60,8 @@ class MeasuredCase:
         resolution_bytes: by metric field, how far off its source may be.
         bounds: by metric field, ``at least`` or ``at most`` where it is not exact.
         samples: by metric field, the single measurements (of steps) of each repeat, in the metric's unit.
-        waited_s: for how long the threads of each step waited for a core, repeat by repeat; empty where that is not
-            known of every one.
+        waited_s: for how long the threads of each step waited for cores that others had, repeat by repeat; empty where
+            that is not known of every one.
         breakdown_bytes: by part of a step and category, at the part's highest moment.
         peak_part: the part with the highest live peak.
         modules: what the weights are made of, the largest first. ``None``: the record does not say.
