@@ -108,6 +108,7 @@ class Runner:
         variables: Mapping[str, str] | None = None,
         modules: Sequence[str] = (),
         calls_on_gpu: bool = False,
+        folders: Mapping[str, str] | None = None,
     ) -> None:
         """Make ready; nothing is started before the first case.
 
@@ -118,7 +119,9 @@ class Runner:
             variables: of the environment, for workers alone.
             modules: what the fork server imports besides what the cases need.
             calls_on_gpu: whether ``run_call`` will be asked for one.
+            folders: as ``foreign.refuse_imported`` has them.
         """
+        self._folders = folders
         self._turn = turn
         self._variables = variables
         self._references = references
@@ -188,6 +191,7 @@ class Runner:
                 "techniques": [_asked(technique) for technique in case.technique_plugins],
                 "members": case.technique.split("+"),
                 "workload": _asked(case.workload_plugin),
+                "folders": self._folders,
                 "metrics": {field: _asked(plugin) for field, plugin in case.metric_plugins.items()},
                 "reference": {
                     "path": str(self._references / f"{_file_name(case.group)}.npy"),

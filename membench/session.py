@@ -76,12 +76,14 @@ class Session:
         resume: bool | Path = False,
         tell: Callable[[str, Mapping[str, Any]], None] = silent,
         code: Mapping[str, Any] | None = None,
+        folders: Mapping[str, str] | None = None,
     ) -> None:
         """Open the run's file; ``run`` says what the arguments are.
 
         Args:
             cases: all that may be measured.
             code: which commit of what is under test it is, for the header of a new run.
+            folders: whose code must not be measured and whose is, as ``foreign.refuse_imported`` has them.
 
         Raises:
             ResultsError: as ``run`` does.
@@ -91,7 +93,7 @@ class Session:
         self._file = _file(suite, output, resume, machine, {"code": code} if code else {})
         self.path = self._file.path
         try:
-            self._runner = Runner(cases, suite.settings, references(self.path), tell, machine)
+            self._runner = Runner(cases, suite.settings, references(self.path), tell, machine, folders=folders)
         except BaseException:
             self._file.__exit__(None, None, None)
             raise

@@ -19,15 +19,13 @@ from typing import Any, TextIO
 
 from membench import console, registry
 from membench.errors import EXIT_OK, MembenchError
+from membench.foreign import ForeignCode, is_foreign
 from membench.record import Case, Plugin
 from membench.session import Session
 from membench.suite import Suite, load_suite
 
+_FOREIGN = f"{ForeignCode.__name__}: "
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-
-
-class ForeignCode(MembenchError):
-    """What is measured is not of the version that it is measured for."""
 
 
 def main() -> int:
@@ -55,36 +53,42 @@ def main() -> int:
 
 def _serve(order: Mapping[str, Any], orders: TextIO, tell: Any) -> None:
     suite = load_suite(order["suite"], order["devices"]).with_repeats(order["repeats"])
+    folders: dict[str, str] = {}
     if order["not_from"]:
+        folders = {"other": order["not_from"], "own": order["root"]}
         _refuse_foreign_code(suite, Path(order["not_from"]), Path(order["root"]))
     chosen = suite.cases if order["ids"] is None else suite.select(lambda case_id: case_id in order["ids"])
     if not chosen:
         tell("ready", {"path": None, "ids": []})
         return
     cases = {case.id: case for case in chosen}
-    with Session(suite, chosen, Path(order["output"]), tell=tell, code=order["code"]) as session:
+
+    def tell_but_records(event: str, details: Mapping[str, Any]) -> None:
+        if event != "record":  # that a case is done is told once it is known to be of this version
+            tell(event, details)
+
+    with Session(
+        suite, chosen, Path(order["output"]), tell=tell_but_records, code=order["code"], folders=folders
+    ) as session:
         tell("ready", {"path": str(session.path.resolve()), "ids": list(cases)})
         for line in orders:
             wanted = json.loads(line)
-            session.measure(cases[wanted["id"]], wanted["repeat"])
+            record = session.measure(cases[wanted["id"]], wanted["repeat"])
+            if record.status == "failed" and record.message and record.message.startswith(_FOREIGN):
+                raise ForeignCode(record.message.removeprefix(_FOREIGN))
+            tell("record", {"id": record.id, "status": record.status, "duration_s": record.duration_s})
 
 
 def _refuse_foreign_code(suite: Suite, other: Path, own: Path) -> None:
-    """Hold that no plug-in comes out of the folder of the other version.
+    """Hold that no plug-in comes out of the folder of the other version; what else is imported, workers look at.
 
     Raises:
         ForeignCode: if one does: its name, and where it is.
     """
     for case in suite.cases:
         for what, file in _origins(case):
-            if file is None or "site-packages" in file.parts:
-                continue
-            resolved = file.resolve()
-            if resolved.is_relative_to(other) and not resolved.is_relative_to(own):
-                raise ForeignCode(
-                    f"{what} would come out of {other} and not out of the other commit:"
-                    " put the folder that it is imported from on PYTHONPATH"
-                )
+            if file is not None and is_foreign(file, other, own):
+                raise ForeignCode.of(what, other)
 
 
 def _origins(case: Case) -> Iterator[tuple[str, Path | None]]:

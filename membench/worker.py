@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from membench import allocator, calls, census, checkpoint, device, notes, plugins, quality
+from membench import allocator, calls, census, checkpoint, device, foreign, notes, plugins, quality
 from membench.assembly import Assembly, create
 from membench.errors import is_out_of_memory
 from membench.meter import STEPS_FOR_MEMORY, Meter
@@ -69,6 +69,7 @@ def _measure(request: dict[str, Any], meter: Meter) -> None:
     """The life of a case, phase by phase; what is known is told before whatever may still fail."""
     work = _Work(request, meter)
     module = work.load_and_apply(work.make_ready())
+    _refuse_foreign_code(request)
     work.store(module)
     step = work.run_for_memory(module)
     work.run_for_time(step)
@@ -77,8 +78,14 @@ def _measure(request: dict[str, Any], meter: Meter) -> None:
     work.case.context.inventory.clear()
     work.evaluate(module)
     work.save(module)
+    _refuse_foreign_code(request)
     if work.diverged is not None:
         raise work.diverged
+
+
+def _refuse_foreign_code(request: dict[str, Any]) -> None:
+    if request["folders"]:
+        foreign.refuse_imported(request["folders"])
 
 
 class _Work:

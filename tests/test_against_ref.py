@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,56 @@ def test_code_that_would_come_out_of_the_checkout_for_both_is_refused(
     assert str(raised.value).startswith(
         f"base: 'layers:make' of model 'factory' would come out of {here} and not out of the other commit"
     )
+
+
+@pytest.fixture(scope="module")
+def editable(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], str]:
+    """Installs a project as setuptools does for editing, by a finder of its own; what is to go on PYTHONPATH."""
+    pytest.importorskip("setuptools", minversion="70.1")
+
+    def install(project: Path) -> str:
+        site, wheels = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("wheels")
+        build = f"from setuptools import build_meta; build_meta.build_editable({str(wheels)!r})"
+        subprocess.run([sys.executable, "-W", "ignore", "-c", build], cwd=project, check=True, capture_output=True)
+        (wheel,) = wheels.glob("*.whl")
+        zipfile.ZipFile(wheel).extractall(site)
+        assert list(site.glob("__editable___*_finder.py"))
+        (site / "sitecustomize.py").write_text(f"import site; site.addsitedir({str(site)!r})")
+        return str(site)
+
+    return install
+
+
+_PROJECT = """\
+[build-system]
+requires = ["setuptools"]
+build-backend = "setuptools.build_meta"
+[project]
+name = "own"
+version = "1.0"
+[tool.setuptools]
+packages = ["own_layers", "own_space.sizes"]
+[tool.setuptools.package-dir]
+own_layers = "lib/layers"
+"own_space.sizes" = "lib/sizes"
+"""
+
+
+@pytest.mark.parametrize("imported", ["own_layers", "own_space.sizes"])
+def test_what_a_model_imports_through_an_editable_installs_finder_is_refused_not_measured(
+    here: Path, editable: Callable[[Path], str], imported: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = f"from {imported} import WIDTH\n" + MODEL.replace("{width}", "WIDTH")
+    files = {f"lib/{name}/__init__.py": "WIDTH = 256\n" for name in ("layers", "sizes")}
+    files |= {"pyproject.toml": _PROJECT, "model.py": model, ".gitignore": "results\n*.egg-info\nbuild\n"}
+    commit(here, "Install it", files)
+    monkeypatch.setenv("PYTHONPATH", f"{editable(here)}{os.pathsep}{os.environ['PYTHONPATH']}")
+    done = _membench("run", "small.toml", "--against-ref", "HEAD", "--repeats", "1")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        2,
+        f"membench: base: module '{imported}' would come out of {here} and not out of the other commit:"
+        " put the folder that it is imported from on PYTHONPATH",
+    ), done.stdout + done.stderr
 
 
 def test_a_suite_that_the_commit_does_not_have_is_named(here: Path) -> None:

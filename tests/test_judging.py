@@ -462,6 +462,15 @@ def test_a_case_that_breaks_fails_and_one_that_is_missing_cannot_be_compared() -
     assert (added.exit_code, added.added) == (0, ("m/y/train/cpu",))
 
 
+def test_a_case_that_did_not_end_well_in_the_base_says_so_where_it_does_now() -> None:
+    good = _case(weights_bytes=MIB)
+    judgement = judge(
+        _measured(MeasuredCase(good.id, "failed", "no such layer", "load")), _measured(good), Tolerances()
+    )
+    assert judgement.sentences() == ["nothing to compare with: m/x/train/cpu ended in some as failed: no such layer"]
+    assert judgement.exit_code == 3
+
+
 def test_a_machine_that_is_described_in_another_way_is_no_reason_to_give_up() -> None:
     odd: dict[str, Any] = {"cpu": 3, "packages": [], "gpus": [None, {"name": 4}], "memory_bytes": "much", "threads": {}}
     case = _case(weights_bytes=MIB)

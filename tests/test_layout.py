@@ -22,9 +22,9 @@ _MEASURED = {
     "stand_in", "weights", "worker",
 }  # fmt: skip
 _GROUPS = {
-    "ground": {"amounts", "contract", "contract_check", "corpus", "errors", "names", "nvml", "packages", "phases",
-               "plugin_files", "plugins", "procfs", "quantities", "record", "registry", "scratch", "sending", "units",
-               "validation", "environment", "data.storage"},
+    "ground": {"amounts", "contract", "contract_check", "corpus", "errors", "foreign", "names", "nvml", "packages",
+               "phases", "plugin_files", "plugins", "procfs", "quantities", "record", "registry", "scratch", "sending",
+               "units", "validation", "environment", "data.storage"},
     "training data": {"data"},
     "rules": {"regression.gates", "regression.tolerances"},
     "suites": {"expansion", "listing", "python_files", "selection", "suite", "suite_names", "tables"},

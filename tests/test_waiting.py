@@ -88,7 +88,9 @@ def test_children_of_ones_own_are_no_excuse() -> None:
 
 
 def test_a_neighbour_on_the_same_core_is_an_excuse() -> None:
-    started = subprocess.run(["sh", "-c", f"{sys.executable} -c '{_SPIN}' >/dev/null & echo $!"], stdout=subprocess.PIPE)
+    started = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -c '{_SPIN}' >/dev/null & echo $!"], stdout=subprocess.PIPE
+    )
     neighbour = int(started.stdout)
     try:
         time.sleep(0.3)

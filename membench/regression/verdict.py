@@ -219,6 +219,11 @@ class Judgement:
         lines += [f"undecided: {change.sentence()}" for change in self.undecided]
         lines += dict.fromkeys(change.advice for change in self.undecided if change.advice)
         lines += self._lines_on_what_was_not_judged()
+        lines += [
+            f"nothing to compare with: {pair.id} ended in {self.base.name} as {pair.base.status}: {pair.base.message}"
+            for pair in self.pairs
+            if pair.base and pair.new and pair.new.is_measured and not pair.base.is_measured
+        ]
         lines += [line for pair in self.pairs for line in _redefined(pair)]
         lines += [f"not measured now: {case_id}{self._why_missing(case_id)}" for case_id in self.missing]
         lines += [f"better: {change.sentence()}" for change in self.better]
