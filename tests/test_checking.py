@@ -153,6 +153,41 @@ def test_only_the_gates_and_limits_of_what_k_chooses_are_judged_and_the_rest_is_
     assert "trained-tiny/none/generate/cpu: weights <= 300 KiB is broken: 481.3 KiB is over 300.0 KiB" in broken.stdout
 
 
+def _at_a_slower_pace(folder: Path, case_id: str, by: float) -> None:
+    """The kept run, with longer steps in one case."""
+    lines = _KEPT.read_text().splitlines()
+    for number, line in enumerate(lines[1:], 1):
+        entry = json.loads(line)
+        if entry["id"] == case_id:
+            process = entry["processes"][0]
+            process["durations_s"] = [each * by for each in process["durations_s"]]
+            entry["metrics"]["step_median_s"] *= by
+            lines[number] = json.dumps(entry)
+    (folder / "slowed.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_a_time_measured_once_fails_beyond_calibrated_noise_and_is_undecided_without_it(kept: Path) -> None:
+    case = "llama-60m/none/train/cpu"
+    _at_a_slower_pace(kept, case, 1.2)
+    _read("baseline", "save", "main", "--run", _NAME, folder=kept)
+    undecided = _read("check", "slowed.jsonl", "--against", "main", folder=kept)
+    assert undecided.returncode == 0
+    line, advice = undecided.stdout.splitlines()[-3:-1]
+    assert line.startswith(f"undecided: {case}: time 752 ms → 903 ms (+20.0% [")
+    assert "measured once, which a busy machine can look like" in line
+    assert "'membench calibrate SUITE [NAME]' keep this machine's noise" in advice
+    # As calibrating leaves it.
+    path = kept / "results" / "baselines" / "main.json"
+    content = json.loads(path.read_text())
+    content["noise"] = {case: {"step_median_s": {"runs": 5, "range": 0.03, "median": 0.75}}}
+    path.write_text(json.dumps(content))
+    regressed = _read("check", "slowed.jsonl", "--against", "main", folder=kept)
+    assert regressed.returncode == 1
+    assert "tolerance 10%, noise of this machine 7.6%" in regressed.stdout
+    assert "each was measured once; 'membench check quickstart' runs the suite" in regressed.stdout
+    assert _read("check", _NAME, "--against", "main", folder=kept).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
