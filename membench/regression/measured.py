@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ConfigDict
 
 from membench.errors import ResultsError, summary
-from membench.record import METRIC_OF_FIELD, Record, Status
+from membench.record import METRIC_OF_FIELD, Record, Status, own_metrics
 from membench.regression.machines import kind
 from membench.regression.noise import Noise
 from membench.store import Run
@@ -171,7 +171,8 @@ def of_records(records: Sequence[Record], name: str, suite: str = "") -> Measure
 
 def _untimed(case: MeasuredCase) -> dict[str, Sequence[float]]:
     """What is no time: repeats of one run are too much alike to tell how far apart runs are."""
-    return {name: values for name, values in case.values.items() if name in METRIC_OF_FIELD and kind(name) != "time"}
+    known = (name for name in case.values if own_metrics([name]) or name in METRIC_OF_FIELD)
+    return {name: case.values[name] for name in known if kind(name) != "time"}
 
 
 def _case(case_id: str, repeats: Sequence[Record]) -> MeasuredCase:
