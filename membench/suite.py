@@ -168,6 +168,8 @@ def description(path: Path) -> str:
     Raises:
         SuiteError: if it cannot be read.
     """
+    if path.suffix == ".py":
+        return one_line((python_files.docstring(path) or "").strip().partition("\n")[0])
     head = _parsed(path, _read(path)).get("suite")
     said = head.get("description", "") if isinstance(head, dict) else ""
     return one_line(str(said).strip().partition("\n")[0])
