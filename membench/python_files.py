@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import math
 import os
@@ -10,6 +11,7 @@ import tokenize
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import CodeType
 from typing import Any, TypeVar
 
 from membench.errors import MembenchError, SuiteError, summary
@@ -24,17 +26,7 @@ def executed(path: Path) -> tuple[dict[str, Any], str]:
     Raises:
         SuiteError: if it cannot be read, ends in an error or imports torch: file, line and what is wrong.
     """
-    try:
-        with tokenize.open(path) as file:
-            text = file.read()
-        code = compile(text, str(path), "exec", dont_inherit=True)
-    except OSError as error:
-        raise SuiteError(f"{path} cannot be read: {error.strerror}") from None
-    except SyntaxError as error:
-        where = f", line {error.lineno}" if error.lineno else ""
-        raise SuiteError(f"{path}{where}: {error.msg}") from None
-    except (ValueError, RecursionError, MemoryError) as error:  # not of its encoding, or nested too deeply
-        raise SuiteError(f"{path}: {summary(error)}") from None
+    text, _, code = _parsed(path)
     namespace: dict[str, Any] = {"__name__": path.stem, "__file__": str(path.absolute())}
     had_torch = "torch" in sys.modules
     try:
@@ -57,6 +49,31 @@ def executed(path: Path) -> tuple[dict[str, Any], str]:
             " and the process that reads it stays small"
         )
     return namespace, text
+
+
+def docstring(path: Path) -> str | None:
+    """What a file says of itself; it is not run for that.
+
+    Raises:
+        SuiteError: if it cannot be read.
+    """
+    _, tree, _ = _parsed(path)
+    return ast.get_docstring(tree)
+
+
+def _parsed(path: Path) -> tuple[str, ast.Module, CodeType]:
+    try:
+        with tokenize.open(path) as file:
+            text = file.read()
+        tree = ast.parse(text, str(path))
+        return text, tree, compile(tree, str(path), "exec", dont_inherit=True)
+    except OSError as error:
+        raise SuiteError(f"{path} cannot be read: {error.strerror}") from None
+    except SyntaxError as error:
+        where = f", line {error.lineno}" if error.lineno else ""
+        raise SuiteError(f"{path}{where}: {error.msg}") from None
+    except (ValueError, RecursionError, MemoryError) as error:  # not of its encoding, or nested too deeply
+        raise SuiteError(f"{path}: {summary(error)}") from None
 
 
 @contextlib.contextmanager

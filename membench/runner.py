@@ -490,8 +490,8 @@ def _asked(plugin: Plugin) -> dict[str, Any]:
 
 def _file_name(group: tuple[str, str, str]) -> str:
     model, workload, device = group
-    # A colon has no place in names of files on every disk; an '@' has none in the names of plug-ins.
-    return "-".join((model.replace(":", "@"), workload.replace(":", "@"), device.replace(":", "")))
+    # A colon has no place in names of files on every disk; '@' and ',' have none in the names of plug-ins.
+    return ",".join((model.replace(":", "@"), workload.replace(":", "@"), device.replace(":", "")))
 
 
 def _modules_of(cases: tuple[Case, ...]) -> list[str]:

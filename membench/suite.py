@@ -168,8 +168,10 @@ def description(path: Path) -> str:
     Raises:
         SuiteError: if it cannot be read.
     """
-    if path.name.partition("::")[0].endswith(".py"):
-        return one_line(load_suite(path).description.strip().partition("\n")[0])
+    file, _, chosen = str(path).partition("::")
+    if file.endswith(".py"):
+        own = load_suite(path).description if chosen else python_files.docstring(Path(file))
+        return one_line((own or load_suite(path).description).strip().partition("\n")[0])
     head = _parsed(path, _read(path)).get("suite")
     said = head.get("description", "") if isinstance(head, dict) else ""
     return one_line(str(said).strip().partition("\n")[0])

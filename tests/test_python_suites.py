@@ -16,7 +16,7 @@ from membench import session
 from membench.errors import ResultsError, SuiteError
 from membench.record import Case
 from membench.regression.tolerances import Tolerance
-from membench.suite import Suite, rules_of
+from membench.suite import Suite, description, rules_of
 from tests.repositories import commit, git
 
 pytest_plugins = ["pytester"]
@@ -157,6 +157,7 @@ def test_made_elsewhere_its_errors_begin_with_its_name() -> None:
 _BROKEN = {
     "x = 1\nraise RuntimeError('not\\nnow')\n": ", line 2: RuntimeError: not",
     "def f(:\n": ", line 1: invalid syntax",
+    "\nreturn 3\n": ", line 2: 'return' outside function",
     "import sys\nsys.exit(3)\n": ", line 2: SystemExit: 3",
     "import nowhere_to_be_found\n": ", line 1: ModuleNotFoundError: No module named 'nowhere_to_be_found'",
     "x = 1\n": " makes no suite: assign a membench.Suite(...) to a variable",
@@ -204,6 +205,21 @@ def test_a_suite_may_import_what_lies_beside_it_and_print(tmp_path: Path) -> Non
         [sys.executable, "-m", "membench", "run", str(path), "--dry-run"], capture_output=True, text=True
     )
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "this/none/script/cpu\n", "hello\n")
+
+
+def test_what_a_file_says_of_itself_is_told_without_running_it(tmp_path: Path) -> None:
+    assert description(written(tmp_path, '"""Which size?\n\nMore."""\n1 / 0\n')) == "Which size?"
+    assert description(written(tmp_path, "1 / 0\n")) == ""
+
+
+def test_a_suite_in_python_takes_plug_ins_beside_it(tmp_path: Path) -> None:
+    written(tmp_path, "from membench.plugins import Technique\n\n\nclass Mine(Technique):\n    acts_on = 'weights'\n",
+            "own_plugins.py")  # fmt: skip
+    path = written(tmp_path, "import membench\nsuite = membench.Suite('s', plugins=['own_plugins.py'], matrix={"
+                             "'model': ['block'], 'technique': ['mine'], 'workload': ['burst']})\n")  # fmt: skip
+    suite = membench.load_suite(path)
+    assert [case.technique for case in suite.cases] == ["none", "mine"]
+    assert [file.name for file in suite.plugin_files] == ["own_plugins.py"]
 
 
 @pytest.fixture(scope="module")

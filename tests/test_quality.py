@@ -114,7 +114,7 @@ def test_int8_weights_lose_less_than_half_a_percent_and_the_error_is_finer_than_
 def test_the_references_logits_are_kept_beside_the_run(records: dict[str, Record], folder: Path) -> None:
     import numpy
 
-    (kept,) = folder.glob("*.references/trained-tiny-forward-cpu.npy")
+    (kept,) = folder.glob("*.references/trained-tiny,forward,cpu.npy")
     tokens = records["none"].processes[0]["quality"]["tokens"]
     assert numpy.load(kept, mmap_mode="r").shape == (sum(tokens), 256)
 
