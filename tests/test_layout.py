@@ -27,7 +27,7 @@ _GROUPS = {
                "environment", "data.storage"},
     "training data": {"data"},
     "rules": {"regression.gates", "regression.tolerances"},
-    "suites": {"expansion", "listing", "selection", "suite", "suite_names"},
+    "suites": {"expansion", "listing", "selection", "skeletons", "suite", "suite_names"},
     "measured process": _MEASURED,
     "plug-ins": {"builtin"},
     "plug-ins' tests": {"testing"},

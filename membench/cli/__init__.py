@@ -7,10 +7,10 @@ import importlib.metadata
 from collections.abc import Sequence
 
 from membench import console
-from membench.cli import advise, calibrate, doctor, export, listing, regression, report, run, show
+from membench.cli import advise, calibrate, doctor, export, listing, new, regression, report, run, show
 
 # In the order in which the help shows them.
-_VERBS = (run, listing, show, report, advise, regression, calibrate, export, doctor)
+_VERBS = (run, listing, show, report, advise, regression, calibrate, export, new, doctor)
 
 
 def _parser() -> argparse.ArgumentParser:
