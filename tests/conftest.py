@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
 import pytest
+
+from tests import fresh_environment
+from tests.fresh_environment import FreshEnvironment
+
+collect_ignore = ["example_plugin"]  # whose tests run where it is installed
 
 _ENTRY_POINTS = """\
 [membench.models]
@@ -32,6 +38,24 @@ def _plugins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.syspath_prepend(str(site))
         patch.setenv("PYTHONPATH", f"{site}:{Path(__file__).parent.parent}")
         yield
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The wheel of membench, installed beside it in ``site``; made once, however many workers of xdist there are."""
+    shared = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
+    folder = shared / "wheel-of-membench"
+    with filelock.FileLock(f"{folder}.lock"):
+        if not (folder / "site").exists():
+            fresh_environment.install_wheel(folder / "site")
+    (found,) = (folder / "wheels").glob("*.whl")
+    return found
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, wheel: Path) -> FreshEnvironment:
+    """An environment with membench from its wheel."""
+    return FreshEnvironment(tmp_path / "environment", wheel.parent.parent / "site")
 
 
 @pytest.fixture

@@ -29,6 +29,11 @@ class DoublesItsOption(Technique):
         return 2 * bits
 
 
+class Misspells(Technique):
+    def aply(self, module: nn.Module, context: Context) -> nn.Module:
+        return module
+
+
 class HoldsALock(Technique):
     _lock: Any = PrivateAttr(default_factory=threading.Lock)
 

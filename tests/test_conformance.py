@@ -72,6 +72,7 @@ def test_a_technique_that_keeps_the_contract_passes(attributes: dict[str, Any]) 
     [
         ("DoublesItsOption", {"bits": 4}, "its_options_come_back_from_json_as_they_were",
          "option 'bits' was 8 and comes back from JSON as 16; wanted is a type that JSON keeps"),
+        ("Misspells", {}, "it_keeps_the_contract", "Misspells: no stage is named 'aply'; did you mean 'apply'?"),
         ("HoldsALock", {}, "it_can_be_pickled", "HoldsALock cannot be pickled (TypeError: cannot pickle"),
         ("DrawsFromNoSeed", {}, "the_same_seed_gives_the_same_weights_and_logits",
          "the same seed gave other weights the second time: 8 of 24 tensors differ; draw from torch.Generator()"),

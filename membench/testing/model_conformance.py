@@ -25,14 +25,8 @@ _TOLERATED = 1.1
 class ModelConformance(PluginConformance):
     """Inherit it, name the ``model``, and pytest runs these tests on it. It is built as it is: take a small one."""
 
+    kind: ClassVar[type[Options]] = Model
     model: ClassVar[type[Model]]
-
-    def plugin(self) -> type[Options]:
-        __tracebackhide__ = True
-        found = getattr(self, "model", None)
-        assert isinstance(found, type), f"{type(self).__name__} names no model; wanted is 'model = YourModel'"
-        assert issubclass(found, Model), f"{found.__name__} is no subclass of membench.plugins.Model"
-        return found
 
     def _worker(self) -> FakeWorker:
         return FakeWorker(model=self.made())

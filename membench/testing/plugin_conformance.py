@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from pydantic import ValidationError
 
+from membench.contract_check import complaint
 from membench.plugins import Options
 from membench.validation import problem
 
@@ -37,9 +38,19 @@ class PluginConformance:
     options: ClassVar[Mapping[str, Any]] = {}
     """Options to try it with, as a suite has them."""
 
+    kind: ClassVar[type[Options]]
+    """Which contract it is held to; the plug-in is the attribute of that name."""
+
     def plugin(self) -> type[Options]:
         """The class that is tested."""
-        raise NotImplementedError
+        __tracebackhide__ = True
+        name = self.kind.__name__
+        found = getattr(self, name.lower(), None)
+        assert isinstance(found, type), (
+            f"{type(self).__name__} names no {name.lower()}; wanted is '{name.lower()} = Your{name}'"
+        )
+        assert issubclass(found, self.kind), f"{found.__name__} is no subclass of membench.plugins.{name}"
+        return found
 
     def made(self) -> Any:
         """A new plug-in with the options, checked as those of a suite are."""
@@ -50,6 +61,12 @@ class PluginConformance:
         except ValidationError as error:
             said = problem(error, plugin, given).sentence("option")
             raise AssertionError(f"{plugin.__name__} does not take the options of this test: {said}") from None
+
+    def test_it_keeps_the_contract(self) -> None:
+        __tracebackhide__ = True
+        plugin = self.plugin()
+        wrong = complaint(plugin, self.kind)
+        assert wrong is None, f"{plugin.__name__}: {wrong}"
 
     def test_its_options_come_back_from_json_as_they_were(self) -> None:
         __tracebackhide__ = True

@@ -35,6 +35,7 @@ class TechniqueConformance(PluginConformance):
     after another technique, and a process that is left as it was.
     """
 
+    kind: ClassVar[type[Options]] = Technique
     technique: ClassVar[type[Technique]]
     model: ClassVar[Model | None] = None
     """What it is tried on; ``None``: ``Tiny``."""
@@ -42,15 +43,6 @@ class TechniqueConformance(PluginConformance):
     """What is done meanwhile; ``None``: a small training, or if that is refused a forward pass, or reading data."""
     partner: ClassVar[Technique] = Bf16()
     """What it is stacked with."""
-
-    def plugin(self) -> type[Options]:
-        __tracebackhide__ = True
-        found = getattr(self, "technique", None)
-        assert isinstance(found, type), (
-            f"{type(self).__name__} names no technique; wanted is 'technique = YourTechnique'"
-        )
-        assert issubclass(found, Technique), f"{found.__name__} is no subclass of membench.plugins.Technique"
-        return found
 
     def _device(self) -> str:
         import pytest

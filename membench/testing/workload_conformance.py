@@ -75,16 +75,10 @@ class _Witness(Technique):
 class WorkloadConformance(PluginConformance):
     """Inherit it, name the ``workload``, and pytest runs these tests on it."""
 
+    kind: ClassVar[type[Options]] = Workload
     workload: ClassVar[type[Workload]]
     model: ClassVar[Model | None] = None
     """What it is tried on; ``None``: ``Tiny``."""
-
-    def plugin(self) -> type[Options]:
-        __tracebackhide__ = True
-        found = getattr(self, "workload", None)
-        assert isinstance(found, type), f"{type(self).__name__} names no workload; wanted is 'workload = YourWorkload'"
-        assert issubclass(found, Workload), f"{found.__name__} is no subclass of membench.plugins.Workload"
-        return found
 
     def _worker(self, *techniques: Technique) -> FakeWorker:
         return FakeWorker(techniques, model=self.model, workload=self.made())
