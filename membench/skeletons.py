@@ -14,8 +14,6 @@ from membench import registry, suite_names
 from membench.errors import MembenchError, one_line
 from membench.names import checked_name
 
-KINDS = ("technique", "model", "workload", "suite")
-
 _FILES: Mapping[str, str] = {
     "pyproject.toml": "pyproject.toml",
     "README.md": "README.md",

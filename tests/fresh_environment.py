@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import site
 import subprocess
 import sys
 import venv
@@ -41,7 +40,7 @@ class FreshEnvironment:
         self.folder = folder
         venv.create(folder, with_pip=False)
         (installed,) = folder.glob("lib/python*/site-packages")
-        borrowed = [path for path in site.getsitepackages() if Path(path, "torch").exists()]
+        borrowed = [path for path in sys.path if Path(path, "torch").is_dir()]
         (installed / "borrowed.pth").write_text("\n".join([str(membench), *borrowed]))
         for name, command in _COMMANDS.items():
             program = folder / "bin" / name

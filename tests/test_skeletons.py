@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from membench.cli import main
-from membench.skeletons import KINDS
+from membench.cli.new import KINDS
 from tests.fresh_environment import FreshEnvironment
 
 

@@ -6,20 +6,23 @@ import argparse
 import shlex
 from pathlib import Path
 
-from membench import skeletons
 from membench.cli.output import Verbs
 from membench.errors import EXIT_OK
+
+KINDS = ("technique", "model", "workload", "suite")
 
 
 def add(verbs: Verbs) -> None:
     new = verbs.add_parser("new", help="write a package with a plug-in of your own, its tests and a suite")
-    new.add_argument("kind", choices=skeletons.KINDS)
+    new.add_argument("kind", choices=KINDS)
     new.add_argument("name", help="what suites call it: 'half-linear'; the package is membench-half-linear")
     new.add_argument("--into", metavar="FOLDER", type=Path, default=Path(), help="where its folder is made (here)")
     new.set_defaults(do=_new)
 
 
 def _new(arguments: argparse.Namespace) -> int:
+    from membench import skeletons
+
     folder, paths = skeletons.write(arguments.kind, arguments.name, arguments.into)
     for path in paths:
         print(folder / path)
