@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr, field_validator
 
-from membench.plugins import Context, LayerWise, Step, Technique, Tokens, Workload, stepping
+from membench.plugins import Context, HeldOut, LayerWise, QualityMetric, Step, Technique, Tokens, Workload, stepping
 from membench.testing import Tiny, tiny_module
 
 if TYPE_CHECKING:
@@ -275,6 +275,35 @@ class ReadsFewer(Reads):
 class DisturbsWhileStepping(Reads):
     def after(self, module: nn.Module) -> None:
         os.environ["MEMBENCH_DISTURBED"] = "1"
+
+
+class Constant(QualityMetric):
+    """Keeps the contract of metrics."""
+
+    def measure(self, module: nn.Module, held_out: HeldOut, context: Context) -> float:
+        return float(held_out.logits(_ids(held_out)).mean())
+
+
+class SaysNoNumber(QualityMetric):
+    def measure(self, module: nn.Module, held_out: HeldOut, context: Context) -> float:
+        return float("nan")
+
+
+class SaysAnything(QualityMetric):
+    def measure(self, module: nn.Module, held_out: HeldOut, context: Context) -> float:
+        return float.fromhex(os.urandom(6).hex())
+
+
+class WritesToTheModel(QualityMetric):
+    def measure(self, module: nn.Module, held_out: HeldOut, context: Context) -> float:
+        next(module.parameters()).data += 1
+        return 0.0
+
+
+def _ids(held_out: HeldOut) -> torch.Tensor:
+    import torch
+
+    return torch.tensor(held_out.pieces[0])
 
 
 class Conforming(_Halves):

@@ -12,6 +12,7 @@ import pytest
 
 from membench import procfs, testing
 from membench.builtin.known_amounts import Ballast
+from membench.builtin.metrics import NextTokenAccuracy
 from membench.builtin.techniques.activations import Accumulate
 from membench.builtin.techniques.attention import EagerAttention
 from membench.builtin.techniques.kv_cache import KvCacheInt8
@@ -227,6 +228,26 @@ def test_a_workload_that_breaks_one_point_is_caught_by_the_test_of_that_alone(
     workload: str, test: str, said: str
 ) -> None:
     told = _told(testing.WorkloadConformance, workload=getattr(misbehaving, workload))
+    assert list(told) == [test]
+    assert said in told[test]
+
+
+@pytest.mark.parametrize("metric", [misbehaving.Constant, NextTokenAccuracy])
+def test_a_metric_that_keeps_the_contract_passes(metric: type) -> None:
+    assert _told(testing.MetricConformance, metric=metric) == {}
+
+
+@pytest.mark.parametrize(
+    ("metric", "test", "said"),
+    [
+        ("SaysNoNumber", "its_figure_is_a_finite_number_and_the_same_each_time", "its figure is nan; wanted is a"),
+        ("SaysAnything", "its_figure_is_a_finite_number_and_the_same_each_time", "of the same model it says "),
+        ("WritesToTheModel", "it_leaves_the_model_and_the_process_as_they_were",
+         "measuring changed 1 of 24 tensors of the model; wanted is none"),
+    ],
+)  # fmt: skip
+def test_a_metric_that_breaks_one_point_is_caught_by_the_test_of_that_alone(metric: str, test: str, said: str) -> None:
+    told = _told(testing.MetricConformance, metric=getattr(misbehaving, metric))
     assert list(told) == [test]
     assert said in told[test]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -35,10 +36,15 @@ def test_it_is_listed_passes_its_tests_and_is_measured(installed: FreshEnvironme
     assert tested.returncode == 0, tested.stdout
     ran = installed.run("membench run example --format json", tmp_path)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    weights = {record["id"]: record["weights_bytes"] for record in json.loads(ran.stdout)["cases"]}
+    cases = json.loads(ran.stdout)
+    weights = {case["case"]: case["weights_bytes"] for case in cases}
     assert weights == {
         "two-tables/none/reread/cpu": 2 * _TABLE_BYTES,
         "two-tables/tied-head/reread/cpu": _TABLE_BYTES,
         "two-tables/bf16/reread/cpu": _TABLE_BYTES,
         "two-tables/tied-head+bf16/reread/cpu": _TABLE_BYTES / 2,
     }
+    entropy = {case["case"]: case["own.mean_entropy.lower.nats"] for case in cases}
+    assert math.log(256) - 0.5 < entropy["two-tables/none/reread/cpu"] < math.log(256)
+    # A vector's product with itself is far above all others, so the next token is the last one.
+    assert entropy["two-tables/tied-head/reread/cpu"] == pytest.approx(0, abs=1e-6)

@@ -29,7 +29,7 @@ def test_a_new_package_of_each_kind_installs_passes_its_tests_and_runs_its_suite
     installed = fresh.run(f"pip install {' '.join(f'-e new/membench-own-{kind}[test]' for kind in KINDS)}", tmp_path)
     assert installed.returncode == 0, installed.stderr
     tested = fresh.run(
-        f"pytest -q -p no:cacheprovider {' '.join(f'new/membench-own-{kind}' for kind in KINDS)}", tmp_path
+        f"pytest -q -p no:cacheprovider {' '.join(f'new/membench-own-{kind}/tests' for kind in KINDS)}", tmp_path
     )
     assert tested.returncode == 0, tested.stdout
     assert " passed" in tested.stdout.splitlines()[-1]

@@ -16,6 +16,7 @@ from __future__ import annotations
 from membench.builtin.known_amounts import Ballast, Burst
 from membench.testing.fake_worker import FakeWorker, context
 from membench.testing.known_sizes import burst, hold
+from membench.testing.metric_conformance import MetricConformance
 from membench.testing.model_conformance import ModelConformance
 from membench.testing.technique_conformance import TechniqueConformance
 from membench.testing.tiny import Tiny, tiny_module, tiny_transformer
@@ -25,6 +26,7 @@ __all__ = [
     "Ballast",
     "Burst",
     "FakeWorker",
+    "MetricConformance",
     "ModelConformance",
     "TechniqueConformance",
     "Tiny",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from membench.plugins import Model, Options
+from membench.plugins import Model
 from membench.testing.fake_worker import FakeWorker
 from membench.testing.global_state import GlobalState, restored
 from membench.testing.plugin_conformance import PluginConformance
@@ -25,7 +25,7 @@ _TOLERATED = 1.1
 class ModelConformance(PluginConformance):
     """Inherit it, name the ``model``, and pytest runs these tests on it. It is built as it is: take a small one."""
 
-    kind: ClassVar[type[Options]] = Model
+    kind = ("model", Model)
     model: ClassVar[type[Model]]
 
     def _worker(self) -> FakeWorker:

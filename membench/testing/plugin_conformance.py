@@ -38,18 +38,18 @@ class PluginConformance:
     options: ClassVar[Mapping[str, Any]] = {}
     """Options to try it with, as a suite has them."""
 
-    kind: ClassVar[type[Options]]
-    """Which contract it is held to; the plug-in is the attribute of that name."""
+    kind: ClassVar[tuple[str, type[Options]]]
+    """The attribute that names the plug-in, and which contract that is held to."""
 
     def plugin(self) -> type[Options]:
         """The class that is tested."""
         __tracebackhide__ = True
-        name = self.kind.__name__
-        found = getattr(self, name.lower(), None)
+        name, base = self.kind
+        found = getattr(self, name, None)
         assert isinstance(found, type), (
-            f"{type(self).__name__} names no {name.lower()}; wanted is '{name.lower()} = Your{name}'"
+            f"{type(self).__name__} names no {name}; wanted is '{name} = Your{name.title()}'"
         )
-        assert issubclass(found, self.kind), f"{found.__name__} is no subclass of membench.plugins.{name}"
+        assert issubclass(found, base), f"{found.__name__} is no subclass of membench.plugins.{base.__name__}"
         return found
 
     def made(self) -> Any:
@@ -65,7 +65,7 @@ class PluginConformance:
     def test_it_keeps_the_contract(self) -> None:
         __tracebackhide__ = True
         plugin = self.plugin()
-        wrong = complaint(plugin, self.kind)
+        wrong = complaint(plugin, self.kind[1])
         assert wrong is None, f"{plugin.__name__}: {wrong}"
 
     def test_its_options_come_back_from_json_as_they_were(self) -> None:

@@ -14,7 +14,7 @@ from membench.builtin.techniques.precision import Bf16
 from membench.builtin.workloads.forward import Forward
 from membench.builtin.workloads.read_data import ReadData
 from membench.census import storages, tensors_in
-from membench.plugins import Model, Options, Technique, Unsuitable, Workload
+from membench.plugins import Model, Technique, Unsuitable, Workload
 from membench.testing.claims import wrong_with_states, wrong_with_weights
 from membench.testing.fake_worker import FakeWorker, tiny_training
 from membench.testing.global_state import GlobalState, restored
@@ -35,7 +35,7 @@ class TechniqueConformance(PluginConformance):
     after another technique, and a process that is left as it was.
     """
 
-    kind: ClassVar[type[Options]] = Technique
+    kind = ("technique", Technique)
     technique: ClassVar[type[Technique]]
     model: ClassVar[Model | None] = None
     """What it is tried on; ``None``: ``Tiny``."""

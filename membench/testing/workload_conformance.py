@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import PrivateAttr
 
-from membench.plugins import Context, Model, Options, Technique, TrainingStep, Workload
+from membench.plugins import Context, Model, Technique, TrainingStep, Workload
 from membench.testing.fake_worker import FakeWorker
 from membench.testing.global_state import GlobalState, restored
 from membench.testing.plugin_conformance import PluginConformance
@@ -75,7 +75,7 @@ class _Witness(Technique):
 class WorkloadConformance(PluginConformance):
     """Inherit it, name the ``workload``, and pytest runs these tests on it."""
 
-    kind: ClassVar[type[Options]] = Workload
+    kind = ("workload", Workload)
     workload: ClassVar[type[Workload]]
     model: ClassVar[Model | None] = None
     """What it is tried on; ``None``: ``Tiny``."""

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+from membench_example.metrics import MeanEntropy
 from membench_example.models import TwoTables
 from membench_example.techniques import TiedHead
 from membench_example.workloads import Reread
 
-from membench.testing import ModelConformance, TechniqueConformance, WorkloadConformance
+from membench.testing import MetricConformance, ModelConformance, TechniqueConformance, WorkloadConformance
 
 
 class TestTiedHead(TechniqueConformance):
@@ -19,6 +20,10 @@ class TestTiedHeadOfTwoTables(TechniqueConformance):
 class TestTwoTables(ModelConformance):
     model = TwoTables
     options = {"width": 16}  # noqa: RUF012
+
+
+class TestMeanEntropy(MetricConformance):
+    metric = MeanEntropy
 
 
 class TestReread(WorkloadConformance):
