@@ -34,8 +34,9 @@ def _pattern(shown: str) -> re.Pattern[str]:
     """What fits an output: '…' is anything, in a line or in place of lines, and any space is as good as another."""
     lines = []
     for line in shown.strip("\n").split("\n"):
-        words = [r".*".join(map(re.escape, word.split("…"))) for word in line.split()]
-        lines.append(r"(?:.*\n)*?" if line == "…" else r"[ \t]*" + r"[ \t]+".join(words) + r"[ \t]*\n")
+        words = r"[ \t]+".join(r".*".join(map(re.escape, word.split("…"))) for word in line.split())
+        some = words.replace(r"[ \t]+.*", ".*")  # which may be nothing at the end of a line
+        lines.append(r"(?:.*\n)*?" if line == "…" else rf"[ \t]*{some}[ \t]*\n")
     return re.compile("".join(lines))
 
 
@@ -64,6 +65,7 @@ def test_it_does_what_it_says(fresh: FreshEnvironment, tmp_path: Path) -> None:
 
 def test_what_it_shows_is_compared() -> None:
     assert _pattern("one  two\n…\n9 passed in …\n").fullmatch("  one two   \nleft\nout\n9 passed in 3 s\n")
+    assert _pattern("one  …  9 nats  …\n").fullmatch("one  two  9 nats\n")
     assert not _pattern("one two\n").fullmatch("one three\n")
     assert not _pattern("one\n…\n").fullmatch("two\n")
     assert len([block for block in _blocks() if block.language in ("sh", "text")]) >= 12
