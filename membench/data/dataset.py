@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import sys
 import time
@@ -202,15 +203,16 @@ class Dataset:
 
         try:
             coming = map(begun, some)
-            following = next(coming, None)
-            while following is not None:
-                rows, filling = following
+            ahead = collections.deque(itertools.islice(coming, 2))
+            while ahead:
+                rows, filling = ahead.popleft()
                 for filled in filling:
                     filled.result()
-                following = next(coming, None)
                 yield rows[:-size]
                 rows = rows[-size:].copy()
                 yield rows
+                # Into the room of the one that has just been handed out, while the next may still be decoded.
+                ahead.extend(itertools.islice(coming, 1))
         finally:
             threads.shutdown(cancel_futures=True)
 
