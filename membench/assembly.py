@@ -140,10 +140,20 @@ class Assembly:
         sources.documents(wanted.source, wanted.most_bytes)
         with contextlib.suppress(NotImplementedError):  # a model without a skeleton says its vocabulary later
             vocabulary = self.model.vocabulary(self.model.skeleton())
+            if are_words := tokens.are_words(self.model, vocabulary):
+                tokens.replaced_in(wanted.source, wanted.most_bytes)
             if not self._changes_corpus:
                 self._rows(wanted, vocabulary)
-            elif tokens.are_words(self.model, vocabulary):
+            elif are_words:
                 tokens.words_of(wanted.source, wanted.most_bytes)
+
+    def notes_on_text(self, module: nn.Module) -> list[str]:
+        """A note if some of the corpus is no text, and was replaced."""
+        wanted = self.workload.corpus()
+        if wanted is None or not tokens.are_words(self.model, self.model.vocabulary(module)):
+            return []
+        count = tokens.replaced_in(wanted.source, wanted.most_bytes)
+        return [f"not UTF-8, and read as U+FFFD: {count:,} bytes or cut-off characters of the text"] if count else []
 
     def digest(self) -> str:
         """A hash of the text that the workload works on, before any technique."""

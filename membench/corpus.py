@@ -48,6 +48,12 @@ def _words(text: bytes) -> list[str]:
     return re.findall(r"\w+|[^\w\s]|\s+", text.decode(errors="replace"))
 
 
+def replaced(text: bytes) -> int:
+    """How many U+FFFD words are made of that do not stand in the text itself: for bytes that are not UTF-8."""
+    # Those that stand in it are counted as bytes: the first of the three begins a character wherever it is.
+    return text.decode(errors="replace").count("\ufffd") - text.count("\ufffd".encode())
+
+
 @functools.cache
 def _word_ranks() -> tuple[array[int], array[int]]:
     """(training, held-out) text as words, each by its rank of frequency in the training text."""

@@ -177,7 +177,8 @@ class _Work:
         # Counted only now: some libraries pack weights anew in their first pass.
         result["weights_bytes"] = weight_bytes(module)
         result["modules_bytes"] = bytes_by_module(module)
-        result["notes"] = self._rehearsal_failed + notes.on_weights(module, case.techniques, self._plain_bytes)
+        result["notes"] = self._rehearsal_failed + case.notes_on_text(module)
+        result["notes"] += notes.on_weights(module, case.techniques, self._plain_bytes)
         if (optimizer := case.context.inventory.get("optimizer")) is not None:
             trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
             result["notes"] += notes.on_states(optimizer(), trained, case.techniques)

@@ -338,19 +338,24 @@ def test_names_need_not_be_utf8(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
-    """Cases that read a text of a tebibyte, and half a Parquet file whose name is no UTF-8."""
+    """Cases that read a text of a tebibyte, half a Parquet file whose name is no UTF-8, and text that is none twice."""
     folder = tmp_path_factory.mktemp("bad")
-    for name in ("large", "damaged"):
+    sources = ("large", "damaged", "latin")
+    for name in sources:
         (folder / name).mkdir()
+    (folder / "latin" / "a.txt").write_bytes(_NOT_UTF8 * 200)
     _of_nothing_but_holes(folder / "large" / "a.txt", _TEBIBYTE)
     (folder / "damaged" / os.fsdecode(b"\xff.parquet")).write_bytes(b"PAR1")
     path = folder / "bad.toml"
     path.write_text(
         '[suite]\nname = "bad"\n[matrix]\nmodel = ["no-model"]\ntechnique = ["none"]\nworkload = ["large", "damaged"]\n'
-        + "".join(f'[workload.{name}]\nuse = "read-data"\ndata = "{folder / name}"\n' for name in ("large", "damaged"))
+        '[[include]]\nmodel = ["words", "no-model"]\ntechnique = "none"\nworkload = "latin"\n'
+        '[model.words]\nuse = "no-model"\nvocabulary_size = 1000\n'
+        + "".join(f'[workload.{name}]\nuse = "read-data"\ndata = "{folder / name}"\n' for name in sources)
+        + "batch_size = 2\n"
     )
     run = membench.run(membench.load_suite(path), output=folder)
-    return dict(zip(("large", "damaged"), run.records, strict=True))
+    return dict(zip(("large", "damaged", "latin as words", "latin as bytes"), run.records, strict=True))
 
 
 def test_a_case_whose_text_does_not_fit_is_out_of_memory_and_says_what_to_do(bad: dict[str, Record]) -> None:
@@ -361,6 +366,12 @@ def test_a_case_whose_text_does_not_fit_is_out_of_memory_and_says_what_to_do(bad
 def test_a_case_whose_text_is_damaged_names_the_file(bad: dict[str, Record]) -> None:
     assert bad["damaged"].status == "failed"
     assert ".parquet: ArrowInvalid: " in (bad["damaged"].message or "")
+
+
+def test_a_case_says_how_much_of_its_text_was_replaced(bad: dict[str, Record]) -> None:
+    said = ("not UTF-8, and read as U+FFFD: 1,000 bytes or cut-off characters of the text",)
+    assert (bad["latin as words"].status, bad["latin as words"].notes) == ("ok", said)
+    assert (bad["latin as bytes"].status, bad["latin as bytes"].notes) == ("ok", ())
 
 
 def test_a_library_that_is_missing_is_named_with_what_to_install(
@@ -413,6 +424,12 @@ def test_bytes_that_are_no_utf8_are_replacement_characters_to_a_vocabulary_of_wo
     assert len(found) == len(words)
     assert [found[place] == found[1] for place in range(len(words))] == [word == "\ufffd" for word in words]
     assert [found[place] == found[2] for place in range(len(words))] == [word == " " for word in words]
+
+
+def test_what_is_replaced_is_counted_without_the_replacement_characters_that_stand_in_the_text() -> None:
+    assert corpus.replaced(_NOT_UTF8) == 5
+    assert corpus.replaced("€ \ufffd\ufffd".encode()) == 0
+    assert corpus.replaced("\ufffd".encode() + b"\xef\xbf" + "\ufffd".encode() + b"\xbd") == 2
 
 
 def test_words_are_numbered_by_how_often_they_occur_over_all_documents() -> None:

@@ -1,7 +1,8 @@
 """Documents to token ids, and token ids to rows.
 
 Text that is not UTF-8: bytes are bytes to a vocabulary of bytes. To one of words, each byte that begins no character
-and each character that is cut off is U+FFFD, as Unicode recommends and Python does. A tokenizer has its own way.
+and each character that is cut off is U+FFFD, as Unicode recommends and Python does; a note says how many there were. A
+tokenizer has its own way.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from membench.corpus import Words
+from membench.corpus import Words, replaced
 from membench.data import sources
 
 if TYPE_CHECKING:
@@ -33,6 +34,12 @@ def are_words(model: Model, vocabulary: int) -> bool:
 def words_of(source: str, most_bytes: int | None) -> Words:
     """The words of a whole source: less of it, or other text, has the same ids."""
     return Words(sources.documents(source, most_bytes))
+
+
+@functools.cache
+def replaced_in(source: str, most_bytes: int | None) -> int:
+    """Bytes and cut-off characters of a source that are not UTF-8, and are U+FFFD to a vocabulary of words."""
+    return sum(map(replaced, sources.documents(source, most_bytes)))
 
 
 def encoded(documents: Sequence[bytes], model: Model, vocabulary: int, words: Callable[[], Words]) -> list[Numbers]:
