@@ -70,8 +70,9 @@ class Assembly:
             if reason:
                 raise plugins.Unsuitable(reason)
         context = plugins.Context(
-            request["device"], request["settings"]["seed"], model, part, {}, Path(request["scratch"])
-        )
+            request["device"], request["settings"]["seed"], model, part, {}, Path(request["scratch"]),
+            corpus=workload.corpus(),
+        )  # fmt: skip
         metrics = {field: create("metric", named) for field, named in request.get("metrics", {}).items()}
         return cls(model, techniques, workload, tuple(request["members"]), context, metrics)
 

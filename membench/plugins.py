@@ -99,6 +99,7 @@ class Context:
         data: the training data as the stack keeps them, where the workload reads a corpus.
         samples: what the stack draws labelled samples from, where the workload trains on some.
         rehearsal: the case is only gone through on a miniature; one step of whatever takes many is enough.
+        corpus: what the workload reads, where it reads a corpus.
     """
 
     device: str
@@ -113,6 +114,7 @@ class Context:
     data: Dataset | None = None
     samples: Samples | None = None
     rehearsal: bool = False
+    corpus: Corpus | None = None
 
 
 Step: TypeAlias = "Callable[[], torch.Tensor | None]"

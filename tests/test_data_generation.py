@@ -18,12 +18,13 @@ from membench.builtin.models.trained_tiny import TrainedTiny, UntrainedTiny
 from membench.builtin.techniques.data_generation import generated, keep, kept
 from membench.data import sources
 from membench.errors import SuiteError
-from membench.plugins import Context, Unsuitable
+from membench.plugins import Context, Corpus, Unsuitable
 
 if TYPE_CHECKING:
     from torch import nn
 
 _MODEL = TrainedTiny()
+_TOPICS = Corpus("topics", 2**30, length=128, batch_size=2, workers=0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -132,8 +133,8 @@ def test_a_generator_trained_on_a_corpus_gives_documents_of_its_words(tmp_path: 
 
 
 def test_paragraphs_come_as_those_of_the_text_itself_each_with_its_blank_line(tmp_path: Path) -> None:
-    documents = sources.documents("topics", None)
-    technique, context = registry.create("technique", "lm-generated", {"generated_size": 16_000}), _context(tmp_path)
+    documents = sources.documents("topics", 2**30)  # more than there is
+    technique, context = registry.create("technique", "lm-generated", {"generated_size": 16_000}), _context(tmp_path, corpus=_TOPICS)
     technique.prepare(None, context)
     made = technique.corpus(documents, context)
     assert "trained-tiny's own weights" in context.facts["data_bytes"][1]
@@ -142,6 +143,17 @@ def test_paragraphs_come_as_those_of_the_text_itself_each_with_its_blank_line(tm
     streams = 16_000 // 256
     assert sum(not document.endswith(b"\n\n") for document in made) <= streams
     assert len(made) > 1.5 * streams
+
+
+@pytest.mark.parametrize(
+    ("options", "corpus"), [({}, _TOPICS._replace(most_bytes=2**16)), ({"steps": 9}, _TOPICS), ({}, None)]
+)
+def test_trained_tiny_is_not_trained_where_a_generator_of_its_own_is(
+    options: dict[str, Any], corpus: Corpus | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    registry.create("technique", "lm-generated", options).prepare(None, _context(tmp_path, corpus=corpus))
+    assert not (tmp_path / "cache").exists()
 
 
 def test_too_little_text_to_learn_from_is_said(tmp_path: Path) -> None:

@@ -52,14 +52,20 @@ class LmGenerated(DataTechnique):
     steps: int | None = Field(None, ge=1)
 
     def prepare(self, make: object, context: Context) -> None:
-        if self.steps is None and not context.rehearsal:
-            TrainedTiny().prepare(lambda done, total, what: None)
+        # What members before it make of a text is known later; of ``topics`` they make at most less.
+        wanted = context.corpus
+        if wanted is not None and self._keeps_trained_tiny(sources.documents(wanted.source, wanted.most_bytes)):
+            if not context.rehearsal:
+                TrainedTiny().prepare(lambda done, total, what: None)
+
+    def _keeps_trained_tiny(self, documents: Sequence[bytes]) -> bool:
+        return self.steps is None and documents == sources.documents("topics", None)
 
     def corpus(self, documents: Sequence[bytes], context: Context) -> Sequence[bytes]:
         path = context.scratch / "generator.safetensors"
         seed = seed_of(context)
         began = time.perf_counter()
-        if self.steps is None and documents == sources.documents("topics", None):
+        if self._keeps_trained_tiny(documents):
             end, pattern, trained_how = _AFTER_PARAGRAPHS, _PARAGRAPH, "with trained-tiny's own weights"
             keep(TrainedTiny().build(context), path)
         else:
