@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -55,16 +57,30 @@ class ParquetFormat:
 
         def frame(number: int) -> Ids:
             entry = entries[number]
-            entry.read()
+            stored = _Part(entry.read(), entry.offset)
             with (
                 _told_as_damage(f"{path}, offset {entry.offset}"),
                 # Opened for each frame: a reader of pyarrow is not to be shared by threads or processes.
-                arrow.parquet.ParquetFile(path, metadata=metadata, pre_buffer=False) as file,
+                arrow.parquet.ParquetFile(stored, metadata=metadata, pre_buffer=False) as file,
             ):
                 table = file.read_row_group(number, use_threads=False)
             return _rows(table.column(0).combine_chunks())
 
         return frame
+
+
+class _Part(io.BytesIO):
+    """A file of which only the bytes from an offset on are there: what is read is what the checksum was taken of."""
+
+    def __init__(self, stored: bytes, offset: int) -> None:
+        super().__init__(stored)
+        self._offset = offset
+
+    def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
+        return super().seek(place - self._offset if whence == os.SEEK_SET else place, whence) + self._offset
+
+    def tell(self) -> int:
+        return super().tell() + self._offset
 
 
 @dataclass(frozen=True)
