@@ -281,13 +281,14 @@ class Zstd(_Codec):
     def decompress(self, stored: bytes, raw_bytes: int) -> bytes:
         import zstandard
 
-        if not hasattr(self._of_thread, "decompressor"):
-            self._of_thread.decompressor = zstandard.ZstdDecompressor(self._dictionary)
+        here = self._of_thread  # another thread may open the data anew meanwhile
+        if not hasattr(here, "decompressor"):
+            here.decompressor = zstandard.ZstdDecompressor(self._dictionary)
         try:
             # The library makes room for what the header says, whatever limit it is given.
             if zstandard.frame_content_size(stored) != raw_bytes:
                 raise Damaged(f"the frame's header does not say that it holds {raw_bytes} bytes")
-            raw = self._of_thread.decompressor.decompress(stored, allow_extra_data=False)
+            raw = here.decompressor.decompress(stored, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise _no_frame(self.name, error) from None
         return _whole(raw, raw_bytes)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import collections
 import itertools
-import sys
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy
     import torch
 
-    from membench.data.storage import Ids
+    from membench.data.storage import Ids, Type
 
     Numbers = numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]]
 
@@ -30,8 +30,6 @@ _DECODERS = 2
 """Threads that decode ahead, so that a fast codec does not wait for the batches to be made."""
 _TOKENS_TAKEN_AT_ONCE = 2**15
 """A batch by itself may be so small that calling numpy for it takes longer than its work."""
-_REFERENCES_OF_NOBODY = 3
-"""To an array that nothing is cut from: the list's, the loop's, and that of the call which counts them."""
 _MB = 1e6
 _CODEC_CLOCK = "monotonic clock around the codec, on one thread"
 _CODEC_TIMED_S = 0.2
@@ -181,7 +179,7 @@ class Dataset:
         So whoever holds that one while the next window comes holds nothing of this, and its memory is used again. Where
         frames are decoded, those of the next window are while this one is worked through.
         """
-        rooms: list[Ids] = []
+        rooms: list[_Room] = []
 
         def put(rows: Ids, frames: list[tuple[int, Numbers]]) -> None:
             for number, places in frames:
@@ -216,16 +214,14 @@ class Dataset:
         finally:
             threads.shutdown(cancel_futures=True)
 
-    def _room(self, rooms: list[Ids]) -> Ids:
+    def _room(self, rooms: list[_Room]) -> Ids:
         """Room for the rows of a window: one of these that nobody holds a batch of any more, or else a new one."""
-        import numpy
-
         for room in rooms:
-            if sys.getrefcount(room) == _REFERENCES_OF_NOBODY:
-                return room
+            if room.is_free():
+                return room.lent()
         rows = min(self.extent.rows, _BLOCKS_AT_ONCE * block_rows(self.extent.length))
-        rooms.append(numpy.empty((rows, self.extent.length), self.storage.layout.type(self.extent)))
-        return rooms[-1]
+        rooms.append(_Room(rows, self.extent.length, self.storage.layout.type(self.extent)))
+        return rooms[-1].lent()
 
     def _places(self, window: Window) -> list[tuple[int, Numbers]]:
         """A window's frames, each with the places that its rows come to in the window's order."""
@@ -247,6 +243,34 @@ class Dataset:
 
         step, rows = self.frame_rows, self.extent.rows
         return numpy.concatenate([numpy.arange(n * step, min((n + 1) * step, rows)) for n in window.frames])
+
+
+class _Room:
+    """Memory for the rows of a window, lent out again once nothing is left of what was lent."""
+
+    def __init__(self, rows: int, length: int, kind: Type) -> None:
+        import numpy
+
+        self._memory = numpy.empty((rows, length), kind)
+        self._lease: weakref.ref[_Lease] | None = None
+
+    def is_free(self) -> bool:
+        return self._lease is None or self._lease() is None
+
+    def lent(self) -> Ids:
+        import numpy
+
+        lease = _Lease(self._memory)
+        self._lease = weakref.ref(lease)
+        return numpy.asarray(lease)
+
+
+class _Lease:
+    """Stands between a room and the arrays of its memory: numpy keeps it for as long as there is one of them."""
+
+    def __init__(self, memory: Ids) -> None:
+        self._memory = memory
+        self.__array_interface__ = memory.__array_interface__
 
 
 def endless(data: Dataset, batch_size: int, seed: int, workers: int) -> Iterator[torch.Tensor]:
