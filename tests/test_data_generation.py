@@ -134,7 +134,8 @@ def test_a_generator_trained_on_a_corpus_gives_documents_of_its_words(tmp_path: 
 
 def test_paragraphs_come_as_those_of_the_text_itself_each_with_its_blank_line(tmp_path: Path) -> None:
     documents = sources.documents("topics", 2**30)  # more than there is
-    technique, context = registry.create("technique", "lm-generated", {"generated_size": 16_000}), _context(tmp_path, corpus=_TOPICS)
+    technique = registry.create("technique", "lm-generated", {"generated_size": 16_000})
+    context = _context(tmp_path, corpus=_TOPICS)
     technique.prepare(None, context)
     made = technique.corpus(documents, context)
     assert "trained-tiny's own weights" in context.facts["data_bytes"][1]

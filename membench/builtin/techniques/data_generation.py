@@ -54,9 +54,10 @@ class LmGenerated(DataTechnique):
     def prepare(self, make: object, context: Context) -> None:
         # What members before it make of a text is known later; of ``topics`` they make at most less.
         wanted = context.corpus
-        if wanted is not None and self._keeps_trained_tiny(sources.documents(wanted.source, wanted.most_bytes)):
-            if not context.rehearsal:
-                TrainedTiny().prepare(lambda done, total, what: None)
+        if wanted is None or context.rehearsal:
+            return
+        if self._keeps_trained_tiny(sources.documents(wanted.source, wanted.most_bytes)):
+            TrainedTiny().prepare(lambda done, total, what: None)
 
     def _keeps_trained_tiny(self, documents: Sequence[bytes]) -> bool:
         return self.steps is None and documents == sources.documents("topics", None)
