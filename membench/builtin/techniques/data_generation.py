@@ -32,8 +32,8 @@ class LmGenerated(DataTechnique):
 
     It distils, it does not compress. The generator, trained-tiny's shape with 8-bit weights and a float16 scale a row,
     w ≈ scale · q, takes some 130 kB; under xz ``topics`` takes less, and comes back itself. A random ``subset`` of as
-    many bytes teaches a model more, too: hold it against that (suites/less-data.toml). What it is for is text that may
-    not be kept or handed on, or that there is too little of.
+    many bytes teaches a model more on most seeds: hold it against that (suites/less-data.toml). What it is for is text
+    that may not be kept or handed on, or that there is too little of.
 
     Text is sampled byte by byte, p ∝ exp(logit / temperature), in 128 streams at once with a key-value cache; a stream
     goes on from its last 128 bytes when it has reached the 256 that the generator has learnt to read. The bytes of the
