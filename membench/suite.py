@@ -293,9 +293,14 @@ def _plugin_files(names: Sequence[str], folder: Path) -> tuple[PluginFile, ...]:
         raise SuiteError(f"suite.plugins: {error}") from None
     for file in files:
         try:
-            list(plugin_files.classes(file))
+            found = list(plugin_files.classes(file))
         except PluginError as error:
             raise SuiteError(f"plug-in file {error}") from None
+        if not found and file.name in names:
+            raise SuiteError(
+                f"suite.plugins: '{file.name}' has no plug-in: one is a class that is defined there, derived from one"
+                " of membench.plugins, and has a name that begins with no underscore"
+            )
     return files
 
 
