@@ -4,6 +4,7 @@ options checked.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -138,7 +139,8 @@ def _load(kind: str, name: str, same: Sequence[_Registered]) -> type[Options]:
     if isinstance(one.source, EntryPoint):
         had_torch = "torch" in sys.modules
         try:
-            loaded = one.source.load()
+            with contextlib.redirect_stdout(sys.stderr):  # a machine may read what we print
+                loaded = one.source.load()
         except (Exception, SystemExit) as error:
             raise broken(f"cannot be loaded: {plugin_files.said(error)}") from error
         finally:
@@ -232,8 +234,13 @@ def _of_package(registered: _ByName, package: str | None) -> _ByName:
 
 
 def _candidates(kind: str, name: str, registered: _ByName) -> list[tuple[str, type[Options], dict[str, Any]]]:
-    """Family, class and preset's options of whatever has a name."""
+    """Family, class and preset's options of whatever has a name.
+
+    Raises:
+        PluginError: if nothing has it, and one that is broken may.
+    """
     found: list[tuple[str, type[Options], dict[str, Any]]] = []
+    broken: PluginError | None = None
     if name in registered:
         found.append((name, _load(kind, name, registered[name]), {}))
     for family, same in registered.items():
@@ -241,13 +248,14 @@ def _candidates(kind: str, name: str, registered: _ByName) -> list[tuple[str, ty
             continue
         try:
             loaded = _load(kind, family, same)
-        except PluginError:
-            if not found:
-                raise
+        except PluginError as error:
+            broken = broken or error
             continue
         preset = loaded.presets.get(name.removeprefix(f"{family}-"))
         if preset is not None:
             found.append((family, loaded, dict(preset)))
+    if broken and not found:
+        raise broken
     return found
 
 

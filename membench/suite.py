@@ -264,10 +264,11 @@ def _checked(tables: Mapping[str, Any], where: str, folder: Path, devices: Seque
         else:
             cases = cases_of_program(contents.script, folder, devices)
             settings = Settings.model_validate(contents.settings.model_dump())
-            _refuse_unknown_of_programs(contents.limits)
         own = own_metrics(cases[0].metric_plugins)
         limits = dict(_limit(key, value, own) for key, value in contents.limits.items())
         tolerances, gates = _rules(contents.regression, contents.gate, own, of_program=schema is ProgramContents)
+        if isinstance(contents, ProgramContents):
+            _refuse_unknown_of_programs(contents.limits, tolerances, gates)
         if devices is None:  # others may be what a pattern is about
             _refuse_idle_patterns(tolerances, gates, [case.id for case in cases])
     except (SuiteError, RuleError) as error:
@@ -292,9 +293,14 @@ def _plugin_files(names: Sequence[str], folder: Path) -> tuple[PluginFile, ...]:
         raise SuiteError(f"suite.plugins: {error}") from None
     for file in files:
         try:
-            list(plugin_files.classes(file))
+            found = list(plugin_files.classes(file))
         except PluginError as error:
             raise SuiteError(f"plug-in file {error}") from None
+        if not found and file.name in names:
+            raise SuiteError(
+                f"suite.plugins: '{file.name}' has no plug-in: one is a class that is defined there, derived from one"
+                " of membench.plugins, and has a name that begins with no underscore"
+            )
     return files
 
 
@@ -319,12 +325,20 @@ def rules_of(header: Mapping[str, Any], own: Sequence[Metric] = ()) -> tuple[tup
     return _rules(regression, gate, own, of_program="script" in tables)
 
 
-def _refuse_unknown_of_programs(limits: Mapping[str, Any]) -> None:
-    """A limit on what no program has would look kept for ever."""
-    known = [metric.name for metric in METRICS]
-    for key in limits:
-        if key in known and key not in METRICS_OF_PROGRAMS:
-            raise SuiteError(f"limits.{key}: of a script it is not known; known: {', '.join(METRICS_OF_PROGRAMS)}")
+def _refuse_unknown_of_programs(
+    limits: Mapping[str, Any], tolerances: Sequence[Tolerance], gates: Sequence[Gate]
+) -> None:
+    """What is about a figure that no program has would look kept for ever."""
+    named = [(f"limits.{name}", name) for name in limits]
+    named += [(f"regression.{each.metric.name}", each.metric.name) for each in tolerances if each.origin == "suite"]
+    named += [(f"gate: rule {shown(gate.text)}", name) for gate in gates for name in sorted(gate.metrics)]
+    for where, name in named:
+        if name not in METRICS_OF_PROGRAMS:
+            known = ", ".join(METRICS_OF_PROGRAMS)
+            raise SuiteError(f"{where}: of a script {name} is not known; known: {known}")
+    for gate in gates:
+        if gate.uses_reference:
+            raise SuiteError(f"gate: rule {shown(gate.text)}: a script has no reference; hold it against an amount")
 
 
 def _rules(

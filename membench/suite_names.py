@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -48,7 +50,8 @@ class NamedSuite:
         (entry,) = self.source
         whose = f"suite '{self.name}' of {distribution(entry)} ({entry.value})"
         try:
-            found = entry.load()
+            with contextlib.redirect_stdout(sys.stderr):  # a machine may read what we print
+                found = entry.load()
         except (Exception, SystemExit) as error:
             raise SuiteError(f"{whose} cannot be loaded: {summary(error)}") from error
         if not isinstance(found, str | os.PathLike):

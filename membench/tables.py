@@ -30,11 +30,16 @@ Patterns = Annotated[list[str], Field(min_length=1), BeforeValidator(_listed)]
 _OneOrMore = BeforeValidator(_listed)
 
 
-class Head(_Table):
-    """``plugins``: files of plug-ins, relative to the suite's. ``metrics``: quality metrics that are plug-ins."""
+class ProgramHead(_Table):
+    """What any suite says of itself."""
 
     name: Name
     description: str = ""
+
+
+class Head(ProgramHead):
+    """``plugins``: files of plug-ins, relative to the suite's. ``metrics``: quality metrics that are plug-ins."""
+
     plugins: Annotated[list[str], _OneOrMore] = []
     metrics: list[Annotated[str, AfterValidator(checked_plugin)]] = []
 
@@ -131,7 +136,7 @@ class ProgramSettings(_Table):
 class ProgramContents(_Table):
     """A suite that measures a user's program."""
 
-    suite: Head
+    suite: ProgramHead
     script: Program
     settings: ProgramSettings = ProgramSettings.model_validate({})
     limits: dict[str, Any] = {}

@@ -160,6 +160,13 @@ def test_a_file_that_cannot_be_run_is_one_line_with_file_and_line(tmp_path: Path
     )
 
 
+@pytest.mark.parametrize("text", ["", "from membench.plugins import Technique\nclass _Kept(Technique): ...\n"])
+def test_a_file_without_a_plug_in_is_refused_where_it_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "own.py").write_text(text)
+    said = _refused(_suite(tmp_path, ["bf16"], 'plugins = ["own.py"]'))
+    assert said.startswith(f"{tmp_path}/own.toml: suite.plugins: 'own.py' has no plug-in: one is a class that ")
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [

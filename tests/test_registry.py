@@ -116,6 +116,26 @@ def test_a_broken_plug_in_that_is_asked_for_is_an_error(site: Path, capsys: pyte
     assert str(caught.value) == said
 
 
+def test_a_broken_plug_in_does_not_stand_before_the_preset_of_another(site: Path) -> None:
+    entry_points = "[membench.techniques]\nhalved = halves_absent:Halved\nhalved-more = halves_more:Halved\n"
+    install(site, "halving", entry_points, {"halves_more.py": _GOOD})
+    assert registry.create("technique", "halved-more-deep", {"name": "x"}).depth == 8
+    with pytest.raises(PluginError, match=r"technique 'halved' of halving 1.0 .* cannot be loaded"):
+        registry.find("technique", "halved-deep")
+
+
+def test_what_a_plug_in_prints_when_it_is_loaded_is_not_taken_for_a_table(
+    site: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry_points = "[membench.techniques]\nloud = loud_halves:Halved\n[membench.suites]\nloud = loud_suites:PATH\n"
+    modules = {"loud_halves.py": f"print('loud')\n{_GOOD}", "loud_suites.py": "print('loud')\nPATH = 'gone.toml'\n"}
+    install(site, "loudness", entry_points, modules)
+    assert main(["list"]) == 0
+    output, errors = capsys.readouterr()
+    assert "loud\n" not in output
+    assert errors == "loud\nloud\n"
+
+
 def test_two_plug_ins_of_one_name_are_an_error_that_names_both(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     install(site, "other", "[membench.models]\nllama = others:Llama\nllama-15m = others:Llama\n", {})
     mine = f"membench {version('membench')} (membench.builtin.models.transformer:Llama)"

@@ -341,7 +341,7 @@ _BAD = {
         "--limit 'peak_footprint': write METRIC=MOST, such as peak_footprint=1GiB"
     ),
     ("--script", "own.py", "--limit", "peak_live=1MiB"): (
-        "limits.peak_live: of a script it is not known; known: peak_footprint, children_peak, time, energy"
+        "limits.peak_live: of a script peak_live is not known; known: peak_footprint, children_peak, time, energy"
     ),
     ("--",): "what stands behind '--' is for a script: name it with --script FILE or -m MODULE",
     (): "name a suite, or a program with --script FILE or -m MODULE",
@@ -360,6 +360,29 @@ def test_what_cannot_be_run_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
         assert main(["run", *words]) == 2
         said[words] = capfd.readouterr().err
     assert said == {words: f"membench: {message}\n" for words, message in _BAD.items()}
+
+
+_KNOWN = "known: peak_footprint, children_peak, time, energy"
+_IDLE: list[tuple[dict[str, Any], str]] = [
+    ({"plugins": ["mine.py"]}, "unknown key 'suite.plugins'; known: description, name"),
+    ({"metrics": ["next_token_accuracy"]}, "unknown key 'suite.metrics'; known: description, name"),
+    ({"regression": {"weights": "1%"}}, f"regression.weights: of a script weights is not known; {_KNOWN}"),
+    (
+        {"gate": {"rules": ["weights <= 1 MiB"]}},
+        f"gate: rule 'weights <= 1 MiB': of a script weights is not known; {_KNOWN}",
+    ),
+    (
+        {"gate": {"rules": ["time <= 2 * reference"]}},
+        "gate: rule 'time <= 2 * reference': a script has no reference; hold it against an amount",
+    ),
+]
+
+
+@pytest.mark.parametrize(("tables", "said"), _IDLE)
+def test_what_would_never_say_anything_of_a_script_is_refused(tables: dict[str, Any], said: str) -> None:
+    with pytest.raises(SuiteError) as caught:
+        membench.Suite("own", script={"file": "/bin/true"}, **tables)
+    assert str(caught.value) == f"suite 'own': {said}"
 
 
 def test_a_script_that_must_not_be_read_is_refused(tmp_path: Path) -> None:

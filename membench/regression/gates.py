@@ -67,6 +67,7 @@ class _Side:
     value: Callable[[_Lookup], float]
     unit: _Unit
     uses_reference: bool = False
+    metrics: frozenset[str] = frozenset()
 
     def shown(self, value: float) -> str:
         return {_SIZE: format_bytes, _DURATION: format_seconds}.get(self.unit, format_number)(value)
@@ -88,6 +89,11 @@ class Gate:
     @property
     def uses_reference(self) -> bool:
         return self.left.uses_reference or self.right.uses_reference
+
+    @property
+    def metrics(self) -> frozenset[str]:
+        """The names of those that it takes, of the case or of its reference."""
+        return self.left.metrics | self.right.metrics
 
 
 @dataclass(frozen=True)
@@ -203,6 +209,7 @@ class _Parser:
             lambda lookup: work_out(first.value(lookup), second.value(lookup)),
             unit,
             first.uses_reference or second.uses_reference,
+            first.metrics | second.metrics,
         )
 
     def _factor(self) -> _Side:
@@ -255,7 +262,7 @@ class _Parser:
             raise self._wrong(token, f"no metric is named '{name}'; {did_you_mean(name, [*self._named, _REFERENCE])}")
         found = metric
         unit = _SIZE if metric.field.endswith("_bytes") else _DURATION if is_duration(metric) else _NUMBER
-        return _Side(lambda lookup: lookup(of_reference, found), unit, of_reference)
+        return _Side(lambda lookup: lookup(of_reference, found), unit, of_reference, frozenset({found.name}))
 
 
 def _tokens(text: str) -> Iterator[_Token]:
