@@ -55,6 +55,10 @@ class RuleError(MembenchError):
     """A tolerance or a gate that cannot be understood."""
 
 
+class UnknownMetric(RuleError):
+    """A tolerance of a metric that nobody has; one of a plug-in may be known later."""
+
+
 class CannotCompare(MembenchError):
     """Two measurements that say nothing about each other: no case in common, no baseline of this machine."""
 

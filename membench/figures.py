@@ -248,8 +248,8 @@ def _quality(found: Figures, quality: Mapping[str, Any], is_trained: bool) -> No
 
 
 def _exponential(exponent: float) -> float:
-    """``exp`` that stays a number that JSON has: a loss of 700 nats is as bad as any."""
-    return math.exp(min(exponent, 700))
+    """``exp`` that stays a size that figures have: a loss of 460 nats is as bad as any."""
+    return math.exp(min(exponent, 460))
 
 
 def _children(found: Figures, phases: Sequence[Mapping[str, Any]], interval_s: float) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from membench import corpus
 from membench.data import tokens
 from membench.errors import is_out_of_memory, summary
-from membench.record import METRIC_OF_FIELD
+from membench.record import METRIC_OF_FIELD, can_be_a_figure
 
 if TYPE_CHECKING:
     from torch import nn
@@ -169,6 +169,8 @@ def own(
                 value = float(metric.measure(module, held_out, context))
             if not math.isfinite(value):
                 value, reason = None, "it is not finite"
+            elif not can_be_a_figure(field, value):
+                value, reason = None, f"{value:g} is no size of a figure"
         except Unsuitable as error:
             reason = str(error)
         except Exception as error:

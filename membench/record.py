@@ -452,6 +452,17 @@ METRICS: tuple[Metric, ...] = (
 METRICS_OF_PROGRAMS = ("peak_footprint", "children_peak", "time", "energy")
 """The metrics that a user's program has."""
 
+LARGEST_SIZE = 2**63 - 1
+_LEAST_FIGURE, _MOST_FIGURE = 1e-100, 1e200
+"""Between these the ratio of any two figures is a number."""
+
+
+def can_be_a_figure(field: str, value: float) -> bool:
+    """Whether a metric can have come to this: to nothing, or to something of a size that can be worked with."""
+    most = LARGEST_SIZE if field.endswith("_bytes") else _MOST_FIGURE
+    return value == 0 or _LEAST_FIGURE <= abs(value) <= most
+
+
 _OWN = "own."
 _OWN_FIELD = re.compile(r"own\.(?P<name>[a-z][a-z0-9_]*)\.(?P<better>lower|higher)(?:\.(?P<unit>[^\s._]{1,16}))?")
 

@@ -10,16 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from membench.errors import ResultsError
 from membench.names import checked_device, checked_name, checked_plugin, checked_stack, members
-from membench.record import REFERENCE, SCHEMA_VERSION, Status, is_own, own_metrics
+from membench.record import LARGEST_SIZE, REFERENCE, SCHEMA_VERSION, Status, can_be_a_figure, is_own, own_metrics
 from membench.validation import problem, shown
 
-_LARGEST_SIZE = 2**63 - 1
 _LONGEST_TEXT = 1000
 # Figures above a baseline, losses and divergences: these may be below zero.
 _SIGNED = ("_live_bytes", "_footprint_bytes", "context_overhead_bytes", "_bits_per_byte", "_nats")
 
-Size = Annotated[int, Field(ge=0, le=_LARGEST_SIZE)]
-SignedSize = Annotated[int, Field(ge=-_LARGEST_SIZE, le=_LARGEST_SIZE)]
+Size = Annotated[int, Field(ge=0, le=LARGEST_SIZE)]
+SignedSize = Annotated[int, Field(ge=-LARGEST_SIZE, le=LARGEST_SIZE)]
 Seconds = Annotated[float, Field(ge=0)]
 
 
@@ -216,12 +215,17 @@ def check_record(entry: Mapping[str, Any]) -> None:
             raise ResultsError(
                 f"metrics.{field}: a plug-in's metric is 'own.NAME.lower' or 'own.NAME.higher', and a unit"
             )
-        if value is None or is_own(field):
+        if value is None:
             continue
-        if value < 0 and not field.endswith(_SIGNED):
+        if value < 0 and not is_own(field) and not field.endswith(_SIGNED):
             raise ResultsError(f"metrics.{field} = {shown(value)}: must be at least 0")
-        if field.endswith("_bytes") and abs(value) > _LARGEST_SIZE:
-            raise ResultsError(f"metrics.{field} = {shown(value)}: no machine has so much")
+        if not can_be_a_figure(field, value):
+            why = (
+                "no machine has so much"
+                if field.endswith("_bytes") and abs(value) > 1
+                else "no figure is of such a size"
+            )
+            raise ResultsError(f"metrics.{field} = {shown(value)}: {why}")
     case = entry["case"]
     _check_name("case.device", case["device"], checked_device)
     if "model_plugin" not in case:  # what was measured is somebody's function, and named by its file and its test

@@ -134,6 +134,7 @@ def test_a_name_that_leads_elsewhere_is_none(name: str, tmp_path: Path) -> None:
         (lambda c: c["cases"][_TRAIN]["values"].update(weights_bytes="1"), "weights_bytes':"),
         (lambda c: c["cases"][_TRAIN]["values"].update(weights_bytes=[]), "holds nothing that was measured"),
         (lambda c: c["cases"][_TRAIN]["values"].update(weights_bytes=[10**30]), "holds nothing that was measured"),
+        (lambda c: c["cases"][_TRAIN]["values"].update(weights_bytes=[1e-308]), "holds nothing that was measured"),
         (lambda c: c["cases"][_TRAIN].update(values={}), "ended well and has no figures"),
         (lambda c: c["cases"].update({"a\x1b[2J": c["cases"].pop(_TRAIN)}), "damaged: case"),
         (lambda c: c.update(noise={_TRAIN: {"weights_bytes": {"runs": 1, "range": 3, "median": 2}}}), "is no spread"),

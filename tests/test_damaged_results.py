@@ -382,6 +382,35 @@ def test_show_prints_one_line_and_ends_with_2(path: Path, capsys: pytest.Capture
     assert capsys.readouterr() == ("", f"membench: {path}, line 1: not JSON\n")
 
 
+def test_numbers_that_nothing_measures_are_refused_with_their_key_or_can_be_compared(
+    path: Path, entries: list[dict[str, Any]]
+) -> None:
+    _write(path, entries)
+    whole = of_run(read_run(path))
+    refused = compared = 0
+    for metric in METRICS:
+        for odd in (1e308, 1e-308, 5e-324):
+            changed = copy.deepcopy(entries)
+            changed[1]["metrics"][metric.field] = odd
+            _write(path, changed)
+            with pytest.raises(ResultsError, match=f"line 2: metrics.{metric.field} = .*no "):
+                read_run(path)
+            refused += 1
+    steps = entries[1]["processes"][0]["durations_s"]
+    for place in range(len(steps)):
+        for odd in (1e308, 0, 1e-308, 5e-324):
+            changed = copy.deepcopy(entries)
+            changed[1]["processes"][0]["durations_s"][place] = odd
+            _write(path, changed)
+            damaged = of_run(read_run(path))
+            for judgement in (judge(whole, damaged, Tolerances()), judge(damaged, whole, Tolerances())):
+                assert all(regression.table([judgement], form) for form in ("simple", "json"))
+                assert judgement.exit_code == 0
+            compared += 1
+    assert (refused, compared) == (3 * len(METRICS), 4 * len(steps))
+    assert steps
+
+
 def test_every_metric_may_be_as_small_as_its_source_makes_it(path: Path, entries: list[dict[str, Any]]) -> None:
     # Above a baseline, a step that gives something back is below zero.
     for metric in METRICS:

@@ -172,6 +172,52 @@ def test_a_tolerance_that_fits_nothing_that_ran_is_refused(of_two: pytest.Pytest
     )
 
 
+_METRIC = """
+from membench.plugins import QualityMetric
+
+class Told(QualityMetric):
+    unit = "nats"
+
+    def measure(self, module, held_out, context):
+        with open("figure.txt") as file:
+            return float(file.read())
+"""
+
+_WITH_METRIC = """
+[suite]
+name = "own"
+metrics = ["told"]
+[matrix]
+model = ["untrained-tiny"]
+technique = ["none"]
+workload = ["forward"]
+[settings]
+measured_steps = 1
+"""
+
+
+def test_a_tolerance_may_be_of_a_metric_that_a_suites_plug_in_measures(inner: pytest.Pytester) -> None:
+    inner.makepyfile(membench_plugins=_METRIC)
+    inner.makefile(".toml", own=_WITH_METRIC)
+    figure = inner.path / "figure.txt"
+    figure.write_text("1.0")
+    assert inner.runpytest_subprocess("own.toml", "-q", "--membench-save=before").ret == 0
+    figure.write_text("1.3")
+    asked = ["own.toml", "-q", "-p", "no:benchmark", "--membench-compare=before"]
+    grown = inner.runpytest_subprocess(*asked, "--membench-fail=told:0.1")
+    grown.assert_outcomes(failed=1)
+    grown.stdout.fnmatch_lines(["regressed since before: *: told 1.000 nats → 1.300 nats (+0.300 nats, tolerance 0.1*"])
+
+    said = "membench: --membench-fail 'tolt:1': no metric is named 'tolt'; did you mean 'told'?"
+    wrong = inner.runpytest_subprocess(*asked, "--membench-fail=tolt:1")
+    assert (wrong.ret, wrong.errlines[0]) == (_EXIT_USAGE, f"ERROR: {said}")
+    assert "membench:" not in wrong.stdout.str()  # nothing was measured, nor looked at
+    # What workers collect is known to them alone: the last word is said when they are done.
+    wrong_there = inner.runpytest_subprocess(*asked, "-n1", "--membench-fail=told:1", "--membench-fail=tolt:1")
+    assert wrong_there.ret == _EXIT_USAGE
+    wrong_there.stdout.fnmatch_lines([said])
+
+
 def test_a_comparison_of_tests_that_measure_nothing_says_so(of_two: pytest.Pytester) -> None:
     of_two.makepyfile(test_it="def test_plain(): ...\n")
     ran = of_two.runpytest_subprocess("-q", "--membench-compare=before")

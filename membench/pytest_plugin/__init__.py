@@ -100,6 +100,13 @@ class _Records:
 
             self._comparison = Comparison(config)
 
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        # Where xdist has its workers collect, only what they send tells which metrics there are.
+        if self._config.getoption("membench_fail"):
+            from membench.pytest_plugin import collection
+
+            collection.refuse_unknown_metrics(session)
+
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         found = entries.taken_off(report)
@@ -116,7 +123,8 @@ class _Records:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if self._keeper is not None and (code := self._keeper.finish()):
             session.exitstatus = code
-        is_wrong = self._comparison is not None and not self._config.option.collectonly and self._comparison.finish()
+        is_looked_at = not self._config.option.collectonly and session.exitstatus != pytest.ExitCode.USAGE_ERROR
+        is_wrong = self._comparison is not None and is_looked_at and self._comparison.finish()
         if is_wrong and session.exitstatus == pytest.ExitCode.OK:  # else tests say by it that they failed
             session.exitstatus = pytest.ExitCode.USAGE_ERROR
 

@@ -273,5 +273,26 @@ class CaseItem(pytest.Item):
         assert judge is not None
         suite = self.parent.suite
         return judge.complaints(
-            self, suite.name, records, suite.tolerances, lambda repeat: self.parent.measure_again(self, repeat)
+            self,
+            suite.name,
+            records,
+            suite.tolerances,
+            lambda repeat: self.parent.measure_again(self, repeat),
+            suite.own_metrics,
         )
+
+
+def refuse_unknown_metrics(session: pytest.Session) -> None:
+    """Look at ``--membench-fail`` once it is known which suites there are, and with that which metrics.
+
+    Raises:
+        pytest.UsageError: in one line.
+    """
+    from membench.errors import MembenchError
+    from membench.pytest_plugin import judging
+
+    files = {item.parent for item in session.items if isinstance(item, CaseItem)}
+    try:
+        judging.refuse_unknown(session.config, [metric for file in files for metric in file.suite.own_metrics])
+    except MembenchError as error:
+        raise pytest.UsageError(f"membench: {error}") from None

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from membench.errors import RuleError
-from membench.pytest_plugin.judging import asked
+from membench.errors import RuleError, UnknownMetric
+from membench.pytest_plugin.judging import asked, refuse_unknown
+from membench.record import METRIC_OF_FIELD
 from membench.regression.tolerances import Tolerances
 
 _MOST_NAMED = 10
@@ -18,7 +19,9 @@ class Comparison:
     """Hears what every test compared, in the process that all reports come to."""
 
     def __init__(self, config: pytest.Config) -> None:
-        self._asked = asked(config)
+        self._config = config
+        self._own_fields: dict[str, None] = {}
+        """Of metrics of plug-ins."""
         self._measured: dict[str, None] = {}
         self._bases_with_cases: set[str] = set()
         self._new: dict[str, dict[str, None]] = {}
@@ -31,6 +34,7 @@ class Comparison:
         for entry in entries:
             if "record" in entry:
                 self._measured[entry["record"]["id"]] = None
+                self._own_fields |= dict.fromkeys(entry["header"].get("own_metrics", ()))
             elif entry["known"] is None:
                 self._bases_with_cases.add(entry["base"])
             else:
@@ -41,7 +45,7 @@ class Comparison:
         """Work out what was asked for in vain; whether that makes the options wrong."""
         if not self._measured:
             self._said.append("nothing was compared: no test measured anything")
-            return bool(self._asked)
+            return bool(self._config.getoption("membench_fail"))
         if not self._bases_with_cases and not self._new:
             self._said.append("nothing was compared: no case ended well")
         for base, cases in self._new.items():
@@ -53,8 +57,13 @@ class Comparison:
                     f" it has {_named(self._known[base])}"
                 )
         is_wrong = not self._new.keys() <= self._bases_with_cases
+        own = [METRIC_OF_FIELD[field] for field in self._own_fields]
         try:
-            Tolerances(command_line=self._asked).refuse_idle(self._measured)
+            refuse_unknown(self._config, own)
+            Tolerances(command_line=asked(self._config, own)).refuse_idle(self._measured)
+        except UnknownMetric as error:
+            self._said.append(str(error))
+            is_wrong = True
         except RuleError as error:
             self._said.append(f"--membench-fail: {error}")
             is_wrong = True

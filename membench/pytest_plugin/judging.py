@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 
 from membench.checking import MORE_REPEATS
-from membench.errors import MembenchError, RuleError
+from membench.errors import MembenchError, RuleError, UnknownMetric
 from membench.pytest_plugin import entries
 from membench.pytest_plugin.outcome import MembenchWarning
 from membench.pytest_plugin.sharing import FUNCTIONS, Sharing, own_name
-from membench.record import Record
+from membench.record import Metric, Record
 from membench.regression import baselines, sources
 from membench.regression.machines import kind
 from membench.regression.measured import Measured, of_records
@@ -32,7 +33,8 @@ class Judge:
         """
         self._results = Sharing.of(config).output
         self._name: str = config.getoption("membench_compare")
-        self._asked = asked(config)
+        self._config = config
+        asked(config)
         self._bases: dict[str, Measured] = {}
         if self._name and not any(name.startswith(f"{self._name}-") for name in self._kept()):
             sources.load(self._name, self._results)
@@ -68,6 +70,7 @@ class Judge:
         records: Sequence[Record],
         demanded: Sequence[Tolerance],
         measure_again: Callable[[int], Record],
+        own: Sequence[Metric] = (),
     ) -> list[str]:
         """What is worse than before in one case, a line each; of what cannot be told the test is warned.
 
@@ -77,21 +80,22 @@ class Judge:
             records: of its repeats.
             demanded: tolerances of the suite or the test.
             measure_again: measures one more repeat of this number: what looks worse is not called so before.
+            own: metrics of the suite's plug-ins.
 
         Raises:
             MembenchError: if there is nothing to compare with.
         """
-        tolerances = Tolerances(suite=demanded, command_line=self._asked)
+        tolerances = Tolerances(suite=demanded, command_line=asked(self._config, own))
         new = of_records(records, "this run", suite)
         base = self._base(new)
-        own = dataclasses.replace(base, cases={id: case for id, case in base.cases.items() if id == records[0].id})
-        entries.add_comparison(item, records[0].id, base.name, None if own.cases else list(base.cases))
-        if not own.cases:
+        alone = dataclasses.replace(base, cases={id: case for id, case in base.cases.items() if id == records[0].id})
+        entries.add_comparison(item, records[0].id, base.name, None if alone.cases else list(base.cases))
+        if not alone.cases:
             return []  # new since then
-        judgement = judge(own, new, tolerances)
+        judgement = judge(alone, new, tolerances)
         if judgement.suspects:
             more = [measure_again(len(records) + number) for number in range(MORE_REPEATS)]
-            judgement = judge(own, of_records([*records, *more], "this run", suite), tolerances)
+            judgement = judge(alone, of_records([*records, *more], "this run", suite), tolerances)
         for line in _doubts(judgement, suite):
             item.warn(MembenchWarning(line))
         lines = [f"{pair.id}: {pair.broke}" for pair in judgement.broken]
@@ -133,21 +137,42 @@ def how_to_repeat(suite: str) -> str:
     return f"write 'repeats = {LEAST_REPEATS}' under [settings]"
 
 
-def asked(config: pytest.Config) -> list[Tolerance]:
-    """What ``--membench-fail`` says.
+def asked(config: pytest.Config, own: Sequence[Metric] = ()) -> list[Tolerance]:
+    """What ``--membench-fail`` says of metrics that are known here.
+
+    Args:
+        own: metrics of the plug-ins of the suite that is meant; those of others are not known.
 
     Raises:
-        RuleError: if it cannot be understood.
+        RuleError: if anything else of it cannot be understood.
     """
-    return [_parsed(text) for text in config.getoption("membench_fail")]
+    found = []
+    for text in config.getoption("membench_fail"):
+        with contextlib.suppress(UnknownMetric):
+            found.append(_parsed(text, own))
+    return found
 
 
-def _parsed(text: str) -> Tolerance:
+def refuse_unknown(config: pytest.Config, own: Iterable[Metric]) -> None:
+    """Of a metric that no suite has nothing could be too much.
+
+    Args:
+        own: metrics of the plug-ins of all suites that there are.
+
+    Raises:
+        UnknownMetric: with the nearest right name.
+    """
+    known = tuple(dict.fromkeys(own))
+    for text in config.getoption("membench_fail"):
+        _parsed(text, known)
+
+
+def _parsed(text: str, own: Sequence[Metric]) -> Tolerance:
     try:
-        return parse_fail(text)
+        return parse_fail(text, own)
     except RuleError as error:
         # The command line of membench calls the same --fail.
-        raise RuleError(f"--membench-{str(error).removeprefix('--')}") from None
+        raise type(error)(f"--membench-{str(error).removeprefix('--')}") from None
 
 
 _JUDGE = pytest.StashKey[Judge]()

@@ -17,9 +17,9 @@ from pydantic import TypeAdapter, ValidationError
 from membench import strict_json
 from membench.errors import ResultsError, did_you_mean
 from membench.names import checked_device, checked_name
-from membench.record import METRIC_OF_FIELD, is_own
+from membench.record import METRIC_OF_FIELD, can_be_a_figure, is_own
 from membench.regression.machines import machine_class
-from membench.regression.measured import Measured, MeasuredCase
+from membench.regression.measured import Measured, MeasuredCase, is_duration_of_a_step
 from membench.regression.noise import Noise
 from membench.schema import check_machine
 from membench.units import format_bytes
@@ -35,7 +35,6 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,79}(@[A-Za-z0-9_][A-Za-z0-9_.
 _DIGITS_OF_TIMES = 4
 _DIGITS = 7
 _LARGEST = 2.0**63
-_LEAST_S = 1e-9
 _LARGEST_FILE_BYTES = 2**26
 _WIDTH = 110
 
@@ -204,11 +203,12 @@ def _refuse_impossible(measured: Measured, path: Path) -> None:
         if wrong := _impossible(case):
             raise ResultsError(f"{path}: damaged: cases.{case_id}.{wrong} holds nothing that was measured")
         for name, values in case.values.items():
-            if not values or any(abs(value) > _LARGEST for value in values):
+            if not values or not all(can_be_a_figure(name, value) for value in values):
                 raise ResultsError(f"{path}: damaged: cases.{case_id}.values.{name} holds nothing that was measured")
     for case_id, spreads in measured.noise.spreads.items():
         for name, spread in spreads.items():
-            if spread.runs < 2 or not 0 <= spread.range <= _LARGEST or abs(spread.median or 0) > _LARGEST:
+            told = (spread.range, spread.median or 0)
+            if spread.runs < 2 or spread.range < 0 or not all(can_be_a_figure(name, one) for one in told):
                 raise ResultsError(f"{path}: damaged: noise.{case_id}.{name} is no spread of two runs or more")
 
 
@@ -229,7 +229,7 @@ def _impossible(case: MeasuredCase) -> str | None:
     if any(not {"peak_live_bytes", "held_live_bytes"} <= set(of_phase) for of_phase in case.phases.values()):
         return "phases"
     for name, repeats in case.samples.items():
-        if not repeats or any(not repeat or not all(_LEAST_S <= s <= _LARGEST for s in repeat) for repeat in repeats):
+        if not repeats or any(not repeat or not all(map(is_duration_of_a_step, repeat)) for repeat in repeats):
             return f"samples.{name}"
     return None
 

@@ -30,6 +30,9 @@ _PART_OF_METRIC = {
 _TOLD_BY_PHASE = ("load", "apply", "store", "warmup")
 """Phases whose peaks are metrics, and of which what is held afterwards tells where the peak comes from."""
 
+_LEAST_S, _MOST_S = 1e-9, 2.0**63
+"""Of a step's duration: no clock tells less."""
+
 OF_STEPS = ("step_median_s", "tokens_per_s", "read_mb_per_s")
 """Metrics that are the median of the steps' durations, or what is done a step over it."""
 
@@ -236,6 +239,11 @@ def _bounds(measured: Sequence[Record]) -> dict[str, str]:
     return {name: bound for (name, bound), times in found.items() if 2 * times > len(measured)}
 
 
+def is_duration_of_a_step(seconds: float) -> bool:
+    """Whether a clock can have said so."""
+    return _LEAST_S <= seconds <= _MOST_S
+
+
 def _samples(measured: Sequence[Record]) -> dict[str, list[list[float]]]:
     """The durations behind each metric that is a median of them, repeat by repeat."""
     found: dict[str, list[list[float]]] = {}
@@ -251,7 +259,7 @@ def _samples(measured: Sequence[Record]) -> dict[str, list[list[float]]]:
             durations[name] = of_part if len(of_part) == len(steps) else []
         for name, seconds in durations.items():
             value = record.metrics.get(name)
-            if value is not None and seconds:
+            if value is not None and seconds and all(map(is_duration_of_a_step, seconds)):
                 middle = statistics.median(seconds)
                 rates = not name.endswith("_s") or name.endswith("_per_s")
                 of_repeat = [value * middle / each for each in seconds] if rates else list(seconds)

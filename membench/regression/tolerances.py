@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from membench.amounts import amount, wanted
-from membench.errors import RuleError, did_you_mean
+from membench.errors import RuleError, UnknownMetric, did_you_mean
 from membench.record import METRICS, Metric
 from membench.validation import shown
 
@@ -79,7 +79,8 @@ def parse_fail(text: str, own: Sequence[Metric] = ()) -> Tolerance:
         own: metrics of plug-ins, which may be named, too.
 
     Raises:
-        RuleError: in one line, with the nearest right name.
+        UnknownMetric: in one line, with the nearest right name.
+        RuleError: in one line, with what would be right.
     """
     # From the right, since the id of a case on 'cuda:0' has a colon, too.
     parts = [part.strip() for part in text.rsplit(":", 2)]
@@ -89,7 +90,7 @@ def parse_fail(text: str, own: Sequence[Metric] = ()) -> Tolerance:
     try:
         return _tolerance(name, value, match[0] if match else _EVERY, "command line", own)
     except RuleError as error:
-        raise RuleError(f"--fail {shown(text)}: {error}") from None
+        raise type(error)(f"--fail {shown(text)}: {error}") from None
 
 
 def of_table(table: Mapping[str, Any], own: Sequence[Metric] = ()) -> tuple[Tolerance, ...]:
@@ -125,7 +126,7 @@ def _tolerance(name: str, value: Any, match: str, origin: Origin, own: Sequence[
     named = {**_NAMED, **{metric.name: metric for metric in own}}
     metric = named.get(name)
     if metric is None:
-        raise RuleError(f"no metric is named {shown(name)}; {did_you_mean(name, named)}")
+        raise UnknownMetric(f"no metric is named {shown(name)}; {did_you_mean(name, named)}")
     text = value if isinstance(value, str) else ""
     if text.strip() == _OFF:
         return Tolerance(metric, math.inf, is_relative=True, match=match, origin=origin)
