@@ -136,7 +136,7 @@ def test_a_loss_in_percent_a_divergence_and_nothing_known_are_not_held_against_e
 def test_logits_that_are_the_references_lose_nothing() -> None:
     advice = _advised([_MEASURED[0], _unread("same", 50, 1e-7)], 60, most_loss_percent=0.1)
     assert advice.technique == "same"
-    assert advice.why.endswith("its logits are those of the reference")
+    assert advice.why.endswith("its logits are within 1.0e-06 nats a token of the reference's")
 
 
 def test_losses_that_chance_may_tell_apart_are_the_same() -> None:
@@ -200,6 +200,16 @@ def test_of_a_gpu_it_says_whose_memory_is_meant_and_nothing_of_the_interpreters(
     assert said.endswith("Of cases on a GPU it is the GPU's own memory, the CUDA context in the footprint.")
     assert "interpreter" not in said
     assert "GPU" not in list(lines(_MEASURED, advise(_MEASURED, 200 * MIB)))[-1]
+
+
+def test_of_a_program_its_footprint_is_all_that_it_needs() -> None:
+    made = record("none", peak_live_bytes=None, peak_footprint_bytes=71 * MIB, step_median_s=1.0)
+    program = dataclasses.replace(made, processes=({"role": "script", "baseline": None},))
+    assert _advised([program], 70).technique is None
+    given = advise([program], 100 * MIB)
+    assert given[0].why.startswith("needs 71.00 MiB at its footprint peak, leaves 29.00 MiB;")
+    said = list(lines([program], given))[-1]
+    assert said.endswith(" Of a program its interpreter and libraries are in it.")
 
 
 def test_where_data_are_only_read_nothing_is_learnt_and_what_is_left_out_is_lost() -> None:

@@ -113,7 +113,9 @@ def lines(records: Sequence[Record], given: Sequence[Advice]) -> Iterator[str]:
 def _on_top(records: Sequence[Record]) -> str:
     """What is not in the figures, and what of a GPU is."""
     said = []
-    on_cpu = [record for record in records if record.case["device"] == "cpu"]
+    on_cpu = [record for record in records if record.case["device"] == "cpu" and not _is_program(record)]
+    if any(map(_is_program, records)):
+        said.append("Of a program its interpreter and libraries are in it.")
     if on_cpu:
         taken = [
             sum(process["baseline"].values())
@@ -121,7 +123,7 @@ def _on_top(records: Sequence[Record]) -> str:
         ]  # fmt: skip
         amount = f": up to {format_bytes(max(taken))} in this run" if taken else ""
         said.append(f"What the interpreter and its libraries take comes on top{amount}.")
-    if len(on_cpu) < len(records):
+    if any(record.case["device"] != "cpu" for record in records):
         said.append("Of cases on a GPU it is the GPU's own memory, the CUDA context in the footprint.")
     return " ".join(said)
 
@@ -184,10 +186,17 @@ def _unfit(found: Comparison, group: Group, technique: str) -> str | None:
             return said_of(record)[0]
     for field in _MUST_BE_KNOWN:
         for record in found.repeats(group, technique):
+            # A program as it is has no live memory that can be told; its footprint holds all of it.
+            if field == "peak_live_bytes" and _is_program(record):
+                continue
             if record.metrics.get(field) is None:
                 reason = record.reasons.get(field) or "the record does not say why"
                 return f"its {METRIC_OF_FIELD[field].title} is not known: {reason}"
     return None
+
+
+def _is_program(record: Record) -> bool:
+    return any(process.get("role") == "script" for process in record.processes)
 
 
 def _need(found: Comparison, group: Group, technique: str) -> _Need | None:
@@ -249,7 +258,8 @@ def _loss(found: Comparison, group: Group, technique: str) -> _Loss:
         return _Loss("percent", percent, off, f"loses {format_percent(percent)} ({shown} bits/byte)")
     if divergence is not None:
         if divergence <= 0:
-            return _Loss("percent", 0.0, 0.0, "its logits are those of the reference")
+            told = f"its logits are within {format_divergence(NO_DIVERGENCE)} nats a token of the reference's"
+            return _Loss("percent", 0.0, 0.0, told)
         told = f"what quality it loses is not known (KL {format_divergence(divergence)} from the reference)"
         return _Loss("divergence", divergence, NO_DIVERGENCE, told)
     if found.reads_only(group):
