@@ -67,7 +67,20 @@ def test_nothing_is_advised_that_loses_more_than_may_be_lost() -> None:
     assert advice.technique is None
     assert advice.why == "no measured stack fits 30.00 MiB and is known to lose no more than 0.5%"
     assert dict(advice.others)["quarter"] == "fits, but loses 1.0% (+0.0200 ±0.0010 bits/byte), more than 0.5%"
-    assert _advised(_MEASURED, 30, most_loss_percent=1.0).technique == "quarter"
+    assert _advised(_MEASURED, 30, most_loss_percent=1.2).technique == "quarter"
+
+
+@pytest.mark.parametrize(
+    ("lost", "error", "told"),
+    [
+        (0.018, 0.002, "fits, but loses 0.9% (+0.0180 ±0.0020 bits/byte): too near to tell, it may be 1.1%"),
+        (0.010, 0.006, "fits, but loses no bits per byte beyond chance: too near to tell, it may be 1.1%"),
+    ],
+)
+def test_nor_what_chance_may_have_lose_more(lost: float, error: float, told: str) -> None:
+    near = _case("near", 25, lost, lost_bits_per_byte_standard_error=error)
+    assert dict(_advised([_MEASURED[0], near], 30, most_loss_percent=1.0).others)["near"] == told
+    assert _advised([_MEASURED[0], near], 30, most_loss_percent=1.2).technique == "near"
 
 
 def test_converting_that_does_not_fit_rules_out_what_would_run() -> None:

@@ -75,6 +75,8 @@ class _Loss(NamedTuple):
     off: float
     """How much of it chance may explain."""
     told: str
+    measured: float | None = None
+    """The amount before chance is left out, where that is another."""
 
     @property
     def rank(self) -> tuple[int, float]:
@@ -114,7 +116,7 @@ def _on_top(records: Sequence[Record]) -> str:
     """What is not in the figures, and what of a GPU is."""
     said = []
     on_cpu = [record for record in records if record.case["device"] == "cpu" and not _is_program(record)]
-    if any(map(_is_program, records)):
+    if any(record.case["device"] == "cpu" and _is_program(record) for record in records):
         said.append("Of a program its interpreter and libraries are in it.")
     if on_cpu:
         taken = [
@@ -253,7 +255,9 @@ def _loss(found: Comparison, group: Group, technique: str) -> _Loss:
     if bits is not None and of:
         off = found.error(group, technique, "lost_bits_per_byte") / of * 100
         if bits <= 0:
-            return _Loss("percent", 0.0, off, "loses no bits per byte beyond chance")
+            # In a training a gain is none: its standard error is not of the training.
+            measured = max(found.difference(group, technique, "lost_bits_per_byte") or 0.0, 0.0) / of * 100
+            return _Loss("percent", 0.0, off, "loses no bits per byte beyond chance", measured)
         percent, shown = bits / of * 100, signed(found, group, technique, METRIC_OF_FIELD["lost_bits_per_byte"])
         return _Loss("percent", percent, off, f"loses {format_percent(percent)} ({shown} bits/byte)")
     if divergence is not None:
@@ -274,4 +278,9 @@ def _loses_too_much(loss: _Loss, most_percent: float | None) -> str | None:
         return None
     if loss.kind != "percent":
         return f"fits, but {loss.told}"
-    return f"fits, but {loss.told}, more than {format_percent(most_percent)}" if loss.amount > most_percent else None
+    if loss.amount > most_percent:
+        return f"fits, but {loss.told}, more than {format_percent(most_percent)}"
+    highest = (loss.amount if loss.measured is None else loss.measured) + loss.off
+    if highest > most_percent:
+        return f"fits, but {loss.told}: too near to tell, it may be {format_percent(highest)}"
+    return None
