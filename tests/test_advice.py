@@ -67,7 +67,20 @@ def test_nothing_is_advised_that_loses_more_than_may_be_lost() -> None:
     assert advice.technique is None
     assert advice.why == "no measured stack fits 30.00 MiB and is known to lose no more than 0.5%"
     assert dict(advice.others)["quarter"] == "fits, but loses 1.0% (+0.0200 ±0.0010 bits/byte), more than 0.5%"
-    assert _advised(_MEASURED, 30, most_loss_percent=1.0).technique == "quarter"
+    assert _advised(_MEASURED, 30, most_loss_percent=1.2).technique == "quarter"
+
+
+@pytest.mark.parametrize(
+    ("lost", "error", "told"),
+    [
+        (0.018, 0.002, "fits, but loses 0.9% (+0.0180 ±0.0020 bits/byte): too near to tell, it may be 1.1%"),
+        (0.010, 0.006, "fits, but loses no bits per byte beyond chance: too near to tell, it may be 1.1%"),
+    ],
+)
+def test_nor_what_chance_may_have_lose_more(lost: float, error: float, told: str) -> None:
+    near = _case("near", 25, lost, lost_bits_per_byte_standard_error=error)
+    assert dict(_advised([_MEASURED[0], near], 30, most_loss_percent=1.0).others)["near"] == told
+    assert _advised([_MEASURED[0], near], 30, most_loss_percent=1.2).technique == "near"
 
 
 def test_converting_that_does_not_fit_rules_out_what_would_run() -> None:
@@ -136,7 +149,7 @@ def test_a_loss_in_percent_a_divergence_and_nothing_known_are_not_held_against_e
 def test_logits_that_are_the_references_lose_nothing() -> None:
     advice = _advised([_MEASURED[0], _unread("same", 50, 1e-7)], 60, most_loss_percent=0.1)
     assert advice.technique == "same"
-    assert advice.why.endswith("its logits are those of the reference")
+    assert advice.why.endswith("its logits are within 1.0e-06 nats a token of the reference's")
 
 
 def test_losses_that_chance_may_tell_apart_are_the_same() -> None:
@@ -200,6 +213,16 @@ def test_of_a_gpu_it_says_whose_memory_is_meant_and_nothing_of_the_interpreters(
     assert said.endswith("Of cases on a GPU it is the GPU's own memory, the CUDA context in the footprint.")
     assert "interpreter" not in said
     assert "GPU" not in list(lines(_MEASURED, advise(_MEASURED, 200 * MIB)))[-1]
+
+
+def test_of_a_program_its_footprint_is_all_that_it_needs() -> None:
+    made = record("none", peak_live_bytes=None, peak_footprint_bytes=71 * MIB, step_median_s=1.0)
+    program = dataclasses.replace(made, processes=({"role": "script", "baseline": None},))
+    assert _advised([program], 70).technique is None
+    given = advise([program], 100 * MIB)
+    assert given[0].why.startswith("needs 71.00 MiB at its footprint peak, leaves 29.00 MiB;")
+    said = list(lines([program], given))[-1]
+    assert said.endswith(" Of a program its interpreter and libraries are in it.")
 
 
 def test_where_data_are_only_read_nothing_is_learnt_and_what_is_left_out_is_lost() -> None:

@@ -182,6 +182,9 @@ def test_what_is_seen_can_be_heard_and_reached_by_keyboard(opened: Opener, quick
     assert page.locator("figure figcaption").count() == page.locator("figure table").count() == pictures.count()
     unlabelled = "fields => fields.filter(field => !field.labels.length).length"
     assert page.eval_on_selector_all("select, input", unlabelled) == 0
+    # What can be scrolled by keyboard says what it is.
+    unnamed = "all => all.filter(one => !one.getAttribute('aria-label') && !one.getAttribute('aria-labelledby')).length"
+    assert page.eval_on_selector_all(".wide[tabindex], pre[tabindex]", unnamed) == 0
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip to the table"
     levels = page.eval_on_selector_all("h1, h2, h3", "all => all.map(one => Number(one.tagName[1]))")

@@ -103,6 +103,11 @@ def test_converting_that_needs_more_than_running_is_named() -> None:
     )
 
 
+_NO_MORE_BEFORE = (
+    "No technique needs more live memory before the first step than while running, by more than the figures may be off."
+)
+
+
 @pytest.mark.parametrize(
     ("of_converting", "of_running", "converting_mib", "said"),
     [
@@ -111,7 +116,7 @@ def test_converting_that_needs_more_than_running_is_named() -> None:
         ("exact", "at most", 150, "than running does: a (150.0 MiB before, ≤50.00 MiB while running)."),
         ("at most", "exact", 150, "It is not known of: a."),
         ("exact", "at least", 150, "It is not known of: a."),
-        ("at most", "exact", 20, "No technique needs more live memory before the first step than while running."),
+        ("at most", "exact", 20, _NO_MORE_BEFORE),
         ("at least", "exact", 20, "It is not known of: a."),
     ],
 )
@@ -155,6 +160,41 @@ def test_a_timeline_counts_from_the_workers_baseline_and_draws_the_exact_peak_ab
 def test_a_peak_with_file_pages_in_it_is_a_bound() -> None:
     (span,) = _timed(file_peak_bytes=6 * MIB, file_end_bytes=0).spans
     assert (span.is_bound, span.told) == (True, "≤9.000 MiB live")
+
+
+def test_a_phase_of_which_a_bound_is_known_is_not_said_to_be_the_highest() -> None:
+    def caption(*phases: dict[str, Any]) -> str:
+        whole = [{"allocator": "pinned", "began_s": 0.0, "ended_s": 1.0, **phase} for phase in phases]
+        process = {"baseline": {"anonymous_bytes": 0, "file_bytes": 0}, "phases": whole}
+        return timeline.timeline(dataclasses.replace(record("none"), processes=(process,))).caption
+
+    run = {"name": "run", "peak_live_bytes": 5 * MIB}
+    evaluate = {"name": "evaluate", "peak_live_bytes": 9 * MIB, "file_peak_bytes": 8 * MIB, "file_end_bytes": 0}
+    assert " Its highest phase is run: 5.000 MiB live. " in caption(run)
+    assert (
+        " Of what is known exactly its highest phase is run: 5.000 MiB live;"
+        " evaluate may have taken more (≤9.000 MiB live). " in caption(run, evaluate)
+    )
+    assert "evaluate may have taken the most (≤9.000 MiB live)." in caption(evaluate)
+    assert " Its highest phase is time: 9.500 MiB footprint. " in caption(
+        evaluate, {"name": "time", "allocator": "default", "peak_footprint_bytes": 9.5 * MIB}
+    )
+
+
+def test_a_program_that_took_no_more_than_what_it_was_forked_from_has_a_bound() -> None:
+    (span,) = _timed(allocator="default", peak_footprint_bytes=12 * MIB, bound="at most").spans
+    assert (span.is_bound, span.told) == (True, "≤12.00 MiB footprint")
+    picture = _timed(allocator="default", peak_footprint_bytes=12 * MIB, bound="at most")
+    assert "upper bound: the program took no more than what it was forked from." in picture.caption
+
+
+def test_a_group_whose_live_memory_is_not_known_says_that_and_not_that_it_failed() -> None:
+    program = record("none", step_median_s=1.0, peak_footprint_bytes=MIB)
+    assert pareto.pareto(Comparison([program]), _GROUP).caption == (
+        "Nothing to place: of no case of this group live memory and what it is drawn against are both known."
+    )
+    failed = dataclasses.replace(program, status="failed")
+    assert "no case of this group was measured to its end" in pareto.pareto(Comparison([failed]), _GROUP).caption
 
 
 def test_under_the_default_allocator_the_footprint_counts() -> None:

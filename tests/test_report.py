@@ -234,6 +234,9 @@ def test_less_text_is_on_the_front_for_its_size_and_not_for_a_shorter_epoch() ->
     whole, half = read("none", 1.0, 1000.0, None, 100), read("half", 0.5, 1000.0, 50.0, 50)
     assert Comparison([whole, half]).front(whole.group) == {"none", "half"}
     assert text.verdicts([whole, half])[0].endswith("; cost 50 percent of the text")
+    # It takes half the time for half the text: nothing is saved by that.
+    assert "time" not in text.verdicts([whole, half])[0]
+    assert "tokens/s ×2.00" in text.verdicts([whole, read("quick", 0.5, 2000.0, 100.0, 100)])[0]
     packed = read("packed", 1.0, 1000.0, None, 50)
     assert Comparison([whole, half, packed]).front(whole.group) == {"packed"}
 
@@ -254,6 +257,36 @@ def test_a_verdict_names_what_quality_was_lost_or_gained_beyond_chance(
     half = _record("half", weights_bytes=32, lost_bits_per_byte=lost, lost_bits_per_byte_standard_error=error)
     records = (_record("none", weights_bytes=64), half)
     assert text.verdicts(records) == [f"half: {line}"]
+
+
+def test_a_verdict_counts_the_distance_of_the_logits_where_nothing_else_tells_quality() -> None:
+    def far(workload: str, kl: float, lost: float | None = None) -> list[Record]:
+        return [_record("none", workload, weights_bytes=64),
+                _record("half", workload, weights_bytes=32, kl_nats=kl, lost_bits_per_byte=lost)]  # fmt: skip
+
+    assert text.verdicts(far("forward", 0.0085)) == ["half: saved weights ×0.50; cost KL 8.5e-03"]
+    assert text.verdicts([*far("forward", 0.0085), *far("train", 0.1)]) == [
+        "half: saved weights ×0.50; cost KL 8.5e-03 to 1.0e-01"
+    ]
+    # Where the loss is known, it tells more; and rounding of the same logits is no distance.
+    assert text.verdicts(far("forward", 0.0085, 0.0)) == ["half: saved weights ×0.50; cost nothing"]
+    assert text.verdicts(far("forward", 1e-7)) == ["half: saved weights ×0.50; cost nothing"]
+
+
+def test_of_a_technique_without_a_reference_neither_gain_nor_cost_is_claimed() -> None:
+    failed = dataclasses.replace(_record("none", weights_bytes=64), status="failed")
+    assert text.verdicts([failed, _record("half", weights_bytes=32)]) == [
+        "half: nothing to compare with: 'none' was not measured to its end"
+    ]
+
+
+def test_what_several_repeats_say_alike_is_said_once_and_their_breakdown_is_of_the_first() -> None:
+    process = {"breakdown_bytes": {"run": {"weights": 30 * MIB}}, "peak_part": "run"}
+    first = dataclasses.replace(_STACK[1], notes=("a note",), processes=(process,))
+    records = [_STACK[0], first, dataclasses.replace(first, repeat=1)]
+    assert text.remarks(records) == ["m/a/forward/cpu: a note"]
+    assert "at the peak of the first repeat: weights" in text.explanation(records)
+    assert "at the peak: weights" in text.explanation(records[:2])
 
 
 def test_what_an_optimizer_keeps_is_shown_where_a_technique_changes_it() -> None:

@@ -95,6 +95,34 @@ def test_what_has_nothing_to_compare_with_is_said() -> None:
     assert [str(line) for line in summary.highlights(same)] == [told]
 
 
+@pytest.mark.parametrize(
+    ("of_reference", "of_technique"), [({"bound": "at most"}, {}), ({"bound": "at most"}, {"bound": "at most"})]
+)
+def test_where_bounds_leave_open_which_is_smaller_no_technique_is_said_not_to_be(
+    of_reference: dict[str, str], of_technique: dict[str, str]
+) -> None:
+    records = [
+        record(name, peak_live_bytes=mib * MIB, obtained={"peak_live_bytes": how})
+        for name, mib, how in (("none", 100, of_reference), ("a", 50, of_technique))
+    ]
+    (line,) = summary.highlights(records)
+    assert line.text == "no technique surely lowers the live peak by more than runs of a case differ."
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        ({"kl_nats": 2e-7}, ", its logits within 1.0e-06 nats a token of the reference's,"),
+        ({"accuracy_percent": 90.4}, ", gets as many of the held-out samples right to within 0.5 percentage points,"),
+        ({"accuracy_percent": 88.5}, ", gets 1.5 percentage points fewer of the held-out samples right,"),
+    ],
+)
+def test_what_cannot_be_told_apart_is_not_said_to_be_the_same(metrics: dict[str, Any], said: str) -> None:
+    none = record("none", peak_live_bytes=100 * MIB, step_median_s=1.0, accuracy_percent=90.0)
+    found = Comparison([none, record("a", peak_live_bytes=50 * MIB, step_median_s=1.0, **metrics)])
+    assert said in summary.sentence(found, _GROUP, "a")
+
+
 def test_an_overview_tells_what_was_run_how_it_ended_when_and_where() -> None:
     failed = dataclasses.replace(record("a"), status="failed")
     machine = {"processor": "Z80", "cores": 1, "memory_bytes": 8 * GIB, "commit": "c0ffee"}

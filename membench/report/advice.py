@@ -75,6 +75,8 @@ class _Loss(NamedTuple):
     off: float
     """How much of it chance may explain."""
     told: str
+    measured: float | None = None
+    """The amount before chance is left out, where that is another."""
 
     @property
     def rank(self) -> tuple[int, float]:
@@ -113,7 +115,9 @@ def lines(records: Sequence[Record], given: Sequence[Advice]) -> Iterator[str]:
 def _on_top(records: Sequence[Record]) -> str:
     """What is not in the figures, and what of a GPU is."""
     said = []
-    on_cpu = [record for record in records if record.case["device"] == "cpu"]
+    on_cpu = [record for record in records if record.case["device"] == "cpu" and not _is_program(record)]
+    if any(record.case["device"] == "cpu" and _is_program(record) for record in records):
+        said.append("Of a program its interpreter and libraries are in it.")
     if on_cpu:
         taken = [
             sum(process["baseline"].values())
@@ -121,7 +125,7 @@ def _on_top(records: Sequence[Record]) -> str:
         ]  # fmt: skip
         amount = f": up to {format_bytes(max(taken))} in this run" if taken else ""
         said.append(f"What the interpreter and its libraries take comes on top{amount}.")
-    if len(on_cpu) < len(records):
+    if any(record.case["device"] != "cpu" for record in records):
         said.append("Of cases on a GPU it is the GPU's own memory, the CUDA context in the footprint.")
     return " ".join(said)
 
@@ -184,10 +188,17 @@ def _unfit(found: Comparison, group: Group, technique: str) -> str | None:
             return said_of(record)[0]
     for field in _MUST_BE_KNOWN:
         for record in found.repeats(group, technique):
+            # A program as it is has no live memory that can be told; its footprint holds all of it.
+            if field == "peak_live_bytes" and _is_program(record):
+                continue
             if record.metrics.get(field) is None:
                 reason = record.reasons.get(field) or "the record does not say why"
                 return f"its {METRIC_OF_FIELD[field].title} is not known: {reason}"
     return None
+
+
+def _is_program(record: Record) -> bool:
+    return any(process.get("role") == "script" for process in record.processes)
 
 
 def _need(found: Comparison, group: Group, technique: str) -> _Need | None:
@@ -244,12 +255,15 @@ def _loss(found: Comparison, group: Group, technique: str) -> _Loss:
     if bits is not None and of:
         off = found.error(group, technique, "lost_bits_per_byte") / of * 100
         if bits <= 0:
-            return _Loss("percent", 0.0, off, "loses no bits per byte beyond chance")
+            # In a training a gain is none: its standard error is not of the training.
+            measured = max(found.difference(group, technique, "lost_bits_per_byte") or 0.0, 0.0) / of * 100
+            return _Loss("percent", 0.0, off, "loses no bits per byte beyond chance", measured)
         percent, shown = bits / of * 100, signed(found, group, technique, METRIC_OF_FIELD["lost_bits_per_byte"])
         return _Loss("percent", percent, off, f"loses {format_percent(percent)} ({shown} bits/byte)")
     if divergence is not None:
         if divergence <= 0:
-            return _Loss("percent", 0.0, 0.0, "its logits are those of the reference")
+            told = f"its logits are within {format_divergence(NO_DIVERGENCE)} nats a token of the reference's"
+            return _Loss("percent", 0.0, 0.0, told)
         told = f"what quality it loses is not known (KL {format_divergence(divergence)} from the reference)"
         return _Loss("divergence", divergence, NO_DIVERGENCE, told)
     if found.reads_only(group):
@@ -264,4 +278,9 @@ def _loses_too_much(loss: _Loss, most_percent: float | None) -> str | None:
         return None
     if loss.kind != "percent":
         return f"fits, but {loss.told}"
-    return f"fits, but {loss.told}, more than {format_percent(most_percent)}" if loss.amount > most_percent else None
+    if loss.amount > most_percent:
+        return f"fits, but {loss.told}, more than {format_percent(most_percent)}"
+    highest = (loss.amount if loss.measured is None else loss.measured) + loss.off
+    if highest > most_percent:
+        return f"fits, but {loss.told}: too near to tell, it may be {format_percent(highest)}"
+    return None

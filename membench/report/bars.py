@@ -51,6 +51,11 @@ _PREPARING = (
 )
 
 
+_NO_MORE_BEFORE = (
+    "No technique needs more live memory before the first step than while running, by more than the figures may be off."
+)
+
+
 def conversion(found: Comparison, group: Group) -> Bars | None:
     """Live peaks of what comes before a step beside that of running; ``None`` where none is known."""
     fields = [(field, name) for field, name in (*_PREPARING, _RUNNING) if found.is_known(group, field)]
@@ -83,7 +88,7 @@ def conversion(found: Comparison, group: Group) -> Bars | None:
     if untold:
         said.append(f"It is not known of: {listed(untold)}.")
     elif not dearer:
-        said.append("No technique needs more live memory before the first step than while running.")
+        said.append(_NO_MORE_BEFORE)
     caption = " ".join(said)
     head = ("technique", *(f"{title}, live peak" for _, title in fields), "converting, time", "a step, time")
     return Bars(

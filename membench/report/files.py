@@ -170,7 +170,7 @@ def _timeline(at: Axes, picture: Timeline) -> None:
         if known:
             at.plot(*zip(*known, strict=True), label=f"{name}, sampled", color=_COLOURS[number], linewidth=1.2,
                     linestyle=("-", ":", "--")[number % 3])  # fmt: skip
-    for is_bound, style, label in ((False, "-", "exact peak of a phase"), (True, ":", "at most, file pages in it")):
+    for is_bound, style, label in ((False, "-", "exact peak of a phase"), (True, ":", "no more than this")):
         spans = [span for span in picture.spans if span.peak is not None and span.is_bound is is_bound]
         for number, span in enumerate(spans):
             at.plot([span.began_s, span.ended_s], [span.peak or 0.0] * 2, color="black", linewidth=2.2, linestyle=style,
@@ -209,7 +209,7 @@ def _lines(at: Axes, picture: Lines) -> None:
     at.set_xticks(range(len(picture.runs)), [one_line(run).replace(" (", "\n(") for run in picture.runs], fontsize=7)
     at.set_xlim(-0.4, len(picture.runs) - 0.6)
     at.set_ylabel(picture.unit)
-    at.set_ylim(bottom=0)
+    at.set_ylim(0, 1.08 * max(value for one in picture.series for value in one.values if value is not None) or 1)
     at.grid(alpha=0.3)
     at.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
 

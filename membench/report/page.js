@@ -22,8 +22,9 @@
     return element;
   }
 
-  function makeTable(parent, table) {
-    const made = make("table", make("div", parent, undefined, { class: "wide", tabindex: "0" }));
+  // What scrolls is reached by keyboard, and so has a name.
+  function makeTable(parent, table, name) {
+    const made = make("table", make("div", parent, undefined, { class: "wide", tabindex: "0", role: "region", "aria-label": `${name}, as a table` }));
     const head = make("tr", make("thead", made));
     for (const title of table[0]) make("th", head, title, { scope: "col" });
     const body = make("tbody", made);
@@ -58,7 +59,7 @@
     make("figcaption", element, picture.caption);
     const details = make("details", element);
     make("summary", details, "As a table");
-    makeTable(details, picture.table);
+    makeTable(details, picture.table, picture.title);
     place.style.minHeight = `${draw(themeNow(), 600).layout.height}px`; // nothing moves when it is drawn
     pictures.set(place, draw);
     near.observe(place);
@@ -195,7 +196,7 @@
             x: picture.at_s, y: values, mode: "lines", name: `${plain(name)}, sampled`, line: { color: theme.marks[1 + number], width: 1.6, dash: ["solid", "dot", "dash"][number % 3] },
             hovertemplate: `%{y:.4g} ${picture.unit} at %{x:.2f} s<extra></extra>`,
           })),
-          ...[[false, "exact peak of a phase", "solid"], [true, "at most, file pages in it", "dot"]].map(([isBound, name, dash]) => {
+          ...[[false, "exact peak of a phase", "solid"], [true, "no more than this", "dot"]].map(([isBound, name, dash]) => {
             const spans = peaks.filter((span) => span.is_bound === isBound);
             return { x: spans.flatMap((span) => [span.began_s, (span.began_s + span.ended_s) / 2, span.ended_s, null]),
               y: spans.flatMap((span) => [span.peak, span.peak, span.peak, null]), mode: "lines", name, showlegend: spans.length > 0,
@@ -274,10 +275,10 @@
     make("p", place, `${one.status}; took ${one.took}${one.repeats > 1 ? `, ${one.repeats} repeats, figures are their medians` : ""}.`);
     const said = make("ul", place);
     for (const line of one.said) make("li", said, line);
-    makeTable(place, [["metric", "figure", "how"], ...one.figures.map(([metric, shown, way]) => [data.metrics[metric], shown, data.ways[way]])]);
+    makeTable(place, [["metric", "figure", "how"], ...one.figures.map(([metric, shown, way]) => [data.metrics[metric], shown, data.ways[way]])], "Every figure of the case");
     if (one.output.length) {
       make("h3", place, "The end of what it printed");
-      make("pre", place, one.output.join("\n"), { tabindex: "0" });
+      make("pre", place, one.output.join("\n"), { tabindex: "0", role: "region", "aria-label": "The end of what it printed" });
     }
   }
 

@@ -131,6 +131,8 @@ def _lowest(points: Sequence[Point]) -> tuple[tuple[float, float], ...]:
 
 def _caption_of_cloud(found: Comparison, group: Group, points: Sequence[Point], left_out: Sequence[str]) -> str:
     if not points:
+        if any(_is_ok(found, group, technique) for technique in found.techniques(group)):
+            return "Nothing to place: of no case of this group live memory and what it is drawn against are both known."
         return "Nothing to place: no case of this group was measured to its end."
     least = min(points, key=lambda point: point.y).technique
     front = [point.technique for point in points if point.on_front]

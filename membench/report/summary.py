@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple
 
-from membench.compare import QUALITY, Comparison, Group
+from membench.compare import NO_DIVERGENCE, QUALITY, SAME_ACCURACY, Comparison, Group
 from membench.record import METRIC_OF_FIELD, REFERENCE, Record
 from membench.report.text import Ratio, bound_of_ratio, is_coarse, ratios_of, signed
 from membench.store import Run
@@ -82,7 +82,12 @@ def highlights(records: Sequence[Record]) -> list[Highlight]:
         smaller = [technique for technique in told if _is_smaller(found, group, technique, field)]
         if not smaller:
             what = METRIC_OF_FIELD[field].title
-            lines.append(Highlight(group, None, f"no technique lowers the {what} by more than runs of a case differ."))
+            lowers = (
+                "lowers" if all(_is_told(found, group, technique, field) for technique in told) else "surely lowers"
+            )
+            lines.append(
+                Highlight(group, None, f"no technique {lowers} the {what} by more than runs of a case differ.")
+            )
             continue
         free = [technique for technique in smaller if _loses_nothing(found, group, technique)]
         chosen = dict.fromkeys(
@@ -128,6 +133,15 @@ def _is_smaller(found: Comparison, group: Group, technique: str, field: str) -> 
     return ratio is not None and ratio.tells and ratio.value < 1
 
 
+def _is_told(found: Comparison, group: Group, technique: str, field: str) -> bool:
+    """Whether a figure is known beside the reference's, and by more than a bound that leaves open which is smaller."""
+    ratio = _ratio(found, group, technique, field)
+    if ratio is None:
+        return False
+    bound = bound_of_ratio(found, group, technique, METRIC_OF_FIELD[field], REFERENCE)
+    return not bound or (bound == "≥" and ratio.value >= 1)
+
+
 def _size(found: Comparison, group: Group, technique: str, field: str, what: str) -> str:
     """How much less or more: '2.9 times less training data (7.0 MiB, not 20 MiB)'; nothing if it is not known."""
     ratio, metric = _ratio(found, group, technique, field), METRIC_OF_FIELD[field]
@@ -164,7 +178,7 @@ def _loss(found: Comparison, group: Group, technique: str) -> str:
     points, bits, divergence = (found.lost(group, technique, field) for field in QUALITY)
     if points is not None:
         if not points:
-            return ", gets as many held-out samples right"
+            return f", gets as many of the held-out samples right to within {SAME_ACCURACY} percentage points"
         more = "fewer" if points > 0 else "more"
         return f", gets {abs(points):.1f} percentage points {more} of the held-out samples right"
     kept = found.value(group, technique, "corpus_kept_percent") if found.reads_only(group) else None
@@ -177,7 +191,7 @@ def _loss(found: Comparison, group: Group, technique: str) -> str:
         return f" for {format_percent(abs(bits / of) * 100)} {'more' if bits > 0 else 'fewer'} bits per byte"
     if divergence is not None:
         if not divergence:
-            return ", its logits those of the reference"
+            return f", its logits within {format_divergence(NO_DIVERGENCE)} nats a token of the reference's"
         return f", its logits {format_divergence(divergence)} nats a token from the reference's"
     return ", its quality not measured" if found.quality_field(group) else ""
 

@@ -16,7 +16,7 @@ from membench.compare import Comparison, Group, prefixes
 from membench.errors import one_line
 from membench.record import METRIC_OF_FIELD, METRICS, REFERENCE, Metric, Record
 from membench.report import latex, markdown
-from membench.units import format_bytes, format_difference, format_ratio, format_seconds
+from membench.units import format_bytes, format_difference, format_divergence, format_ratio, format_seconds
 
 # From here on a technique has changed a metric that is not always shown.
 _DIFFERENT = 0.05
@@ -254,9 +254,11 @@ def explanation(records: Sequence[Record], form: str = "simple") -> str:
                     together = found.interaction(group, technique, metric.field)
                     row["together"] = "" if together is None else format_ratio(together)
                 rows.append(row)
+            # A median of each part would be of no moment that there was.
+            of = " of the first repeat" if any(len(found.repeats(group, step)) > 1 for step in chain) else ""
             for category, sizes in _breakdown(found, group, chain).items():
                 told = {in_cell(step, form): size for step, size in sizes.items()}
-                rows.append({"metric": f"at the peak: {in_cell(category, form)}", **told})
+                rows.append({"metric": f"at the peak{of}: {in_cell(category, form)}", **told})
             table = tabulate.tabulate(rows, headers="keys", tablefmt=form, disable_numparse=True)
             tables.append("\n\n".join([_heading(found.repeats(group, technique)[0].id, form), table]))
     return "\n\n".join(tables)
@@ -393,7 +395,7 @@ def remarks(records: Sequence[Record]) -> list[str]:
                     f"{record.id}: {doing} takes {format_bytes(taken)} of live memory,"
                     f" more than running the original ({format_bytes(running)})"
                 )
-    return [one_line(line) for line in lines]
+    return list(dict.fromkeys(map(one_line, lines)))  # several repeats may say the same
 
 
 def verdicts(records: Sequence[Record]) -> list[str]:
@@ -401,11 +403,17 @@ def verdicts(records: Sequence[Record]) -> list[str]:
 
     Left out is what cannot be told from no change: a ratio as near to one as runs of the same case are, a figure that
     is no further from the reference's than either may be off, a bound on the wrong side, and in a training a gain of
-    quality, because its standard error is of the text and not of the training.
+    quality, because its standard error is of the text and not of the training. Where data are only read the time of a
+    token counts, not that of an epoch, which is shorter for less text. Where nothing else tells quality, how far the
+    logits are from the reference's is a cost.
     """
     found = Comparison([record for record in records if record.status == "ok"])
     shown_in = {
-        metric: [group for group in found.groups if is_shown(found, group, metric)]
+        metric: [
+            group
+            for group in found.groups
+            if is_shown(found, group, metric) and not _is_of_an_epoch(found, group, metric)
+        ]
         for metric in METRICS
         if metric.in_table
     }
@@ -413,6 +421,9 @@ def verdicts(records: Sequence[Record]) -> list[str]:
     for technique in dict.fromkeys(t for group in found.groups for t in found.techniques(group) if t != REFERENCE):
         said: dict[str, list[str]] = {"saved": [], "cost": [], "mixed": []}
         groups = [group for group in found.groups if found.repeats(group, technique)]
+        if not any(found.repeats(group, REFERENCE) for group in groups):
+            lines.append(f"{technique}: nothing to compare with: '{REFERENCE}' was not measured to its end")
+            continue
         for metric, where in shown_in.items():
             reached = ratios_of(found, where, technique, metric)
             told = [ratio.gains for ratio in reached if ratio.tells]
@@ -424,6 +435,11 @@ def verdicts(records: Sequence[Record]) -> list[str]:
         if any(lost):
             shown = " to ".join(dict.fromkeys(format_difference(value) for value in (min(lost), max(lost))))
             said[_kind([loss < 0 for loss in lost if loss])].append(f"{shown} bits/byte")
+        by_logits = [group for group in groups if found.quality_field(group) == "kl_nats"]
+        far = [distance for distance in _losses_of(found, by_logits, technique, "kl_nats") if distance]
+        if far:
+            shown = " to ".join(dict.fromkeys(format_divergence(distance) for distance in (min(far), max(far))))
+            said["cost"].append(f"KL {shown}")
         points = [found.difference(group, technique, "accuracy_percent") for group in groups]
         known = [point for point in points if point is not None]
         told = [loss < 0 for loss in _losses_of(found, groups, technique, "accuracy_percent") if loss]
@@ -440,6 +456,11 @@ def verdicts(records: Sequence[Record]) -> list[str]:
         saved, cost = (", ".join(said[kind]) or "nothing" for kind in ("saved", "cost"))
         lines.append(f"{technique}: saved {saved}; cost {cost}{mixed}")
     return [one_line(line) for line in lines]
+
+
+def _is_of_an_epoch(found: Comparison, group: Group, metric: Metric) -> bool:
+    """Whether a metric is the time of all that there is to read, where a token's is known, too."""
+    return metric.field == "step_median_s" and found.reads_only(group) and found.is_known(group, "tokens_per_s")
 
 
 class Ratio(NamedTuple):

@@ -81,6 +81,7 @@ def _rounded(size_bytes: float | None, step: int) -> float | None:
 class _Peak(NamedTuple):
     phase: str
     size_bytes: float | None
+    what: str
     is_bound: bool
     told: str
 
@@ -95,9 +96,13 @@ def _peak(phase: Mapping[str, Any], baseline_file_bytes: int) -> _Peak:
     else:
         size, what = phase.get("peak_live_bytes"), "live"
     if size is None:
-        return _Peak(phase["name"], None, False, "–")
-    is_bound = what == "live" and size - _at_least(phase, baseline_file_bytes) > _WIDE_BRACKET * max(size, 1)
-    return _Peak(phase["name"], size, is_bound, f"{'≤' if is_bound else ''}{format_bytes(size)} {what}")
+        return _Peak(phase["name"], None, what, False, "–")
+    if what == "live":
+        is_bound = size - _at_least(phase, baseline_file_bytes) > _WIDE_BRACKET * max(size, 1)
+    else:
+        # A program may never have reached what it was forked from.
+        is_bound = what == "footprint" and "own_peak_bytes" not in phase and phase.get("bound") == "at most"
+    return _Peak(phase["name"], size, what, is_bound, f"{'≤' if is_bound else ''}{format_bytes(size)} {what}")
 
 
 def _at_least(phase: Mapping[str, Any], baseline_file_bytes: int) -> float:
@@ -114,16 +119,33 @@ def _caption(record: Record, peaks: Sequence[_Peak], samples: int, shown: int, c
     if not samples and not peaks:
         return f"{record.id} ended as {record.status} before anything was seen of its memory."
     said = [f"{record.id} took {format_seconds(record.duration_s)} and ended as {record.status}."]
-    highest = max(peaks, key=lambda peak: peak.size_bytes or 0.0, default=None)
-    if highest and highest.size_bytes:
-        said.append(f"Its highest phase is {highest.phase}: {highest.told}.")
+    said += _highest(peaks)
     said.append("Lines are samples; bars are phases' exact peaks, which hold what was too short for a sample, too.")
     if any(peak.is_bound for peak in peaks):
-        said.append("A dotted bar is an upper bound: file pages came and went meanwhile.")
+        why = "file pages came and went meanwhile"
+        if any(peak.is_bound and peak.what == "footprint" for peak in peaks):
+            why = "the program took no more than what it was forked from"
+        said.append(f"A dotted bar is an upper bound: {why}.")
     said.append(counted_from)
     if shown < samples:
         said.append(f"Of {samples} samples the lowest and the highest of each stretch are drawn.")
     return " ".join(said)
+
+
+def _highest(peaks: Sequence[_Peak]) -> list[str]:
+    """Which phase took the most; of one with a bound alone only that it may have."""
+    exact = [peak for peak in peaks if peak.size_bytes and not peak.is_bound]
+    sure = max(exact, key=lambda peak: peak.size_bytes or 0.0, default=None)
+    sure_bytes = (sure.size_bytes if sure else None) or 0.0
+    more = [
+        f"{peak.phase} may have taken {'more' if sure else 'the most'} ({peak.told})"
+        for peak in peaks
+        if peak.is_bound and (peak.size_bytes or 0.0) > sure_bytes
+    ]
+    told = [f"Of what is known exactly its highest phase is {sure.phase}: {sure.told}"] if sure and more else []
+    if sure and not more:
+        told = [f"Its highest phase is {sure.phase}: {sure.told}"]
+    return [f"{'; '.join((*told, *more))}."] if told or more else []
 
 
 def _counted_from(is_known: bool, has_gpu: bool) -> str:
