@@ -212,6 +212,15 @@ def test_on_paper_everything_is_open_and_nothing_is_dark(opened: Opener, quickst
     assert page.pdf().startswith(b"%PDF")
 
 
+def test_a_table_of_all_columns_fits_on_paper_and_its_names_are_not_cut_into_letters(opened: Opener) -> None:
+    width = 1047  # of A4 across, less its margins
+    page = opened(page_of([membench.read_run(_RESULTS / "everything@2-cores-epyc.jsonl")]), width=width)
+    page.emulate_media(media="print")
+    # A browser shrinks what it prints by a third at most, and cuts off what is wider.
+    assert page.evaluate("document.documentElement.scrollWidth") <= width * 4 / 3
+    assert page.evaluate("document.querySelector('#cases tbody th').offsetWidth") > 60
+
+
 def test_a_case_chosen_in_the_table_is_gone_to_and_come_back_from(opened: Opener, quickstart: str) -> None:
     page = opened(quickstart)
     pick = page.locator("#cases tbody tr", has_text="large-batch").get_by_role("button", name="fp16")
