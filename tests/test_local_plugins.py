@@ -160,14 +160,18 @@ def test_a_file_that_cannot_be_run_is_one_line_with_file_and_line(tmp_path: Path
     )
 
 
-def test_a_stage_without_a_return_is_told_as_that(tmp_path: Path) -> None:
+def test_a_stage_that_exits_or_returns_nothing_is_told_as_that(tmp_path: Path) -> None:
     (tmp_path / "membench_plugins.py").write_text(
         "from membench.plugins import LayerWise, Technique\n"
         "class Whole(Technique):\n    def apply(self, module, context): ...\n"
         "class Layers(LayerWise):\n    def convert(self, name, layer, head): ...\n"
+        "class Exits(Technique):\n    def apply(self, module, context): raise SystemExit(3)\n"
     )
-    run = membench.run(membench.load_suite(_suite(tmp_path, ["whole", "layers"])), output=tmp_path / "results")
+    suite = membench.load_suite(_suite(tmp_path, ["whole", "layers", "exits"]))
+    run = membench.run(suite, output=tmp_path / "results")
+    assert {(record.status, record.ended_in) for record in run.records[1:]} == {("failed", "apply")}
     assert {record.technique: record.message for record in run.records[1:]} == {
+        "exits": "SystemExit: 3",
         "whole": "TypeError: 'apply' of Whole returned nothing; end it with 'return module'",
         "layers": "TypeError: 'convert' of Layers returned nothing; end it with 'return layer'",
     }
