@@ -187,6 +187,15 @@ def test_a_check_that_ends_in_an_error_is_one_line(tmp_path: Path) -> None:
     assert _refused(path) == f"{path}: model.small: 'check' of model 'odd' ended in KeyError: 'a'"
 
 
+def test_a_plug_in_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "membench_plugins.py").write_text(
+        "from membench.plugins import Technique\nclass Odd(Technique):\n"
+        "    def model_post_init(self, context): raise KeyError('a')\n"
+    )
+    path = _suite(tmp_path, ["odd"])
+    assert _refused(path) == f"{path}: matrix.technique: technique 'odd' cannot be made: KeyError: 'a'"
+
+
 @pytest.mark.parametrize("text", ["", "from membench.plugins import Technique\nclass _Kept(Technique): ...\n"])
 def test_a_file_without_a_plug_in_is_refused_where_it_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "own.py").write_text(text)
