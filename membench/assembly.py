@@ -115,6 +115,8 @@ class Assembly:
                 continue
             before = fingerprint(module)
             module = technique.apply(module, self.context)
+            if module is None:
+                raise TypeError(f"'apply' of {type(technique).__name__} returned nothing; end it with 'return module'")
             if fingerprint(module) == before:
                 self.context.idle.append(technique)
         return module

@@ -33,6 +33,8 @@ def _complaints(loaded: type[Options], base: type[Options]) -> Iterator[str]:
     }
     yield from _of_options(loaded, stages)
     own = _own(loaded)
+    if "__init__" in own:
+        yield "'__init__' is not called with anything of yours: write options as fields with types, 'keep: float = 0.5'"
     for name, given in own.items():
         if name in stages:
             yield from _of_stage(name, given, stages[name])

@@ -208,7 +208,10 @@ class _Plugins:
             made = registry.made(kind, use, found, options)
         except PluginError as error:
             raise SuiteError(f"{where}: {error}") from None
-        wrong = made.check() if kind in ("model", "workload") else None
+        try:
+            wrong = made.check() if kind in ("model", "workload") else None
+        except Exception as error:
+            raise SuiteError(f"{where}: 'check' of {kind} '{use}' ended in {summary(error)}") from None
         if wrong:
             raise SuiteError(f"{where}: {wrong}")
         return Plugin(use, made.model_dump(mode="json", exclude_unset=True), found.file), made

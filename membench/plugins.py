@@ -325,7 +325,10 @@ class LayerWise(Technique):
     def apply(self, module: nn.Module, context: Context) -> nn.Module:
         head, technique = output_head(module), self.for_rehearsal(context)
         for name, layer in [(n, child) for n, child in module.named_modules() if child._parameters]:
-            module = replaced(module, name, technique.convert(name, layer, head))
+            converted = technique.convert(name, layer, head)
+            if converted is None:
+                raise TypeError(f"'convert' of {type(self).__name__} returned nothing; end it with 'return layer'")
+            module = replaced(module, name, converted)
         return module
 
 

@@ -145,7 +145,7 @@ def own(
     workload: Workload,
     context: Context,
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """The figures of metrics that are plug-ins, by field, and remarks on those that ended in an error.
+    """The figures of metrics that are plug-ins, by field, and remarks on those that failed.
 
     Returns:
         Of each ``value`` and ``reason``, one of the two ``None``.
@@ -171,6 +171,8 @@ def own(
                 value, reason = None, "it is not finite"
             elif not can_be_a_figure(field, value):
                 value, reason = None, f"{value:g} is no size of a figure"
+            if reason is not None:
+                remarks.append(f"metric '{METRIC_OF_FIELD[field].name}' is not known: {reason}")
         except Unsuitable as error:
             reason = str(error)
         except Exception as error:

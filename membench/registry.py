@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from membench import contract_check, plugin_files
-from membench.errors import PluginError, did_you_mean
+from membench.errors import PluginError, did_you_mean, summary
 from membench.packages import distribution, normalised, same_spelling
 from membench.plugins import Model, Options, QualityMetric, Technique, Workload
 from membench.record import REFERENCE, PluginFile
@@ -291,3 +291,5 @@ def made(kind: str, name: str, found: Found, options: Mapping[str, Any]) -> Any:
         return found.loaded.model_validate_json(json.dumps(given), strict=True)
     except ValidationError as error:
         raise PluginError(f"{kind} '{name}': {problem(error, found.loaded, given).sentence('option')}") from None
+    except Exception as error:  # of a validator of its own
+        raise PluginError(f"{kind} '{name}' cannot be made: {summary(error)}") from None

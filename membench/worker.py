@@ -54,7 +54,7 @@ def main(request: dict[str, Any], channel: socket.socket) -> None:
         meter.tell(event="status", status="out-of-memory", message=str(error))
     except Diverged as error:
         meter.tell(event="status", status="diverged", message=str(error), phase=error.phase)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a plug-in must not end the process
         status = "out-of-memory" if is_out_of_memory(error) else "failed"
         meter.tell(event="status", status=status, message=f"{type(error).__name__}: {error}".partition("\n")[0][:500])
         raise

@@ -86,6 +86,8 @@ def _wrong(text: str, base: str) -> str | None:
     [
         ("def aply(self, module, context): ...",
          "no stage is named 'aply'; did you mean 'apply'? A method of your own begins with '_'"),
+        ("def __init__(self, keep): ...",
+         "'__init__' is not called with anything of yours: write options as fields with types, 'keep: float = 0.5'"),
         ("def apply(self, module): ...",
          "'apply' lacks the argument 'context': write 'def apply(self, module, context)'"),
         ("def apply(module, context): ...",

@@ -160,6 +160,42 @@ def test_a_file_that_cannot_be_run_is_one_line_with_file_and_line(tmp_path: Path
     )
 
 
+def test_a_stage_that_exits_or_returns_nothing_is_told_as_that(tmp_path: Path) -> None:
+    (tmp_path / "membench_plugins.py").write_text(
+        "from membench.plugins import LayerWise, Technique\n"
+        "class Whole(Technique):\n    def apply(self, module, context): ...\n"
+        "class Layers(LayerWise):\n    def convert(self, name, layer, head): ...\n"
+        "class Exits(Technique):\n    def apply(self, module, context): raise SystemExit(3)\n"
+    )
+    suite = membench.load_suite(_suite(tmp_path, ["whole", "layers", "exits"]))
+    run = membench.run(suite, output=tmp_path / "results")
+    assert {(record.status, record.ended_in) for record in run.records[1:]} == {("failed", "apply")}
+    assert {record.technique: record.message for record in run.records[1:]} == {
+        "exits": "SystemExit: 3",
+        "whole": "TypeError: 'apply' of Whole returned nothing; end it with 'return module'",
+        "layers": "TypeError: 'convert' of Layers returned nothing; end it with 'return layer'",
+    }
+
+
+def test_a_check_that_ends_in_an_error_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "membench_plugins.py").write_text(
+        "from membench.plugins import Model\nclass Odd(Model):\n"
+        "    def check(self): raise KeyError('a')\n    def build(self, context): ...\n"
+    )
+    path = _suite(tmp_path, ["bf16"])
+    path.write_text(path.read_text().replace('use = "ballast"\nmib = 8', 'use = "odd"'))
+    assert _refused(path) == f"{path}: model.small: 'check' of model 'odd' ended in KeyError: 'a'"
+
+
+def test_a_plug_in_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "membench_plugins.py").write_text(
+        "from membench.plugins import Technique\nclass Odd(Technique):\n"
+        "    def model_post_init(self, context): raise KeyError('a')\n"
+    )
+    path = _suite(tmp_path, ["odd"])
+    assert _refused(path) == f"{path}: matrix.technique: technique 'odd' cannot be made: KeyError: 'a'"
+
+
 @pytest.mark.parametrize("text", ["", "from membench.plugins import Technique\nclass _Kept(Technique): ...\n"])
 def test_a_file_without_a_plug_in_is_refused_where_it_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "own.py").write_text(text)

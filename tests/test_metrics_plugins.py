@@ -114,6 +114,7 @@ def test_what_it_cannot_tell_is_unknown_with_the_reason_and_takes_nothing_else_a
         "own.no_number.lower": "it is not finite",
     }
     assert "metric 'raises' is not known: measuring it ended in ValueError: first line" in record.remarks
+    assert "metric 'no_number' is not known: it is not finite" in record.remarks
     assert "the limit on cannot_tell was not checked: there is nothing to tell" in record.remarks
 
 
