@@ -126,6 +126,12 @@ def test_a_rule_about_figures_that_no_case_has_does_not_look_kept(records: tuple
     assert outcome.sentence() == "*: accuracy >= 90 was not checked: no case here has these figures"
 
 
+def test_a_rule_against_the_reference_says_so_where_there_is_nothing_else(records: tuple[Record, ...]) -> None:
+    alone = [record for record in records if record.id == _PAIR[0]]
+    (outcome,) = outcomes([parse("peak_live <= 0.6 * reference")], alone)
+    assert (outcome.holds, outcome.reason) == (None, "only references are here, and nothing to hold against them")
+
+
 def test_of_repeats_the_median_counts(records: tuple[Record, ...]) -> None:
     reference, case = (next(record for record in records if record.id == name) for name in _PAIR)
     outlier = dataclasses.replace(case, repeat=1, metrics={**case.metrics, "peak_live_bytes": 10**12})

@@ -284,6 +284,13 @@ def test_what_would_tell_is_said_once_for_all_cases() -> None:
     assert len(said) == 3
 
 
+def test_where_both_were_measured_in_turn_what_would_tell_is_more_of_that() -> None:
+    base, new = _measured(_case(times=_steps(1.0, 1))), _measured(_case(times=_steps(1.3, 1)))
+    last = judge(base, new, Tolerances(), in_turn=True).sentences()[-1]
+    assert "'--repeats N'" in last
+    assert "--against-ref" not in last
+
+
 def test_by_noise_the_same_code_is_called_slower_as_often_as_is_said() -> None:
     drawn, pairs = random.Random(0), 4000
 
@@ -457,6 +464,9 @@ def test_a_case_that_breaks_fails_and_one_that_is_missing_cannot_be_compared() -
     assert (missing.exit_code, missing.sentences()) == (3, ["not measured now: m/y/train/cpu"])
     skipped = MeasuredCase(other.id, "skipped", "no CUDA device here")
     skips = judge(_measured(good, other), _measured(good, skipped), Tolerances())
+    diverged = MeasuredCase(other.id, "diverged", "the loss became nan", "run", other.values)
+    diverges = judge(_measured(good), _measured(good, diverged), Tolerances())
+    assert diverges.sentences() == ["m/y/train/cpu: diverged in run: the loss became nan"]
     assert skips.exit_code == 3
     assert skips.sentences() == ["not measured now: m/y/train/cpu: skipped: no CUDA device here"]
     added = judge(_measured(good), _measured(good, other), Tolerances())
@@ -568,6 +578,18 @@ def test_a_peak_without_categories_is_told_apart_into_what_stays_and_what_is_tak
         "regressed: m/x/train/cpu: peak_live 100.0 MiB → 120.0 MiB (+20.0%, tolerance 1%):"
         " +20.00 MiB memory that is taken meanwhile and given back (phase run)"
     ]
+
+
+def test_what_stays_after_a_step_is_laid_at_the_states_of_the_optimizer_where_they_are_part_of_it() -> None:
+    base = _case(held_live_bytes=100 * MIB, weights_bytes=40 * MIB, optimizer_state_bytes=40 * MIB)
+    grown = _case(held_live_bytes=116 * MIB, weights_bytes=44 * MIB, optimizer_state_bytes=48 * MIB)
+    causes = _change(_judged(base, grown), "held_live").causes
+    assert [(cause.what, cause.amount) for cause in causes] == [
+        ("optimizer", 8 * MIB), ("weights", 4 * MIB), ("held", 4 * MIB),
+    ]  # fmt: skip
+    elsewhere = _case(held_live_bytes=106 * MIB, weights_bytes=40 * MIB, optimizer_state_bytes=80 * MIB)
+    causes = _change(_judged(base, elsewhere), "held_live").causes
+    assert [(cause.what, cause.amount) for cause in causes] == [("held", 6 * MIB)]
 
 
 def test_a_name_that_stands_for_something_else_now_is_told() -> None:

@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace, suite: Suite) -> int:
 
         def judged(sides: interleaving.Sides) -> Judgement:
             base, head = (of_run(side, name) for side, name in zip(sides, names, strict=True))
-            return judge(base, head, tolerances)
+            return judge(base, head, tolerances, in_turn=True)
 
         sides = both.measure(rounds)
         judgement = judged(sides)

@@ -170,7 +170,15 @@ def _held(base: MeasuredCase, new: MeasuredCase) -> list[Cause]:
     held, weights = (_difference(field, base, new) for field in ("held_live_bytes", "weights_bytes"))
     if held is None or weights is None:
         return []
-    return [*_weights(weights, base, new, "run"), Cause(held - weights, "held", "category", "run")]
+    rest = held - weights
+    states = _difference("optimizer_state_bytes", base, new) or 0
+    if abs(rest - states) > abs(rest):  # they are kept elsewhere
+        states = 0
+    return [
+        *_weights(weights, base, new, "run"),
+        Cause(states, "optimizer", "category", "run"),
+        Cause(rest - states, "held", "category", "run"),
+    ]
 
 
 def _weights(change: float, base: MeasuredCase, new: MeasuredCase, phase: str) -> list[Cause]:

@@ -335,8 +335,15 @@ def outcomes(gates: Sequence[Gate], records: Sequence[Record]) -> list[Outcome]:
             and not (gate.uses_reference and repeats[0].technique == REFERENCE)
             and (outcome := _held(gate, repeats, references.get(repeats[0].group, []))) is not None
         ]
-        found += held or [Outcome(gate.match, gate, None, reason="no case here has these figures")]
+        found += held or [Outcome(gate.match, gate, None, reason=_why_idle(gate, cases))]
     return found
+
+
+def _why_idle(gate: Gate, cases: Mapping[str, Sequence[Record]]) -> str:
+    fitting = [repeats[0].technique for case_id, repeats in cases.items() if fnmatch.fnmatchcase(case_id, gate.match)]
+    if gate.uses_reference and fitting and set(fitting) == {REFERENCE}:
+        return "only references are here, and nothing to hold against them"
+    return "no case here has these figures"
 
 
 def _held(gate: Gate, repeats: Sequence[Record], reference: Sequence[Record]) -> Outcome | None:

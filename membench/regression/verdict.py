@@ -29,6 +29,8 @@ _NOTHING = 1e-6
 
 _MOST_CAUSES = 3
 
+_MORE_IN_TURN = "to tell such a time from chance, measure more rounds ('--repeats N'), or where less else is done"
+
 
 @dataclass(frozen=True)
 class Change:
@@ -147,6 +149,8 @@ class Judgement:
     new: Measured
     pairs: tuple[Pair, ...]
     differences: tuple[Difference, ...]
+    in_turn: bool = False
+    """Whether both were measured in turn: there is then no better way, only more of it."""
 
     def _watched(self, verdict: Verdict) -> tuple[Change, ...]:
         return tuple(
@@ -217,7 +221,9 @@ class Judgement:
         lines = [f"{pair.id}: {pair.broke}" for pair in self.broken]
         lines += [f"regressed: {change.sentence()}" for change in self.regressions]
         lines += [f"undecided: {change.sentence()}" for change in self.undecided]
-        lines += dict.fromkeys(change.advice for change in self.undecided if change.advice)
+        lines += dict.fromkeys(
+            _MORE_IN_TURN if self.in_turn else change.advice for change in self.undecided if change.advice
+        )
         lines += self._lines_on_what_was_not_judged()
         lines += [
             f"nothing to compare with: {pair.id} ended in {self.base.name} as {pair.base.status}: {pair.base.message}"
@@ -230,7 +236,7 @@ class Judgement:
         lines += [
             f"{pair.id}: {pair.new.message}"
             for pair in self.pairs
-            if pair.new and pair.new.is_measured and pair.new.message
+            if pair.new and pair.new.is_measured and pair.new.message and not pair.broke
         ]
         return [one_line(line) for line in lines]
 
@@ -267,11 +273,13 @@ def judge(
     tolerances: Tolerances,
     *,
     across_machines: bool = False,
+    in_turn: bool = False,
 ) -> Judgement:
     """Compare every case of the base with the same one of the new measurement.
 
     Args:
         across_machines: judge figures that hang on the machine although it differs.
+        in_turn: they were measured in turn.
     """
     unlike = differences(base.machine, new.machine)
     pairs = []
@@ -282,7 +290,7 @@ def judge(
         else:
             barring = () if across_machines else unlike
             pairs.append(judge_case(before, now, tolerances, noise=base.noise, differences=barring))
-    return Judgement(base, new, tuple(pairs), unlike)
+    return Judgement(base, new, tuple(pairs), unlike, in_turn)
 
 
 def judge_case(
