@@ -207,9 +207,10 @@ def test_a_suite_may_import_what_lies_beside_it_and_print(tmp_path: Path) -> Non
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "this/none/script/cpu\n", "hello\n")
 
 
-def test_what_a_file_says_of_itself_is_told_without_running_it(tmp_path: Path) -> None:
+def test_what_a_file_says_of_itself_is_told_without_running_it_unless_only_its_suite_says_so(tmp_path: Path) -> None:
     assert description(written(tmp_path, '"""Which size?\n\nMore."""\n1 / 0\n')) == "Which size?"
-    assert description(written(tmp_path, "1 / 0\n")) == ""
+    with pytest.raises(SuiteError, match="division by zero"):
+        description(written(tmp_path, "1 / 0\n"))
 
 
 def test_a_suite_in_python_takes_plug_ins_beside_it(tmp_path: Path) -> None:
