@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
 
 EXIT_OK = 0
@@ -15,6 +16,12 @@ EXIT_INTERRUPTED = 130
 def one_line(text: str) -> str:
     """``text`` with what would break a line or steer a terminal written as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def place_in(error: BaseException, file: str) -> str:
+    """``', line 7'``: the last line of a file that an error came through; nothing if it came through none."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f", line {lines[-1]}" if lines else ""
 
 
 def summary(error: BaseException) -> str:

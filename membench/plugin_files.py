@@ -8,12 +8,11 @@ import hashlib
 import importlib.util
 import re
 import sys
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from membench.errors import PluginError, summary
+from membench.errors import PluginError, place_in, summary
 from membench.names import checked_name
 from membench.plugins import Options, QualityMetric
 from membench.record import PluginFile
@@ -143,9 +142,7 @@ def _module(file: PluginFile) -> ModuleType:
         raise
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file.path]
-        where = f", line {lines[-1]}" if lines else ""
-        raise PluginError(f"{file.name}{where}: {said(error)}") from None
+        raise PluginError(f"{file.name}{place_in(error, file.path)}: {said(error)}") from None
     return module
 
 

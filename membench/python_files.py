@@ -8,13 +8,12 @@ import math
 import os
 import sys
 import tokenize
-import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import CodeType
 from typing import Any, TypeVar
 
-from membench.errors import MembenchError, SuiteError, summary
+from membench.errors import MembenchError, SuiteError, place_in, summary
 
 _T = TypeVar("_T")
 _DEEPEST = 5
@@ -38,11 +37,8 @@ def executed(path: Path) -> tuple[dict[str, Any], str]:
     except BaseException as error:
         if isinstance(error, SuiteError) and str(error).startswith(f"{path}: "):
             raise
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-        where = f", line {lines[-1]}" if lines else ""
         said = str(error) if isinstance(error, MembenchError) else summary(error)
-        raise SuiteError(f"{path}{where}: {said}") from None
+        raise SuiteError(f"{path}{place_in(error, str(path))}: {said}") from None
     if "torch" in sys.modules and not had_torch:
         raise SuiteError(
             f"{path} imports torch, itself or through what it imports; a suite names what is measured,"

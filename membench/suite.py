@@ -170,7 +170,7 @@ def description(path: Path) -> str:
     """
     file, _, chosen = str(path).partition("::")
     if file.endswith(".py"):
-        own = load_suite(path).description if chosen else python_files.docstring(Path(file))
+        own = None if chosen else python_files.docstring(Path(file))
         return one_line((own or load_suite(path).description).strip().partition("\n")[0])
     head = _parsed(path, _read(path)).get("suite")
     said = head.get("description", "") if isinstance(head, dict) else ""
