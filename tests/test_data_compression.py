@@ -452,12 +452,12 @@ def test_bad_options_are_one_clear_line(use: str, option: str, message: str, sui
     assert "\n" not in str(error.value)
 
 
-_BLOCK_BYTES = 2**18  # of uint8
+_BLOCK_BYTES = 2**19  # of uint8
 
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Record]:
-    """Streamed and whole, with 4 MiB of text, of which 2 MiB are decoded at once, and with four times as much."""
+    """Streamed and whole, with 4 MiB of text, the two windows that are decoded at once, and with four times as much."""
     folder = tmp_path_factory.mktemp("codecs")
     rest = (
         '[workload.some]\nuse = "read-data"\ndata = "library"\ndata_size = "4 MiB"\n'

@@ -50,7 +50,7 @@ _STORAGES = {
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 64 rows, so that a small corpus has several windows of four."""
-    monkeypatch.setattr(order, "_BLOCK_TOKENS", 64 * _LENGTH)
+    monkeypatch.setattr(order, "BLOCK_TOKENS", 64 * _LENGTH)
 
 
 def _ids(rows: int = _ROWS, length: int = _LENGTH) -> Ids:
@@ -125,7 +125,7 @@ from membench.data.dataset import endless, epochs
 from membench.data.storage import Damaged
 from membench.plugins import Unsuitable
 from tests.test_reading import _written, _which
-order._BLOCK_TOKENS = 64 * 64
+order.BLOCK_TOKENS = 64 * 64
 data = _written(Path(sys.argv[1]) / "data")
 read = epochs(data, 32, 3, 2)
 found = [_which(list(read(epoch))) for epoch in range(2)]

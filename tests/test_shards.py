@@ -195,7 +195,7 @@ _OF_NO_INDEX = {
     "an empty frame": {"frames": [[0, 0]] * 16},
     "a head": {"head_bytes": 1},
     "a foot": {"foot_bytes": 1},
-    "another checksum": {"head_and_foot_crc32": 1},
+    "another checksum": {"head_and_foot_checksum": 1},
     "frames of another size": {"frame_rows": 63},
     "fewer rows": {"extent": [999, _LENGTH, 256]},
 }  # fmt: skip
@@ -256,7 +256,7 @@ def test_an_index_that_is_cut_or_gone_or_of_other_data_is_named(tmp_path: Path) 
         path.write_text(whole[:kept])
         with pytest.raises(Damaged, match=rf"^{path}: "):
             data.opened()
-    for old, new in (('"zstd"', '"gzip"'), ('"uint8"', '"uint16"'), ('"version":2', '"version":1'), ("1000", "1001")):
+    for old, new in (('"zstd"', '"gzip"'), ('"uint8"', '"uint16"'), ('"version":3', '"version":2'), ("1000", "1001")):
         path.write_text(whole.replace(old, new, 1))
         with pytest.raises(Damaged, match=rf"^{path}: what is here is "):
             data.opened()

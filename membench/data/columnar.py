@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,7 +118,7 @@ def _write_index(path: Path, head_bytes: int, ends: list[int], extent: Extent, s
     with path.open("rb") as file:
         head = file.read(head_bytes)
         stored = (file.read(end - file.tell()) for end in ends)
-        frames = [index.Kept(len(frame), zlib.crc32(frame)) for frame in stored]
+        frames = [index.Kept(len(frame), index.checksum(frame)) for frame in stored]
         index.write(path.parent, extent, storage, frames, (head, file.read()))
 
 

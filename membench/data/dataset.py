@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     Numbers = numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]]
 
 _BLOCKS_AT_ONCE = 4
-_DECODERS = 2
-"""Threads that decode ahead, so that a fast codec does not wait for the batches to be made."""
 _TOKENS_TAKEN_AT_ONCE = 2**15
 """A batch by itself may be so small that calling numpy for it takes longer than its work."""
 _MB = 1e6
@@ -177,42 +175,35 @@ class Dataset:
         """Rows in the order of the windows, a window at once but for its last batch, which comes as a copy.
 
         So whoever holds that one while the next window comes holds nothing of this, and its memory is used again. Where
-        frames are decoded, those of the next window are while this one is worked through.
+        frames are decoded, a thread begins with those of the next window while this one is worked through, and whoever
+        wants it then helps: waiting for each other costs a fast codec more than its work.
         """
         rooms: list[_Room] = []
+        decodes = self.storage.reading != "mapped"
+        helper = ThreadPoolExecutor(1)
 
-        def put(rows: Ids, frames: list[tuple[int, Numbers]]) -> None:
-            for number, places in frames:
-                rows[places] = frame(number)
-
-        if self.storage.reading == "mapped":
-            for window in some:
-                rows = self._room(rooms)[: len(window.order)]
-                put(rows, self._places(window))
-                yield rows[:-size]
-                rows = rows[-size:].copy()
-                yield rows
-            return
-        threads = ThreadPoolExecutor(_DECODERS)
-
-        def begun(window: Window) -> tuple[Ids, list[Future[None]]]:
-            rows, frames = self._room(rooms)[: len(window.order)], self._places(window)
-            return rows, [threads.submit(put, rows, frames[first::_DECODERS]) for first in range(_DECODERS)]
+        def begun(window: Window) -> tuple[_Filling, Future[None] | None]:
+            rows = self._room(rooms)[: len(window.order)]
+            filling = _Filling(rows, collections.deque(self._places(window)), frame)
+            return filling, helper.submit(filling.work) if decodes else None
 
         try:
             coming = map(begun, some)
-            ahead = collections.deque(itertools.islice(coming, 2))
+            ahead = collections.deque(itertools.islice(coming, 2 if decodes else 1))
             while ahead:
-                rows, filling = ahead.popleft()
-                for filled in filling:
-                    filled.result()
+                filling, helped = ahead.popleft()
+                filling.work()
+                if helped is not None:
+                    helped.result()
+                rows = filling.rows
+                del filling, helped  # they hold all of the room
                 yield rows[:-size]
                 rows = rows[-size:].copy()
                 yield rows
                 # Into the room of the one that has just been handed out, while the next may still be decoded.
                 ahead.extend(itertools.islice(coming, 1))
         finally:
-            threads.shutdown(cancel_futures=True)
+            helper.shutdown(cancel_futures=True)
 
     def _room(self, rooms: list[_Room]) -> Ids:
         """Room for the rows of a window: one of these that nobody holds a batch of any more, or else a new one."""
@@ -243,6 +234,34 @@ class Dataset:
 
         step, rows = self.frame_rows, self.extent.rows
         return numpy.concatenate([numpy.arange(n * step, min((n + 1) * step, rows)) for n in window.frames])
+
+
+class _Filling:
+    """The rows of a window while they are decoded, frame by frame, by whoever has time."""
+
+    def __init__(self, rows: Ids, frames: collections.deque[tuple[int, Numbers]], frame: Frame) -> None:
+        self.rows = rows
+        self._items = _items(rows)
+        self._frames = frames
+        self._frame = frame
+
+    def work(self) -> None:
+        """Decode frames until none is left that nobody has begun with.
+
+        Raises:
+            Damaged: if one is not what was written.
+        """
+        while True:
+            try:
+                number, places = self._frames.popleft()
+            except IndexError:
+                return
+            self._items[places] = _items(self._frame(number).astype(self.rows.dtype, copy=False))
+
+
+def _items(rows: Ids) -> Any:
+    """Each row as one item, which numpy moves at once: by tokens it takes half as long again."""
+    return rows.view(f"V{rows.shape[1] * rows.itemsize}")[:, 0]
 
 
 class _Room:

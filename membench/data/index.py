@@ -7,7 +7,6 @@ damaged index can so ask for no other file, no other place and no more memory.
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -17,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from membench.data.dataset import frame_rows
 from membench.data.storage import Damaged, Extent, Storage
 
-_NAME, _VERSION = "index.json", 2
+_NAME, _VERSION = "index.json", 3
 _Size = Annotated[int, Field(ge=0)]
 
 
@@ -25,7 +24,8 @@ class Kept(NamedTuple):
     """What the index knows of a frame."""
 
     stored_bytes: _Size
-    crc32: _Size
+    checksum: _Size
+    """XXH3 in 64 bits: some thirty times as fast as CRC-32, which takes longer than LZ4 does."""
 
 
 class Entry(NamedTuple):
@@ -34,7 +34,7 @@ class Entry(NamedTuple):
     path: Path
     offset: int
     stored_bytes: int
-    crc32: int
+    checksum: int
     rows: int
 
     def read(self) -> bytes:
@@ -59,7 +59,7 @@ class Entry(NamedTuple):
         Raises:
             Damaged: if these bytes are not what was written.
         """
-        if len(stored) != self.stored_bytes or zlib.crc32(stored) != self.crc32:
+        if len(stored) != self.stored_bytes or checksum(stored) != self.checksum:
             raise Damaged(f"{self.path}, offset {self.offset}: the frame's checksum is not what the index says")
 
 
@@ -75,8 +75,14 @@ class _Index(BaseModel):
     """What a file has before its first frame."""
     foot_bytes: _Size = 0
     """What a file has after its last frame."""
-    head_and_foot_crc32: _Size = 0
+    head_and_foot_checksum: _Size = 0
     frames: list[Kept]
+
+
+def checksum(stored: bytes | memoryview) -> int:
+    import xxhash
+
+    return xxhash.xxh3_64_intdigest(stored)
 
 
 def write(
@@ -85,7 +91,7 @@ def write(
     head, foot = head_and_foot
     index = _Index(
         **_header(extent, storage), frames=frames, head_bytes=len(head), foot_bytes=len(foot),
-        head_and_foot_crc32=zlib.crc32(head + foot),
+        head_and_foot_checksum=checksum(head + foot),
     )  # fmt: skip
     (folder / _NAME).write_text(index.model_dump_json())
 
@@ -159,7 +165,7 @@ def _check_files(index: _Index, entries: list[Entry]) -> None:
                 head_and_foot = file.read(index.head_bytes)
                 file.seek(end)
                 head_and_foot += file.read()
-    if zlib.crc32(head_and_foot) != index.head_and_foot_crc32:
+    if checksum(head_and_foot) != index.head_and_foot_checksum:
         raise Damaged(
             f"{entries[-1].path}, offset 0 or {end}: the checksum of head and foot is not what the index says"
         )

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from membench.data.storage import Extent
 
-_BLOCK_TOKENS = 2**18
+BLOCK_TOKENS = 2**19
+"""Smaller ones, and with them frames, make threads wait for each other as long as a fast codec works."""
 
 
 class Window(NamedTuple):
@@ -25,8 +26,8 @@ class Window(NamedTuple):
 
 
 def block_rows(length: int) -> int:
-    """Rows of a block, so many tokens long each: about 262,144 tokens."""
-    return power_of_two(_BLOCK_TOKENS // length)
+    """Rows of a block, so many tokens long each: about 524,288 tokens."""
+    return power_of_two(BLOCK_TOKENS // length)
 
 
 def power_of_two(most: int) -> int:

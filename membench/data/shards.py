@@ -7,7 +7,6 @@ is here can always be read without membench.
 from __future__ import annotations
 
 import functools
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,7 +68,7 @@ def _written(frames: Iterable[Ids], extent: Extent, storage: Storage, folder: Pa
         stored = storage.codec.compress(raw) if storage.codec else raw
         with (folder / _name(storage, number)).open("ab") as file:
             file.write(stored)
-        yield index.Kept(len(stored), zlib.crc32(stored))
+        yield index.Kept(len(stored), index.checksum(stored))
 
 
 def _raw(stored: bytes | memoryview, entry: index.Entry, extent: Extent, storage: Storage) -> bytes | memoryview:

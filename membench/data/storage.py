@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
+from membench.data.order import BLOCK_TOKENS
+
 if TYPE_CHECKING:
     import numpy
 
@@ -104,5 +106,5 @@ class Storage:
     layout: Layout
     codec: Codec | None = None
     reading: Literal["whole", "stream", "mapped"] = "whole"
-    frame_tokens: int = 2**18
+    frame_tokens: int = BLOCK_TOKENS
     padded: bool = False

@@ -25,8 +25,8 @@ class DataTechnique(Technique):
 class Stream(DataTechnique):
     """Data decoded a few frames at a time, while training goes on, instead of all at the start.
 
-    At most eight blocks of 262,144 tokens are decoded at once: the four that batches come from, and the next four,
-    which two threads decode meanwhile. However much data there are, memory stays the same.
+    At most eight blocks of 524,288 tokens are decoded at once: the four that batches come from, and the next four,
+    which a thread begins with meanwhile. However much data there are, memory stays the same.
     """
 
     def data_storage(self, storage: Storage, context: Context) -> Storage:

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from membench.builtin.techniques.data import DataTechnique
 from membench.data import codecs
+from membench.data.order import BLOCK_TOKENS
 from membench.data.shards import Shards
 from membench.data.storage import Codec, Storage
 from membench.plugins import ByteCount, Context, Setting, Unsuitable
@@ -23,7 +24,7 @@ class Compression(DataTechnique):
             frames compress worse; the order of the rows is the same with all.
     """
 
-    frame_tokens: int = Field(2**18, ge=2**10, le=2**18)
+    frame_tokens: int = Field(BLOCK_TOKENS, ge=2**10, le=BLOCK_TOKENS)
 
     def refuse(self, setting: Setting) -> str | None:
         if (reason := super().refuse(setting)) is not None:
