@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import collections
 import itertools
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,30 +181,29 @@ class Dataset:
         """
         rooms: list[_Room] = []
         decodes = self.storage.reading != "mapped"
+        decoding = _Decoding(frame)
         helper = ThreadPoolExecutor(1)
 
-        def begun(window: Window) -> tuple[_Filling, Future[None] | None]:
+        def begun(window: Window) -> _Filling:
             rows = self._room(rooms)[: len(window.order)]
-            filling = _Filling(rows, collections.deque(self._places(window)), frame)
-            return filling, helper.submit(filling.work) if decodes else None
+            filling = decoding.begin(rows, self._places(window))
+            if decodes:
+                helper.submit(decoding.go_on)
+            return filling
 
         try:
             coming = map(begun, some)
             ahead = collections.deque(itertools.islice(coming, 2 if decodes else 1))
             while ahead:
-                filling, helped = ahead.popleft()
-                filling.work()
-                if helped is not None:
-                    helped.result()
-                rows = filling.rows
-                del filling, helped  # they hold all of the room
+                rows = decoding.finished(ahead.popleft())
                 yield rows[:-size]
                 rows = rows[-size:].copy()
                 yield rows
                 # Into the room of the one that has just been handed out, while the next may still be decoded.
                 ahead.extend(itertools.islice(coming, 1))
         finally:
-            helper.shutdown(cancel_futures=True)
+            decoding.stop()
+            helper.shutdown()
 
     def _room(self, rooms: list[_Room]) -> Ids:
         """Room for the rows of a window: one of these that nobody holds a batch of any more, or else a new one."""
@@ -237,26 +237,67 @@ class Dataset:
 
 
 class _Filling:
-    """The rows of a window while they are decoded, frame by frame, by whoever has time."""
+    """The rows of a window while its frames are decoded."""
 
-    def __init__(self, rows: Ids, frames: collections.deque[tuple[int, Numbers]], frame: Frame) -> None:
+    def __init__(self, rows: Ids, frames: int) -> None:
         self.rows = rows
-        self._items = _items(rows)
-        self._frames = frames
-        self._frame = frame
+        self.items = _items(rows)
+        self.ended = threading.Event()
+        self.failed: Exception | None = None
+        self._left = iter(range(frames - 1, -1, -1))
 
-    def work(self) -> None:
-        """Decode frames until none is left that nobody has begun with.
+    def count_one(self) -> None:
+        """One more frame is there; two threads can count at once, as an iterator gives each number to one of them."""
+        if next(self._left) == 0:
+            self.ended.set()
+
+
+class _Decoding:
+    """Frames of several windows, decoded in their order by all threads that come by."""
+
+    def __init__(self, frame: Frame) -> None:
+        self._frame = frame
+        self._waiting: collections.deque[tuple[_Filling, int, Numbers]] = collections.deque()
+
+    def begin(self, rows: Ids, frames: list[tuple[int, Numbers]]) -> _Filling:
+        filling = _Filling(rows, len(frames))
+        self._waiting.extend((filling, number, places) for number, places in frames)
+        return filling
+
+    def finished(self, filling: _Filling) -> Ids:
+        """The rows of a window, once they are all there; whoever wants them helps.
 
         Raises:
-            Damaged: if one is not what was written.
+            Damaged: if a frame is not what was written.
         """
-        while True:
-            try:
-                number, places = self._frames.popleft()
-            except IndexError:
-                return
-            self._items[places] = _items(self._frame(number).astype(self.rows.dtype, copy=False))
+        while not filling.ended.is_set() and self._one():
+            pass
+        filling.ended.wait()
+        if filling.failed is not None:
+            raise filling.failed
+        return filling.rows
+
+    def go_on(self) -> None:
+        """Decode until nothing waits."""
+        while self._one():
+            pass
+
+    def stop(self) -> None:
+        """Begin with no frame any more."""
+        self._waiting.clear()
+
+    def _one(self) -> bool:
+        try:
+            filling, number, places = self._waiting.popleft()
+        except IndexError:
+            return False
+        try:
+            filling.items[places] = _items(self._frame(number).astype(filling.rows.dtype, copy=False))
+            filling.count_one()
+        except Exception as error:  # whoever wants the window hears it, whoever it befell
+            filling.failed = error
+            filling.ended.set()
+        return True
 
 
 def _items(rows: Ids) -> Any:
