@@ -230,6 +230,26 @@ def test_a_baseline_that_is_saved_anew_keeps_what_was_measured_of_the_machines_n
     assert "none will be called slower" not in capsys.readouterr().out
 
 
+def test_nothing_that_hangs_on_another_machine_stays_in_a_baseline(path: Path, measured: Measured) -> None:
+    noise = Noise({_TRAIN: {"peak_live_bytes": Spread(5, 1_449_984, 542_900_224)}})
+    other = {**measured.machine, "threads": 64}
+    baselines.write(dataclasses.replace(measured, noise=noise, machine=other), path)
+    kept = path.read_text()
+    one = dataclasses.replace(measured, cases={_TRAIN: measured.cases[_TRAIN]})
+    with pytest.raises(ResultsError) as raised:
+        baselines.write_into(one, path)
+    assert str(raised.value) == (
+        f"{path}: {len(measured.cases) - 1} cases of it would stay, and are of another machine (threads: 64, now 2);"
+        f" 'membench baseline remove {path.stem}' begins anew"
+    )
+    assert path.read_text() == kept
+    assert baselines.write_into(measured, path) == 0
+    assert baselines.read(path).noise == Noise({})
+    baselines.write(dataclasses.replace(measured, noise=noise, machine=other), path)
+    baselines.write_anew(measured, path)
+    assert baselines.read(path).noise == Noise({})
+
+
 def test_a_baseline_of_the_first_schema_is_read_and_written_anew_as_one_of_this(tmp_path: Path) -> None:
     early = _EARLY.read_text()
     assert json.loads(early)["schema"] == 1

@@ -255,13 +255,10 @@ def _update(base: Measured, judgement: Judgement, arguments: argparse.Namespace,
     path = _baseline_named(named, arguments.output) if named else baseline_path(judgement.new, arguments.output)
     assert path is not None
     if code != EXIT_OK or judgement.undecided:
-        print(f"{path} stays as it is", file=sys.stderr)
+        why = "not all of this is fine" if code != EXIT_OK else "whether all of this is fine is not decided"
+        print(f"{path} stays as it is: {why}", file=sys.stderr)
         return
-    kept = baselines.read(path)
-    moved = dataclasses.replace(
-        judgement.new, cases={**kept.cases, **judgement.new.cases}, noise=kept.noise | judgement.new.noise
-    )
-    baselines.write(moved, path)
+    baselines.write_into(judgement.new, path)
     print(f"{path} is moved to {judgement.new.name}", file=sys.stderr)
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from membench.errors import ResultsError
 from membench.pytest_plugin.judging import how_to_repeat
 from membench.pytest_plugin.sharing import own_name
 from membench.regression import baselines
-from membench.regression.machines import differences
 from membench.regression.measured import Measured, of_run
 from membench.regression.timing import LEAST_REPEATS
 from membench.store import Run
@@ -21,7 +18,6 @@ _TIME = "step_median_s"
 def save(runs: Sequence[Run], name: str, results: Path) -> list[str]:
     """Save runs, and say so in a line or two each.
 
-    A case that was not measured to its end this time stays as it was, and so does one that was not measured at all:
     ``-k``, ``-x`` and ``--lf`` take nothing out of a baseline.
 
     Args:
@@ -37,17 +33,12 @@ def save(runs: Sequence[Run], name: str, results: Path) -> list[str]:
         own = _name(measured, name, len(runs), folder) if name else baselines.default_name(measured)
         path = baselines.path_of(own, folder)
         new = {case_id: case for case_id, case in measured.cases.items() if case.is_measured}
-        kept = baselines.read(path) if path.is_file() else None
-        stays = {case_id: case for case_id, case in kept.cases.items() if case_id not in new} if kept else {}
-        if kept:
-            _refuse_two_machines(kept, measured, len(stays), path)
-            noise = kept.noise | measured.noise
-            measured = dataclasses.replace(measured, cases={**measured.cases, **stays, **new}, noise=noise)
-        baselines.write(measured, path)
-        beside = f", beside {_cases(len(stays))} as before" if stays else ""
+        stay = baselines.write_into(measured, path)
+        beside = f", beside {_cases(stay)} as before" if stay else ""
         lines.append(f"saved as baseline {shown_path(path)}: {_cases(len(new))} as measured now{beside}")
+        noise = baselines.read(path).noise
         times = {case_id: len(case.values.get(_TIME, ())) for case_id, case in new.items()}
-        if any(0 < n < LEAST_REPEATS and not measured.noise.factor(case_id, _TIME) for case_id, n in times.items()):
+        if any(0 < n < LEAST_REPEATS and not noise.factor(case_id, _TIME) for case_id, n in times.items()):
             lines.append(
                 f"times were measured less than {LEAST_REPEATS} times: none will be called slower than these;"
                 f" to have them judged {how_to_repeat(measured.suite)}"
@@ -66,16 +57,6 @@ def _name(measured: Measured, name: str, runs: int, folder: Path) -> str:
     if name in kept:
         return name if baselines.named(name, folder).suite == measured.suite else own
     return own if runs > 1 else name
-
-
-def _refuse_two_machines(kept: Measured, new: Measured, stay: int, path: Path) -> None:
-    on_gpu = any(case.on_gpu for case in (*kept.cases.values(), *new.cases.values()))
-    unlike = [each for each in differences(kept.machine, new.machine) if each.bars(on_gpu)]
-    if stay and unlike:
-        raise ResultsError(
-            f"{shown_path(path)}: {_cases(stay)} of it would stay, and {'is' if stay == 1 else 'are'} of another"
-            f" machine ({unlike[0]}); 'membench baseline remove {path.stem}' begins anew"
-        )
 
 
 def _cases(count: int) -> str:

@@ -18,7 +18,7 @@ from membench import strict_json
 from membench.errors import ResultsError, did_you_mean
 from membench.names import checked_device, checked_name
 from membench.record import METRIC_OF_FIELD, can_be_a_figure, is_own
-from membench.regression.machines import machine_class
+from membench.regression.machines import Difference, differences, machine_class
 from membench.regression.measured import Measured, MeasuredCase, is_duration_of_a_step
 from membench.regression.noise import Noise
 from membench.schema import check_machine
@@ -91,14 +91,51 @@ def write(measured: Measured, path: Path) -> None:
 
 
 def write_anew(measured: Measured, path: Path) -> None:
-    """Keep a measurement in place of the baseline that may be there; what that knows of the machine's noise stays.
+    """Keep a measurement in place of the baseline that may be there; what that knows of this machine's noise stays.
 
     Raises:
         ResultsError: as ``write``; if what is there is no baseline.
     """
     if path.is_file():
-        measured = dataclasses.replace(measured, noise=read(path).noise | measured.noise)
+        measured = dataclasses.replace(measured, noise=_noise(read(path), measured))
     write(measured, path)
+
+
+def write_into(measured: Measured, path: Path) -> int:
+    """Keep a measurement in the baseline that may be there: a case that was not measured to its end this time stays as
+    it was, and so does one that was not measured at all.
+
+    Returns:
+        how many stay.
+
+    Raises:
+        ResultsError: as ``write``; if what is there is no baseline, or what would stay of it is of another machine.
+    """
+    new = {case_id: case for case_id, case in measured.cases.items() if case.is_measured}
+    stays: dict[str, MeasuredCase] = {}
+    if path.is_file():
+        kept = read(path)
+        stays = {case_id: case for case_id, case in kept.cases.items() if case_id not in new}
+        if stays and (unlike := _unlike(kept, measured)):
+            many = len(stays) > 1
+            raise ResultsError(
+                f"{path}: {len(stays)} {'cases' if many else 'case'} of it would stay, and {'are' if many else 'is'} of"
+                f" another machine ({unlike[0]}); 'membench baseline remove {path.stem}' begins anew"
+            )
+        cases = {**measured.cases, **stays, **new}
+        measured = dataclasses.replace(measured, cases=cases, noise=_noise(kept, measured))
+    write(measured, path)
+    return len(stays)
+
+
+def _noise(kept: Measured, new: Measured) -> Noise:
+    """What is known of the noise of the machine of a new measurement."""
+    return new.noise if _unlike(kept, new) else kept.noise | new.noise
+
+
+def _unlike(kept: Measured, new: Measured) -> list[Difference]:
+    on_gpu = any(case.on_gpu for case in (*kept.cases.values(), *new.cases.values()))
+    return [each for each in differences(kept.machine, new.machine) if each.bars(on_gpu)]
 
 
 def read(path: Path) -> Measured:
