@@ -92,6 +92,20 @@ def test_bars_hold_weights_live_and_footprint_with_their_ratios() -> None:
     assert live.table == (("technique", "live peak"), ("none", "128.0 MiB"), ("half", "64.00 MiB ×0.50"))
 
 
+def test_a_part_of_what_held_the_memory_looks_the_same_in_every_group() -> None:
+    def held(workload: str, **sizes: int) -> Any:
+        process = {"breakdown_bytes": {"run": {name: mib * MIB for name, mib in sizes.items()}}, "peak_part": "run"}
+        return dataclasses.replace(record("none", workload=workload, peak_live_bytes=MIB), processes=(process,))
+
+    found = Comparison([held("forward", weights=4, other=1), held("train", weights=4, gradients=4, other=1)])
+    looks = [
+        {one.name: one.look for one in picture.series}
+        for workload in ("forward", "train")
+        if (picture := bars.breakdown(found, ("m", workload, "cpu")))
+    ]
+    assert looks == [{"weights": 0, "other": 5}, {"weights": 0, "gradients": 1, "other": 5}]
+
+
 def test_converting_that_needs_more_than_running_is_named() -> None:
     none = record("none", peak_live_bytes=100 * MIB, apply_peak_live_bytes=90 * MIB)
     costly = record("costly", peak_live_bytes=50 * MIB, apply_peak_live_bytes=150 * MIB)

@@ -154,7 +154,8 @@ def breakdown(found: Comparison, group: Group) -> Bars | None:
     unit, step = byte_unit(max(sum(sizes.values()) for _, sizes in parts.values()))
     series = tuple(
         Series(category, tuple(sizes.get(category, 0) / step for _, sizes in parts.values()),
-               tuple(format_bytes(sizes.get(category, 0)) for _, sizes in parts.values()))
+               tuple(format_bytes(sizes.get(category, 0)) for _, sizes in parts.values()),
+               CATEGORIES.index(category) if category in CATEGORIES else None)
         for category in categories
     )  # fmt: skip
     said = []

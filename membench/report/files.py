@@ -144,10 +144,11 @@ def _bars(at: Axes, picture: Bars) -> None:
     for number, one in enumerate(picture.series):
         values = [value or 0.0 for value in one.values]
         shift = 0.0 if picture.stacked or is_alone else (number - (len(picture.series) - 1) / 2) * thick
-        colours = [_COLOURS[0] if row else _REFERENCE for row in rows] if is_alone else _COLOURS[number % len(_COLOURS)]
+        look = number if one.look is None else one.look
+        colours = [_COLOURS[0] if row else _REFERENCE for row in rows] if is_alone else _COLOURS[look % len(_COLOURS)]
         drawn = at.barh(
             [row + shift for row in rows], values, thick, left=left if picture.stacked else None, color=colours,
-            label=one_line(one.name), hatch=None if is_alone else _HATCHES[number % len(_HATCHES)], edgecolor="white",
+            label=one_line(one.name), hatch=None if is_alone else _HATCHES[look % len(_HATCHES)], edgecolor="white",
             linewidth=0,
         )  # fmt: skip
         if picture.stacked:

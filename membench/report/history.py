@@ -60,7 +60,7 @@ def _lines(runs: Sequence[tuple[Run, Comparison]], group: Group, metric: Metric)
         caption += f" No line goes to {labels[number]}, on another machine or with other versions ({listed(respects)})."
     if len({run.header.get("suite_sha256") for run, _ in runs}) > 1:
         caption += " The suite's text has changed meanwhile."
-    rows = ((name, *texts) for name, _, texts in series)
+    rows = ((one.name, *one.told) for one in series)
     return Lines(metric.title, caption, unit, labels, tuple(unlike), series, (("technique", *labels), *rows))
 
 

@@ -171,8 +171,8 @@
         type: "bar", orientation: "h", name: plain(one.name), y: picture.names.map((_, n) => n), x: one.values,
         hoverinfo: "text", hovertext: picture.names.map((name, n) => `<b>${plain(name)}</b><br>${plain(one.name)} ${plain(one.told[n])}`),
         ...(alone ? { text: one.told.map(plain), textposition: "outside", cliponaxis: false, textfont: { size: 11 } } : {}),
-        marker: { color: alone ? picture.names.map((_, n) => theme.marks[n ? 1 : 0]) : colour(theme, number + 1),
-          pattern: alone ? {} : { shape: PATTERNS[number % PATTERNS.length], fillmode: "overlay", fgcolor: theme.paper, size: 6, solidity: 0.2 } },
+        marker: { color: alone ? picture.names.map((_, n) => theme.marks[n ? 1 : 0]) : colour(theme, (one.look ?? number) + 1),
+          pattern: alone ? {} : { shape: PATTERNS[(one.look ?? number) % PATTERNS.length], fillmode: "overlay", fgcolor: theme.paper, size: 6, solidity: 0.2 } },
       })),
       layout: {
         height, barmode: picture.stacked ? "stack" : "group", bargap: 0.25, showlegend: !alone, legend: { ...legend, y: -46 / (height - 110), traceorder: "normal" },

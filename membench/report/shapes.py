@@ -45,9 +45,12 @@ class Cloud:
 
 
 class Series(NamedTuple):
+    """Values of one name; ``look``: which colour and pattern, where it has the same in every picture."""
+
     name: str
     values: tuple[float | None, ...]
     told: tuple[str, ...]
+    look: int | None = None
 
 
 @dataclass(frozen=True)
