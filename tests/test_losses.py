@@ -277,7 +277,8 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
     path.write_text(
         '[suite]\nname = "losses"\n[matrix]\nmodel = ["llama-15m"]\nworkload = ["steps"]\n'
         'technique = ["none", "fused-linear-cross-entropy"]\n'
-        '[workload.steps]\nuse = "train"\nbatch_size = 4\nsequence_length = 256\n[settings]\nmeasured_steps = 1\n'
+        '[workload.steps]\nuse = "train"\nbatch_size = 4\nsequence_length = 256\n'
+        "[settings]\nwarmup_steps = 1\nmeasured_steps = 1\n"
     )
     found = membench.run(membench.load_suite(path), output=Path(folder)).records
     return {record.technique: record for record in found}

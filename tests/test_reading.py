@@ -17,7 +17,7 @@ import pytest
 import membench
 from membench import corpus
 from membench.assembly import Assembly
-from membench.data import order
+from membench.data import storage
 from membench.data.columnar import ArrowFormat, ParquetFormat
 from membench.data.dataset import Dataset, endless, epochs
 from membench.data.layouts import Bits, Integers
@@ -50,7 +50,7 @@ _STORAGES = {
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 64 rows, so that a small corpus has several windows of four."""
-    monkeypatch.setattr(order, "BLOCK_TOKENS", 64 * _LENGTH)
+    monkeypatch.setattr(storage, "BLOCK_TOKENS", 64 * _LENGTH)
 
 
 def _ids(rows: int = _ROWS, length: int = _LENGTH) -> Ids:
@@ -120,12 +120,12 @@ def test_training_takes_full_batches_of_one_epoch_after_the_other(tmp_path: Path
 _TWO_WORKERS = """
 import json, sys
 from pathlib import Path
-from membench.data import order
+from membench.data import storage
 from membench.data.dataset import endless, epochs
 from membench.data.storage import Damaged
 from membench.plugins import Unsuitable
 from tests.test_reading import _written, _which
-order.BLOCK_TOKENS = 64 * 64
+storage.BLOCK_TOKENS = 64 * 64
 data = _written(Path(sys.argv[1]) / "data")
 read = epochs(data, 32, 3, 2)
 found = [_which(list(read(epoch))) for epoch in range(2)]

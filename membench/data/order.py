@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from membench.data import storage
+
 if TYPE_CHECKING:
     import numpy
 
     from membench.data.storage import Extent
-
-BLOCK_TOKENS = 2**19
-"""Smaller ones, and with them frames, make threads wait for each other as long as a fast codec works."""
 
 
 class Window(NamedTuple):
@@ -27,7 +26,7 @@ class Window(NamedTuple):
 
 def block_rows(length: int) -> int:
     """Rows of a block, so many tokens long each: about 524,288 tokens."""
-    return power_of_two(BLOCK_TOKENS // length)
+    return power_of_two(storage.BLOCK_TOKENS // length)
 
 
 def power_of_two(most: int) -> int:

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
-from membench.data.order import BLOCK_TOKENS
-
 if TYPE_CHECKING:
     import numpy
 
     Ids: TypeAlias = numpy.ndarray[tuple[int, int], numpy.dtype[numpy.unsignedinteger]]
     """Rows of token ids (rows, tokens of a row), of any unsigned type."""
     Type: TypeAlias = numpy.dtype[numpy.unsignedinteger]
+
+
+BLOCK_TOKENS = 2**19
+"""Of a block by which rows are shuffled (see ``order``), and the most of a frame. With smaller ones threads wait for
+each other as long as a fast codec works."""
 
 
 class Damaged(Exception):
