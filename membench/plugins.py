@@ -327,7 +327,7 @@ class LayerWise(Technique):
         for name, layer in [(n, child) for n, child in module.named_modules() if child._parameters]:
             converted = technique.convert(name, layer, head)
             if converted is None:
-                raise TypeError(f"'convert' of {type(self).__name__} returned nothing; end it with 'return layer'")
+                raise returned_nothing(self, "convert", "layer")
             module = replaced(module, name, converted)
         return module
 
@@ -437,6 +437,11 @@ class QualityMetric(Options):
 
 
 CONTRACT_CLASSES: frozenset[type] = frozenset({Options, Model, Technique, LayerWise, Workload, QualityMetric})
+
+
+def returned_nothing(plugin: Options, method: str, wanted: str) -> TypeError:
+    """What to raise where a method that changes something forgot to give it back."""
+    return TypeError(f"'{method}' of {type(plugin).__name__} returned nothing; end it with 'return {wanted}'")
 
 
 @contextmanager

@@ -68,6 +68,10 @@ def test_nothing_is_advised_that_loses_more_than_may_be_lost() -> None:
     assert advice.why == "no measured stack fits 30.00 MiB and is known to lose no more than 0.5%"
     assert dict(advice.others)["quarter"] == "fits, but loses 1.0% (+0.0200 ±0.0010 bits/byte), more than 0.5%"
     assert _advised(_MEASURED, 30, most_loss_percent=1.2).technique == "quarter"
+    slightly = _case("slightly", 25, 0.02008, lost_bits_per_byte_standard_error=0.001)
+    assert dict(_advised([_MEASURED[0], slightly], 30, most_loss_percent=1.0).others)["slightly"] == (
+        "fits, but loses 1.0% (+0.0201 ±0.0010 bits/byte): 1.004% is more than 1%"
+    )
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,24 @@ def test_a_stage_that_exits_or_returns_nothing_is_told_as_that(tmp_path: Path) -
     }
 
 
+def test_a_stage_of_training_that_returns_nothing_is_told_as_that(tmp_path: Path) -> None:
+    (tmp_path / "membench_plugins.py").write_text(
+        "from membench.plugins import Technique\n"
+        "class Quicker(Technique):\n    def optimizer(self, optimizer, module, context): ...\n"
+        "class Shorter(Technique):\n    def training_step(self, step, context): ...\n"
+    )
+    path = tmp_path / "own.toml"
+    path.write_text(
+        '[suite]\nname = "own"\n[matrix]\nmodel = ["untrained-tiny"]\ntechnique = ["quicker", "shorter"]\n'
+        'workload = ["short"]\n[workload.short]\nuse = "train"\nbatch_size = 1\nsequence_length = 16\n'
+    )
+    run = membench.run(membench.load_suite(path), output=tmp_path / "results")
+    assert {record.technique: record.message for record in run.records[1:]} == {
+        "quicker": "TypeError: 'optimizer' of Quicker returned nothing; end it with 'return optimizer'",
+        "shorter": "TypeError: 'training_step' of Shorter returned nothing; end it with 'return step'",
+    }
+
+
 def test_a_check_that_ends_in_an_error_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "membench_plugins.py").write_text(
         "from membench.plugins import Model\nclass Odd(Model):\n"

@@ -279,6 +279,8 @@ def _loses_too_much(loss: _Loss, most_percent: float | None) -> str | None:
     if loss.kind != "percent":
         return f"fits, but {loss.told}"
     if loss.amount > most_percent:
+        if format_percent(loss.amount) == format_percent(most_percent):
+            return f"fits, but {loss.told}: {loss.amount:.4g}% is more than {most_percent:.4g}%"
         return f"fits, but {loss.told}, more than {format_percent(most_percent)}"
     highest = (loss.amount if loss.measured is None else loss.measured) + loss.off
     if highest > most_percent:

@@ -106,8 +106,9 @@ def _axis(
     if quality is None:
         longest = max(values, default=0.0)
         unit, step = next((known for known in _TIMES if longest >= known[1]), _TIMES[-1])
-        of = "a token" if speed == "tokens_per_s" else "a step"
-        return f"time of {of}, {unit} (quality is not known)", (lambda value: value / step), ()
+        if speed == "tokens_per_s":  # of reading, which has no quality
+            return f"time of a token, {unit}", (lambda value: value / step), ()
+        return f"time of a step, {unit} (quality is not known)", (lambda value: value / step), ()
     title = _QUALITY_TITLES[quality]
     if quality == "accuracy_percent":
         return title, (lambda value: value), ()
