@@ -413,10 +413,13 @@ class HeldOut(NamedTuple):
         pieces: runs of token ids, the first of each given and the others to be predicted.
         logits: of token ids (T,), int64, on the case's device: logits (T, vocabulary), as the workload has the module
             read them, with the stack's contexts around it.
+        reference: of a piece, by its number: the reference's logits of all tokens but the last (T - 1, vocabulary),
+            fp32, on the case's device; raises ``Unsuitable`` where they are not kept.
     """
 
     pieces: Sequence[Sequence[int]]
     logits: Callable[[torch.Tensor], torch.Tensor]
+    reference: Callable[[int], torch.Tensor]
 
 
 class QualityMetric(Options):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _PIECE_TOKENS = 256
 _FEWEST_PIECES = 8  # for a standard error
 _LARGEST_REFERENCE_BYTES = 64 * 2**20
+_NO_REFERENCE = "the reference's logits are not there"
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def evaluate(
         "bytes": [piece.bytes for piece in held_out],
     }
     if not is_reference and logits_kept is None:
-        found |= {"kl_nats": None, "top1_agreement_percent": None, "unknown": "the reference's logits are not there"}
+        found |= {"kl_nats": None, "top1_agreement_percent": None, "unknown": _NO_REFERENCE}
     if reference_nats:
         found |= {
             "reference_nats": reference_nats,
@@ -144,12 +146,17 @@ def own(
     techniques: Sequence[Technique],
     workload: Workload,
     context: Context,
+    reference: Path,
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """The figures of metrics that are plug-ins, by field, and remarks on those that failed.
+
+    Args:
+        reference: the file of the reference's logits, as ``evaluate`` has written it.
 
     Returns:
         Of each ``value`` and ``reason``, one of the two ``None``.
     """
+    import numpy
     import torch
 
     from membench.plugins import HeldOut, Unsuitable, stepping
@@ -160,7 +167,18 @@ def own(
 
     found: dict[str, dict[str, Any]] = {}
     remarks = []
-    held_out = HeldOut([piece.ids for piece in pieces(model, module, workload)], logits) if metrics else None
+    held_out = None
+    if metrics:
+        given = [piece.ids for piece in pieces(model, module, workload)]
+        starts = list(itertools.accumulate((len(ids) - 1 for ids in given), initial=0))
+
+        def of_reference(number: int) -> torch.Tensor:
+            if not reference.exists():
+                raise Unsuitable(_NO_REFERENCE)
+            rows = numpy.load(reference, mmap_mode="r")[starts[number] : starts[number + 1]]
+            return torch.tensor(rows, device=context.device)
+
+        held_out = HeldOut(given, logits, of_reference)
     for field, metric in metrics.items():
         value, reason = None, None
         try:

@@ -285,7 +285,7 @@ class _Work:
                 Path(reference["path"]), reference["is_this"],
             )  # fmt: skip
             self._result["own_metrics"], failed = quality.own(
-                case.metrics, case.model, module, case.techniques, case.workload, case.context
+                case.metrics, case.model, module, case.techniques, case.workload, case.context, Path(reference["path"])
             )
         self._result["remarks"] += failed
         if None in self._result["quality"]["nats"] and self.diverged is None:

@@ -43,6 +43,23 @@ class MeanNats(QualityMetric):
         return lost / count
 
 
+class FromReference(QualityMetric):
+    \"\"\"The mean divergence of the reference's distribution from the module's.\"\"\"
+
+    unit = "nats"
+
+    def measure(self, module, held_out, context):
+        import torch
+
+        away, count = 0.0, 0
+        for number, piece in enumerate(held_out.pieces):
+            own = held_out.logits(torch.tensor(piece[:-1], device=context.device)).float().log_softmax(-1)
+            theirs = held_out.reference(number).log_softmax(-1)
+            away += torch.nn.functional.kl_div(own, theirs, reduction="sum", log_target=True).item()
+            count += len(own)
+        return away / count
+
+
 class Raises(QualityMetric):
     def measure(self, module, held_out, context):
         raise ValueError("first line\\nsecond")
@@ -61,7 +78,7 @@ class NoNumber(QualityMetric):
 _SUITE = """\
 [suite]
 name = "own"
-metrics = ["next_token_accuracy", "mean_nats", "of_one", "raises", "cannot_tell", "no_number"]
+metrics = ["next_token_accuracy", "mean_nats", "of_one", "from_reference", "raises", "cannot_tell", "no_number"]
 [matrix]
 model = ["trained-tiny"]
 technique = ["none", "nf4"]
@@ -98,6 +115,8 @@ def test_its_figure_is_what_it_measures_on_the_converted_model(run: membench.Run
         assert 50 < (record.metrics[_ACCURACY] or 0) < 80
         assert record.metrics["own.of_one.lower.nats"] != record.metrics[_NATS]
     assert (converted.metrics[_NATS] or 0) > (reference.metrics[_NATS] or 0)
+    distances = [record.metrics["own.from_reference.lower.nats"] for record in run.records]
+    assert distances == pytest.approx([0, converted.metrics["kl_nats"]], rel=1e-4, abs=1e-9)
     assert reference.case["metric_plugins"][_NATS] == {
         "use": "mean_nats", "options": {}, "file": "membench_plugins.py",
         "sha256": run.header["plugin_files"]["membench_plugins.py"][:12],

@@ -6,7 +6,7 @@ PYTEST_DONT_REWRITE: what an assertion says is for people who do not know this f
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from membench import quality
 from membench.plugins import HeldOut, Model, QualityMetric
@@ -14,6 +14,9 @@ from membench.testing.fake_worker import FakeWorker
 from membench.testing.global_state import GlobalState, restored
 from membench.testing.plugin_conformance import PluginConformance
 from membench.testing.sameness import same, weights_of
+
+if TYPE_CHECKING:
+    import torch
 
 _PIECES = 2
 
@@ -31,9 +34,14 @@ class MetricConformance(PluginConformance):
         import torch
 
         case, module = worker.context, worker.module.eval()
-        found = quality.pieces(case.model, module, worker.workload)[:_PIECES]
+        pieces = [piece.ids for piece in quality.pieces(case.model, module, worker.workload)[:_PIECES]]
+
+        def of_reference(number: int) -> torch.Tensor:
+            """The module is its own: it is as far from it as from nothing."""
+            return worker.logits(torch.tensor(pieces[number][:-1])).float()
+
         with torch.no_grad():
-            measured: float = self.made().measure(module, HeldOut([piece.ids for piece in found], worker.logits), case)
+            measured: float = self.made().measure(module, HeldOut(pieces, worker.logits, of_reference), case)
         return measured
 
     def test_its_figure_is_a_finite_number_and_the_same_each_time(self) -> None:
