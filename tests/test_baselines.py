@@ -243,6 +243,12 @@ def test_nothing_that_hangs_on_another_machine_stays_in_a_baseline(path: Path, m
         f" 'membench baseline remove {path.stem}' begins anew"
     )
     assert path.read_text() == kept
+    # Nothing stays of a case that was not measured to its end before, and is not now.
+    skipped = dataclasses.replace(measured.cases[_TRAIN], status="skipped", values={}, samples={})
+    with_skipped = {**measured.cases, _TRAIN: skipped}
+    baselines.write(dataclasses.replace(measured, noise=noise, machine=other, cases=with_skipped), path)
+    assert baselines.write_into(dataclasses.replace(measured, cases=with_skipped), path) == 0
+    baselines.write(dataclasses.replace(measured, noise=noise, machine=other), path)
     assert baselines.write_into(measured, path) == 0
     assert baselines.read(path).noise == Noise({})
     baselines.write(dataclasses.replace(measured, noise=noise, machine=other), path)

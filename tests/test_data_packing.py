@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from membench.data.storage import Ids
 
 _READ = ReadData.model_validate({})
-_TOKENS, _LENGTH = 2**22, 256
+_TOKENS, _LENGTH = 2**23, 256
 
 
 def _ids(rows: int, length: int, vocabulary: int, seed: int = 0) -> Ids:

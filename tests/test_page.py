@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import json
 import re
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pypdf
 import pytest
 
 import membench
@@ -219,6 +221,12 @@ def test_a_table_of_all_columns_fits_on_paper_and_its_names_are_not_cut_into_let
     # A browser shrinks what it prints by a third at most, and cuts off what is wider.
     assert page.evaluate("document.documentElement.scrollWidth") <= width * 4 / 3
     assert page.evaluate("document.querySelector('#cases tbody th').offsetWidth") > 60
+    # Whoever turns the page still sees what the columns are.
+    reader = pypdf.PdfReader(io.BytesIO(page.pdf(prefer_css_page_size=True)))
+    texts = [sheet.extract_text() for sheet in reader.pages]
+    with_cases = [text for text in texts if len(re.findall("✓ ok", text)) > 10]
+    assert len(with_cases) > 2
+    assert all({"technique", "workload", "together"} <= set(text.split()) for text in with_cases)
 
 
 def test_a_case_chosen_in_the_table_is_gone_to_and_come_back_from(opened: Opener, quickstart: str) -> None:

@@ -97,13 +97,13 @@ def test_a_part_of_what_held_the_memory_looks_the_same_in_every_group() -> None:
         process = {"breakdown_bytes": {"run": {name: mib * MIB for name, mib in sizes.items()}}, "peak_part": "run"}
         return dataclasses.replace(record("none", workload=workload, peak_live_bytes=MIB), processes=(process,))
 
-    found = Comparison([held("forward", weights=4, other=1), held("train", weights=4, gradients=4, other=1)])
+    found = Comparison([held("forward", weights=4, other=1), held("train", weights=4, gradients=4, else_=1, other=1)])
     looks = [
         {one.name: one.look for one in picture.series}
         for workload in ("forward", "train")
         if (picture := bars.breakdown(found, ("m", workload, "cpu")))
     ]
-    assert looks == [{"weights": 0, "other": 5}, {"weights": 0, "gradients": 1, "other": 5}]
+    assert looks == [{"weights": 0, "other": 5}, {"weights": 0, "gradients": 1, "other": 5, "else_": 6}]
 
 
 def test_converting_that_needs_more_than_running_is_named() -> None:

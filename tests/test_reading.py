@@ -6,7 +6,9 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,7 @@ from membench.data.columnar import ArrowFormat, ParquetFormat
 from membench.data.dataset import Dataset, endless, epochs
 from membench.data.layouts import Bits, Integers
 from membench.data.shards import Shards
-from membench.data.storage import Storage
+from membench.data.storage import Damaged, Extent, Frame, Storage
 from membench.errors import SuiteError
 from membench.plugins import Unsuitable
 from membench.record import Record
@@ -90,6 +92,68 @@ def test_an_epoch_has_each_row_once_and_in_another_order_than_the_last(tmp_path:
         assert (numpy.concatenate(batches) == _ids()[_which(batches)]).all()
     assert _which(first) != _which(second)
     assert _which(list(read(0))) == _which(first)
+
+
+class _Panic(BaseException):
+    """What is none of the errors that are expected."""
+
+
+class _Watched:
+    """Shards, with a look at each frame before it is given."""
+
+    def __init__(self, look: Callable[[Ids], Ids]) -> None:
+        self._look = look
+
+    def write(self, frames: Iterable[Ids], extent: Extent, storage: Storage, folder: Path) -> None:
+        Shards().write(frames, extent, storage, folder)
+
+    def open(self, extent: Extent, storage: Storage, folder: Path) -> Frame:
+        frame = Shards().open(extent, storage, folder)
+        return lambda number: self._look(frame(number))
+
+
+def _watched(folder: Path, look: Callable[[Ids], Ids]) -> Dataset:
+    return _written(folder, Storage(_Watched(look), Integers("uint8"), reading="stream", frame_tokens=16 * _LENGTH))
+
+
+@pytest.mark.parametrize("error", [Damaged("frames.bin, offset 0: bad"), _Panic("bad")], ids=["damaged", "panic"])
+@pytest.mark.parametrize("on_helper", [True, False], ids=["the thread that helps", "the thread that reads"])
+def test_what_befalls_either_thread_is_heard_by_who_reads(
+    on_helper: bool, error: BaseException, tmp_path: Path
+) -> None:
+    def look(rows: Ids) -> Ids:
+        time.sleep(0.002)  # so that the other one comes by
+        if (threading.current_thread() is threading.main_thread()) != on_helper:
+            raise error
+        return rows
+
+    threads = threading.active_count()
+    data = _watched(tmp_path / "data", look)
+    with pytest.raises(type(error), match="bad"):
+        list(epochs(data, _BATCH, 3, 0)(0))
+    assert threading.active_count() == threads
+
+
+def test_reading_that_is_given_up_leaves_no_thread(tmp_path: Path) -> None:
+    threads = threading.active_count()
+    for count in range(1, 6):
+        batches = epochs(_watched(tmp_path / str(count), lambda rows: rows), _BATCH, 3, 0)(0)
+        for _ in range(count):
+            next(batches)
+        batches.close()  # type: ignore[attr-defined]
+        assert threading.active_count() == threads
+
+
+def test_frames_are_taken_as_they_were_kept_or_not_at_all(tmp_path: Path) -> None:
+    kept = _written(tmp_path / "kept", _STORAGES["uint8"])
+    columns = _watched(tmp_path / "columns", numpy.asfortranarray)
+    for expected, found in zip(epochs(kept, _BATCH, 3, 0)(0), epochs(columns, _BATCH, 3, 0)(0), strict=True):
+        assert (expected == found).all()
+    narrower = _watched(tmp_path / "narrower", lambda rows: rows[:, :-1])
+    fewer = _watched(tmp_path / "fewer", lambda rows: rows[:1])
+    for data in (narrower, fewer):
+        with pytest.raises(ValueError, match=r"frame \d+ was read as \(\d+, \d+\) rows and tokens, and "):
+            list(epochs(data, _BATCH, 3, 0)(0))
 
 
 def test_rows_of_a_batch_come_from_several_places(tmp_path: Path) -> None:

@@ -260,6 +260,9 @@ def test_an_index_that_is_cut_or_gone_or_of_other_data_is_named(tmp_path: Path) 
         path.write_text(whole.replace(old, new, 1))
         with pytest.raises(Damaged, match=rf"^{path}: what is here is "):
             data.opened()
+    path.write_text(whole.replace('"version":3', '"version":2').replace("_checksum", "_crc32"))
+    with pytest.raises(Damaged, match=rf"^{path}: what is here is of version 2, and 3 is to be read"):
+        data.opened()
     path.write_text("[" * 100_000)
     with pytest.raises(Damaged, match=rf"^{path}: "):
         data.opened()

@@ -247,7 +247,11 @@ def print_judgements(judgements: Sequence[Judgement], form: str) -> None:
 
 
 def _update(base: Measured, judgement: Judgement, arguments: argparse.Namespace, code: int) -> None:
-    """Move the baseline, if all is known to be fine; what it knows of noise stays."""
+    """Move the baseline, if all is known to be fine.
+
+    Raises:
+        ResultsError: if cases would stay that are of another machine.
+    """
     from membench.regression import baselines
     from membench.regression.sources import baseline_path
 

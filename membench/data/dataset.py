@@ -243,7 +243,7 @@ class _Filling:
         self.rows = rows
         self.items = _items(rows)
         self.ended = threading.Event()
-        self.failed: Exception | None = None
+        self.failed: BaseException | None = None
         self._left = iter(range(frames - 1, -1, -1))
 
     def count_one(self) -> None:
@@ -292,16 +292,24 @@ class _Decoding:
         except IndexError:
             return False
         try:
-            filling.items[places] = _items(self._frame(number).astype(filling.rows.dtype, copy=False))
+            decoded = self._frame(number)
+            wanted = (len(places), filling.rows.shape[1])
+            if decoded.shape != wanted:  # numpy would fill up or cut off the items
+                raise ValueError(f"frame {number} was read as {decoded.shape} rows and tokens, and {wanted} were kept")
+            filling.items[places] = _items(decoded.astype(filling.rows.dtype, copy=False))
             filling.count_one()
-        except Exception as error:  # whoever wants the window hears it, whoever it befell
+        except BaseException as error:  # whoever wants the window hears it, whomever it befell
             filling.failed = error
             filling.ended.set()
+            if not isinstance(error, Exception):  # an interrupt is not to wait for the window
+                raise
         return True
 
 
 def _items(rows: Ids) -> Any:
     """Each row as one item, which numpy moves at once: by tokens it takes half as long again."""
+    if rows.strides[1] != rows.itemsize:
+        rows = rows.copy()
     return rows.view(f"V{rows.shape[1] * rows.itemsize}")[:, 0]
 
 

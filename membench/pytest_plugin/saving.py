@@ -31,11 +31,11 @@ def save(runs: Sequence[Run], name: str, results: Path) -> list[str]:
     for run in runs:
         measured = of_run(run)
         own = _name(measured, name, len(runs), folder) if name else baselines.default_name(measured)
-        path = baselines.path_of(own, folder)
+        path = shown_path(baselines.path_of(own, folder))
         new = {case_id: case for case_id, case in measured.cases.items() if case.is_measured}
         stay = baselines.write_into(measured, path)
         beside = f", beside {_cases(stay)} as before" if stay else ""
-        lines.append(f"saved as baseline {shown_path(path)}: {_cases(len(new))} as measured now{beside}")
+        lines.append(f"saved as baseline {path}: {_cases(len(new))} as measured now{beside}")
         noise = baselines.read(path).noise
         times = {case_id: len(case.values.get(_TIME, ())) for case_id, case in new.items()}
         if any(0 < n < LEAST_REPEATS and not noise.factor(case_id, _TIME) for case_id, n in times.items()):

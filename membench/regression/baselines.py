@@ -115,7 +115,13 @@ def write_into(measured: Measured, path: Path) -> int:
     stays: dict[str, MeasuredCase] = {}
     if path.is_file():
         kept = read(path)
-        stays = {case_id: case for case_id, case in kept.cases.items() if case_id not in new}
+        stays = {
+            case_id: case
+            for case_id, case in kept.cases.items()
+            if case_id not in new and (case.is_measured or case_id not in measured.cases)
+        }
+        if not new:
+            return len(stays)
         if stays and (unlike := _unlike(kept, measured)):
             many = len(stays) > 1
             raise ResultsError(

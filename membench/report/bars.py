@@ -150,12 +150,13 @@ def breakdown(found: Comparison, group: Group) -> Bars | None:
     if not parts:
         return None
     known = {category for _, sizes in parts.values() for category in sizes}
-    categories = [*(name for name in CATEGORIES if name in known), *sorted(known - set(CATEGORIES))]
+    looks = [*CATEGORIES, *sorted(known - set(CATEGORIES))]
+    categories = [category for category in looks if category in known]
     unit, step = byte_unit(max(sum(sizes.values()) for _, sizes in parts.values()))
     series = tuple(
         Series(category, tuple(sizes.get(category, 0) / step for _, sizes in parts.values()),
                tuple(format_bytes(sizes.get(category, 0)) for _, sizes in parts.values()),
-               CATEGORIES.index(category) if category in CATEGORIES else None)
+               looks.index(category))
         for category in categories
     )  # fmt: skip
     said = []
