@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 import membench
+from membench import cli
 from membench.errors import SuiteError
 from membench.figures import resolution_bytes
 from membench.record import Record
@@ -149,6 +150,27 @@ def test_verbs_read_a_scripts_run_like_any_other(trained: Ran, tmp_path: Path) -
     same = verb("check", name, "--against", name)
     assert (same.returncode, same.stderr) == (0, "")
     assert "nothing regressed; 2 figures of 1 cases watched" in same.stdout
+
+
+def test_whoever_keeps_a_single_run_is_told_how_times_can_be_judged(
+    trained: Ran, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        cli.main(
+            [
+                "baseline",
+                "save",
+                "--run",
+                str(membench.newest_run(trained.folder / "results")),
+                "--output",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "times were measured less than 3 times: none will be called slower than these; --repeats 3 tells"
+    )
 
 
 def test_more_memory_than_before_has_regressed(trained: Ran, tmp_path: Path) -> None:

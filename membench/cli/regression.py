@@ -293,10 +293,15 @@ def _save(arguments: argparse.Namespace) -> int:
     kept = baselines.read(path)
     times = {case.id: len(case.values.get(_TIME, ())) for case in kept.cases.values()}
     if any(0 < count < LEAST_REPEATS and not kept.noise.factor(case_id, _TIME) for case_id, count in times.items()):
+        is_script = all((case.stands_for.get("workload") or {}).get("use") == "script" for case in kept.cases.values())
         print(
-            f"times were measured less than {LEAST_REPEATS} times: none will be called slower than these;"
-            f" repeats = {LEAST_REPEATS} in [settings] tells,"
-            f" or 'membench calibrate {kept.suite or 'SUITE'} {path.stem}'"
+            f"times were measured less than {LEAST_REPEATS} times: none will be called slower than these; "
+            + (
+                f"--repeats {LEAST_REPEATS} tells"
+                if is_script
+                else f"repeats = {LEAST_REPEATS} in [settings] tells,"
+                f" or 'membench calibrate {kept.suite or 'SUITE'} {path.stem}'"
+            )
         )
     return EXIT_OK
 

@@ -21,8 +21,8 @@ _LEAST_OF_A_STEP = 0.01
 _IN_TURN = "to tell such a time from chance, measure both in turn: 'membench run SUITE --against-ref GIT_REF'"
 _MORE_REPEATS = (
     "to tell a time that was measured once or twice from chance, measure both in turn ('membench run SUITE"
-    f" --against-ref GIT_REF'), set repeats = {LEAST_REPEATS} in [settings] for both, or let 'membench calibrate SUITE"
-    " [NAME]' keep this machine's noise with the baseline"
+    f" --against-ref GIT_REF'), set repeats = {LEAST_REPEATS} in [settings] for both (--repeats {LEAST_REPEATS} for a"
+    " script), or let 'membench calibrate SUITE [NAME]' keep this machine's noise with the baseline"
 )
 
 
