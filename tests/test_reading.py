@@ -122,7 +122,7 @@ def test_what_befalls_either_thread_is_heard_by_who_reads(
     on_helper: bool, error: BaseException, tmp_path: Path
 ) -> None:
     def look(rows: Ids) -> Ids:
-        time.sleep(0.002)  # so that the other one comes by
+        time.sleep(0.01)  # so that the other one comes by
         if (threading.current_thread() is threading.main_thread()) != on_helper:
             raise error
         return rows
