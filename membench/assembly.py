@@ -114,9 +114,7 @@ class Assembly:
             if type(technique).apply is plugins.Technique.apply:
                 continue
             before = fingerprint(module)
-            module = technique.apply(module, self.context)
-            if module is None:
-                raise plugins.returned_nothing(technique, "apply", "module")
+            module = plugins.given_back(technique.apply(module, self.context), technique, "apply", "module")
             if fingerprint(module) == before:
                 self.context.idle.append(technique)
         return module
@@ -176,16 +174,15 @@ class Assembly:
             return _rows_of(wanted.source, most_bytes, self.model, vocabulary, wanted.length, padded)
         found = sources.documents(wanted.source, most_bytes)
         for technique in self.techniques:
-            if (found := technique.corpus(found, self.context)) is None:
-                raise plugins.returned_nothing(technique, "corpus", "documents")
+            found = plugins.given_back(technique.corpus(found, self.context), technique, "corpus", "documents")
         words = functools.partial(tokens.words_of, wanted.source, wanted.most_bytes)
         return tokens.rows(tokens.encoded(found, self.model, vocabulary, words), wanted.length, padded)
 
     def _storage(self) -> Storage:
         storage = Storage(Shards(), Integers("int64"))
         for technique in self.techniques:
-            if (storage := technique.data_storage(storage, self.context)) is None:
-                raise plugins.returned_nothing(technique, "data_storage", "storage")
+            returned = technique.data_storage(storage, self.context)
+            storage = plugins.given_back(returned, technique, "data_storage", "storage")
         return storage
 
     def store(self, module: nn.Module) -> Assembly:
@@ -216,8 +213,7 @@ class Assembly:
         if isinstance(samples, StoredSamples):
             samples = samples.copied()  # those that were read before the baseline are the harness's
         for technique in self.techniques:
-            if (samples := technique.samples(samples, self.context)) is None:
-                raise plugins.returned_nothing(technique, "samples", "samples")
+            samples = plugins.given_back(technique.samples(samples, self.context), technique, "samples", "samples")
         self.context.facts["data_bytes"] = (samples.kept_bytes, "bytes of what samples are drawn from, as it is kept")
         return dataclasses.replace(self, context=dataclasses.replace(self.context, samples=samples))
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeAlias, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from membench.data.dataset import Dataset
     from membench.data.samples import Samples
+
+
+_T = TypeVar("_T")
 
 
 def _parsed(size: object) -> object:
@@ -325,9 +328,7 @@ class LayerWise(Technique):
     def apply(self, module: nn.Module, context: Context) -> nn.Module:
         head, technique = output_head(module), self.for_rehearsal(context)
         for name, layer in [(n, child) for n, child in module.named_modules() if child._parameters]:
-            converted = technique.convert(name, layer, head)
-            if converted is None:
-                raise returned_nothing(self, "convert", "layer")
+            converted = given_back(technique.convert(name, layer, head), self, "convert", "layer")
             module = replaced(module, name, converted)
         return module
 
@@ -442,9 +443,15 @@ class QualityMetric(Options):
 CONTRACT_CLASSES: frozenset[type] = frozenset({Options, Model, Technique, LayerWise, Workload, QualityMetric})
 
 
-def returned_nothing(plugin: Options, method: str, wanted: str) -> TypeError:
-    """What to raise where a method that changes something forgot to give it back."""
-    return TypeError(f"'{method}' of {type(plugin).__name__} returned nothing; end it with 'return {wanted}'")
+def given_back(returned: _T | None, plugin: Options, method: str, wanted: str) -> _T:
+    """What a method that changes something returned.
+
+    Raises:
+        TypeError: if that is nothing: it forgot to give it back.
+    """
+    if returned is None:
+        raise TypeError(f"'{method}' of {type(plugin).__name__} returned nothing; end it with 'return {wanted}'")
+    return returned
 
 
 @contextmanager

@@ -98,8 +98,8 @@ def evaluate(
     if is_reference:
         reference.parent.mkdir(parents=True, exist_ok=True)
         logits_kept = numpy.lib.format.open_memmap(partial, "w+", numpy.float32, (count, vocabulary))
-    elif reference.exists():
-        logits_kept = numpy.load(reference, mmap_mode="r")
+    else:
+        logits_kept = _kept_logits(reference)
     nats, reference_nats, divergence, agreed, position = [], [], 0.0, 0, 0
     with torch.no_grad():
         for piece in held_out:
@@ -156,7 +156,6 @@ def own(
     Returns:
         Of each ``value`` and ``reason``, one of the two ``None``.
     """
-    import numpy
     import torch
 
     from membench.plugins import HeldOut, Unsuitable, stepping
@@ -172,11 +171,12 @@ def own(
         given = [piece.ids for piece in pieces(model, module, workload)]
         starts = list(itertools.accumulate((len(ids) - 1 for ids in given), initial=0))
 
+        logits_kept = _kept_logits(reference)
+
         def of_reference(number: int) -> torch.Tensor:
-            if not reference.exists():
+            if logits_kept is None:
                 raise Unsuitable(_NO_REFERENCE)
-            rows = numpy.load(reference, mmap_mode="r")[starts[number] : starts[number + 1]]
-            return torch.tensor(rows, device=context.device)
+            return torch.tensor(logits_kept[starts[number] : starts[number + 1]], device=context.device)
 
         held_out = HeldOut(given, logits, of_reference)
     for field, metric in metrics.items():
@@ -200,6 +200,13 @@ def own(
             remarks.append(f"metric '{METRIC_OF_FIELD[field].name}' is not known: {reason}")
         found[field] = {"value": value, "reason": reason}
     return found, remarks
+
+
+def _kept_logits(reference: Path) -> Any | None:
+    """The reference's logits (tokens, vocabulary) as they lie in their file, if there is one."""
+    import numpy
+
+    return numpy.load(reference, mmap_mode="r") if reference.exists() else None
 
 
 def _not_negative(value: float) -> float:

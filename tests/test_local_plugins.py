@@ -80,6 +80,11 @@ def _weights_mib(run: membench.Run) -> dict[str, float]:
     return {record.technique: (record.metrics["weights_bytes"] or 0) / _MIB for record in run.records}
 
 
+def _messages(run: membench.Run) -> dict[str, str | None]:
+    """Of each technique but the reference."""
+    return {record.technique: record.message for record in run.records[1:]}
+
+
 def _refused(path: Path) -> str:
     with pytest.raises(MembenchError) as raised:
         membench.load_suite(path)
@@ -170,7 +175,7 @@ def test_a_stage_that_exits_or_returns_nothing_is_told_as_that(tmp_path: Path) -
     suite = membench.load_suite(_suite(tmp_path, ["whole", "layers", "exits"]))
     run = membench.run(suite, output=tmp_path / "results")
     assert {(record.status, record.ended_in) for record in run.records[1:]} == {("failed", "apply")}
-    assert {record.technique: record.message for record in run.records[1:]} == {
+    assert _messages(run) == {
         "exits": "SystemExit: 3",
         "whole": "TypeError: 'apply' of Whole returned nothing; end it with 'return module'",
         "layers": "TypeError: 'convert' of Layers returned nothing; end it with 'return layer'",
@@ -189,7 +194,7 @@ def test_a_stage_of_training_that_returns_nothing_is_told_as_that(tmp_path: Path
         'workload = ["short"]\n[workload.short]\nuse = "train"\nbatch_size = 1\nsequence_length = 16\n'
     )
     run = membench.run(membench.load_suite(path), output=tmp_path / "results")
-    assert {record.technique: record.message for record in run.records[1:]} == {
+    assert _messages(run) == {
         "quicker": "TypeError: 'optimizer' of Quicker returned nothing; end it with 'return optimizer'",
         "shorter": "TypeError: 'training_step' of Shorter returned nothing; end it with 'return step'",
     }

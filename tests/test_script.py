@@ -155,19 +155,8 @@ def test_verbs_read_a_scripts_run_like_any_other(trained: Ran, tmp_path: Path) -
 def test_whoever_keeps_a_single_run_is_told_how_times_can_be_judged(
     trained: Ran, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert (
-        cli.main(
-            [
-                "baseline",
-                "save",
-                "--run",
-                str(membench.newest_run(trained.folder / "results")),
-                "--output",
-                str(tmp_path),
-            ]
-        )
-        == 0
-    )
+    run = str(membench.newest_run(trained.folder / "results"))
+    assert cli.main(["baseline", "save", "--run", run, "--output", str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == (
         "times were measured less than 3 times: none will be called slower than these; --repeats 3 tells"
     )

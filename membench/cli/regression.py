@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from membench.store import Run
 
 _FORMATS = ("simple", "github", "csv", "json", "plain", "grid")
-_TIME = "step_median_s"
 _WHAT = "a run's or a baseline's file, or the name of one in results"
 
 
@@ -277,6 +276,7 @@ def _baseline_named(name: str, results: Path) -> Path | None:
 
 def _save(arguments: argparse.Namespace) -> int:
     from membench.regression import baselines, sources
+    from membench.regression.decision import said_of_few_times
     from membench.regression.timing import LEAST_REPEATS
     from membench.store import newest_run
 
@@ -291,18 +291,13 @@ def _save(arguments: argparse.Namespace) -> int:
         if not case.is_measured:
             print(f"{case.id}: kept as {case.status}; nothing is held against it")
     kept = baselines.read(path)
-    times = {case.id: len(case.values.get(_TIME, ())) for case in kept.cases.values()}
-    if any(0 < count < LEAST_REPEATS and not kept.noise.factor(case_id, _TIME) for case_id, count in times.items()):
-        is_script = all((case.stands_for.get("workload") or {}).get("use") == "script" for case in kept.cases.values())
-        print(
-            f"times were measured less than {LEAST_REPEATS} times: none will be called slower than these; "
-            + (
-                f"--repeats {LEAST_REPEATS} tells"
-                if is_script
-                else f"repeats = {LEAST_REPEATS} in [settings] tells,"
-                f" or 'membench calibrate {kept.suite or 'SUITE'} {path.stem}'"
-            )
-        )
+    remedy = (
+        f"repeats = {LEAST_REPEATS} in [settings] tells, or 'membench calibrate {kept.suite or 'SUITE'} {path.stem}'"
+    )
+    if all((case.stands_for.get("workload") or {}).get("use") == "script" for case in kept.cases.values()):
+        remedy = f"--repeats {LEAST_REPEATS} tells"
+    if said := said_of_few_times(kept, kept.cases, remedy):
+        print(said)
     return EXIT_OK
 
 

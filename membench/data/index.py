@@ -69,6 +69,14 @@ class _Versioned(BaseModel):
     version: int
 
 
+def _version(content: bytes) -> int | None:
+    """Of an index that is none of this version."""
+    try:
+        return _Versioned.model_validate_json(content).version
+    except ValidationError:
+        return None
+
+
 class _Index(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -114,14 +122,14 @@ def read(folder: Path, extent: Extent, storage: Storage, name: Callable[[int], s
     path = folder / _NAME
     try:
         content = path.read_bytes()
-        if (version := _Versioned.model_validate_json(content).version) != _VERSION:
-            raise Damaged(f"{path}: what is here is of version {version}, and {_VERSION} is to be read")
         index = _Index.model_validate_json(content)
     except FileNotFoundError:
         raise Damaged(f"{folder}: no training data are here: {_NAME} is missing") from None
     except OSError as error:
         raise Damaged(f"{path}: {error.strerror}") from None
     except ValidationError as error:
+        if (version := _version(content)) not in (None, _VERSION):
+            raise Damaged(f"{path}: what is here is of version {version}, and {_VERSION} is to be read") from None
         wrong = error.errors()[0]
         raise Damaged(f"{path}: no index of frames: {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}") from None
     wanted = _header(extent, storage)

@@ -8,11 +8,9 @@ from pathlib import Path
 from membench.pytest_plugin.judging import how_to_repeat
 from membench.pytest_plugin.sharing import own_name
 from membench.regression import baselines
+from membench.regression.decision import said_of_few_times
 from membench.regression.measured import Measured, of_run
-from membench.regression.timing import LEAST_REPEATS
 from membench.store import Run
-
-_TIME = "step_median_s"
 
 
 def save(runs: Sequence[Run], name: str, results: Path) -> list[str]:
@@ -32,17 +30,12 @@ def save(runs: Sequence[Run], name: str, results: Path) -> list[str]:
         measured = of_run(run)
         own = _name(measured, name, len(runs), folder) if name else baselines.default_name(measured)
         path = shown_path(baselines.path_of(own, folder))
-        new = {case_id: case for case_id, case in measured.cases.items() if case.is_measured}
-        stay = baselines.write_into(measured, path)
+        new = [case_id for case_id, case in measured.cases.items() if case.is_measured]
+        baseline, stay = baselines.write_into(measured, path)
         beside = f", beside {_cases(stay)} as before" if stay else ""
         lines.append(f"saved as baseline {path}: {_cases(len(new))} as measured now{beside}")
-        noise = baselines.read(path).noise
-        times = {case_id: len(case.values.get(_TIME, ())) for case_id, case in new.items()}
-        if any(0 < n < LEAST_REPEATS and not noise.factor(case_id, _TIME) for case_id, n in times.items()):
-            lines.append(
-                f"times were measured less than {LEAST_REPEATS} times: none will be called slower than these;"
-                f" to have them judged {how_to_repeat(measured.suite)}"
-            )
+        if said := said_of_few_times(baseline, new, f"to have them judged {how_to_repeat(measured.suite)}"):
+            lines.append(said)
     return lines
 
 

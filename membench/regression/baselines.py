@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -101,12 +101,16 @@ def write_anew(measured: Measured, path: Path) -> None:
     write(measured, path)
 
 
-def write_into(measured: Measured, path: Path) -> int:
+class Kept(NamedTuple):
+    """What a baseline holds after cases were put into it, and how many of it are as before."""
+
+    baseline: Measured
+    stay: int
+
+
+def write_into(measured: Measured, path: Path) -> Kept:
     """Keep a measurement in the baseline that may be there: a case that was not measured to its end this time stays as
     it was, and so does one that was not measured at all.
-
-    Returns:
-        how many stay.
 
     Raises:
         ResultsError: as ``write``; if what is there is no baseline, or what would stay of it is of another machine.
@@ -121,7 +125,7 @@ def write_into(measured: Measured, path: Path) -> int:
             if case_id not in new and (case.is_measured or case_id not in measured.cases)
         }
         if not new:
-            return len(stays)
+            return Kept(kept, len(stays))
         if stays and (unlike := _unlike(kept, measured)):
             many = len(stays) > 1
             raise ResultsError(
@@ -131,7 +135,7 @@ def write_into(measured: Measured, path: Path) -> int:
         cases = {**measured.cases, **stays, **new}
         measured = dataclasses.replace(measured, cases=cases, noise=_noise(kept, measured))
     write(measured, path)
-    return len(stays)
+    return Kept(measured, len(stays))
 
 
 def _noise(kept: Measured, new: Measured) -> Noise:

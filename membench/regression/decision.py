@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from membench.record import Metric
 from membench.regression.bounds import proven
 from membench.regression.machines import kind
-from membench.regression.measured import OF_STEPS, MeasuredCase
+from membench.regression.measured import OF_STEPS, Measured, MeasuredCase
 from membench.regression.timing import LEAST_REPEATS, Timing, compare
 
 Verdict = Literal["regressed", "undecided", "not judged", "worse", "better", "same"]
@@ -24,6 +25,20 @@ _MORE_REPEATS = (
     f" --against-ref GIT_REF'), set repeats = {LEAST_REPEATS} in [settings] for both (--repeats {LEAST_REPEATS} for a"
     " script), or let 'membench calibrate SUITE [NAME]' keep this machine's noise with the baseline"
 )
+
+
+_TIME = "step_median_s"
+
+
+def said_of_few_times(baseline: Measured, case_ids: Iterable[str], remedy: str) -> str | None:
+    """What whoever keeps these cases must know of their times; ``None`` where each can be told from chance."""
+    for case_id in case_ids:
+        count = len(baseline.cases[case_id].values.get(_TIME, ()))
+        if 0 < count < LEAST_REPEATS and not baseline.noise.factor(case_id, _TIME):
+            return (
+                f"times were measured less than {LEAST_REPEATS} times: none will be called slower than these; {remedy}"
+            )
+    return None
 
 
 class Decision(NamedTuple):

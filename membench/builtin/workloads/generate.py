@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from membench.plugins import Context, Step, Technique, Tokens, Unsuitable, Workload, returned_nothing, stepping
+from membench.plugins import Context, Step, Technique, Tokens, Unsuitable, Workload, given_back, stepping
 
 if TYPE_CHECKING:
     import torch
@@ -106,8 +106,7 @@ def _options(techniques: Sequence[Technique], context: Context, name: str) -> di
     """
     options: dict[str, Any] = {"use_cache": True}
     for technique in techniques:
-        if (options := technique.generate_options(options, context)) is None:
-            raise returned_nothing(technique, "generate_options", "options")
+        options = given_back(technique.generate_options(options, context), technique, "generate_options", "options")
     if "past_key_values" in options:
         options[name] = options.pop("past_key_values")
     return options

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from membench.plugins import Context, Step, Technique, TrainingStep, Unsuitable, returned_nothing, stepping
+from membench.plugins import Context, Step, Technique, TrainingStep, Unsuitable, given_back, stepping
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +40,7 @@ def steps(
         raise Unsuitable("no parameter of the model can be trained")
     optimizer: torch.optim.Optimizer = kinds[optimizer_name](trained, lr=learning_rate)
     for technique in techniques:
-        if (optimizer := technique.optimizer(optimizer, module, context)) is None:
-            raise returned_nothing(technique, "optimizer", "optimizer")
+        optimizer = given_back(technique.optimizer(optimizer, module, context), technique, "optimizer", "optimizer")
     context.inventory["optimizer"] = lambda: optimizer.state
     pieces = TrainingStep(
         lambda batch: [batch],
@@ -51,8 +50,7 @@ def steps(
         lambda: optimizer.zero_grad(),
     )
     for technique in techniques:
-        if (pieces := technique.training_step(pieces, context)) is None:
-            raise returned_nothing(technique, "training_step", "step")
+        pieces = given_back(technique.training_step(pieces, context), technique, "training_step", "step")
 
     def step() -> torch.Tensor:
         # Gradients are dropped first, so that what is held after a step is what training holds: all of it.
