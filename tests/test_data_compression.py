@@ -87,6 +87,19 @@ def test_what_is_compressed_comes_back_byte_for_byte(name: str, raw: bytes) -> N
 
 
 @pytest.mark.parametrize("name", _NAMES)
+def test_several_frames_come_back_one_after_the_other_or_not_at_all(name: str) -> None:
+    codec, raw = _CODECS[name](), list(_FRAMES.values())
+    stored, sizes = [memoryview(codec.compress(frame)) for frame in raw], [len(frame) for frame in raw]
+    assert codec.decompress_all(stored, sizes) == b"".join(raw)
+    for place in range(len(raw)):
+        cut = [frame[:-1] if number == place else frame for number, frame in enumerate(stored)]
+        with pytest.raises(Damaged):
+            codec.decompress_all(cut, sizes)
+        with pytest.raises(Damaged, match=str(sizes[place] + 1)):
+            codec.decompress_all(stored, [size + (number == place) for number, size in enumerate(sizes)])
+
+
+@pytest.mark.parametrize("name", _NAMES)
 def test_text_gets_smaller(name: str) -> None:
     raw = _FRAMES["text"]
     assert len(raw) / len(_CODECS[name]().compress(raw)) > 1.5

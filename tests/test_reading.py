@@ -24,7 +24,7 @@ from membench.data.columnar import ArrowFormat, ParquetFormat
 from membench.data.dataset import Dataset, endless, epochs
 from membench.data.layouts import Bits, Integers
 from membench.data.shards import Shards
-from membench.data.storage import Damaged, Extent, Frame, Storage
+from membench.data.storage import Damaged, Extent, Read, Storage
 from membench.errors import SuiteError
 from membench.plugins import Unsuitable
 from membench.record import Record
@@ -99,7 +99,7 @@ class _Panic(BaseException):
 
 
 class _Watched:
-    """Shards, with a look at each frame before it is given."""
+    """Shards, with a look at the rows of frames before they are given."""
 
     def __init__(self, look: Callable[[Ids], Ids]) -> None:
         self._look = look
@@ -107,9 +107,9 @@ class _Watched:
     def write(self, frames: Iterable[Ids], extent: Extent, storage: Storage, folder: Path) -> None:
         Shards().write(frames, extent, storage, folder)
 
-    def open(self, extent: Extent, storage: Storage, folder: Path) -> Frame:
-        frame = Shards().open(extent, storage, folder)
-        return lambda number: self._look(frame(number))
+    def open(self, extent: Extent, storage: Storage, folder: Path) -> Read:
+        read = Shards().open(extent, storage, folder)
+        return lambda numbers: self._look(read(numbers))
 
 
 def _watched(folder: Path, look: Callable[[Ids], Ids]) -> Dataset:
@@ -152,7 +152,7 @@ def test_frames_are_taken_as_they_were_kept_or_not_at_all(tmp_path: Path) -> Non
     narrower = _watched(tmp_path / "narrower", lambda rows: rows[:, :-1])
     fewer = _watched(tmp_path / "fewer", lambda rows: rows[:1])
     for data in (narrower, fewer):
-        with pytest.raises(ValueError, match=r"frame \d+ was read as \(\d+, \d+\) rows and tokens, and "):
+        with pytest.raises(ValueError, match=r"frames \d+ to \d+ were read as \(\d+, \d+\) rows and tokens, and "):
             list(epochs(data, _BATCH, 3, 0)(0))
 
 

@@ -121,9 +121,10 @@ def test_a_flipped_bit_is_named_with_file_and_offset_and_its_frame_gives_no_rows
             flipped[place] ^= 1 << place % 8
             path.write_bytes(flipped)
             number, offset = _frame_at(data, path.name, place)
-            frame = data.storage.format.open(data.extent, data.storage, data.folder)
-            with pytest.raises(Damaged, match=rf"^{path}, offset {offset}: "):
-                frame(number)
+            read = data.storage.format.open(data.extent, data.storage, data.folder)
+            for numbers in (range(number, number + 1), range(max(0, number - 2), min(16, number + 2))):
+                with pytest.raises(Damaged, match=rf"^{path}, offset {offset}: "):
+                    read(numbers)
             with pytest.raises(Damaged, match=rf"^{path}, offset {offset}: "):
                 _epoch(data)
         path.write_bytes(whole)
@@ -155,11 +156,14 @@ def test_a_shard_that_was_cut_is_named_with_file_and_offset_before_anything_is_r
 
 def test_a_shard_that_is_cut_while_it_is_read_gives_no_rows(tmp_path: Path) -> None:
     data = _written(tmp_path / "data", "zstd")
-    frame, path = data.storage.format.open(data.extent, data.storage, data.folder), tmp_path / "data" / "frames.zst"
-    assert len(frame(15)) == _ROWS - 15 * _FRAME_ROWS
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(Damaged, match=rf"^{path}, offset \d+: "):
-        frame(15)
+    read, path = data.storage.format.open(data.extent, data.storage, data.folder), tmp_path / "data" / "frames.zst"
+    assert len(read(range(15, 16))) == _ROWS - 15 * _FRAME_ROWS
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    _, offset = _frame_at(data, path.name, len(whole) - 1)
+    for first in (15, 13):
+        with pytest.raises(Damaged, match=rf"^{path}, offset {offset}: "):
+            read(range(first, 16))
 
 
 @pytest.mark.parametrize("rows", [_FRAME_ROWS - 1, _FRAME_ROWS + 1, 1000 * _FRAME_ROWS])
@@ -170,11 +174,14 @@ def test_a_frame_that_holds_other_than_its_rows_gives_none(kind: str, rows: int,
     frames = [_rows(count) for count in (_FRAME_ROWS, _FRAME_ROWS, rows, *[_FRAME_ROWS] * 12, 8)]
     extent = Extent(15 * _FRAME_ROWS + 8, _LENGTH, 256)
     storage.format.write(frames, extent, storage, tmp_path / "data")
-    frame = storage.format.open(extent, storage, tmp_path / "data")
-    assert frame(1).tolist() == _rows(_FRAME_ROWS).tolist()
-    assert frame(15).tolist() == _rows(8).tolist()
-    with pytest.raises(Damaged, match=rf"^{tmp_path}/data/(frames|000002)\.\w+, offset \d+: "):
-        frame(2)
+    read = storage.format.open(extent, storage, tmp_path / "data")
+    assert read(range(1, 2)).tolist() == _rows(_FRAME_ROWS).tolist()
+    assert read(range(14, 16)).tolist() == [*_rows(_FRAME_ROWS).tolist(), *_rows(8).tolist()]
+    with pytest.raises(Damaged, match=rf"^{tmp_path}/data/(frames|000002)\.\w+, offset \d+: ") as alone:
+        read(range(2, 3))
+    with pytest.raises(Damaged) as among_others:
+        read(range(16))
+    assert str(among_others.value) == str(alone.value)
 
 
 _OF_NO_INDEX = {

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from membench.data.storage import Codec
+from membench.data.storage import Buffer, Codec
 
 
 class Timed:
@@ -48,9 +48,15 @@ class Timed:
         self.stored_bytes += len(stored)
         return stored
 
-    def decompress(self, stored: bytes, raw_bytes: int) -> bytes:
+    def decompress(self, stored: Buffer, raw_bytes: int) -> bytes:
+        return self._decompressed(lambda: self._codec.decompress(stored, raw_bytes))
+
+    def decompress_all(self, stored: Sequence[Buffer], raw_bytes: Sequence[int]) -> bytes:
+        return self._decompressed(lambda: self._codec.decompress_all(stored, raw_bytes))
+
+    def _decompressed(self, decompress: Callable[[], bytes]) -> bytes:
         began = time.perf_counter()
-        raw = self._codec.decompress(stored, raw_bytes)
+        raw = decompress()
         self.decompress_s += time.perf_counter() - began
         self.decompressed_bytes += len(raw)
         return raw

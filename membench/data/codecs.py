@@ -6,14 +6,17 @@ never given: ``decompress`` raises ``Damaged``.
 
 from __future__ import annotations
 
+import functools
 import io
+import struct
 import threading
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from membench.data.storage import Damaged
+from membench.data.arrow import pyarrow
+from membench.data.storage import Buffer, Damaged
 from membench.plugins import Unsuitable
 from membench.units import format_bytes
 
@@ -29,6 +32,10 @@ _LZMA_DICTIONARY_BYTES = tuple(2**power for power in (18, 20, 21, 22, 22, 23, 23
 _SAMPLE_BYTES = 4096
 _SAMPLES_TO_DICTIONARY = 100
 """How many times its own size a dictionary is trained on, as zstd(1) advises."""
+
+_LZ4_HEADER = struct.Struct("<4sBBQ")
+"""What a frame begins with: its mark, flags, the size of blocks and, if the flag for it is set, that of the whole."""
+_LZ4_MARK, _LZ4_HAS_SIZE = b"\x04\x22\x4d\x18", 0x08
 
 _BROTLI_STEP_BYTES = 2**16
 
@@ -46,6 +53,12 @@ class _Codec:
     def remember(self, folder: Path) -> None:
         pass
 
+    def decompress(self, stored: Buffer, raw_bytes: int) -> bytes:
+        raise NotImplementedError
+
+    def decompress_all(self, stored: Sequence[Buffer], raw_bytes: Sequence[int]) -> bytes:
+        return b"".join(map(self.decompress, stored, raw_bytes))
+
 
 class _Streamed(_Codec):
     """A codec whose library decompresses as Python's own do: so many bytes at most, and says where a stream ends."""
@@ -54,7 +67,7 @@ class _Streamed(_Codec):
         """For one frame; and what it raises on bytes that are none."""
         raise NotImplementedError
 
-    def decompress(self, stored: bytes, raw_bytes: int) -> bytes:
+    def decompress(self, stored: Buffer, raw_bytes: int) -> bytes:
         stream, errors = self.decompressor(raw_bytes)
         try:
             # One byte more than there should be: it shows that there are more, and lets a whole frame come to its end.
@@ -124,7 +137,7 @@ class Lzma(_Streamed):
         return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2 * raw_bytes + 2**20), (lzma.LZMAError,)
 
 
-class Lz4(_Streamed):
+class Lz4(_Codec):
     """LZ4 in the frame format of lz4(1), with the size of what is inside."""
 
     name, ending = "lz4", "lz4"
@@ -135,13 +148,27 @@ class Lz4(_Streamed):
     def compress(self, raw: bytes) -> bytes:
         from lz4 import frame  # type: ignore[import-untyped]
 
-        # Blocks as large as lz4(1) makes them; the library takes smaller ones where the whole is smaller.
-        return bytes(frame.compress(raw, self._level, frame.BLOCKSIZE_MAX4MB, block_linked=False, store_size=True))
+        # Larger blocks would be decoded aside, and copied.
+        return bytes(frame.compress(raw, self._level, frame.BLOCKSIZE_MAX256KB, block_linked=False, store_size=True))
 
-    def decompressor(self, raw_bytes: int) -> tuple[Any, tuple[type[Exception], ...]]:
-        from lz4 import frame
+    @functools.cached_property
+    def _decoder(self) -> Any:
+        """pyarrow's: that of the package copies what it has made, and keeps Python's lock while it does."""
+        return pyarrow().Codec(self.name)
 
-        return frame.LZ4FrameDecompressor(), (RuntimeError,)
+    def decompress(self, stored: Buffer, raw_bytes: int) -> bytes:
+        # The decoder makes what it is asked for: what is not in the frame is left as it was in memory.
+        if len(stored) < _LZ4_HEADER.size:
+            raise _no_frame(self.name, "it ends within its header")
+        mark, flags, _, content_bytes = _LZ4_HEADER.unpack_from(stored)
+        if mark != _LZ4_MARK:
+            raise _no_frame(self.name, "it does not begin as one does")
+        if not flags & _LZ4_HAS_SIZE or content_bytes != raw_bytes:
+            raise _other_size(raw_bytes)
+        try:
+            return bytes(self._decoder.decompress(stored, raw_bytes, asbytes=True))
+        except OSError as error:
+            raise _no_frame(self.name, error) from None
 
 
 class Lzw(_Codec):
@@ -158,10 +185,10 @@ class Lzw(_Codec):
 
         return bytes(ncompress.compress(raw))
 
-    def decompress(self, stored: bytes, raw_bytes: int) -> bytes:
+    def decompress(self, stored: Buffer, raw_bytes: int) -> bytes:
         import ncompress
 
-        if not stored.startswith(_LZW_HEADER):
+        if stored[: len(_LZW_HEADER)] != _LZW_HEADER:
             raise Damaged("not a frame of lzw: it does not begin as compress(1) does with codes of 16 bits")
         made = _Bounded(stored, raw_bytes)
         try:
@@ -177,7 +204,7 @@ class _Bounded:
     It never raises: the library writes the last of its buffer while it leaves with an error, and would end the process.
     """
 
-    def __init__(self, stored: bytes, most_bytes: int) -> None:
+    def __init__(self, stored: Buffer, most_bytes: int) -> None:
         self.raw = bytearray()
         self._stored, self._most_bytes = io.BytesIO(stored), most_bytes
 
@@ -206,10 +233,10 @@ class Brotli(_Codec):
         window_bits = min(24, max(10, len(raw).bit_length()))  # the smallest that reaches over the frame
         return bytes(brotli.compress(raw, quality=self._quality, lgwin=window_bits))
 
-    def decompress(self, stored: bytes, raw_bytes: int) -> bytes:
+    def decompress(self, stored: Buffer, raw_bytes: int) -> bytes:
         import brotli
 
-        stream, pieces, made, left = brotli.Decompressor(), [], 0, stored
+        stream, pieces, made, left = brotli.Decompressor(), [], 0, bytes(stored)
         try:
             while made <= raw_bytes and not stream.is_finished():
                 # The limit is passed by up to a block of the decoder's, which grow: small steps keep them small.
@@ -278,20 +305,41 @@ class Zstd(_Codec):
             self._of_thread.compressor = zstandard.ZstdCompressor(self._level, self._dictionary)
         return bytes(self._of_thread.compressor.compress(raw))
 
-    def decompress(self, stored: bytes, raw_bytes: int) -> bytes:
+    def decompress(self, stored: Buffer, raw_bytes: int) -> bytes:
+        import zstandard
+
+        try:
+            # The library makes room for what the header says, whatever limit it is given.
+            if zstandard.frame_content_size(stored) != raw_bytes:
+                raise _other_size(raw_bytes)
+            raw = self._decompressor().decompress(stored, allow_extra_data=False)
+        except zstandard.ZstdError as error:
+            raise _no_frame(self.name, error) from None
+        return _whole(raw, raw_bytes)
+
+    def decompress_all(self, stored: Sequence[Buffer], raw_bytes: Sequence[int]) -> bytes:
+        """What follows a frame within its bytes goes unnoticed here, and is told by the checksum of the shards."""
+        import zstandard
+
+        try:
+            for frame, size in zip(stored, raw_bytes, strict=True):
+                if zstandard.frame_content_size(frame) != size:
+                    raise _other_size(size)
+            sizes = struct.pack(f"={len(raw_bytes)}Q", *raw_bytes)
+            raw: Any = self._decompressor().multi_decompress_to_buffer(list(stored), decompressed_sizes=sizes)
+            return b"".join(raw)
+        except zstandard.ZstdError as error:
+            raise _no_frame(self.name, error) from None
+
+    def _decompressor(self) -> zstandard.ZstdDecompressor:
+        """This thread's."""
         import zstandard
 
         here = self._of_thread  # another thread may open the data anew meanwhile
         if not hasattr(here, "decompressor"):
             here.decompressor = zstandard.ZstdDecompressor(self._dictionary)
-        try:
-            # The library makes room for what the header says, whatever limit it is given.
-            if zstandard.frame_content_size(stored) != raw_bytes:
-                raise Damaged(f"the frame's header does not say that it holds {raw_bytes} bytes")
-            raw = here.decompressor.decompress(stored, allow_extra_data=False)
-        except zstandard.ZstdError as error:
-            raise _no_frame(self.name, error) from None
-        return _whole(raw, raw_bytes)
+        decompressor: zstandard.ZstdDecompressor = here.decompressor
+        return decompressor
 
 
 def _samples(frames: Iterable[bytes], wanted_bytes: int) -> list[bytes | bytearray | memoryview[int]]:
@@ -331,9 +379,13 @@ def _too_large(raw_bytes: int) -> Damaged:
     return Damaged(f"the frame holds more than its {raw_bytes} bytes: decompressing was stopped there")
 
 
+def _other_size(raw_bytes: int) -> Damaged:
+    return Damaged(f"the frame's header does not say that it holds {raw_bytes} bytes")
+
+
 def _broken_off(made_bytes: int, raw_bytes: int) -> Damaged:
     return Damaged(f"the frame breaks off: {made_bytes} of its {raw_bytes} bytes are there")
 
 
-def _no_frame(name: str, error: Exception) -> Damaged:
+def _no_frame(name: str, error: object) -> Damaged:
     return Damaged(f"not a frame of {name}: {error}")

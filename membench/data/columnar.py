@@ -14,7 +14,7 @@ from membench.data import index
 from membench.data.arrow import pyarrow
 from membench.data.layouts import Integers
 from membench.data.partial import whole_or_not_at_all
-from membench.data.storage import Damaged, Extent, Frame, Storage
+from membench.data.storage import Damaged, Extent, Read, Storage
 
 if TYPE_CHECKING:
     from membench.data.storage import Ids
@@ -48,24 +48,25 @@ class ParquetFormat:
                     ends.append(file.tell())
             _write_index(partial / _PARQUET, len(_PARQUET_MAGIC), ends, extent, storage)
 
-    def open(self, extent: Extent, storage: Storage, folder: Path) -> Frame:
+    def open(self, extent: Extent, storage: Storage, folder: Path) -> Read:
         arrow, path = pyarrow(), folder / _PARQUET
         entries = index.read(folder, extent, storage, lambda number: _PARQUET)
         with _told_as_damage(path):
             metadata = arrow.parquet.read_metadata(path)
 
-        def frame(number: int) -> Ids:
-            entry = entries[number]
-            stored = _Part(entry.read(), entry.offset)
+        def read(numbers: range) -> Ids:
+            run = entries[numbers.start : numbers.stop]
+            stored = index.read_bytes(run)
+            index.frames_of(stored, run)
             with (
-                _told_as_damage(f"{path}, offset {entry.offset}"),
-                # Opened for each frame: a reader of pyarrow is not to be shared by threads or processes.
-                arrow.parquet.ParquetFile(stored, metadata=metadata, pre_buffer=False) as file,
+                _told_as_damage(f"{path}, offset {run[0].offset}"),
+                # Opened each time: a reader of pyarrow is not to be shared by threads or processes.
+                arrow.parquet.ParquetFile(_Part(stored, run[0].offset), metadata=metadata, pre_buffer=False) as file,
             ):
-                table = file.read_row_group(number, use_threads=False)
+                table = file.read_row_groups(list(numbers), use_threads=False)
             return _rows(table.column(0).combine_chunks())
 
-        return frame
+        return read
 
 
 class _Part(io.BytesIO):
@@ -96,21 +97,24 @@ class ArrowFormat:
                     ends.append(file.tell())
             _write_index(partial / _ARROW, len(_ARROW_MAGIC) + schema.serialize().size, ends, extent, storage)
 
-    def open(self, extent: Extent, storage: Storage, folder: Path) -> Frame:
+    def open(self, extent: Extent, storage: Storage, folder: Path) -> Read:
+        import numpy
+
         arrow, path = pyarrow(), folder / _ARROW
         entries = index.read(folder, extent, storage, lambda number: _ARROW)
         with _told_as_damage(path):
             mapped = arrow.memory_map(str(path)).read_buffer()
             reader = arrow.ipc.open_file(mapped)
 
-        def frame(number: int) -> Ids:
-            entry = entries[number]
+        def read(numbers: range) -> Ids:
+            run = entries[numbers.start : numbers.stop]
             # Before it is parsed: a flipped bit in its header can make the library abort the process.
-            entry.check(memoryview(mapped)[entry.offset : entry.offset + entry.stored_bytes])
-            with _told_as_damage(f"{path}, offset {entry.offset}"):
-                return _rows(reader.get_batch(number).column(0))
+            index.frames_of(memoryview(mapped)[run[0].offset : run[-1].end], run)
+            with _told_as_damage(f"{path}, offset {run[0].offset}"):
+                parts = [_rows(reader.get_batch(number).column(0)) for number in numbers]
+            return parts[0] if len(parts) == 1 else numpy.concatenate(parts)
 
-        return frame
+        return read
 
 
 def _write_index(path: Path, head_bytes: int, ends: list[int], extent: Extent, storage: Storage) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from membench.data.codec_timing import Timed
 from membench.data.order import Window, block_rows, power_of_two, windows
-from membench.data.storage import Damaged, Extent, Frame, Storage
+from membench.data.storage import Damaged, Extent, Read, Storage
 from membench.plugins import Unsuitable
 
 if TYPE_CHECKING:
@@ -115,24 +115,29 @@ class Dataset:
         return found
 
     def _decode(self) -> None:
-        frame = self.storage.format.open(self.extent, self.storage, self.folder)
-        for number in range(-(-self.extent.rows // self.frame_rows)):
-            frame(number)
+        read = self.storage.format.open(self.extent, self.storage, self.folder)
+        for block in self._blocks():
+            read(block)
 
-    def opened(self) -> Ids | Frame:
+    def _blocks(self) -> Iterator[range]:
+        """The frames of each block."""
+        frames, inside = -(-self.extent.rows // self.frame_rows), block_rows(self.extent.length) // self.frame_rows
+        return (range(first, min(first + inside, frames)) for first in range(0, frames, inside))
+
+    def opened(self) -> Ids | Read:
         """Ready to read: all rows, decoded now, if they are read whole."""
         import numpy
 
-        frame = self.storage.format.open(self.extent, self.storage, self.folder)
+        read = self.storage.format.open(self.extent, self.storage, self.folder)
         if self.storage.reading != "whole":
-            return frame
+            return read
         whole = numpy.empty((self.extent.rows, self.extent.length), self.storage.layout.type(self.extent))
-        for number, start in enumerate(range(0, self.extent.rows, self.frame_rows)):
-            whole[start : start + self.frame_rows] = frame(number)
+        for block in self._blocks():
+            whole[block.start * self.frame_rows : block.stop * self.frame_rows] = read(block)
         return whole
 
     def batches(
-        self, size: int, seed: int, epoch: int, opened: Ids | Frame, share: tuple[int, int] = (0, 1)
+        self, size: int, seed: int, epoch: int, opened: Ids | Read, share: tuple[int, int] = (0, 1)
     ) -> Iterator[Any]:
         """The batches of an epoch, (size, tokens); the last has the rows that are left.
 
@@ -172,16 +177,16 @@ class Dataset:
             for start in range(0, len(numbers), at_once):
                 yield opened.take(numbers[start : start + at_once], axis=0)
 
-    def _decoded(self, some: Iterable[Window], frame: Frame, size: int) -> Iterator[Ids]:
+    def _decoded(self, some: Iterable[Window], read: Read, size: int) -> Iterator[Ids]:
         """Rows in the order of the windows, a window at once but for its last batch, which comes as a copy.
 
         So whoever holds that one while the next window comes holds nothing of this, and its memory is used again. Where
-        frames are decoded, a thread begins with those of the next window while this one is worked through, and whoever
+        blocks are decoded, a thread begins with those of the next window while this one is worked through, and whoever
         wants it then helps: waiting for each other costs a fast codec more than its work.
         """
         rooms: list[_Room] = []
         decodes = self.storage.reading != "mapped"
-        decoding = _Decoding(frame)
+        decoding = _Decoding(read)
         helper = ThreadPoolExecutor(1)
 
         def begun(window: Window) -> _Filling:
@@ -214,54 +219,55 @@ class Dataset:
         rooms.append(_Room(rows, self.extent.length, self.storage.layout.type(self.extent)))
         return rooms[-1].lent()
 
-    def _places(self, window: Window) -> list[tuple[int, Numbers]]:
-        """A window's frames, each with the places that its rows come to in the window's order."""
+    def _places(self, window: Window) -> list[tuple[range, Numbers]]:
+        """A window's blocks, each with the places that its rows come to in the window's order."""
         import numpy
 
         places = numpy.empty_like(window.order)
         places[window.order] = numpy.arange(len(places))
-        step = self.frame_rows
-        counts = [min(step, self.extent.rows - number * step) for number in window.frames]
-        starts = itertools.accumulate(counts, initial=0)
+        ends = itertools.accumulate((len(self._rows_of(block)) for block in window.blocks), initial=0)
         return [
-            (number, places[start : start + count])
-            for number, start, count in zip(window.frames, starts, counts, strict=False)
+            (block, places[start:end])
+            for block, (start, end) in zip(window.blocks, itertools.pairwise(ends), strict=True)
         ]
 
+    def _rows_of(self, block: range) -> range:
+        """The rows of a block's frames among all rows."""
+        return range(block.start * self.frame_rows, min(block.stop * self.frame_rows, self.extent.rows))
+
     def _numbers(self, window: Window) -> Numbers:
-        """Of the rows of a window's frames among all rows."""
+        """Of the rows of a window among all rows."""
         import numpy
 
-        step, rows = self.frame_rows, self.extent.rows
-        return numpy.concatenate([numpy.arange(n * step, min((n + 1) * step, rows)) for n in window.frames])
+        return numpy.concatenate([self._rows_of(block) for block in window.blocks])
 
 
 class _Filling:
-    """The rows of a window while its frames are decoded."""
+    """The rows of a window while its blocks are decoded."""
 
-    def __init__(self, rows: Ids, frames: int) -> None:
+    def __init__(self, rows: Ids, blocks: int) -> None:
         self.rows = rows
         self.items = _items(rows)
         self.ended = threading.Event()
         self.failed: BaseException | None = None
-        self._left = iter(range(frames - 1, -1, -1))
+        self._left = iter(range(blocks - 1, -1, -1))
 
     def count_one(self) -> None:
-        """One more frame is there; two threads can count at once, as an iterator gives each number to one of them."""
+        """One more block is there; two threads can count at once, as an iterator gives each number to one of them."""
         if next(self._left) == 0:
             self.ended.set()
 
 
 class _Decoding:
-    """Frames of several windows, decoded in their order by all threads that come by."""
+    """Blocks of several windows, decoded in their order by all threads that come by."""
 
-    def __init__(self, frame: Frame) -> None:
-        self._frame = frame
-        self._waiting: collections.deque[tuple[_Filling, int, Numbers]] = collections.deque()
+    def __init__(self, read: Read) -> None:
+        self._read = read
+        self._waiting: collections.deque[tuple[_Filling, range, Numbers]] = collections.deque()
 
-    def begin(self, rows: Ids, frames: list[tuple[int, Numbers]]) -> _Filling:
-        filling = _Filling(rows, len(frames))
-        self._waiting.extend((filling, number, places) for number, places in frames)
+    def begin(self, rows: Ids, blocks: list[tuple[range, Numbers]]) -> _Filling:
+        filling = _Filling(rows, len(blocks))
+        self._waiting.extend((filling, block, places) for block, places in blocks)
         return filling
 
     def finished(self, filling: _Filling) -> Ids:
@@ -283,19 +289,22 @@ class _Decoding:
             pass
 
     def stop(self) -> None:
-        """Begin with no frame any more."""
+        """Begin with no block any more."""
         self._waiting.clear()
 
     def _one(self) -> bool:
         try:
-            filling, number, places = self._waiting.popleft()
+            filling, block, places = self._waiting.popleft()
         except IndexError:
             return False
         try:
-            decoded = self._frame(number)
+            decoded = self._read(block)
             wanted = (len(places), filling.rows.shape[1])
             if decoded.shape != wanted:  # numpy would fill up or cut off the items
-                raise ValueError(f"frame {number} was read as {decoded.shape} rows and tokens, and {wanted} were kept")
+                raise ValueError(
+                    f"frames {block.start} to {block.stop - 1} were read as {decoded.shape} rows and tokens, "
+                    f"and {wanted} were kept"
+                )
             filling.items[places] = _items(decoded.astype(filling.rows.dtype, copy=False))
             filling.count_one()
         except BaseException as error:  # whoever wants the window hears it, whomever it befell

@@ -6,15 +6,16 @@ damaged index can so ask for no other file, no other place and no more memory.
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from membench.data.dataset import frame_rows
-from membench.data.storage import Damaged, Extent, Storage
+from membench.data.storage import Buffer, Damaged, Extent, Storage
 
 _NAME, _VERSION = "index.json", 3
 _Size = Annotated[int, Field(ge=0)]
@@ -37,30 +38,9 @@ class Entry(NamedTuple):
     checksum: int
     rows: int
 
-    def read(self) -> bytes:
-        """Its bytes, from its file: opened for each, there may be more of them than a process may have open.
-
-        Raises:
-            Damaged: if they are not what was written.
-        """
-        try:
-            file = os.open(self.path, os.O_RDONLY)
-            try:
-                stored = os.pread(file, self.stored_bytes, self.offset)
-            finally:
-                os.close(file)
-        except OSError as error:
-            raise Damaged(f"{self.path}, offset {self.offset}: {error.strerror}") from None
-        self.check(stored)
-        return stored
-
-    def check(self, stored: bytes | memoryview) -> None:
-        """
-        Raises:
-            Damaged: if these bytes are not what was written.
-        """
-        if len(stored) != self.stored_bytes or checksum(stored) != self.checksum:
-            raise Damaged(f"{self.path}, offset {self.offset}: the frame's checksum is not what the index says")
+    @property
+    def end(self) -> int:
+        return self.offset + self.stored_bytes
 
 
 class _Versioned(BaseModel):
@@ -93,7 +73,7 @@ class _Index(BaseModel):
     frames: list[Kept]
 
 
-def checksum(stored: bytes | memoryview) -> int:
+def checksum(stored: Buffer) -> int:
     import xxhash
 
     return xxhash.xxh3_64_intdigest(stored)
@@ -143,10 +123,45 @@ def read(folder: Path, extent: Extent, storage: Storage, name: Callable[[int], s
     for number, (kept_frame, start) in enumerate(zip(index.frames, starts, strict=True)):
         file = folder / name(number)
         follows = entries and entries[-1].path == file
-        offset = entries[-1].offset + entries[-1].stored_bytes if follows else index.head_bytes
+        offset = entries[-1].end if follows else index.head_bytes
         entries.append(Entry(file, offset, *kept_frame, min(step, extent.rows - start)))
     _check_files(index, entries)
     return entries
+
+
+def read_bytes(run: Sequence[Entry]) -> bytes:
+    """The bytes of frames that follow each other in a file; those that are not there are missing.
+
+    The file is opened each time: there may be more of them than a process may have open.
+
+    Raises:
+        Damaged: if the file cannot be read.
+    """
+    path, offset = run[0].path, run[0].offset
+    try:
+        file = os.open(path, os.O_RDONLY)
+        try:
+            return os.pread(file, run[-1].end - offset, offset)
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise Damaged(f"{path}, offset {offset}: {error.strerror}") from None
+
+
+def frames_of(stored: Buffer, run: Sequence[Entry]) -> list[Buffer]:
+    """Each frame of bytes that hold several, one after the other.
+
+    Raises:
+        Damaged: if one is not what was written.
+    """
+    frames: list[Buffer] = [stored]
+    if len(run) > 1:
+        ends = itertools.accumulate((entry.stored_bytes for entry in run), initial=0)
+        frames = [memoryview(stored)[start:end] for start, end in itertools.pairwise(ends)]
+    for frame, entry in zip(frames, run, strict=True):
+        if len(frame) != entry.stored_bytes or checksum(frame) != entry.checksum:
+            raise Damaged(f"{entry.path}, offset {entry.offset}: the frame's checksum is not what the index says")
+    return frames
 
 
 def _header(extent: Extent, storage: Storage) -> dict[str, Any]:
@@ -163,10 +178,10 @@ def _told(header: dict[str, Any]) -> str:
 
 def _check_files(index: _Index, entries: list[Entry]) -> None:
     """Raise ``Damaged`` if a file is shorter or longer than its frames, or begins or ends otherwise than it did."""
-    ends = {entry.path: entry.offset + entry.stored_bytes for entry in entries}
+    ends = {entry.path: entry.end for entry in entries}
     sizes = {path: _size(path) for path in ends}
     for entry in entries:
-        if sizes[entry.path] < entry.offset + entry.stored_bytes:
+        if sizes[entry.path] < entry.end:
             raise Damaged(
                 f"{entry.path}, offset {entry.offset}: a frame of {entry.stored_bytes} bytes should be here, "
                 f"and the file ends at {sizes[entry.path]}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from membench.plugins import Unsuitable
 
 if TYPE_CHECKING:
-    from membench.data.storage import Extent, Ids, Type
+    from membench.data.storage import Buffer, Extent, Ids, Type
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Integers:
     def pack(self, rows: Ids, extent: Extent) -> bytes:
         return self.narrowed(rows, extent).tobytes()
 
-    def unpack(self, raw: bytes | memoryview, extent: Extent) -> Ids:
+    def unpack(self, raw: Buffer, extent: Extent) -> Ids:
         import numpy
 
         return numpy.frombuffer(raw, self.type(extent)).reshape(-1, extent.length)
@@ -88,7 +88,7 @@ class Bits:
                 packed[:, :, first + byte] |= (shifted >> 8 * byte).astype(numpy.uint8)
         return packed.reshape(len(rows), -1)[:, : self.bytes_per_row(extent)].tobytes()
 
-    def unpack(self, raw: bytes | memoryview, extent: Extent) -> Ids:
+    def unpack(self, raw: Buffer, extent: Extent) -> Ids:
         import numpy
 
         bits, eights = self.bits(extent), -(-extent.length // 8)

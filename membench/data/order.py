@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 class Window(NamedTuple):
-    """Frames to be read together, and the order of the rows in them."""
+    """Frames of some blocks, each block's in a row, and the order of the rows in all of them."""
 
-    frames: list[int]
+    blocks: list[range]
     order: numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]]
 
 
@@ -48,5 +48,5 @@ def windows(extent: Extent, frame_rows: int, blocks_at_once: int, seed: int, epo
     order = random.permutation(len(blocks)).tolist()
     for start in range(0, len(blocks), blocks_at_once):
         some = [blocks[number] for number in order[start : start + blocks_at_once]]
-        frames = [first // frame_rows for block in some for first in range(block.start, block.stop, frame_rows)]
+        frames = [range(block.start // frame_rows, -(-block.stop // frame_rows)) for block in some]
         yield Window(frames, random.permutation(sum(map(len, some))))

@@ -7,13 +7,14 @@ is here can always be read without membench.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from membench.data import index
 from membench.data.partial import whole_or_not_at_all
-from membench.data.storage import Damaged, Extent, Frame, Storage
+from membench.data.storage import Buffer, Codec, Damaged, Extent, Read, Storage
 
 if TYPE_CHECKING:
     from membench.data.storage import Ids
@@ -29,22 +30,28 @@ class Shards:
                 storage.codec.learn((storage.layout.pack(rows, extent) for rows in frames), partial)
             index.write(partial, extent, storage, list(_written(frames, extent, storage, partial)))
 
-    def open(self, extent: Extent, storage: Storage, folder: Path) -> Frame:
+    def open(self, extent: Extent, storage: Storage, folder: Path) -> Read:
         entries = index.read(folder, extent, storage, functools.partial(_name, storage))
         if storage.codec is not None:
             storage.codec.remember(folder)
         mapped = _mapped(entries) if storage.reading == "mapped" else None
 
-        def frame(number: int) -> Ids:
-            entry = entries[number]
-            if mapped is None:
-                stored: bytes | memoryview = entry.read()
-            else:
-                stored = mapped[entry.path][entry.offset : entry.offset + entry.stored_bytes]
-                entry.check(stored)
-            return storage.layout.unpack(_raw(stored, entry, extent, storage), extent)
+        def bytes_of(run: Sequence[index.Entry]) -> Buffer:
+            return index.read_bytes(run) if mapped is None else mapped[run[0].path][run[0].offset : run[-1].end]
 
-        return frame
+        def read(numbers: range) -> Ids:
+            run = entries[numbers.start : numbers.stop]
+            sizes = [entry.rows * storage.layout.bytes_per_row(extent) for entry in run]
+            if storage.codec is None:
+                raw = bytes_of(run)
+                _check_sizes(index.frames_of(raw, run), run, sizes)
+            else:
+                files = [list(some) for _, some in itertools.groupby(run, lambda entry: entry.path)]
+                stored = [frame for some in files for frame in index.frames_of(bytes_of(some), some)]
+                raw = _decompressed(storage.codec, stored, run, sizes)
+            return storage.layout.unpack(raw, extent)
+
+        return read
 
 
 def _mapped(entries: Iterable[index.Entry]) -> dict[Path, memoryview]:
@@ -71,14 +78,26 @@ def _written(frames: Iterable[Ids], extent: Extent, storage: Storage, folder: Pa
         yield index.Kept(len(stored), index.checksum(stored))
 
 
-def _raw(stored: bytes | memoryview, entry: index.Entry, extent: Extent, storage: Storage) -> bytes | memoryview:
-    """A frame, decompressed, of the size that its rows have."""
-    raw_bytes = entry.rows * storage.layout.bytes_per_row(extent)
+def _check_sizes(frames: Sequence[Buffer], run: Sequence[index.Entry], sizes: Sequence[int]) -> None:
+    for frame, entry, raw_bytes in zip(frames, run, sizes, strict=True):
+        if len(frame) != raw_bytes:
+            raise _damaged(entry, f"the frame holds {len(frame)} bytes, and {raw_bytes} should be there")
+
+
+def _decompressed(codec: Codec, stored: Sequence[Buffer], run: Sequence[index.Entry], sizes: Sequence[int]) -> bytes:
+    """Frames, each of the size that its rows have, one after the other."""
     try:
-        if storage.codec is not None:
-            return storage.codec.decompress(bytes(stored), raw_bytes)
-        if len(stored) != raw_bytes:
-            raise Damaged(f"the frame holds {len(stored)} bytes, and {raw_bytes} should be there")
-        return stored
+        if len(run) > 1:
+            return codec.decompress_all(stored, sizes)
+        return codec.decompress(stored[0], sizes[0])
     except Damaged as error:
-        raise Damaged(f"{entry.path}, offset {entry.offset}: {error}") from None
+        if len(run) == 1:
+            raise _damaged(run[0], error) from None
+        for number in range(len(run)):  # to hear which it is
+            one = slice(number, number + 1)
+            _decompressed(codec, stored[one], run[one], sizes[one])
+        raise
+
+
+def _damaged(entry: index.Entry, why: object) -> Damaged:
+    return Damaged(f"{entry.path}, offset {entry.offset}: {why}")

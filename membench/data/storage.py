@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     """Rows of token ids (rows, tokens of a row), of any unsigned type."""
     Type: TypeAlias = numpy.dtype[numpy.unsignedinteger]
 
+
+Buffer: TypeAlias = bytes | memoryview
 
 BLOCK_TOKENS = 2**19
 """Of a block by which rows are shuffled (see ``order``), and the most of a frame. With smaller ones threads wait for
@@ -50,11 +52,18 @@ class Codec(Protocol):
 
     def compress(self, raw: bytes) -> bytes: ...
 
-    def decompress(self, stored: bytes, raw_bytes: int) -> bytes:
+    def decompress(self, stored: Buffer, raw_bytes: int) -> bytes:
         """The frame; never more than a little over ``raw_bytes`` is made, whatever ``stored`` holds.
 
         Raises:
             Damaged: if it is not a frame of this codec, or one of another size.
+        """
+
+    def decompress_all(self, stored: Sequence[Buffer], raw_bytes: Sequence[int]) -> bytes:
+        """Several frames, one after the other: for small ones a call for each takes longer than its work.
+
+        Raises:
+            Damaged: if any is not what ``decompress`` takes; it need not say which.
         """
 
 
@@ -71,11 +80,11 @@ class Layout(Protocol):
 
     def pack(self, rows: Ids, extent: Extent) -> bytes: ...
 
-    def unpack(self, raw: bytes | memoryview, extent: Extent) -> Ids: ...
+    def unpack(self, raw: Buffer, extent: Extent) -> Ids: ...
 
 
-Frame: TypeAlias = "Callable[[int], Ids]"
-"""The rows of a frame, by its number; frames are read in any order and from any thread."""
+Read: TypeAlias = "Callable[[range], Ids]"
+"""The rows of frames that follow each other, by their numbers; they are read in any order and from any thread."""
 
 
 class Format(Protocol):
@@ -84,7 +93,7 @@ class Format(Protocol):
     def write(self, frames: Iterable[Ids], extent: Extent, storage: Storage, folder: Path) -> None:
         """Keep the frames; whatever interrupts it leaves nothing that ``open`` would take for whole."""
 
-    def open(self, extent: Extent, storage: Storage, folder: Path) -> Frame:
+    def open(self, extent: Extent, storage: Storage, folder: Path) -> Read:
         """Ready to read; nothing is decompressed yet.
 
         Raises:
@@ -97,11 +106,11 @@ class Storage:
     """What the data techniques of a stack have chosen.
 
     Attributes:
-        reading: ``whole``: all is decoded at the start and kept; ``stream``: a few frames at a time; ``mapped``: frames
+        reading: ``whole``: all is decoded at the start and kept; ``stream``: a few blocks at a time; ``mapped``: frames
             are pages of the file.
-        frame_tokens: at most so many (a row, if it has more) are compressed, checked and read at once, and never more
-            than the block by which rows are shuffled (see ``order``): however rows are kept, they come in the same
-            order.
+        frame_tokens: at most so many (a row, if it has more) are compressed and checked by themselves, and never more
+            than the block by which rows are shuffled and read (see ``order``): however rows are kept, they come in the
+            same order.
         padded: whether each document begins a row of its own, filled up with padding; else documents follow each other.
     """
 

@@ -137,13 +137,13 @@ class Bz2(Compression):
 class Lz4(Compression):
     """Training data in LZ4, as lz4(1) writes and reads it: the fastest to read, and larger than the others.
 
-    LZ77 over the last 64 KiB with no entropy coding (through the package lz4).
+    LZ77 over the last 64 KiB with no entropy coding (written through the package lz4, read through pyarrow).
 
     Attributes:
         level: 0 is the fastest; from 3 on it looks longer for repetitions, which makes reading no slower.
     """
 
-    needs: ClassVar[Mapping[str, str]] = {"lz4": "membench[data]"}
+    needs: ClassVar[Mapping[str, str]] = {"lz4": "membench[data]", "pyarrow": "membench[data]"}
     imports = ("torch", "lz4.frame")
 
     level: int = Field(0, ge=0, le=12)
