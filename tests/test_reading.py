@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import subprocess
 import sys
@@ -51,7 +52,7 @@ _STORAGES = {
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 64 rows, so that a small corpus has several windows of four."""
+    """Of 64 rows, so that a small corpus has several windows of two."""
     monkeypatch.setattr(storage, "BLOCK_TOKENS", 64 * _LENGTH)
 
 
@@ -116,22 +117,31 @@ def _watched(folder: Path, look: Callable[[Ids], Ids]) -> Dataset:
     return _written(folder, Storage(_Watched(look), Integers("uint8"), reading="stream", frame_tokens=16 * _LENGTH))
 
 
-@pytest.mark.parametrize("error", [Damaged("frames.bin, offset 0: bad"), _Panic("bad")], ids=["damaged", "panic"])
+@pytest.mark.parametrize("error", [Damaged, _Panic], ids=["damaged", "panic"])
 @pytest.mark.parametrize("on_helper", [True, False], ids=["the thread that helps", "the thread that reads"])
 def test_what_befalls_either_thread_is_heard_by_who_reads(
-    on_helper: bool, error: BaseException, tmp_path: Path
+    on_helper: bool, error: type[BaseException], tmp_path: Path
 ) -> None:
     def look(rows: Ids) -> Ids:
         time.sleep(0.01)  # so that the other one comes by
         if (threading.current_thread() is threading.main_thread()) != on_helper:
-            raise error
+            raise error("bad")
         return rows
 
     threads = threading.active_count()
     data = _watched(tmp_path / "data", look)
-    with pytest.raises(type(error), match="bad"):
+    with pytest.raises(error, match="bad"):
         list(epochs(data, _BATCH, 3, 0)(0))
-    assert threading.active_count() == threads
+    assert _ends_with_threads(threads)
+
+
+def _ends_with_threads(count: int) -> bool:
+    """Whether there are so many once what is no longer wanted has gone."""
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while threading.active_count() > count and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return threading.active_count() == count
 
 
 def test_reading_that_is_given_up_leaves_no_thread(tmp_path: Path) -> None:
@@ -141,7 +151,26 @@ def test_reading_that_is_given_up_leaves_no_thread(tmp_path: Path) -> None:
         for _ in range(count):
             next(batches)
         batches.close()  # type: ignore[attr-defined]
-        assert threading.active_count() == threads
+        del batches
+        assert _ends_with_threads(threads)
+
+
+def test_one_thread_helps_from_epoch_to_epoch(tmp_path: Path) -> None:
+    helpers = set[int]()
+
+    def look(rows: Ids) -> Ids:
+        time.sleep(0.002)  # so that the other one comes by
+        helpers.add(threading.get_ident())
+        return rows
+
+    threads = threading.active_count()
+    read = epochs(_watched(tmp_path / "data", look), _BATCH, 3, 0)
+    for epoch in range(5):
+        assert len(list(read(epoch))) == -(-_ROWS // _BATCH)
+        assert threading.active_count() == threads + 1
+    assert len(helpers - {threading.get_ident()}) == 1
+    del read
+    assert _ends_with_threads(threads)
 
 
 def test_frames_are_taken_as_they_were_kept_or_not_at_all(tmp_path: Path) -> None:
@@ -158,7 +187,7 @@ def test_frames_are_taken_as_they_were_kept_or_not_at_all(tmp_path: Path) -> Non
 
 def test_rows_of_a_batch_come_from_several_places(tmp_path: Path) -> None:
     for batch in list(epochs(_written(tmp_path / "data"), _BATCH, 0, 0)(0))[:-4]:
-        assert len({row // 64 for row in _which([batch])}) >= 3
+        assert len({row // 64 for row in _which([batch])}) >= 2
 
 
 def test_another_seed_is_another_order(tmp_path: Path) -> None:

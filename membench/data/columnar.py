@@ -51,12 +51,13 @@ class ParquetFormat:
     def open(self, extent: Extent, storage: Storage, folder: Path) -> Read:
         arrow, path = pyarrow(), folder / _PARQUET
         entries = index.read(folder, extent, storage, lambda number: _PARQUET)
+        parquet = index.OpenFile(path)
         with _told_as_damage(path):
             metadata = arrow.parquet.read_metadata(path)
 
         def read(numbers: range) -> Ids:
             run = entries[numbers.start : numbers.stop]
-            stored = index.read_bytes(run)
+            stored = parquet.bytes_of(run)
             index.frames_of(stored, run)
             with (
                 _told_as_damage(f"{path}, offset {run[0].offset}"),

@@ -8,10 +8,10 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from membench.data.codec_timing import Timed
 from membench.data.order import Window, block_rows, power_of_two, windows
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     Numbers = numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]]
 
-_BLOCKS_AT_ONCE = 4
+_BLOCKS_AT_ONCE = 2
 _TOKENS_TAKEN_AT_ONCE = 2**15
 """A batch by itself may be so small that calling numpy for it takes longer than its work."""
 _MB = 1e6
@@ -124,20 +124,20 @@ class Dataset:
         frames, inside = -(-self.extent.rows // self.frame_rows), block_rows(self.extent.length) // self.frame_rows
         return (range(first, min(first + inside, frames)) for first in range(0, frames, inside))
 
-    def opened(self) -> Ids | Read:
+    def opened(self) -> Ids | _Opened:
         """Ready to read: all rows, decoded now, if they are read whole."""
         import numpy
 
         read = self.storage.format.open(self.extent, self.storage, self.folder)
         if self.storage.reading != "whole":
-            return read
+            return _Opened(read, ThreadPoolExecutor(1) if self.storage.reading == "stream" else None)
         whole = numpy.empty((self.extent.rows, self.extent.length), self.storage.layout.type(self.extent))
         for block in self._blocks():
             whole[block.start * self.frame_rows : block.stop * self.frame_rows] = read(block)
         return whole
 
     def batches(
-        self, size: int, seed: int, epoch: int, opened: Ids | Read, share: tuple[int, int] = (0, 1)
+        self, size: int, seed: int, epoch: int, opened: Ids | _Opened, share: tuple[int, int] = (0, 1)
     ) -> Iterator[Any]:
         """The batches of an epoch, (size, tokens); the last has the rows that are left.
 
@@ -153,7 +153,7 @@ class Dataset:
 
         all_windows = windows(self.extent, self.frame_rows, _BLOCKS_AT_ONCE, seed, epoch)
         mine = itertools.islice(all_windows, share[0], None, share[1])
-        shuffled = self._decoded(mine, opened, size) if callable(opened) else self._taken(mine, opened, size)
+        shuffled = self._decoded(mine, opened, size) if isinstance(opened, _Opened) else self._taken(mine, opened, size)
         left: Any = numpy.empty((0, self.extent.length), self.storage.layout.type(self.extent))
         for rows in shuffled:
             first = -len(left) % size  # so many rows fill the batch that the last ones began
@@ -177,7 +177,7 @@ class Dataset:
             for start in range(0, len(numbers), at_once):
                 yield opened.take(numbers[start : start + at_once], axis=0)
 
-    def _decoded(self, some: Iterable[Window], read: Read, size: int) -> Iterator[Ids]:
+    def _decoded(self, some: Iterable[Window], opened: _Opened, size: int) -> Iterator[Ids]:
         """Rows in the order of the windows, a window at once but for its last batch, which comes as a copy.
 
         So whoever holds that one while the next window comes holds nothing of this, and its memory is used again. Where
@@ -185,20 +185,18 @@ class Dataset:
         wants it then helps: waiting for each other costs a fast codec more than its work.
         """
         rooms: list[_Room] = []
-        decodes = self.storage.reading != "mapped"
-        decoding = _Decoding(read)
-        helper = ThreadPoolExecutor(1)
+        decoding, helping = _Decoding(opened.read), list[Future[None]]()
 
         def begun(window: Window) -> _Filling:
             rows = self._room(rooms)[: len(window.order)]
             filling = decoding.begin(rows, self._places(window))
-            if decodes:
-                helper.submit(decoding.go_on)
+            if opened.helper:
+                helping[:] = [opened.helper.submit(decoding.go_on)]
             return filling
 
         try:
             coming = map(begun, some)
-            ahead = collections.deque(itertools.islice(coming, 2 if decodes else 1))
+            ahead = collections.deque(itertools.islice(coming, 2 if opened.helper else 1))
             while ahead:
                 rows = decoding.finished(ahead.popleft())
                 yield rows[:-size]
@@ -208,7 +206,7 @@ class Dataset:
                 ahead.extend(itertools.islice(coming, 1))
         finally:
             decoding.stop()
-            helper.shutdown()
+            wait(helping)  # the last one: they come one after the other
 
     def _room(self, rooms: list[_Room]) -> Ids:
         """Room for the rows of a window: one of these that nobody holds a batch of any more, or else a new one."""
@@ -240,6 +238,16 @@ class Dataset:
         import numpy
 
         return numpy.concatenate([self._rows_of(block) for block in window.blocks])
+
+
+class _Opened(NamedTuple):
+    """Blocks that are read as they are wanted, and the thread that reads ahead where they have to be decoded.
+
+    It stays from one epoch to the next, for starting it takes as long as decoding a block, and ends with this.
+    """
+
+    read: Read
+    helper: ThreadPoolExecutor | None
 
 
 class _Filling:

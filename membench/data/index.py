@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import itertools
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from xxhash import xxh3_64_intdigest
 
 from membench.data.dataset import frame_rows
 from membench.data.storage import Buffer, Damaged, Extent, Storage
 
 _NAME, _VERSION = "index.json", 3
 _Size = Annotated[int, Field(ge=0)]
+checksum = xxh3_64_intdigest
 
 
 class Kept(NamedTuple):
@@ -73,12 +76,6 @@ class _Index(BaseModel):
     frames: list[Kept]
 
 
-def checksum(stored: Buffer) -> int:
-    import xxhash
-
-    return xxhash.xxh3_64_intdigest(stored)
-
-
 def write(
     folder: Path, extent: Extent, storage: Storage, frames: list[Kept], head_and_foot: tuple[bytes, bytes] = (b"", b"")
 ) -> None:
@@ -129,23 +126,32 @@ def read(folder: Path, extent: Extent, storage: Storage, name: Callable[[int], s
     return entries
 
 
-def read_bytes(run: Sequence[Entry]) -> bytes:
-    """The bytes of frames that follow each other in a file; those that are not there are missing.
-
-    The file is opened each time: there may be more of them than a process may have open.
+class OpenFile:
+    """A file of frames, open for as long as this is there; any thread may read from it.
 
     Raises:
-        Damaged: if the file cannot be read.
+        Damaged: if it cannot be read.
     """
-    path, offset = run[0].path, run[0].offset
-    try:
-        file = os.open(path, os.O_RDONLY)
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
         try:
-            return os.pread(file, run[-1].end - offset, offset)
-        finally:
-            os.close(file)
-    except OSError as error:
-        raise Damaged(f"{path}, offset {offset}: {error.strerror}") from None
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise Damaged(f"{path}, offset 0: {error.strerror}") from None
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def bytes_of(self, run: Sequence[Entry]) -> bytes:
+        """The bytes of frames that follow each other; those that are not there are missing.
+
+        Raises:
+            Damaged: if they cannot be read.
+        """
+        offset = run[0].offset
+        try:
+            return os.pread(self._descriptor, run[-1].end - offset, offset)
+        except OSError as error:
+            raise Damaged(f"{self._path}, offset {offset}: {error.strerror}") from None
 
 
 def frames_of(stored: Buffer, run: Sequence[Entry]) -> list[Buffer]:

@@ -25,7 +25,7 @@ class Window(NamedTuple):
 
 
 def block_rows(length: int) -> int:
-    """Rows of a block, so many tokens long each: about 524,288 tokens."""
+    """Rows of a block, so many tokens long each: about 1,048,576 tokens."""
     return power_of_two(storage.BLOCK_TOKENS // length)
 
 

@@ -7,10 +7,9 @@ is here can always be read without membench.
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from membench.data import index
 from membench.data.partial import whole_or_not_at_all
@@ -32,33 +31,18 @@ class Shards:
 
     def open(self, extent: Extent, storage: Storage, folder: Path) -> Read:
         entries = index.read(folder, extent, storage, functools.partial(_name, storage))
+        row_bytes = storage.layout.bytes_per_row(extent)
         if storage.codec is not None:
             storage.codec.remember(folder)
-        mapped = _mapped(entries) if storage.reading == "mapped" else None
-
-        def bytes_of(run: Sequence[index.Entry]) -> Buffer:
-            return index.read_bytes(run) if mapped is None else mapped[run[0].path][run[0].offset : run[-1].end]
+            raw_of: Callable[..., Buffer] = functools.partial(_decompressed, storage.codec, _stored(entries))
+        else:
+            raw_of = functools.partial(_checked, (_mapped if storage.reading == "mapped" else _opened)(entries))
 
         def read(numbers: range) -> Ids:
             run = entries[numbers.start : numbers.stop]
-            sizes = [entry.rows * storage.layout.bytes_per_row(extent) for entry in run]
-            if storage.codec is None:
-                raw = bytes_of(run)
-                _check_sizes(index.frames_of(raw, run), run, sizes)
-            else:
-                files = [list(some) for _, some in itertools.groupby(run, lambda entry: entry.path)]
-                stored = [frame for some in files for frame in index.frames_of(bytes_of(some), some)]
-                raw = _decompressed(storage.codec, stored, run, sizes)
-            return storage.layout.unpack(raw, extent)
+            return storage.layout.unpack(raw_of(run, [entry.rows * row_bytes for entry in run]), extent)
 
         return read
-
-
-def _mapped(entries: Iterable[index.Entry]) -> dict[Path, memoryview]:
-    """The pages of each file: nothing is copied, and the kernel may drop them when it wants memory."""
-    import numpy
-
-    return {path: numpy.memmap(path, mode="r").data for path in {entry.path for entry in entries}}
 
 
 def _name(storage: Storage, number: int) -> str:
@@ -78,25 +62,51 @@ def _written(frames: Iterable[Ids], extent: Extent, storage: Storage, folder: Pa
         yield index.Kept(len(stored), index.checksum(stored))
 
 
-def _check_sizes(frames: Sequence[Buffer], run: Sequence[index.Entry], sizes: Sequence[int]) -> None:
-    for frame, entry, raw_bytes in zip(frames, run, sizes, strict=True):
+_Run: TypeAlias = Sequence[index.Entry]
+"""Frames that follow each other."""
+
+
+def _mapped(entries: _Run) -> Callable[[_Run], Buffer]:
+    """Pages of the file that all lie in: nothing is copied, and the kernel may drop them when it wants memory."""
+    import numpy
+
+    file = numpy.memmap(entries[0].path, mode="r").data
+    return lambda run: file[run[0].offset : run[-1].end]
+
+
+def _opened(entries: _Run) -> Callable[[_Run], bytes]:
+    return index.OpenFile(entries[0].path).bytes_of
+
+
+def _stored(entries: _Run) -> Callable[[_Run], list[Buffer]]:
+    """Each frame's bytes. One file stays open; of several there may be more than a process may have open."""
+    if entries[0].path == entries[-1].path:
+        bytes_of = _opened(entries)
+        return lambda run: index.frames_of(bytes_of(run), run)
+    return lambda run: [frame for one in run for frame in index.frames_of(_opened([one])([one]), [one])]
+
+
+def _checked(bytes_of: Callable[[_Run], Buffer], run: _Run, sizes: Sequence[int]) -> Buffer:
+    """Frames as they lie, one after the other, each of the size that its rows have."""
+    raw = bytes_of(run)
+    for frame, entry, raw_bytes in zip(index.frames_of(raw, run), run, sizes, strict=True):
         if len(frame) != raw_bytes:
             raise _damaged(entry, f"the frame holds {len(frame)} bytes, and {raw_bytes} should be there")
+    return raw
 
 
-def _decompressed(codec: Codec, stored: Sequence[Buffer], run: Sequence[index.Entry], sizes: Sequence[int]) -> bytes:
+def _decompressed(codec: Codec, stored: Callable[[_Run], list[Buffer]], run: _Run, sizes: Sequence[int]) -> bytes:
     """Frames, each of the size that its rows have, one after the other."""
+    frames = stored(run)
     try:
-        if len(run) > 1:
-            return codec.decompress_all(stored, sizes)
-        return codec.decompress(stored[0], sizes[0])
+        return codec.decompress_all(frames, sizes) if len(run) > 1 else codec.decompress(frames[0], sizes[0])
     except Damaged as error:
-        if len(run) == 1:
-            raise _damaged(run[0], error) from None
-        for number in range(len(run)):  # to hear which it is
-            one = slice(number, number + 1)
-            _decompressed(codec, stored[one], run[one], sizes[one])
-        raise
+        for entry, frame, raw_bytes in zip(run, frames, sizes, strict=True):  # to hear which it is
+            try:
+                codec.decompress(frame, raw_bytes)
+            except Damaged as of_one:
+                raise _damaged(entry, of_one) from None
+        raise _damaged(run[0], error) from None
 
 
 def _damaged(entry: index.Entry, why: object) -> Damaged:

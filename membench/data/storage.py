@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 Buffer: TypeAlias = bytes | memoryview
 
-BLOCK_TOKENS = 2**19
-"""Of a block by which rows are shuffled (see ``order``), and the most of a frame. With smaller ones threads wait for
-each other as long as a fast codec works."""
+BLOCK_TOKENS = 2**20
+"""Of a block by which rows are shuffled and read (see ``order``), and the most of a frame. With smaller ones threads
+wait for each other's Python as long as a fast codec works."""
 
 
 class Damaged(Exception):

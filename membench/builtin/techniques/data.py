@@ -23,10 +23,10 @@ class DataTechnique(Technique):
 
 
 class Stream(DataTechnique):
-    """Data decoded a few frames at a time, while training goes on, instead of all at the start.
+    """Data decoded a few blocks at a time, while training goes on, instead of all at the start.
 
-    At most eight blocks of 524,288 tokens are decoded at once: the four that batches come from, and the next four,
-    which a thread begins with meanwhile. However much data there are, memory stays the same.
+    At most four blocks of 1,048,576 tokens are decoded at once: the two that batches come from, and the next two, which
+    a thread begins with meanwhile. However much data there are, memory stays the same.
     """
 
     def data_storage(self, storage: Storage, context: Context) -> Storage:

@@ -103,7 +103,7 @@ class MappedTokens(_Partner):
         if isinstance(other, Compression):
             return "a mapped file is read as it lies, and a codec's frames have to be decompressed"
         if isinstance(other, Stream):
-            return "a mapped file has nothing to decode, and stream decodes a few frames at a time"
+            return "a mapped file has nothing to decode, and stream decodes a few blocks at a time"
         return None
 
     def data_storage(self, storage: Storage, context: Context) -> Storage:
@@ -157,7 +157,7 @@ class Arrow(_Columnar):
 
     def clash(self, other: Technique) -> str | None:
         if isinstance(other, Stream):
-            return "an arrow file is mapped and has nothing to decode, and stream decodes a few frames at a time"
+            return "an arrow file is mapped and has nothing to decode, and stream decodes a few blocks at a time"
         return super().clash(other)
 
     def format(self) -> Format:
