@@ -163,7 +163,9 @@ class Dataset:
                     continue
                 yield torch.from_numpy(left)
             last = len(rows) - (len(rows) - first) % size
-            if last > first:
+            if last - first == size:  # to split it takes longer than to make it
+                yield torch.from_numpy(rows[first:last])
+            elif last > first:
                 yield from torch.split(torch.from_numpy(rows[first:last]), size)
             left = rows[last:].copy()
         if len(left):
@@ -237,7 +239,8 @@ class Dataset:
         """Of the rows of a window among all rows."""
         import numpy
 
-        return numpy.concatenate([self._rows_of(block) for block in window.blocks])
+        rows = map(self._rows_of, window.blocks)
+        return numpy.concatenate([numpy.arange(some.start, some.stop) for some in rows])
 
 
 class _Opened(NamedTuple):

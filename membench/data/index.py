@@ -163,7 +163,8 @@ def frames_of(stored: Buffer, run: Sequence[Entry]) -> list[Buffer]:
     frames: list[Buffer] = [stored]
     if len(run) > 1:
         ends = itertools.accumulate((entry.stored_bytes for entry in run), initial=0)
-        frames = [memoryview(stored)[start:end] for start, end in itertools.pairwise(ends)]
+        whole = memoryview(stored)
+        frames = [whole[start:end] for start, end in itertools.pairwise(ends)]
     for frame, entry in zip(frames, run, strict=True):
         if len(frame) != entry.stored_bytes or checksum(frame) != entry.checksum:
             raise Damaged(f"{entry.path}, offset {entry.offset}: the frame's checksum is not what the index says")
