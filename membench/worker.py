@@ -217,6 +217,8 @@ class _Work:
         durations_s: list[float] = []
         waited_s: list[float | None] = []
         allocator.unpin()
+        data = self.case.context.data
+        codec = None if data is None else data.time_codec()
         with meter.phase("time", "default") as timed:
             timed["steps"] = warmups + measured
             for _ in range(warmups):
@@ -227,8 +229,8 @@ class _Work:
                 durations_s.append(duration_s)
                 waited_s.append(waited_of_step_s)
                 self._hear(loss)
-        if (data := self.case.context.data) is not None:
-            self.case.context.facts.update(data.timed_afresh())  # here, as the steps were
+        if data is not None:
+            self.case.context.facts.update(data.timed_afresh(data.time_codec(codec)))  # here, as the steps were
         allocator.pin()
         self._result |= {
             "durations_s": durations_s,

@@ -96,21 +96,28 @@ class Dataset:
             found["compress_mb_per_s"] = (speed, f"{_CODEC_CLOCK}, under the pinned allocator")
         return found
 
-    def timed_afresh(self) -> dict[str, tuple[float, str]]:
-        """How long opening takes here and now, and how fast the codec alone is, if there is one, to be held against how
-        fast it is read.
+    def time_codec(self, clock: Timed | None = None) -> Timed | None:
+        """Decode with a clock of its own, or go on with one that this gave; ``None`` without a codec.
+
+        To be held against how fast the data are read, it is to be called before and after: machines change their pace.
         """
+        if not isinstance(self.storage.codec, Timed):
+            return None
+        # By a clock of its own: a reader that decodes ahead may be at work still.
+        clock = clock or self.storage.codec.afresh()
+        data, began = replace(self, storage=replace(self.storage, codec=clock)), time.perf_counter()
+        while time.perf_counter() - began < _CODEC_TIMED_S:
+            data._decode()
+        return clock
+
+    def timed_afresh(self, codec: Timed | None) -> dict[str, tuple[float, str]]:
+        """How long opening takes here and now, and how fast the codec was by this clock, if there is one."""
         began = time.perf_counter()
         self.opened()
         opening_s = time.perf_counter() - began
         found = {"open_s": (opening_s, "monotonic clock, under the default allocator")}
-        if isinstance(self.storage.codec, Timed):
-            # By a clock of its own: a reader that decodes ahead may be at work still.
-            clock = self.storage.codec.afresh()
-            data, began = replace(self, storage=replace(self.storage, codec=clock)), time.perf_counter()
-            while time.perf_counter() - began < _CODEC_TIMED_S:
-                data._decode()
-            speed = clock.decompressed_bytes / _MB / clock.decompress_s
+        if codec is not None:
+            speed = codec.decompressed_bytes / _MB / codec.decompress_s
             found["decompress_mb_per_s"] = (speed, f"{_CODEC_CLOCK}, under the default allocator")
         return found
 
