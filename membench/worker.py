@@ -218,7 +218,7 @@ class _Work:
         waited_s: list[float | None] = []
         allocator.unpin()
         data = self.case.context.data
-        codec = None if data is None else data.time_codec()
+        codec_speeds = [] if data is None or self._bytes_of_an_epoch() is None else data.codec_speeds()
         with meter.phase("time", "default") as timed:
             timed["steps"] = warmups + measured
             for _ in range(warmups):
@@ -230,7 +230,7 @@ class _Work:
                 waited_s.append(waited_of_step_s)
                 self._hear(loss)
         if data is not None:
-            self.case.context.facts.update(data.timed_afresh(data.time_codec(codec)))  # here, as the steps were
+            self.case.context.facts.update(data.timed_afresh(codec_speeds))  # here, as the steps were
         allocator.pin()
         self._result |= {
             "durations_s": durations_s,

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import xxhash
 
 import membench
 from membench import plugins
@@ -246,6 +247,47 @@ def test_a_flipped_bit_never_gives_a_frame_of_another_size_or_another_error(name
         assert len(found) == len(raw)  # codecs without a checksum leave the rest to that of the shards
 
 
+@pytest.mark.parametrize("name", _NAMES)
+def test_a_flipped_bit_among_several_frames_never_gives_others_or_another_error(name: str) -> None:
+    codec, raw = _CODECS[name](), [_FRAMES["text"][skip : skip + 5000] for skip in (0, 5000, 10_000)]
+    stored, sizes = [codec.compress(frame) for frame in raw], [len(frame) for frame in raw]
+    for place in range(0, 8 * len(stored[1]), 8 * len(stored[1]) // 150):
+        flipped = bytearray(stored[1])
+        flipped[place // 8] ^= 1 << place % 8
+        try:
+            found = codec.decompress_all([stored[0], bytes(flipped), stored[2]], sizes)
+        except Damaged:
+            continue
+        assert len(found) == sum(sizes)
+        assert (found[:5000], found[10_000:]) == (raw[0], raw[2])
+
+
+def _lz4_that_says(size: int, raw: bytes) -> bytes:
+    """A frame of LZ4 whose header, checksum and all, says that it holds so many bytes."""
+    stored = bytearray(codecs.Lz4(0).compress(raw))
+    stored[6:14] = size.to_bytes(8, "little")
+    stored[14] = xxhash.xxh32_intdigest(bytes(stored[4:14])) >> 8 & 0xFF
+    return bytes(stored)
+
+
+@pytest.mark.parametrize("off", [-1, 1, 100_000, 2**40])
+def test_lz4_never_fills_up_a_frame_of_another_size_than_its_header_says(off: int) -> None:
+    raw = _FRAMES["text"]
+    assert _lz4_that_says(len(raw), raw) == codecs.Lz4(0).compress(raw)
+    stored = _lz4_that_says(len(raw) + off, raw)
+    for size in {len(raw), len(raw) + min(off, 100_000)}:
+        with pytest.raises(Damaged):
+            codecs.Lz4(0).decompress(stored, size)
+
+
+def test_lz4_without_its_size_is_damaged() -> None:
+    from lz4 import frame  # type: ignore[import-untyped]
+
+    raw = _FRAMES["text"]
+    with pytest.raises(Damaged, match="header does not say that it holds 300000 bytes"):
+        codecs.Lz4(0).decompress(frame.compress(raw, store_size=False), len(raw))
+
+
 _BOMB_BYTES, _DECLARED_BYTES = 2**26, 2**20
 
 _DECOMPRESS_BOMBS = """
@@ -261,12 +303,15 @@ found = {}
 for path in sorted(Path(sys.argv[1]).iterdir()):
     codec = _CODECS[path.stem]()
     small, bomb = codec.compress(bytes(100_000)), path.read_bytes()
-    codec.decompress(small, 100_000)
+    codec.decompress_all([small, small], [100_000, 100_000])
     Path("/proc/self/clear_refs").write_text("5")
     before, space = kib("VmHWM"), resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (1024 * kib("VmSize") + 2**26, space[1]))
     try:
-        codec.decompress(bomb, int(sys.argv[2]))
+        if sys.argv[3] == "alone":
+            codec.decompress(bomb, int(sys.argv[2]))
+        else:
+            codec.decompress_all([small, bomb], [100_000, int(sys.argv[2])])
     except Damaged as error:
         found[path.name] = [kib("VmHWM") - before, str(error)]
     resource.setrlimit(resource.RLIMIT_AS, space)
@@ -275,14 +320,15 @@ print(json.dumps(found))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
-def test_a_bomb_is_stopped_at_the_size_that_was_declared(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["alone", "behind another"])
+def test_a_bomb_is_stopped_at_the_size_that_was_declared(way: str, tmp_path: Path) -> None:
     zeros = bytes(_BOMB_BYTES)
     light: dict[str, Codec] = {"lzma": codecs.Lzma(0), "brotli": codecs.Brotli(1), "bz2": codecs.Bz2(1)}
     for name, make in _CODECS.items():
         (tmp_path / f"{name}.bomb").write_bytes(light.get(name, make()).compress(zeros))
     (tmp_path / "lzma.dictionary").write_bytes(_asking_for_a_dictionary_of_3_gib(codecs.Lzma(0).compress(bytes(1000))))
     (tmp_path / "zstd.unsized").write_bytes(_zstd_that_does_not_say_its_size(zeros))
-    command = [sys.executable, "-c", _DECOMPRESS_BOMBS, str(tmp_path), str(_DECLARED_BYTES)]
+    command = [sys.executable, "-c", _DECOMPRESS_BOMBS, str(tmp_path), str(_DECLARED_BYTES), way]
     said = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
     found: dict[str, tuple[int, str]] = json.loads(said)
     assert found.keys() == {path.name for path in tmp_path.iterdir()}

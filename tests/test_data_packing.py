@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from membench.data import tokens
 from membench.data.arrow import pyarrow
 from membench.data.columnar import ArrowFormat, ParquetFormat
 from membench.data.dataset import Dataset
+from membench.data.index import checksum
 from membench.data.layouts import Bits, Integers
 from membench.data.shards import Shards
 from membench.data.storage import Damaged, Extent, Storage
@@ -113,6 +115,23 @@ def test_frames_can_be_read_in_any_order_and_are_what_was_written(name: str, tmp
         assert (read(range(first, last + 1)) == ids[first * 16 : (last + 1) * 16]).all()
     assert len(read(range(4, 5))) == 75 - 4 * 16
     assert data.facts()["data_bytes"][0] == sum(path.stat().st_size for path in (tmp_path / "data").iterdir())
+
+
+@pytest.mark.parametrize("name", ["parquet", "arrow"])
+def test_a_frame_that_was_written_wrong_is_named_by_its_own_offset(name: str, tmp_path: Path) -> None:
+    """Its checksum is right: only the library can tell."""
+    _, data = _written(name, tmp_path / "data")
+    (path,) = data.folder.glob("rows.*")
+    index = json.loads((data.folder / "index.json").read_text())
+    sizes = [size for size, _ in index["frames"]]
+    offset = index["head_bytes"] + sum(sizes[:2])
+    content = bytearray(path.read_bytes())
+    content[offset : offset + 40] = bytes(byte ^ 0xFF for byte in content[offset : offset + 40])
+    path.write_bytes(content)
+    index["frames"][2][1] = checksum(bytes(content[offset : offset + sizes[2]]))
+    (data.folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(Damaged, match=rf"^{path}, offset {offset}: "):
+        data.storage.format.open(data.extent, data.storage, data.folder)(range(5))
 
 
 def test_a_mapped_file_is_not_copied(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -128,31 +130,95 @@ def test_what_befalls_either_thread_is_heard_by_who_reads(
             raise error("bad")
         return rows
 
-    threads = threading.active_count()
     data = _watched(tmp_path / "data", look)
     with pytest.raises(error, match="bad"):
         list(epochs(data, _BATCH, 3, 0)(0))
-    assert _ends_with_threads(threads)
+    assert _helpers_end()
 
 
-def _ends_with_threads(count: int) -> bool:
-    """Whether there are so many once what is no longer wanted has gone."""
-    gc.collect()
+def _helpers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("reading ahead")]
+
+
+def _helpers_end() -> bool:
+    """Whether none is left, a little after it is no longer wanted."""
     deadline = time.monotonic() + 10
-    while threading.active_count() > count and time.monotonic() < deadline:
+    while _helpers() and time.monotonic() < deadline:
         time.sleep(0.01)
-    return threading.active_count() == count
+    return not _helpers()
 
 
 def test_reading_that_is_given_up_leaves_no_thread(tmp_path: Path) -> None:
-    threads = threading.active_count()
     for count in range(1, 6):
         batches = epochs(_watched(tmp_path / str(count), lambda rows: rows), _BATCH, 3, 0)(0)
         for _ in range(count):
             next(batches)
         batches.close()  # type: ignore[attr-defined]
         del batches
-        assert _ends_with_threads(threads)
+        assert _helpers_end()
+
+
+def test_what_is_given_up_may_be_collected_by_the_thread_that_helps(tmp_path: Path) -> None:
+    collects, collected = threading.Event(), threading.Event()
+
+    def look(rows: Ids) -> Ids:
+        if collects.is_set() and threading.current_thread() is not threading.main_thread():
+            gc.collect()
+            collected.set()
+        return rows
+
+    given_up: dict[str, Any] = {}
+    given_up["itself"] = given_up
+    gc.disable()
+    try:
+        read = epochs(_watched(tmp_path / "data", look), _BATCH, 3, 0)
+        given_up["batches"] = read(0)
+        next(given_up["batches"])
+        del given_up
+        collects.set()
+        assert len(list(read(1))) == -(-_ROWS // _BATCH)
+        assert collected.wait(10)
+        collects.clear()
+        assert len(list(read(2))) == -(-_ROWS // _BATCH)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("suspended", [False, True])
+def test_a_forked_process_reads_on_without_the_thread_that_helped(suspended: bool, tmp_path: Path) -> None:
+    read = epochs(_watched(tmp_path / "data", lambda rows: rows), _BATCH, 3, 0)
+    batches = list(read(0))
+    given_up = read(1)
+    if suspended:
+        next(given_up)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        del given_up
+        os._exit(0 if len(list(read(2))) == len(batches) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_damage_that_was_told_keeps_neither_file_nor_thread(tmp_path: Path) -> None:
+    data = _written(tmp_path / "data", Storage(Shards(), Integers("uint8"), reading="stream"))
+    path = data.folder / "frames.bin"
+    path.write_bytes(bytes(path.stat().st_size))
+    assert _helpers_end()
+    files = len(os.listdir("/proc/self/fd"))
+    gc.disable()
+    try:
+        for _ in range(20):
+            with contextlib.suppress(Damaged):
+                list(epochs(data, _BATCH, 3, 0)(0))
+        assert _helpers_end()
+        assert len(os.listdir("/proc/self/fd")) == files
+    finally:
+        gc.enable()
+
+
+def test_data_of_no_rows_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(Unsuitable, match="no rows"):
+        _written(tmp_path / "data", rows=0)
 
 
 def test_one_thread_helps_from_epoch_to_epoch(tmp_path: Path) -> None:
@@ -163,14 +229,14 @@ def test_one_thread_helps_from_epoch_to_epoch(tmp_path: Path) -> None:
         helpers.add(threading.get_ident())
         return rows
 
-    threads = threading.active_count()
+    assert _helpers_end()
     read = epochs(_watched(tmp_path / "data", look), _BATCH, 3, 0)
     for epoch in range(5):
         assert len(list(read(epoch))) == -(-_ROWS // _BATCH)
-        assert threading.active_count() == threads + 1
+        assert len(_helpers()) == 1
     assert len(helpers - {threading.get_ident()}) == 1
     del read
-    assert _ends_with_threads(threads)
+    assert _helpers_end()
 
 
 def test_frames_are_taken_as_they_were_kept_or_not_at_all(tmp_path: Path) -> None:

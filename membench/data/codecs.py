@@ -1,7 +1,8 @@
 """Codecs of frames: each writes its own command-line tool's format, and reads no more than a frame is said to hold.
 
 A frame is whole only if it ends where its bytes end and holds what it is said to. What a damaged one still makes is
-never given: ``decompress`` raises ``Damaged``.
+never given: ``decompress`` raises ``Damaged``. ``decompress_all`` may pass over what follows a frame within its bytes,
+where the library does.
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ class Lz4(_Codec):
     def compress(self, raw: bytes) -> bytes:
         from lz4 import frame  # type: ignore[import-untyped]
 
-        # Larger blocks would be decoded aside, and copied.
+        # A block that has not its full size is decoded aside and copied: of large ones many a frame has but that.
         return bytes(frame.compress(raw, self._level, frame.BLOCKSIZE_MAX256KB, block_linked=False, store_size=True))
 
     @functools.cached_property
@@ -318,7 +319,7 @@ class Zstd(_Codec):
         return _whole(raw, raw_bytes)
 
     def decompress_all(self, stored: Sequence[Buffer], raw_bytes: Sequence[int]) -> bytes:
-        """What follows a frame within its bytes goes unnoticed here, and is told by the checksum of the shards."""
+        """What follows a frame within its bytes goes unnoticed: the library makes all frames in one call."""
         import zstandard
 
         try:

@@ -14,7 +14,7 @@ from membench.data import index
 from membench.data.arrow import pyarrow
 from membench.data.layouts import Integers
 from membench.data.partial import whole_or_not_at_all
-from membench.data.storage import Damaged, Extent, Read, Storage
+from membench.data.storage import Buffer, Damaged, Extent, Read, Storage
 
 if TYPE_CHECKING:
     from membench.data.storage import Ids
@@ -55,17 +55,20 @@ class ParquetFormat:
         with _told_as_damage(path):
             metadata = arrow.parquet.read_metadata(path)
 
+        def one(number: int, entry: index.Entry, stored: Buffer) -> Ids:
+            with (
+                _told_as_damage(f"{path}, offset {entry.offset}"),
+                # Opened each time: a reader of pyarrow is not to be shared by threads or processes.
+                arrow.parquet.ParquetFile(_Part(stored, entry.offset), metadata=metadata, pre_buffer=False) as file,
+            ):
+                table = file.read_row_group(number, use_threads=False)
+            return _rows(table.column(0).combine_chunks())
+
         def read(numbers: range) -> Ids:
             run = entries[numbers.start : numbers.stop]
-            stored = parquet.bytes_of(run)
-            index.frames_of(stored, run)
-            with (
-                _told_as_damage(f"{path}, offset {run[0].offset}"),
-                # Opened each time: a reader of pyarrow is not to be shared by threads or processes.
-                arrow.parquet.ParquetFile(_Part(stored, run[0].offset), metadata=metadata, pre_buffer=False) as file,
-            ):
-                table = file.read_row_groups(list(numbers), use_threads=False)
-            return _rows(table.column(0).combine_chunks())
+            return _joined(
+                [one(*each) for each in zip(numbers, run, index.frames_of(parquet.bytes_of(run), run), strict=True)]
+            )
 
         return read
 
@@ -73,7 +76,7 @@ class ParquetFormat:
 class _Part(io.BytesIO):
     """A file of which only the bytes from an offset on are there: what is read is what the checksum was taken of."""
 
-    def __init__(self, stored: bytes, offset: int) -> None:
+    def __init__(self, stored: Buffer, offset: int) -> None:
         super().__init__(stored)
         self._offset = offset
 
@@ -99,21 +102,21 @@ class ArrowFormat:
             _write_index(partial / _ARROW, len(_ARROW_MAGIC) + schema.serialize().size, ends, extent, storage)
 
     def open(self, extent: Extent, storage: Storage, folder: Path) -> Read:
-        import numpy
-
         arrow, path = pyarrow(), folder / _ARROW
         entries = index.read(folder, extent, storage, lambda number: _ARROW)
         with _told_as_damage(path):
             mapped = arrow.memory_map(str(path)).read_buffer()
             reader = arrow.ipc.open_file(mapped)
 
+        def one(number: int, entry: index.Entry) -> Ids:
+            with _told_as_damage(f"{path}, offset {entry.offset}"):
+                return _rows(reader.get_batch(number).column(0))
+
         def read(numbers: range) -> Ids:
             run = entries[numbers.start : numbers.stop]
             # Before it is parsed: a flipped bit in its header can make the library abort the process.
             index.frames_of(memoryview(mapped)[run[0].offset : run[-1].end], run)
-            with _told_as_damage(f"{path}, offset {run[0].offset}"):
-                parts = [_rows(reader.get_batch(number).column(0)) for number in numbers]
-            return parts[0] if len(parts) == 1 else numpy.concatenate(parts)
+            return _joined([one(number, entry) for number, entry in zip(numbers, run, strict=True)])
 
         return read
 
@@ -154,6 +157,12 @@ def _batch(rows: Ids, schema: Any) -> Any:
     arrow = pyarrow()
     lists = arrow.FixedSizeListArray.from_arrays(arrow.array(rows.reshape(-1)), type=schema.field(0).type)
     return arrow.record_batch([lists], schema=schema)
+
+
+def _joined(frames: list[Ids]) -> Ids:
+    import numpy
+
+    return frames[0] if len(frames) == 1 else numpy.concatenate(frames)
 
 
 def _rows(lists: Any) -> Ids:

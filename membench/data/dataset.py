@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import collections
 import itertools
+import statistics
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -57,8 +58,10 @@ class Dataset:
         """Keep rows (rows, tokens) in a folder that is not there yet.
 
         Raises:
-            Unsuitable: if a token id is none of the vocabulary; packed, it would be another.
+            Unsuitable: if there are no rows, or a token id is none of the vocabulary; packed, it would be another.
         """
+        if not len(rows):
+            raise Unsuitable("there are no rows of training data")
         extent = Extent(len(rows), rows.shape[1], vocabulary)
         if (largest := int(rows.max(initial=0))) >= vocabulary:
             raise Unsuitable(f"there is token id {largest}, and the model's vocabulary has {vocabulary}")
@@ -96,29 +99,31 @@ class Dataset:
             found["compress_mb_per_s"] = (speed, f"{_CODEC_CLOCK}, under the pinned allocator")
         return found
 
-    def time_codec(self, clock: Timed | None = None) -> Timed | None:
-        """Decode with a clock of its own, or go on with one that this gave; ``None`` without a codec.
+    def codec_speeds(self) -> list[float]:
+        """How many MB a second the codec alone decompresses, each time that all is read; nothing without a codec."""
+        speeds: list[float] = []
+        if isinstance(self.storage.codec, Timed):
+            began = time.perf_counter()
+            while time.perf_counter() - began < _CODEC_TIMED_S:
+                # By a clock of its own: a reader that decodes ahead may be at work still.
+                clock = self.storage.codec.afresh()
+                replace(self, storage=replace(self.storage, codec=clock))._decode()
+                speeds.append(clock.decompressed_bytes / _MB / clock.decompress_s)
+        return speeds
 
-        To be held against how fast the data are read, it is to be called before and after: machines change their pace.
+    def timed_afresh(self, earlier_speeds: list[float]) -> dict[str, tuple[float, str]]:
+        """How long opening takes here and now, and how fast the codec is, if there is one, to be held against how fast
+        it is read.
+
+        Args:
+            earlier_speeds: of the codec, before it was read: machines change their pace.
         """
-        if not isinstance(self.storage.codec, Timed):
-            return None
-        # By a clock of its own: a reader that decodes ahead may be at work still.
-        clock = clock or self.storage.codec.afresh()
-        data, began = replace(self, storage=replace(self.storage, codec=clock)), time.perf_counter()
-        while time.perf_counter() - began < _CODEC_TIMED_S:
-            data._decode()
-        return clock
-
-    def timed_afresh(self, codec: Timed | None) -> dict[str, tuple[float, str]]:
-        """How long opening takes here and now, and how fast the codec was by this clock, if there is one."""
         began = time.perf_counter()
         self.opened()
         opening_s = time.perf_counter() - began
         found = {"open_s": (opening_s, "monotonic clock, under the default allocator")}
-        if codec is not None:
-            speed = codec.decompressed_bytes / _MB / codec.decompress_s
-            found["decompress_mb_per_s"] = (speed, f"{_CODEC_CLOCK}, under the default allocator")
+        if speeds := earlier_speeds + self.codec_speeds():
+            found["decompress_mb_per_s"] = (statistics.median(speeds), f"{_CODEC_CLOCK}, under the default allocator")
         return found
 
     def _decode(self) -> None:
@@ -137,10 +142,12 @@ class Dataset:
 
         read = self.storage.format.open(self.extent, self.storage, self.folder)
         if self.storage.reading != "whole":
-            return _Opened(read, ThreadPoolExecutor(1) if self.storage.reading == "stream" else None)
+            streams = self.storage.reading == "stream"
+            return _Opened(read, ThreadPoolExecutor(1, "reading ahead") if streams else None)
         whole = numpy.empty((self.extent.rows, self.extent.length), self.storage.layout.type(self.extent))
         for block in self._blocks():
-            whole[block.start * self.frame_rows : block.stop * self.frame_rows] = read(block)
+            rows = self._rows_of(block)
+            whole[rows.start : rows.stop] = _read_whole(read, block, (len(rows), self.extent.length))
         return whole
 
     def batches(
@@ -194,13 +201,13 @@ class Dataset:
         wants it then helps: waiting for each other costs a fast codec more than its work.
         """
         rooms: list[_Room] = []
-        decoding, helping = _Decoding(opened.read), list[Future[None]]()
+        decoding = _Decoding(opened.read)
 
         def begun(window: Window) -> _Filling:
             rows = self._room(rooms)[: len(window.order)]
             filling = decoding.begin(rows, self._places(window))
             if opened.helper:
-                helping[:] = [opened.helper.submit(decoding.go_on)]
+                opened.helper.submit(decoding.go_on)
             return filling
 
         try:
@@ -214,8 +221,7 @@ class Dataset:
                 # Into the room of the one that has just been handed out, while the next may still be decoded.
                 ahead.extend(itertools.islice(coming, 1))
         finally:
-            decoding.stop()
-            wait(helping)  # the last one: they come one after the other
+            decoding.stop()  # without waiting for the helper: it may be who collects what was given up
 
     def _room(self, rooms: list[_Room]) -> Ids:
         """Room for the rows of a window: one of these that nobody holds a batch of any more, or else a new one."""
@@ -294,12 +300,15 @@ class _Decoding:
         Raises:
             Damaged: if a frame is not what was written.
         """
-        while not filling.ended.is_set() and self._one():
-            pass
-        filling.ended.wait()
-        if filling.failed is not None:
-            raise filling.failed
-        return filling.rows
+        try:
+            while not filling.ended.is_set() and self._one():
+                pass
+            filling.ended.wait()
+            if filling.failed is not None:
+                raise filling.failed
+            return filling.rows
+        finally:
+            filling.failed = None  # as in ``_one``: its traceback leads here
 
     def go_on(self) -> None:
         """Decode until nothing waits."""
@@ -316,21 +325,30 @@ class _Decoding:
         except IndexError:
             return False
         try:
-            decoded = self._read(block)
-            wanted = (len(places), filling.rows.shape[1])
-            if decoded.shape != wanted:  # numpy would fill up or cut off the items
-                raise ValueError(
-                    f"frames {block.start} to {block.stop - 1} were read as {decoded.shape} rows and tokens, "
-                    f"and {wanted} were kept"
-                )
+            decoded = _read_whole(self._read, block, (len(places), filling.rows.shape[1]))
             filling.items[places] = _items(decoded.astype(filling.rows.dtype, copy=False))
             filling.count_one()
         except BaseException as error:  # whoever wants the window hears it, whomever it befell
             filling.failed = error
             filling.ended.set()
+            del filling  # or the error would lead to itself, and keep the file open until it is collected
             if not isinstance(error, Exception):  # an interrupt is not to wait for the window
                 raise
         return True
+
+
+def _read_whole(read: Read, block: range, shape: tuple[int, int]) -> Ids:
+    """The rows of a block, if they have the shape that was kept; numpy would fill up or cut off what is put in place.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    rows = read(block)
+    if rows.shape != shape:
+        raise ValueError(
+            f"frames {block.start} to {block.stop - 1} were read as {rows.shape} rows and tokens, and {shape} were kept"
+        )
+    return rows
 
 
 def _items(rows: Ids) -> Any:

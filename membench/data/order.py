@@ -38,7 +38,7 @@ def windows(extent: Extent, frame_rows: int, blocks_at_once: int, seed: int, epo
     """An epoch: blocks in random order, so many of them at once, and their rows shuffled together.
 
     Args:
-        frame_rows: so many rows are read as one frame; a block has some of them, all whole but the very last.
+        frame_rows: so many rows are kept as one frame; a block has some of them, all whole but the very last.
     """
     import numpy
 

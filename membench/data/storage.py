@@ -63,7 +63,8 @@ class Codec(Protocol):
         """Several frames, one after the other: for small ones a call for each takes longer than its work.
 
         Raises:
-            Damaged: if any is not what ``decompress`` takes; it need not say which.
+            Damaged: if any is not what ``decompress`` takes; it need not say which, nor heed what follows a frame
+                within its bytes.
         """
 
 
