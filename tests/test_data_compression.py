@@ -511,6 +511,15 @@ def test_bad_options_are_one_clear_line(use: str, option: str, message: str, sui
     assert "\n" not in str(error.value)
 
 
+def test_the_codecs_speed_is_the_median_of_what_it_was_before_and_after_the_reading(tmp_path: Path) -> None:
+    data = Dataset.written(_rows(2**20), _storage(codecs.Zstd(3, None)), 256, tmp_path / "data")
+    assert 0 < min(data.codec_speeds()) <= max(data.codec_speeds()) < 1e5
+    assert data.timed_afresh([1e9] * 10_000)["decompress_mb_per_s"][0] == 1e9
+    plain = Dataset.written(_rows(2**20), _storage(None), 256, tmp_path / "plain")
+    assert plain.codec_speeds() == []
+    assert "decompress_mb_per_s" not in plain.timed_afresh([])
+
+
 _BLOCK_BYTES = 2**20  # of uint8
 
 
