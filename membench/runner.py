@@ -30,6 +30,8 @@ _TAIL_BYTES = 4096
 _PREPARE_TIMEOUT_S = 1800
 _STREAMS = (0, 1)
 """What a user's program has as its standard input and output: ours."""
+_SHARE_OF_LOOKING = 0.1
+"""While steps are timed, of one core: a look at children walks their page tables, and takes milliseconds for each."""
 
 Tell = Callable[[str, Mapping[str, Any]], None]
 
@@ -347,6 +349,7 @@ class Runner:
         deadline = time.monotonic() - outcome.waited_s + timeout_s
         buffer, timed_out = b"", False
         ended: Ended | None = None
+        rests_until = 0.0
         sources = [home.fileno(), pipe.fileno(), output]
         while ended is None or pipe.fileno() in sources or (outcome.marked and output in sources):
             ready, _, _ = select.select(sources, [], [], self._settings.sampling_interval_s)
@@ -370,10 +373,12 @@ class Runner:
             if ended is None and home.fileno() in ready:
                 ended = home.ended()
                 sources.remove(home.fileno())
-            if ended is None:
+            if ended is None and (began := time.monotonic()) >= rests_until:
                 held = observer.look()
                 if held is not None:
                     self._tell("memory", {"bytes": held})
+                if outcome.phase == "time":
+                    rests_until = began + (time.monotonic() - began) / _SHARE_OF_LOOKING
             if not timed_out and ended is None and time.monotonic() - outcome.waited_s > deadline:
                 timed_out = True
                 home.kill()

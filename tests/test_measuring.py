@@ -15,6 +15,7 @@ import pytest
 
 import membench
 from membench import procfs
+from membench.observer import Observer
 from membench.record import Record
 
 MIB = 2**20
@@ -123,6 +124,29 @@ def test_peaks_of_parent_and_child_that_lie_apart_are_not_added(tmp_path: Path) 
     how = record.obtained["peak_live_bytes"]
     assert (how["bound"], how["children"]) == ("at least", True)
     assert how["at_most_bytes"] == pytest.approx(265 * MIB, rel=0.02)
+
+
+def test_looking_takes_a_tenth_of_a_core_at_most_while_steps_are_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look_s, look = 0.05, Observer.look
+
+    def slowly(observer: Observer) -> int | None:
+        time.sleep(look_s)
+        return look(observer)
+
+    monkeypatch.setattr(Observer, "look", slowly)
+    path = tmp_path / "suite.toml"
+    path.write_text(
+        '[suite]\nname = "timed"\n[matrix]\nmodel = ["block"]\ntechnique = ["none"]\nworkload = ["known-burst"]\n'
+        "[settings]\nthreads = 1\nmeasured_steps = 40\n"
+    )
+    (record,) = membench.run(membench.load_suite(path), output=tmp_path).records
+    assert record.status == "ok", record.message
+    (process,) = record.processes
+    (timed,) = (phase for phase in process["phases"] if phase["name"] == "time")
+    # One look as it begins, one as it ends, and one under way.
+    assert 2 <= timed["samples"] <= 3 + (timed["ended_s"] - timed["began_s"]) * 0.1 / look_s
 
 
 def _gone(pid: int) -> bool:
