@@ -19,8 +19,8 @@ from membench.data.layouts import Integers
 from membench.data.samples import StoredSamples
 from membench.data.shards import Shards
 from membench.data.storage import Storage
-from membench.environment import available_bytes
 from membench.errors import summary
+from membench.host.environment import available_bytes
 from membench.record import PluginFile
 from membench.stand_in import StandIn
 from membench.units import format_bytes

@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 import tabulate
 
-from membench import console, procfs
 from membench.errors import EXIT_CASES_FAILED, EXIT_OK
-from membench.nvml import gpus
+from membench.host import console, procfs
+from membench.host.nvml import gpus
 from membench.record import Record
 from membench.session import run, silent
 from membench.suite import load_suite

@@ -23,7 +23,8 @@ import time
 import traceback
 from pathlib import Path
 
-from membench import allocator, corpus, phases, procfs, scratch
+from membench import allocator, corpus, phases
+from membench.host import procfs, scratch
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _WORKER_FAILED = 70
@@ -77,9 +78,9 @@ def _fork_worker(request: dict[str, object], pipe: int, output: int, server: soc
         os.open(os.devnull, os.O_RDONLY)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        from membench import worker
+        from membench import worker_main
 
-        worker.main(request, socket.socket(fileno=os.dup(pipe)))
+        worker_main.main(request, socket.socket(fileno=os.dup(pipe)))
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -120,7 +121,7 @@ def _start_program(request: dict[str, object], pipe: int, errors: int, streams: 
 
 def _spawn_worker(request: dict[str, object], pipe: int, output: int) -> int:
     process = subprocess.Popen(
-        [sys.executable, "-m", "membench.worker", str(pipe)],
+        [sys.executable, "-m", "membench.worker_main", str(pipe)],
         stdin=subprocess.PIPE,
         stdout=output,
         stderr=output,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from membench import procfs
 from membench.errors import one_line
+from membench.host import procfs
 from membench.observer import Observer
 
 WHOLE = "script"

@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from membench import allocator, environment, procfs
+from membench import allocator
+from membench.host import environment, procfs
 
 _T = TypeVar("_T")
 

@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from membench import environment
 from membench.errors import MembenchError
-from membench.scratch import Scratch
+from membench.host import environment
+from membench.host.scratch import Scratch
 
 _START_TIMEOUT_S = 300
 _ANSWER_TIMEOUT_S = 60

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from membench import procfs
-from membench.nvml import Gpu, GpuReading, Gpus
+from membench.host import procfs
+from membench.host.nvml import Gpu, GpuReading, Gpus
 
 _MOST_SAMPLES = 2000
 

@@ -17,11 +17,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from membench import environment, procfs, programs, registry
+from membench import programs, registry
 from membench.figures import Figures, figures, figures_of_calls, figures_of_program
+from membench.host import environment, procfs
+from membench.host.nvml import gpus
 from membench.marked import MOST_PHASES, MarkedPhases
 from membench.nursery import Ended, Nursery, NurseryLost
-from membench.nvml import gpus
 from membench.observer import Observer
 from membench.record import METRIC_OF_FIELD, REFERENCE, Case, Plugin, Record, Status
 from membench.tables import Settings
@@ -501,7 +502,7 @@ def _file_name(group: tuple[str, str, str]) -> str:
 
 def _modules_of(cases: tuple[Case, ...]) -> list[str]:
     """The modules that the fork server imports for these cases."""
-    modules = {"membench.worker", "safetensors.torch"}
+    modules = {"membench.worker_main", "safetensors.torch"}
     for case in cases:
         for kind, plugin in case.plugins:
             modules |= set(registry.find(kind, plugin.use, plugin.files).loaded.imports)

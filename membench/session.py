@@ -11,8 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from membench import environment, plugin_files
+from membench import plugin_files
 from membench.errors import ResultsError
+from membench.host import environment
 from membench.record import Case, Metric, PluginFile, Record
 from membench.runner import Interrupted, Runner
 from membench.store import Run, RunFile, find_run, read_run

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from membench import procfs
+from membench.host import procfs
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from membench.errors import MembenchError
-from membench.scratch import Scratch, is_scratch
+from membench.host.scratch import Scratch, is_scratch
 
 _TIMEOUT_S = 300
 _FOLDER = "tree"

@@ -23,7 +23,7 @@ from rich.console import Console
 
 import membench
 from membench import progress
-from membench.nvml import gpus
+from membench.host.nvml import gpus
 from membench.report import text
 
 _SUITE = """\

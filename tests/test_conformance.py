@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from membench import procfs, testing
+from membench import testing
 from membench.builtin.known_amounts import Ballast
 from membench.builtin.metrics import NextTokenAccuracy
 from membench.builtin.techniques.activations import Accumulate
@@ -21,6 +21,7 @@ from membench.builtin.techniques.precision import Bf16
 from membench.builtin.workloads.forward import Forward
 from membench.builtin.workloads.generate import Generate
 from membench.builtin.workloads.train import Train
+from membench.host import procfs
 from membench.plugins import Technique
 from tests import misbehaving
 

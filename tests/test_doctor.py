@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 import membench
-from membench import console, doctor, procfs
+from membench import doctor
 from membench.errors import MembenchError
-from membench.nvml import gpus
+from membench.host import console, procfs
+from membench.host.nvml import gpus
 from membench.record import Record
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from membench import environment, nvml
+from membench.host import environment, nvml
 from tests.test_observing_gpus import FakeNvml
 
 MIB = 2**20

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import membench
-from membench import plugins, procfs
+from membench import plugins
 from membench.assembly import Assembly
 from membench.builtin.mapped import MappedCheckpoint, held_by, write
 from membench.builtin.models.factory import Factory
@@ -24,6 +24,7 @@ from membench.builtin.techniques.quantization import Int4WeightOnly, Int8WeightO
 from membench.builtin.techniques.structured_pruning import PruneFfn
 from membench.builtin.workloads.forward import Forward
 from membench.builtin.workloads.train import Train
+from membench.host import procfs
 from membench.record import Record
 from membench.weights import own_tensors, plain_tensors, weight_bytes
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import membench
-from membench import procfs
+from membench.host import procfs
 from membench.observer import Observer
 from membench.record import Record
 

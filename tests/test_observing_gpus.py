@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from membench.figures import Figures, figures, figures_of_program
+from membench.host.nvml import Gpus
 from membench.marked import MarkedPhases
-from membench.nvml import Gpus
 from membench.observer import Observer
 
 MIB = 2**20

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from membench import environment, procfs, scratch
+from membench.host import environment, procfs, scratch
 from membench.nursery import Nursery
 
 _HANGING = """\

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import membench
-from membench import scratch
+from membench.host import scratch
 from membench.pytest_plugin.sharing import Sharing
 from membench.regression import sources
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import membench
-from membench import environment
 from membench.errors import ResultsError
+from membench.host import environment
 
 _SUITE = """\
 [suite]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
-from membench import procfs
+from membench.host import procfs
 
 _SPIN = "while True: pass"
 

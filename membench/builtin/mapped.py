@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from membench import procfs
+from membench.host import procfs
 from membench.plugins import Model, Unsuitable
 from membench.units import format_bytes
 from membench.weights import plain_tensors

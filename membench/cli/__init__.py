@@ -7,8 +7,8 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
-from membench import console
 from membench.cli import advise, calibrate, doctor, export, listing, new, regression, report, run, script, show
+from membench.host import console
 
 # In the order in which the help shows them.
 _VERBS = (run, listing, show, report, advise, regression, calibrate, export, new, doctor)

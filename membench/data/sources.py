@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 from membench import corpus
 from membench.data.arrow import pyarrow
 from membench.data.storage import Damaged
-from membench.environment import available_bytes
 from membench.errors import summary
+from membench.host.environment import available_bytes
 from membench.plugins import DoesNotFit, Unsuitable
 from membench.units import format_bytes
 

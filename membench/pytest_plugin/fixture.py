@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
-from membench import environment, sending
+from membench import sending
 from membench.amounts import is_duration
 from membench.errors import MembenchError, did_you_mean, summary
+from membench.host import environment
 from membench.pytest_plugin import entries, marker, outcome
 from membench.pytest_plugin.sharing import FUNCTIONS, Sharing
 from membench.pytest_plugin.timing import durations_s
@@ -207,7 +208,11 @@ class _Caller:
             silent,
             turn=sharing.turn(),
             variables=self._gpu.variables,
-            modules=["membench.worker", "membench.sending", *filter(sys.modules.__contains__, _WORTH_IMPORTING_ONCE)],
+            modules=[
+                "membench.worker_main",
+                "membench.sending",
+                *filter(sys.modules.__contains__, _WORTH_IMPORTING_ONCE),
+            ],
             calls_on_gpu=device.startswith("cuda"),
         )
         config.add_cleanup(lambda: self._runner.__exit__(None, None, None))

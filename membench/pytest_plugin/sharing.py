@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from membench import scratch
+from membench.host import scratch
 
 FUNCTIONS = "pytest"
 """What stands for the suite's name in the file of what functions of tests took."""
@@ -196,7 +196,7 @@ def _visible_gpus() -> list[str]:
     """As CUDA is told of them: those that the user left visible, else all, by UUID."""
     if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in named.split(",") if name]
-    from membench.nvml import gpus
+    from membench.host.nvml import gpus
 
     found, _ = gpus()
     return [gpu["uuid"] for gpu in found.describe() if gpu["uuid"]] if found else []

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from membench import environment
+from membench.host import environment
 from membench.record import METRIC_OF_FIELD, is_own
 
 Kind = Literal["counted", "live", "footprint", "time"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from membench.compare import Comparison, Group
-from membench.environment import differences
+from membench.host.environment import differences
 from membench.record import METRIC_OF_FIELD, Metric
 from membench.report.shapes import Lines, Series, listed
 from membench.report.summary import started

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from membench import nvml
+from membench.host import nvml
 
 _PACKAGES = (
     "membench",
@@ -38,7 +38,7 @@ _VARIABLES = (
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 _CPU_INFO = Path("/proc/cpuinfo")
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parent.parent
 # What decides which kernels a language model runs through: x86's flags, then ARM's features.
 _INSTRUCTIONS = (
     "fma", "f16c", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8",

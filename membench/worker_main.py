@@ -16,9 +16,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from membench import allocator, calls, census, checkpoint, device, foreign, notes, plugins, quality
+from membench import allocator, calls, census, checkpoint, device, notes, plugins, quality
 from membench.assembly import Assembly, create
 from membench.errors import is_out_of_memory
+from membench.host import import_guard
 from membench.meter import STEPS_FOR_MEMORY, Meter
 from membench.weights import bytes_by_module, weight_bytes
 
@@ -85,7 +86,7 @@ def _measure(request: dict[str, Any], meter: Meter) -> None:
 
 def _refuse_foreign_code(request: dict[str, Any]) -> None:
     if request["folders"]:
-        foreign.refuse_imported(request["folders"])
+        import_guard.refuse_imported(request["folders"])
 
 
 class _Work:
