@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from membench.errors import MembenchError, PluginError, ResultsError, SuiteError
     from membench.phases import phase
-    from membench.record import Record
+    from membench.records.record import Record
+    from membench.records.run_file import Run, newest_run, read_run
     from membench.session import resumable, run
-    from membench.store import Run, newest_run, read_run
     from membench.suite import Suite, load_suite
 
 __all__ = [
@@ -40,10 +40,10 @@ _HOMES = {
     "ResultsError": "membench.errors",
     "SuiteError": "membench.errors",
     "phase": "membench.phases",
-    "Record": "membench.record",
-    "Run": "membench.store",
-    "newest_run": "membench.store",
-    "read_run": "membench.store",
+    "Record": "membench.records.record",
+    "Run": "membench.records.run_file",
+    "newest_run": "membench.records.run_file",
+    "read_run": "membench.records.run_file",
     "Suite": "membench.suite",
     "load_suite": "membench.suite",
     "resumable": "membench.session",

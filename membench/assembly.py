@@ -21,7 +21,7 @@ from membench.data.shards import Shards
 from membench.data.storage import Storage
 from membench.errors import summary
 from membench.host.environment import available_bytes
-from membench.record import PluginFile
+from membench.records.record import PluginFile
 from membench.stand_in import StandIn
 from membench.units import format_bytes
 from membench.weights import fingerprint

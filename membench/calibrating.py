@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from membench.records.run_file import Run, read_run
 from membench.session import Session, silent
-from membench.store import Run, read_run
 from membench.suite import Suite
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from membench import session
+from membench.records.run_file import Run
 from membench.regression.measured import Measured, MeasuredCase, of_run
 from membench.regression.tolerances import Tolerances
 from membench.regression.verdict import Judgement, judge
-from membench.store import Run
 from membench.suite import Suite
 
 MORE_REPEATS = 3

@@ -10,7 +10,7 @@ from typing import Any
 from membench.contract import CONTRACT_VERSION
 from membench.errors import nearest
 from membench.plugins import CONTRACT_CLASSES, Options
-from membench.validation import shown
+from membench.records.validation import shown
 
 _ALIKE = 0.75
 _NOT_HASHABLE = (list, dict, set, bytearray)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from membench import registry
 from membench.errors import PluginError, SuiteError, did_you_mean, summary
-from membench.names import checked_name, members, parts
 from membench.plugins import Setting
-from membench.record import METRICS, REFERENCE, Case, Plugin, PluginFile, own_field, own_metrics
-from membench.validation import shown
+from membench.records.names import checked_name, members, parts
+from membench.records.record import METRICS, REFERENCE, Case, Plugin, PluginFile, own_field, own_metrics
+from membench.records.validation import shown
 
 if TYPE_CHECKING:
     from membench.tables import Addition, Contents, Matrix, Program, Selection

@@ -15,8 +15,8 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from membench.errors import MembenchError
+from membench.records.run_file import Run, read_run
 from membench.session import silent
-from membench.store import Run, read_run
 from membench.suite import Suite
 from membench.worktree import Repository, WorkTree
 

@@ -13,7 +13,7 @@ from typing import Any
 from membench import contract, plugin_files, registry, suite_names
 from membench.errors import PluginError, SuiteError, did_you_mean, one_line
 from membench.plugins import Options, QualityMetric, Technique
-from membench.record import PluginFile
+from membench.records.record import PluginFile
 from membench.suite import description
 
 KINDS = ("models", "techniques", "workloads", "metrics", "suites")

@@ -13,10 +13,10 @@ from pathlib import Path
 from types import ModuleType
 
 from membench.errors import PluginError, place_in, summary
-from membench.names import checked_name
 from membench.plugins import Options, QualityMetric
-from membench.record import PluginFile
-from membench.validation import shown
+from membench.records.names import checked_name
+from membench.records.record import PluginFile
+from membench.records.validation import shown
 
 BESIDE_A_SUITE = "membench_plugins.py"
 """The file that is used without being named, if it lies in a suite's folder."""

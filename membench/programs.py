@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-from membench.record import Status
+from membench.records.record import Status
 
 _LONGEST_LINE = 300
 _OUT_OF_MEMORY = re.compile(r"([\w.]*\.)?(MemoryError|OutOfMemoryError)\b|.*can(not|'t) allocate memory", re.IGNORECASE)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from membench import corpus
 from membench.data import tokens
 from membench.errors import is_out_of_memory, summary
-from membench.record import METRIC_OF_FIELD, can_be_a_figure
+from membench.records.record import METRIC_OF_FIELD, can_be_a_figure
 
 if TYPE_CHECKING:
     from torch import nn

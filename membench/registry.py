@@ -19,8 +19,8 @@ from membench import contract_check, plugin_files
 from membench.errors import PluginError, did_you_mean, summary
 from membench.packages import distribution, normalised, same_spelling
 from membench.plugins import Model, Options, QualityMetric, Technique, Workload
-from membench.record import REFERENCE, PluginFile
-from membench.validation import problem, shown
+from membench.records.record import REFERENCE, PluginFile
+from membench.records.validation import problem, shown
 
 KINDS = ("model", "technique", "workload", "metric")
 CONTRACT: Mapping[str, type[Options]] = {

@@ -24,7 +24,7 @@ from membench.host.nvml import gpus
 from membench.marked import MOST_PHASES, MarkedPhases
 from membench.nursery import Ended, Nursery, NurseryLost
 from membench.observer import Observer
-from membench.record import METRIC_OF_FIELD, REFERENCE, Case, Plugin, Record, Status
+from membench.records.record import METRIC_OF_FIELD, REFERENCE, Case, Plugin, Record, Status
 from membench.tables import Settings
 
 _TAIL_BYTES = 4096

@@ -14,9 +14,9 @@ from typing import Any
 from membench import plugin_files
 from membench.errors import ResultsError
 from membench.host import environment
-from membench.record import Case, Metric, PluginFile, Record
+from membench.records.record import Case, Metric, PluginFile, Record
+from membench.records.run_file import Run, RunFile, find_run, read_run
 from membench.runner import Interrupted, Runner
-from membench.store import Run, RunFile, find_run, read_run
 from membench.suite import Suite
 
 

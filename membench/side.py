@@ -21,7 +21,7 @@ from membench import registry
 from membench.errors import EXIT_OK, MembenchError
 from membench.host import console
 from membench.host.import_guard import ON_PATH, ForeignCode, is_foreign
-from membench.record import Case, Plugin
+from membench.records.record import Case, Plugin
 from membench.session import Session
 from membench.suite import Suite, load_suite
 

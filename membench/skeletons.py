@@ -12,7 +12,7 @@ from string import Template
 
 from membench import registry, suite_names
 from membench.errors import MembenchError, one_line
-from membench.names import checked_name
+from membench.records.names import checked_name
 
 _FILES: Mapping[str, str] = {
     "pyproject.toml": "pyproject.toml",

@@ -16,17 +16,17 @@ from typing import Any, Self
 from pydantic import ValidationError
 
 from membench import plugin_files, python_files, suite_names, units
-from membench.amounts import amount, wanted
 from membench.errors import PluginError, RuleError, SuiteError, did_you_mean, nearest, one_line
 from membench.expansion import cases_of_program, expand
-from membench.names import checked_device, parts
-from membench.record import METRICS, METRICS_OF_PROGRAMS, REFERENCE, Case, Metric, PluginFile, own_metrics
+from membench.records.amounts import amount, wanted
+from membench.records.names import checked_device, parts
+from membench.records.record import METRICS, METRICS_OF_PROGRAMS, REFERENCE, Case, Metric, PluginFile, own_metrics
+from membench.records.validation import problem, shown
 from membench.regression.gates import Gate
 from membench.regression.gates import of_table as gates_of_table
 from membench.regression.tolerances import Tolerance
 from membench.regression.tolerances import of_table as tolerances_of_table
 from membench.tables import Contents, ProgramContents, Settings
-from membench.validation import problem, shown
 
 _FOOTPRINT_OF_PROGRAMS = "5%"
 """How much more a user's program may take before it has regressed, if its suite does not say."""

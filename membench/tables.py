@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from membench.names import checked_device, checked_name, checked_plugin, checked_stack
+from membench.records.names import checked_device, checked_name, checked_plugin, checked_stack
 
 _WEEK_S = 7 * 24 * 3600
 _LARGEST_SEED = 2**63 - 1  # TOML's own largest number; torch takes twice as much, techniques add to it

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from membench.record import Record
-from membench.store import Run
+from membench.records.record import Record
+from membench.records.run_file import Run
 
 MIB = 2**20
 GIB = 2**30

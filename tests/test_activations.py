@@ -12,7 +12,7 @@ from membench import plugins, registry
 from membench.builtin.models.transformer import Gpt2, Llama, Qwen
 from membench.errors import SuiteError
 from membench.plugins import Shape
-from membench.record import Record
+from membench.records.record import Record
 from membench.weights import fingerprint
 from tests import shapes
 from tests.training import STEPS, context, train

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from membench.record import Record
+from membench.records.record import Record
 from membench.report.advice import Advice, advise, lines
 
 from .made_up import MIB, record

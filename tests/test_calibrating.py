@@ -13,7 +13,7 @@ import pytest
 import membench
 from membench import cli, runner
 from membench.nursery import Nursery
-from membench.record import Record
+from membench.records.record import Record
 from membench.regression import baselines
 from membench.regression.noise import Noise, Spread
 from membench.report import noise as report

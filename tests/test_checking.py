@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from membench import cli
-from membench.store import read_run
+from membench.records.run_file import read_run
 
 _KEPT = Path(__file__).parent.parent / "results" / "quickstart@2-cores-epyc.jsonl"
 _NAME = "quickstart@2-cores-epyc"

@@ -17,7 +17,7 @@ import pytest
 
 from membench import cli
 from membench.cli import ci
-from membench.record import METRICS, Record
+from membench.records.record import METRICS, Record
 from membench.regression.gates import Outcome, parse
 from membench.regression.measured import of_records
 from membench.regression.tolerances import Tolerances

@@ -35,7 +35,7 @@ from membench.data.shards import Shards
 from membench.data.storage import Codec, Damaged, Storage
 from membench.errors import SuiteError
 from membench.figures import resolution_bytes
-from membench.record import Record
+from membench.records.record import Record
 
 _CODECS: dict[str, Callable[[], Codec]] = {
     "lzw": codecs.Lzw,

@@ -26,7 +26,7 @@ from membench.data.shards import Shards
 from membench.data.storage import Damaged, Extent, Storage
 from membench.errors import SuiteError
 from membench.plugins import Unsuitable
-from membench.record import Record
+from membench.records.record import Record
 from membench.report import text
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from membench.builtin.techniques.data_reduction import bits_per_byte, middle_fir
 from membench.data import sources
 from membench.errors import SuiteError
 from membench.plugins import Context, Shape, Unsuitable
-from membench.record import Record
+from membench.records.record import Record
 
 if TYPE_CHECKING:
     from torch import nn

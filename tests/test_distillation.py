@@ -17,7 +17,7 @@ from membench import registry
 from membench.builtin.models.transformer import Gpt2, Llama, Qwen
 from membench.errors import SuiteError
 from membench.plugins import Context, Model, Setting, Shape, Technique, Unsuitable, Workload
-from membench.record import Record
+from membench.records.record import Record
 
 if TYPE_CHECKING:
     import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import membench
-from membench.record import Record
+from membench.records.record import Record
 
 _SUITE = """\
 [suite]

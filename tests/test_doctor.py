@@ -19,7 +19,7 @@ from membench import doctor
 from membench.errors import MembenchError
 from membench.host import console, procfs
 from membench.host.nvml import gpus
-from membench.record import Record
+from membench.records.record import Record
 
 
 def test_every_known_amount_is_read_right_here() -> None:

@@ -13,7 +13,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from membench.errors import one_line
-from membench.record import Record
+from membench.records.record import Record
 from membench.report import formats, text
 
 from .made_up import MIB, record, run

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from membench.errors import RuleError
-from membench.record import METRICS, Metric
+from membench.records.record import METRICS, Metric
+from membench.records.run_file import read_run
 from membench.regression import machines, timing
 from membench.regression.measured import Measured, MeasuredCase, Modules, of_run
 from membench.regression.noise import Noise, Spread
 from membench.regression.tolerances import Tolerances, of_table, parse_fail
 from membench.regression.verdict import Change, Judgement, judge
-from membench.store import read_run
 
 MIB = 2**20
 _KEPT = Path(__file__).parent.parent / "results" / "quickstart@2-cores-epyc.jsonl"

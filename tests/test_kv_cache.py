@@ -18,7 +18,7 @@ from membench.builtin.workloads.forward import Forward
 from membench.builtin.workloads.generate import Generate
 from membench.census import storages, tensors_in
 from membench.errors import SuiteError
-from membench.record import Record
+from membench.records.record import Record
 from membench.units import format_bytes
 
 if TYPE_CHECKING:

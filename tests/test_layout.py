@@ -91,7 +91,7 @@ def _own(imported: set[str]) -> set[str]:
     for full in imported:
         if full == "membench" or full.startswith("membench."):
             parts = full.split(".")[1:]
-            # ``from membench.store import Run`` names a module and something in it.
+            # ``from membench.records.run_file import Run`` names a module and something in it.
             known = [".".join(parts[:end]) for end in range(len(parts), 0, -1) if ".".join(parts[:end]) in names]
             found |= set(known[:1]) or {"__init__"}
     return found

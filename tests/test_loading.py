@@ -25,7 +25,7 @@ from membench.builtin.techniques.structured_pruning import PruneFfn
 from membench.builtin.workloads.forward import Forward
 from membench.builtin.workloads.train import Train
 from membench.host import procfs
-from membench.record import Record
+from membench.records.record import Record
 from membench.weights import own_tensors, plain_tensors, weight_bytes
 
 if TYPE_CHECKING:

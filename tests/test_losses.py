@@ -13,7 +13,7 @@ from membench import plugins, registry
 from membench.builtin import cross_entropy
 from membench.builtin.models.transformer import Gpt2, Llama, Qwen
 from membench.plugins import Shape
-from membench.record import Record
+from membench.records.record import Record
 from tests.training import context, train
 
 if TYPE_CHECKING:

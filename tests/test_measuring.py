@@ -16,7 +16,7 @@ import pytest
 import membench
 from membench.host import procfs
 from membench.observer import Observer
-from membench.record import Record
+from membench.records.record import Record
 
 MIB = 2**20
 

@@ -12,10 +12,10 @@ import pytest
 import membench
 from membench.cli import main
 from membench.errors import MembenchError
-from membench.record import METRIC_OF_FIELD, METRICS, metrics_in
+from membench.records.record import METRIC_OF_FIELD, METRICS, metrics_in
+from membench.records.run_file import RunFile
 from membench.regression.gates import outcomes
 from membench.report import exchange, text
-from membench.store import RunFile
 from membench.suite import rules_of
 
 _ACCURACY, _NATS = "own.next_token_accuracy.higher.%", "own.mean_nats.lower.nats"

@@ -30,7 +30,7 @@ from membench.builtin.workloads.forward import Forward
 from membench.builtin.workloads.train import Train
 from membench.errors import SuiteError
 from membench.plugins import Context, Model, Setting, Technique, Unsuitable
-from membench.record import Record
+from membench.records.record import Record
 
 if TYPE_CHECKING:
     import torch

@@ -17,10 +17,10 @@ import pypdf
 import pytest
 
 import membench
-from membench.record import Record
+from membench.records.record import Record
+from membench.records.run_file import Run
 from membench.report import files
 from membench.report.page import page as page_of
-from membench.store import Run
 
 from .made_up import MIB, record, run
 

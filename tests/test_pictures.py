@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import membench
-from membench.compare import Comparison
 from membench.errors import MembenchError
+from membench.records.comparison import Comparison
 from membench.report import bars, files, history, pareto, timeline
 
 from .made_up import MIB, record, run

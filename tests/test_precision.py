@@ -14,7 +14,7 @@ from membench import registry
 from membench.builtin.models.transformer import Llama
 from membench.builtin.techniques.precision import AutocastBf16, AutocastFp16, Bf16, Fp16
 from membench.plugins import Context, Setting, Technique, TrainingStep, Unsuitable, stepping
-from membench.record import Record
+from membench.records.record import Record
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import membench
-from membench.record import Record
+from membench.records.record import Record
 
 pytest_plugins = ["pytester"]
 

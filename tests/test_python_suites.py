@@ -14,7 +14,7 @@ import pytest
 import membench
 from membench import session
 from membench.errors import ResultsError, SuiteError
-from membench.record import Case
+from membench.records.record import Case
 from membench.regression.tolerances import Tolerance
 from membench.suite import Suite, description, rules_of
 from tests.repositories import commit, git

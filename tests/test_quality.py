@@ -13,7 +13,7 @@ from membench import corpus, quality
 from membench.builtin.workloads.forward import Forward
 from membench.figures import figures
 from membench.plugins import Context
-from membench.record import Record
+from membench.records.record import Record
 from membench.stand_in import StandIn
 
 if TYPE_CHECKING:

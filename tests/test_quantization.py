@@ -30,7 +30,7 @@ from membench.builtin.workloads.forward import Forward
 from membench.builtin.workloads.train import Train
 from membench.errors import SuiteError
 from membench.plugins import Context, LayerWise, Model, Options, Setting, Shape, Technique, Unsuitable
-from membench.record import Record
+from membench.records.record import Record
 from membench.weights import weight_bytes
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from membench.data.shards import Shards
 from membench.data.storage import Damaged, Extent, Read, Storage
 from membench.errors import SuiteError
 from membench.plugins import Unsuitable
-from membench.record import Record
+from membench.records.record import Record
 
 if TYPE_CHECKING:
     from membench.data.storage import Ids

@@ -20,7 +20,7 @@ from membench.builtin.workloads.train import Train
 from membench.host import procfs
 from membench.observer import Observer
 from membench.plugins import Context, Shape, Tokens, Unsuitable
-from membench.record import Record
+from membench.records.record import Record
 
 _SHAPE = Shape(width=32, layers=1, heads=2, key_value_heads=2, inner_width=64, vocabulary=300, longest=64, tied=True)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import membench
-from membench.record import Record
+from membench.records.record import Record
 from membench.regression.measured import Measured, of_records
 from membench.regression.tolerances import Tolerances
 from membench.regression.verdict import Change, Judgement, judge

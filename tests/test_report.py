@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from membench.compare import Comparison, with_compared
-from membench.record import Record
+from membench.records.comparison import Comparison, with_compared
+from membench.records.record import Record
 from membench.report import text
 
 MIB = 2**20

@@ -12,8 +12,8 @@ import pytest
 
 from membench import cli
 from membench.cli import report as verbs
+from membench.records.run_file import read_run
 from membench.report import files, formats
-from membench.store import read_run
 
 _RESULTS = Path(__file__).parent.parent / "results"
 _QUICKSTART = str(_RESULTS / "quickstart@2-cores-epyc.jsonl")

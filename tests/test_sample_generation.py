@@ -25,7 +25,7 @@ from membench.builtin.workloads.train_classifier import TrainClassifier
 from membench.data import samples
 from membench.data.samples import StoredSamples
 from membench.errors import SuiteError
-from membench.record import Record
+from membench.records.record import Record
 from tests.training import context
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ import membench
 from membench import cli
 from membench.errors import SuiteError
 from membench.figures import resolution_bytes
-from membench.record import Record
+from membench.records.record import Record
 
 _MIB = 2**20
 

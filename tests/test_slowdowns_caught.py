@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import membench
-from membench.record import Record
+from membench.records.record import Record
 from tests.repositories import SUITE, commit, repository
 
 _CASE = "own/none/train/cpu"

@@ -25,7 +25,7 @@ from membench.data.arrow import pyarrow
 from membench.data.sources import documents, problem
 from membench.data.storage import Damaged
 from membench.plugins import DoesNotFit, Unsuitable
-from membench.record import Record
+from membench.records.record import Record
 from membench.stand_in import StandIn
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import pytest
 
 import membench
 from membench.errors import ResultsError
-from membench.record import SCHEMA_VERSION, Record
-from membench.store import RunFile, find_run, newest_run, read_run
+from membench.records.record import SCHEMA_VERSION, Record
+from membench.records.run_file import RunFile, find_run, newest_run, read_run
 
 _PROCESS: dict[str, Any] = {"role": "worker", "rank": 0, "device": "cpu", "phases": []}
 

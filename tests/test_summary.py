@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from membench.compare import Comparison
+from membench.records.comparison import Comparison
 from membench.report import summary
 
 from .made_up import GIB, MIB, record, run

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import membench
-from membench.record import Record
+from membench.records.record import Record
 
 _LLAMA_15M_PARAMETERS = 15_191_712
 

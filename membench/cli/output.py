@@ -50,7 +50,7 @@ def narrowed(run: Run, expression: str, *, with_others: bool) -> Run:
         MembenchError: if none fits.
     """
     from membench import selection
-    from membench.compare import with_compared
+    from membench.records.comparison import with_compared
 
     keep = selection.parse(expression)
     kept = tuple(record for record in run.records if keep(record.id))

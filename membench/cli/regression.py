@@ -14,12 +14,12 @@ from membench.cli.output import RESULTS, Verbs, beside
 from membench.errors import EXIT_CANNOT_COMPARE, EXIT_CASES_FAILED, EXIT_OK, CannotCompare, MembenchError, one_line
 
 if TYPE_CHECKING:
-    from membench.record import Metric
+    from membench.records.record import Metric
+    from membench.records.run_file import Run
     from membench.regression.gates import Gate
     from membench.regression.measured import Measured
     from membench.regression.tolerances import Tolerance
     from membench.regression.verdict import Judgement
-    from membench.store import Run
 
 _FORMATS = ("simple", "github", "csv", "json", "plain", "grid")
 _WHAT = "a run's or a baseline's file, or the name of one in results"
@@ -198,7 +198,7 @@ def _own_rules(measured: Measured, run: Run | None) -> tuple[Sequence[Tolerance]
 
 
 def _own_metrics(measured: Measured, run: Run | None) -> Sequence[Metric]:
-    from membench.record import own_metrics
+    from membench.records.record import own_metrics
 
     if run:
         return own_metrics(run.header.get("own_metrics", ()))
@@ -275,10 +275,10 @@ def _baseline_named(name: str, results: Path) -> Path | None:
 
 
 def _save(arguments: argparse.Namespace) -> int:
+    from membench.records.run_file import newest_run
     from membench.regression import baselines, sources
     from membench.regression.decision import said_of_few_times
     from membench.regression.timing import LEAST_REPEATS
-    from membench.store import newest_run
 
     named = arguments.run or str(newest_run(arguments.output))
     measured = sources.load(named, arguments.output)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from membench.cli.output import FOR_MACHINES, beside
 
 if TYPE_CHECKING:
-    from membench.record import Record
+    from membench.records.record import Record
     from membench.regression.gates import Gate, Outcome
 
 

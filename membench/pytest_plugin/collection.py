@@ -17,7 +17,7 @@ from membench.pytest_plugin import entries
 from membench.pytest_plugin.sharing import FUNCTIONS, Sharing
 
 if TYPE_CHECKING:
-    from membench.record import Case, Record
+    from membench.records.record import Case, Record
     from membench.runner import Runner
     from membench.suite import Suite
 
@@ -156,7 +156,7 @@ class SuiteFile(pytest.File):
         Its reference comes first, because its logits are what others are compared with. Whichever test of whichever
         worker needs it first measures it; it is not measured again.
         """
-        from membench.record import REFERENCE
+        from membench.records.record import REFERENCE
 
         reference = next(
             case for case in self.suite.cases if case.group == item.case.group and case.technique == REFERENCE
@@ -175,7 +175,7 @@ class SuiteFile(pytest.File):
         return record
 
     def _reference(self, item: CaseItem, case: Case) -> list[Record]:
-        from membench.store import record_of
+        from membench.records.run_file import record_of
 
         def measured() -> list[dict[str, Any]]:
             return [dataclasses.asdict(each) for each in self._measured(case, range(self.suite.settings.repeats))]

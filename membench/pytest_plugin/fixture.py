@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import pytest
 
 from membench import sending
-from membench.amounts import is_duration
 from membench.errors import MembenchError, did_you_mean, summary
 from membench.host import environment
 from membench.pytest_plugin import entries, marker, outcome
 from membench.pytest_plugin.sharing import FUNCTIONS, Sharing
 from membench.pytest_plugin.timing import durations_s
 from membench.quantities import ByteSize, Duration
-from membench.record import METRICS, Record
+from membench.records.amounts import is_duration
+from membench.records.record import METRICS, Record
 from membench.runner import Call, Runner
 from membench.session import run_header, silent
 from membench.tables import Settings

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from membench.errors import MembenchError, did_you_mean
-from membench.names import checked_device
+from membench.records.names import checked_device
 from membench.regression.tolerances import DEFAULTS, Tolerance, of_table
 from membench.units import parse_bytes
 

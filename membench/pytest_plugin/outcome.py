@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from membench.compare import Comparison
-from membench.record import Record
+from membench.records.comparison import Comparison
+from membench.records.record import Record
 from membench.regression.gates import Gate, outcomes
 
 

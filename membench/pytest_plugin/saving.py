@@ -7,10 +7,10 @@ from pathlib import Path
 
 from membench.pytest_plugin.judging import how_to_repeat
 from membench.pytest_plugin.sharing import own_name
+from membench.records.run_file import Run
 from membench.regression import baselines
 from membench.regression.decision import said_of_few_times
 from membench.regression.measured import Measured, of_run
-from membench.store import Run
 
 
 def save(runs: Sequence[Run], name: str, results: Path) -> list[str]:

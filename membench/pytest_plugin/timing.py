@@ -15,7 +15,7 @@ import pytest
 
 if TYPE_CHECKING:
     from membench.pytest_plugin.collection import CaseItem
-    from membench.record import Record
+    from membench.records.record import Record
 
 
 class Clock:

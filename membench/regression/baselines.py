@@ -14,16 +14,16 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from membench import strict_json
 from membench.errors import ResultsError, did_you_mean
-from membench.names import checked_device, checked_name
-from membench.record import METRIC_OF_FIELD, can_be_a_figure, is_own
+from membench.records import strict_json
+from membench.records.names import checked_device, checked_name
+from membench.records.record import METRIC_OF_FIELD, can_be_a_figure, is_own
+from membench.records.schema import check_machine
+from membench.records.validation import shown
 from membench.regression.machines import Difference, differences, machine_class
 from membench.regression.measured import Measured, MeasuredCase, is_duration_of_a_step
 from membench.regression.noise import Noise
-from membench.schema import check_machine
 from membench.units import format_bytes
-from membench.validation import shown
 
 SCHEMA_VERSION = 2
 """History: 1, the first. 2 says on which device each case ran, and of noise the median beside the range: that of a time

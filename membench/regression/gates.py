@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from membench.amounts import is_duration
 from membench.errors import RuleError, did_you_mean
-from membench.record import METRICS, REFERENCE, Metric, Record
+from membench.records.amounts import is_duration
+from membench.records.record import METRICS, REFERENCE, Metric, Record
+from membench.records.validation import shown
 from membench.units import format_bytes, format_number, format_seconds, parse_bytes, parse_seconds
-from membench.validation import shown
 
 _LONGEST_RULE = 400
 _DEEPEST = 20

@@ -12,10 +12,10 @@ from typing import Any
 from pydantic import ConfigDict
 
 from membench.errors import ResultsError, summary
-from membench.record import METRIC_OF_FIELD, Record, Status, own_metrics
+from membench.records.record import METRIC_OF_FIELD, Record, Status, own_metrics
+from membench.records.run_file import Run
 from membench.regression.machines import kind
 from membench.regression.noise import Noise
-from membench.store import Run
 
 _AS_WRITTEN = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _MEASURED_TO_THE_END = ("ok", "diverged")

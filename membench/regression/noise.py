@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from pydantic import ConfigDict
 
-from membench.record import Record
+from membench.records.record import Record
 
 _DEVIATIONS = 3.0
 _LARGEST_EXPONENT = 100.0

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 from membench.errors import CannotCompare, ResultsError, did_you_mean
+from membench.records.run_file import Run, read_run
+from membench.records.validation import shown
 from membench.regression import baselines
 from membench.regression.measured import Measured, of_run
-from membench.store import Run, read_run
-from membench.validation import shown
 
 _RESULTS = Path("results")
 

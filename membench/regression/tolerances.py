@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from membench.amounts import amount, wanted
 from membench.errors import RuleError, UnknownMetric, did_you_mean
-from membench.record import METRICS, Metric
-from membench.validation import shown
+from membench.records.amounts import amount, wanted
+from membench.records.record import METRICS, Metric
+from membench.records.validation import shown
 
 Origin = Literal["default", "suite", "command line"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from membench.compare import Comparison, Group
-from membench.record import METRIC_OF_FIELD, Metric
+from membench.records.comparison import Comparison, Group
+from membench.records.record import METRIC_OF_FIELD, Metric
 from membench.report.pareto import drawn, left_out_of
 from membench.report.shapes import Bars, Series, listed
 from membench.report.text import bound_of, figure, signed

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from membench.record import Record, Status
+from membench.records.record import Record, Status
 from membench.regression.gates import Outcome
 from membench.regression.verdict import Judgement
 

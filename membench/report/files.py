@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from membench.compare import Comparison
 from membench.errors import MembenchError, one_line
+from membench.records.comparison import Comparison
+from membench.records.run_file import Run
 from membench.report import bars, history, pareto, timeline
 from membench.report.shapes import Bars, Cloud, Lines, Timeline
-from membench.store import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from membench.records.run_file import Run
 from membench.report import latex, markdown, summary, text
-from membench.store import Run
 
 FORMATS = {"html": ".html", "md": ".md", "csv": ".csv", "json": ".json", "latex": ".tex"}
 """Each with the ending of its files."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from membench.compare import Comparison, Group
 from membench.host.environment import differences
-from membench.record import METRIC_OF_FIELD, Metric
+from membench.records.comparison import Comparison, Group
+from membench.records.record import METRIC_OF_FIELD, Metric
+from membench.records.run_file import Run
 from membench.report.shapes import Lines, Series, listed
 from membench.report.summary import started
 from membench.report.text import signed
-from membench.store import Run
 from membench.units import byte_unit, format_percent
 
 _FOLLOWED = ("peak_live_bytes", "peak_footprint_bytes", "step_median_s", "bits_per_byte", "accuracy_percent")

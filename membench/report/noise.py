@@ -11,7 +11,7 @@ from typing import Any
 
 import tabulate
 
-from membench.record import METRIC_OF_FIELD, Metric, Record, metrics_in
+from membench.records.record import METRIC_OF_FIELD, Metric, Record, metrics_in
 from membench.regression.noise import Noise
 from membench.regression.tolerances import DEFAULTS
 from membench.report.text import in_cell

@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from membench.compare import Comparison, Group
 from membench.errors import MembenchError, one_line
-from membench.record import Metric, Record, metrics_in
+from membench.records.comparison import Comparison, Group
+from membench.records.record import Metric, Record, metrics_in
+from membench.records.run_file import Run
 from membench.report import bars, history, pareto, summary, text, timeline
-from membench.store import Run
 from membench.units import format_bytes, format_ratio, format_seconds
 
 _FOLDER = Path(__file__).parent

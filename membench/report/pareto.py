@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from membench.compare import NO_DIVERGENCE, Comparison, Group
-from membench.record import METRIC_OF_FIELD, REFERENCE, Metric
+from membench.records.comparison import NO_DIVERGENCE, Comparison, Group
+from membench.records.record import METRIC_OF_FIELD, REFERENCE, Metric
 from membench.report.shapes import Cloud, Point, Tick, listed
 from membench.report.text import figure, signed
 from membench.units import byte_unit

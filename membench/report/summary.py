@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple
 
-from membench.compare import NO_DIVERGENCE, QUALITY, SAME_ACCURACY, Comparison, Group
-from membench.record import METRIC_OF_FIELD, REFERENCE, Record
+from membench.records.comparison import NO_DIVERGENCE, QUALITY, SAME_ACCURACY, Comparison, Group
+from membench.records.record import METRIC_OF_FIELD, REFERENCE, Record
+from membench.records.run_file import Run
 from membench.report.text import Ratio, bound_of_ratio, is_coarse, ratios_of, signed
-from membench.store import Run
 from membench.units import format_bytes, format_divergence, format_percent
 
 _NEAR = 0.1

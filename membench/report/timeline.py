@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from membench.record import Record
+from membench.records.record import Record
 from membench.report.shapes import Span, Timeline
 from membench.units import byte_unit, format_bytes, format_seconds
 

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from membench.contract_check import complaint
 from membench.plugins import Options
-from membench.validation import problem
+from membench.records.validation import problem
 
 _IMPORT = """\
 import importlib, importlib.util, runpy, sys

@@ -9,9 +9,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from membench.errors import ResultsError
-from membench.names import checked_device, checked_name, checked_plugin, checked_stack, members
-from membench.record import LARGEST_SIZE, REFERENCE, SCHEMA_VERSION, Status, can_be_a_figure, is_own, own_metrics
-from membench.validation import problem, shown
+from membench.records.names import checked_device, checked_name, checked_plugin, checked_stack, members
+from membench.records.record import (
+    LARGEST_SIZE,
+    REFERENCE,
+    SCHEMA_VERSION,
+    Status,
+    can_be_a_figure,
+    is_own,
+    own_metrics,
+)
+from membench.records.validation import problem, shown
 
 _LONGEST_TEXT = 1000
 # Figures above a baseline, losses and divergences: these may be below zero.

@@ -15,9 +15,9 @@ from types import TracebackType
 from typing import Any
 
 from membench.errors import ResultsError
-from membench.record import SCHEMA_VERSION, Record
-from membench.schema import Membership, check_header, check_record, check_version
-from membench.strict_json import open_file, parsed
+from membench.records.record import SCHEMA_VERSION, Record
+from membench.records.schema import Membership, check_header, check_record, check_version
+from membench.records.strict_json import open_file, parsed
 from membench.units import format_bytes
 
 _LONGEST_LINE_BYTES = 2**29

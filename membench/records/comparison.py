@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from membench.record import METRIC_OF_FIELD, REFERENCE, Record, is_own, metrics_in
+from membench.records.record import METRIC_OF_FIELD, REFERENCE, Record, is_own, metrics_in
 
 Group = tuple[str, str, str]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from membench.errors import ResultsError
-from membench.validation import shown
+from membench.records.validation import shown
 
 
 def open_file(path: Path) -> BinaryIO:
