@@ -12,15 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from membench import corpus, device, plugins, registry
-from membench.data import sources, tokens
+from membench import device, plugins
+from membench.data import corpus, sources, tokens
 from membench.data.dataset import Dataset, endless
 from membench.data.layouts import Integers
 from membench.data.samples import StoredSamples
 from membench.data.shards import Shards
-from membench.data.storage import Storage
 from membench.errors import summary
 from membench.host.environment import available_bytes
+from membench.plugins import registry
+from membench.plugins.storage import Storage
 from membench.records.record import PluginFile
 from membench.stand_in import StandIn
 from membench.units import format_bytes
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from membench.data.samples import Samples
-    from membench.data.storage import Ids
+    from membench.plugins.storage import Ids
 
 
 _REHEARSED_BYTES = 2**17

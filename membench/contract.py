@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from membench.data.samples import Samples
-    from membench.data.storage import Storage
     from membench.plugins import Context, Corpus, HeldOut, Setting, Shape, Step, Tokens, TrainingStep
+    from membench.plugins.storage import Storage
 
 CONTRACT_VERSION = 1
 """History: 1, the first."""

@@ -11,9 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from membench import registry
 from membench.errors import PluginError, SuiteError, did_you_mean, summary
-from membench.plugins import Setting
+from membench.plugins import Setting, registry
 from membench.records.names import checked_name, members, parts
 from membench.records.record import METRICS, REFERENCE, Case, Plugin, PluginFile, own_field, own_metrics
 from membench.records.validation import shown

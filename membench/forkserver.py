@@ -23,7 +23,8 @@ import time
 import traceback
 from pathlib import Path
 
-from membench import allocator, corpus, phases
+from membench import allocator, phases
+from membench.data import corpus
 from membench.host import procfs, scratch
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from membench import contract, plugin_files, registry, suite_names
+from membench import contract, suite_names
 from membench.errors import PluginError, SuiteError, did_you_mean, one_line
-from membench.plugins import Options, QualityMetric, Technique
+from membench.plugins import Options, QualityMetric, Technique, local_files, registry
 from membench.records.record import PluginFile
 from membench.suite import description
 
@@ -56,9 +56,9 @@ def _files_here() -> tuple[list[PluginFile], list[tuple[PluginFile, str]]]:
     """The plug-in files of suites that lie here: those that can be run, and those that cannot, with the error."""
     good, broken = [], []
     for folder in (Path.cwd(), Path.cwd() / "suites"):
-        for file in plugin_files.named((), folder):
+        for file in local_files.named((), folder):
             try:
-                list(plugin_files.classes(file))
+                list(local_files.classes(file))
                 good.append(file)
             except PluginError as error:
                 broken.append((file, str(error)))

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from membench import corpus
-from membench.data import tokens
+from membench.data import corpus, tokens
 from membench.errors import is_out_of_memory, summary
 from membench.records.record import METRIC_OF_FIELD, can_be_a_figure
 

@@ -17,13 +17,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from membench import programs, registry
+from membench import programs
 from membench.figures import Figures, figures, figures_of_calls, figures_of_program
 from membench.host import environment, procfs
 from membench.host.nvml import gpus
 from membench.marked import MOST_PHASES, MarkedPhases
 from membench.nursery import Ended, Nursery, NurseryLost
 from membench.observer import Observer
+from membench.plugins import registry
 from membench.records.record import METRIC_OF_FIELD, REFERENCE, Case, Plugin, Record, Status
 from membench.tables import Settings
 

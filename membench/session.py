@@ -11,9 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from membench import plugin_files
 from membench.errors import ResultsError
 from membench.host import environment
+from membench.plugins import local_files
 from membench.records.record import Case, Metric, PluginFile, Record
 from membench.records.run_file import Run, RunFile, find_run, read_run
 from membench.runner import Interrupted, Runner
@@ -218,7 +218,7 @@ def run_header(
         files: the suite's own plug-ins, of which fingerprints are kept.
         metrics: those of plug-ins.
     """
-    own: dict[str, Any] = {"plugin_files": plugin_files.fingerprints(files)} if files else {}
+    own: dict[str, Any] = {"plugin_files": local_files.fingerprints(files)} if files else {}
     own |= {"own_metrics": [metric.field for metric in metrics]} if metrics else {}
     return {
         "run": f"{name}-{started:%Y%m%dT%H%M%S%fZ}",
@@ -247,7 +247,7 @@ def _refuse_what_differs(path: Path, suite: Suite, machine: Mapping[str, Any]) -
         raise ResultsError(
             f"{path}: its suite '{header.get('suite')}' is not '{suite.name}' as it is now; run it afresh"
         )
-    changed = plugin_files.differences(header.get("plugin_files", {}), plugin_files.fingerprints(suite.plugin_files))
+    changed = local_files.differences(header.get("plugin_files", {}), local_files.fingerprints(suite.plugin_files))
     if changed:
         raise ResultsError(f"{path}: plug-in file {changed[0]} since it began; run it afresh")
     devices = header.get("devices", _devices(suite))

@@ -17,10 +17,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from membench import registry
 from membench.errors import EXIT_OK, MembenchError
 from membench.host import console
 from membench.host.import_guard import ON_PATH, ForeignCode, is_foreign
+from membench.plugins import registry
 from membench.records.record import Case, Plugin
 from membench.session import Session
 from membench.suite import Suite, load_suite

@@ -10,8 +10,9 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from membench import registry, suite_names
+from membench import suite_names
 from membench.errors import MembenchError, one_line
+from membench.plugins import registry
 from membench.records.names import checked_name
 
 _FILES: Mapping[str, str] = {

@@ -15,9 +15,10 @@ from typing import Any, Self
 
 from pydantic import ValidationError
 
-from membench import plugin_files, python_files, suite_names, units
+from membench import python_files, suite_names, units
 from membench.errors import PluginError, RuleError, SuiteError, did_you_mean, nearest, one_line
 from membench.expansion import cases_of_program, expand
+from membench.plugins import local_files
 from membench.records.amounts import amount, wanted
 from membench.records.names import checked_device, parts
 from membench.records.record import METRICS, METRICS_OF_PROGRAMS, REFERENCE, Case, Metric, PluginFile, own_metrics
@@ -288,12 +289,12 @@ def _checked(tables: Mapping[str, Any], where: str, folder: Path, devices: Seque
 def _plugin_files(names: Sequence[str], folder: Path) -> tuple[PluginFile, ...]:
     """A suite's own plug-ins, each file run once to see that it can be."""
     try:
-        files = plugin_files.named(names, folder)
+        files = local_files.named(names, folder)
     except PluginError as error:
         raise SuiteError(f"suite.plugins: {error}") from None
     for file in files:
         try:
-            found = list(plugin_files.classes(file))
+            found = list(local_files.classes(file))
         except PluginError as error:
             raise SuiteError(f"plug-in file {error}") from None
         if not found and file.name in names:

@@ -11,7 +11,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from membench.errors import SuiteError, summary
-from membench.packages import distribution, normalised, of_package
+from membench.plugins.distributions import distribution, normalised, of_package
 
 GROUP = "membench.suites"
 """An entry point of it has a suite's name and is the path of its file."""

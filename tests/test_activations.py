@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 import membench
-from membench import plugins, registry
+from membench import plugins
 from membench.builtin.models.transformer import Gpt2, Llama, Qwen
 from membench.errors import SuiteError
-from membench.plugins import Shape
+from membench.plugins import Shape, registry
 from membench.records.record import Record
 from membench.weights import fingerprint
 from tests import shapes

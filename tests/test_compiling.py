@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from membench import plugins, registry
+from membench import plugins
 from membench.builtin.models.trained_tiny import TrainedTiny
 from membench.builtin.techniques.compiling import Compile
+from membench.plugins import registry
 from tests.training import context
 
 if TYPE_CHECKING:

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 import membench
-from membench import contract, plugins, registry
+from membench import contract, plugins
 from membench.cli import main
-from membench.contract_check import complaint
 from membench.errors import PluginError
+from membench.plugins import registry
+from membench.plugins.checking import complaint
 from tests.installing import install
 
 _PROTOCOLS = ("Technique", "LayerWise", "Model", "Workload", "QualityMetric")

@@ -343,7 +343,7 @@ def test_a_line_longer_than_any_record_is_refused_without_reading_all_of_it(
     path: Path, entries: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _write(path, entries)
-    monkeypatch.setattr(store, "_LONGEST_LINE_BYTES", 2**20)
+    monkeypatch.setattr(run_file, "_LONGEST_LINE_BYTES", 2**20)
     with open(path, "ab") as file:
         file.truncate(2**40)  # a terabyte that takes no room
     with pytest.raises(ResultsError, match=r"run\.jsonl, line 4: longer than any record: more than 1\.000 MiB$"):

@@ -32,9 +32,9 @@ from membench.data import codecs, sources
 from membench.data.dataset import Dataset
 from membench.data.layouts import Integers
 from membench.data.shards import Shards
-from membench.data.storage import Codec, Damaged, Storage
 from membench.errors import SuiteError
 from membench.figures import resolution_bytes
+from membench.plugins.storage import Codec, Damaged, Storage
 from membench.records.record import Record
 
 _CODECS: dict[str, Callable[[], Codec]] = {
@@ -293,7 +293,7 @@ _BOMB_BYTES, _DECLARED_BYTES = 2**26, 2**20
 _DECOMPRESS_BOMBS = """
 import json, resource, sys
 from pathlib import Path
-from membench.data.storage import Damaged
+from membench.plugins.storage import Damaged
 from tests.test_data_compression import _CODECS
 
 def kib(name):

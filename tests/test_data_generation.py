@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import membench
-from membench import registry
 from membench.builtin.models.trained_tiny import TrainedTiny, UntrainedTiny
 from membench.builtin.techniques.data_generation import generated, keep, kept
 from membench.data import sources
 from membench.errors import SuiteError
-from membench.plugins import Context, Corpus, Unsuitable
+from membench.plugins import Context, Corpus, Unsuitable, registry
 
 if TYPE_CHECKING:
     from torch import nn

@@ -13,7 +13,7 @@ import numpy
 import pytest
 
 import membench
-from membench import plugins, registry
+from membench import plugins
 from membench.builtin.workloads.read_data import ReadData
 from membench.builtin.workloads.train import Train
 from membench.data import tokens
@@ -23,14 +23,14 @@ from membench.data.dataset import Dataset
 from membench.data.index import checksum
 from membench.data.layouts import Bits, Integers
 from membench.data.shards import Shards
-from membench.data.storage import Damaged, Extent, Storage
 from membench.errors import SuiteError
-from membench.plugins import Unsuitable
+from membench.plugins import Unsuitable, registry
+from membench.plugins.storage import Damaged, Extent, Storage
 from membench.records.record import Record
 from membench.report import text
 
 if TYPE_CHECKING:
-    from membench.data.storage import Ids
+    from membench.plugins.storage import Ids
 
 _READ = ReadData.model_validate({})
 _TOKENS, _LENGTH = 2**23, 256

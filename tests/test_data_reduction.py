@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import membench
-from membench import corpus, registry
 from membench.builtin.models.trained_tiny import UntrainedTiny
 from membench.builtin.models.transformer import Llama
 from membench.builtin.techniques.data_reduction import bits_per_byte, middle_first
-from membench.data import sources
+from membench.data import corpus, sources
 from membench.errors import SuiteError
-from membench.plugins import Context, Shape, Unsuitable
+from membench.plugins import Context, Shape, Unsuitable, registry
 from membench.records.record import Record
 
 if TYPE_CHECKING:

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 import membench
-from membench import registry
 from membench.builtin.models.transformer import Gpt2, Llama, Qwen
 from membench.errors import SuiteError
-from membench.plugins import Context, Model, Setting, Shape, Technique, Unsuitable, Workload
+from membench.plugins import Context, Model, Setting, Shape, Technique, Unsuitable, Workload, registry
 from membench.records.record import Record
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import membench
-from membench import plugins, registry
+from membench import plugins
 from membench.builtin import cross_entropy
 from membench.builtin.models.transformer import Gpt2, Llama, Qwen
-from membench.plugins import Shape
+from membench.plugins import Shape, registry
 from membench.records.record import Record
 from tests.training import context, train
 

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 import membench
-from membench import corpus, figures, plugins, quality, registry
+from membench import figures, plugins, quality
 from membench.builtin.models.pretrained import Pretrained
 from membench.builtin.models.trained_tiny import TrainedTiny
 from membench.builtin.models.transformer import Qwen
 from membench.builtin.workloads.forward import Forward
 from membench.builtin.workloads.generate import Generate
-from membench.plugins import Workload
+from membench.data import corpus
+from membench.plugins import Workload, registry
 
 MIB = 2**20
 

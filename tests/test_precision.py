@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 import membench
-from membench import registry
 from membench.builtin.models.transformer import Llama
 from membench.builtin.techniques.precision import AutocastBf16, AutocastFp16, Bf16, Fp16
-from membench.plugins import Context, Setting, Technique, TrainingStep, Unsuitable, stepping
+from membench.plugins import Context, Setting, Technique, TrainingStep, Unsuitable, registry, stepping
 from membench.records.record import Record
 
 if TYPE_CHECKING:

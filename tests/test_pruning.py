@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 import membench
-from membench import registry
 from membench.builtin.models.transformer import Gpt2, Llama, Qwen
 from membench.builtin.techniques import sparsity as single_weights
 from membench.errors import SuiteError
-from membench.plugins import Context, Model, Setting, Shape, Technique, Unsuitable
+from membench.plugins import Context, Model, Setting, Shape, Technique, Unsuitable, registry
 from membench.records.record import Record
 from membench.weights import fingerprint, weight_bytes
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import membench
-from membench import corpus, quality
+from membench import quality
 from membench.builtin.workloads.forward import Forward
+from membench.data import corpus
 from membench.figures import figures
 from membench.plugins import Context
 from membench.records.record import Record

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pytest
 
 import membench
-from membench import checkpoint, notes, registry
+from membench import checkpoint, notes
 from membench.builtin.models.transformer import Gpt2, Llama
 from membench.builtin.techniques import quantization
 from membench.builtin.techniques.bitsandbytes import BnbInt8, BnbNf4
@@ -29,7 +29,7 @@ from membench.builtin.techniques.quantizer import WeightQuantizer
 from membench.builtin.workloads.forward import Forward
 from membench.builtin.workloads.train import Train
 from membench.errors import SuiteError
-from membench.plugins import Context, LayerWise, Model, Options, Setting, Shape, Technique, Unsuitable
+from membench.plugins import Context, LayerWise, Model, Options, Setting, Shape, Technique, Unsuitable, registry
 from membench.records.record import Record
 from membench.weights import weight_bytes
 
@@ -544,7 +544,7 @@ def test_a_layer_that_was_pruned_with_masks_is_not_quantized_unnoticed() -> None
 def test_qat_learns_to_live_with_three_bits_better_than_as_much_training_without_rounding() -> None:
     import torch
 
-    from membench import corpus
+    from membench.data import corpus
 
     model = registry.create("model", "trained-tiny", {})
     model.prepare(lambda done, total, what: None)

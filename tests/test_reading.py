@@ -20,20 +20,19 @@ import numpy
 import pytest
 
 import membench
-from membench import corpus
 from membench.assembly import Assembly
-from membench.data import storage
+from membench.data import corpus
 from membench.data.columnar import ArrowFormat, ParquetFormat
 from membench.data.dataset import Dataset, endless, epochs
 from membench.data.layouts import Bits, Integers
 from membench.data.shards import Shards
-from membench.data.storage import Damaged, Extent, Read, Storage
 from membench.errors import SuiteError
-from membench.plugins import Unsuitable
+from membench.plugins import Unsuitable, storage
+from membench.plugins.storage import Damaged, Extent, Read, Storage
 from membench.records.record import Record
 
 if TYPE_CHECKING:
-    from membench.data.storage import Ids
+    from membench.plugins.storage import Ids
 
 _ROWS, _LENGTH, _BATCH = 700, 64, 32
 
@@ -279,9 +278,9 @@ def test_training_takes_full_batches_of_one_epoch_after_the_other(tmp_path: Path
 _TWO_WORKERS = """
 import json, sys
 from pathlib import Path
-from membench.data import storage
+from membench.plugins import storage
 from membench.data.dataset import endless, epochs
-from membench.data.storage import Damaged
+from membench.plugins.storage import Damaged
 from membench.plugins import Unsuitable
 from tests.test_reading import _written, _which
 storage.BLOCK_TOKENS = 64 * 64

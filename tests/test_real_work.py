@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 import membench
-from membench import corpus
 from membench.assembly import Assembly
 from membench.builtin.models.transformer import Llama
 from membench.builtin.workloads.train import Train
+from membench.data import corpus
 from membench.host import procfs
 from membench.observer import Observer
 from membench.plugins import Context, Shape, Tokens, Unsuitable

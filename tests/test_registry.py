@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from membench import registry
 from membench.cli import main
 from membench.errors import PluginError, did_you_mean
+from membench.plugins import registry
 from tests.installing import install
 
 _GOOD = """\

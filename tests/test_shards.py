@@ -20,7 +20,7 @@ from membench.data import codecs
 from membench.data.dataset import Dataset, epochs
 from membench.data.layouts import Integers
 from membench.data.shards import Shards
-from membench.data.storage import Codec, Damaged, Extent, Storage
+from membench.plugins.storage import Codec, Damaged, Extent, Storage
 
 _LENGTH, _ROWS, _FRAME_ROWS = 32, 1000, 64
 _KINDS: dict[str, Callable[[], Codec | None]] = {
@@ -314,7 +314,7 @@ from membench.data.codecs import Lzma
 from membench.data.dataset import Dataset
 from membench.data.layouts import Integers
 from membench.data.shards import Shards
-from membench.data.storage import Storage
+from membench.plugins.storage import Storage
 
 rows = numpy.random.default_rng(0).integers(0, 256, (2**18, 256), numpy.uint8)
 Dataset.written(rows, Storage(Shards(), Integers("uint8"), Lzma(6), "stream", 2**16), 256, Path(sys.argv[1]))

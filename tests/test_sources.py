@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import membench
-from membench import corpus, quality
+from membench import quality
 from membench.builtin.models.no_model import NoModel
 from membench.builtin.workloads.train import Train
-from membench.corpus import Words
-from membench.data import sources, tokens
+from membench.data import corpus, sources, tokens
 from membench.data.arrow import pyarrow
+from membench.data.corpus import Words
 from membench.data.sources import documents, problem
-from membench.data.storage import Damaged
 from membench.plugins import DoesNotFit, Unsuitable
+from membench.plugins.storage import Damaged
 from membench.records.record import Record
 from membench.stand_in import StandIn
 

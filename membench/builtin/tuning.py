@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from membench import corpus
 from membench.builtin.workloads.train import next_token_loss
+from membench.data import corpus
 
 if TYPE_CHECKING:
     import torch

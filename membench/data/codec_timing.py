@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from membench.data.storage import Buffer, Codec
+from membench.plugins.storage import Buffer, Codec
 
 
 class Timed:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from membench.data.arrow import pyarrow
-from membench.data.storage import Buffer, Damaged
 from membench.plugins import Unsuitable
+from membench.plugins.storage import Buffer, Damaged
 from membench.units import format_bytes
 
 if TYPE_CHECKING:

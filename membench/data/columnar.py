@@ -14,10 +14,10 @@ from membench.data import index
 from membench.data.arrow import pyarrow
 from membench.data.layouts import Integers
 from membench.data.partial import whole_or_not_at_all
-from membench.data.storage import Buffer, Damaged, Extent, Read, Storage
+from membench.plugins.storage import Buffer, Damaged, Extent, Read, Storage
 
 if TYPE_CHECKING:
-    from membench.data.storage import Ids
+    from membench.plugins.storage import Ids
 
 COLUMN = "input_ids"
 _PARQUET, _ARROW = "rows.parquet", "rows.arrow"

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from membench.data.codec_timing import Timed
 from membench.data.order import Window, block_rows, power_of_two, windows
-from membench.data.storage import Damaged, Extent, Read, Storage
 from membench.plugins import Unsuitable
+from membench.plugins.storage import Damaged, Extent, Read, Storage
 
 if TYPE_CHECKING:
     import numpy
     import torch
 
-    from membench.data.storage import Ids, Type
+    from membench.plugins.storage import Ids, Type
 
     Numbers = numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]]
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from xxhash import xxh3_64_intdigest
 
 from membench.data.dataset import frame_rows
-from membench.data.storage import Buffer, Damaged, Extent, Storage
+from membench.plugins.storage import Buffer, Damaged, Extent, Storage
 
 _NAME, _VERSION = "index.json", 3
 _Size = Annotated[int, Field(ge=0)]

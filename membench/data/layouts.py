@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from membench.plugins import Unsuitable
 
 if TYPE_CHECKING:
-    from membench.data.storage import Buffer, Extent, Ids, Type
+    from membench.plugins.storage import Buffer, Extent, Ids, Type
 
 
 @dataclass(frozen=True)

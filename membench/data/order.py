@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from membench.data import storage
+from membench.plugins import storage
 
 if TYPE_CHECKING:
     import numpy
 
-    from membench.data.storage import Extent
+    from membench.plugins.storage import Extent
 
 
 class Window(NamedTuple):

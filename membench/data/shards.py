@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from membench.data import index
 from membench.data.partial import whole_or_not_at_all
-from membench.data.storage import Buffer, Codec, Damaged, Extent, Read, Storage
+from membench.plugins.storage import Buffer, Codec, Damaged, Extent, Read, Storage
 
 if TYPE_CHECKING:
-    from membench.data.storage import Ids
+    from membench.plugins.storage import Ids
 
 
 class Shards:

@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from membench import corpus
+from membench.data import corpus
 from membench.data.arrow import pyarrow
-from membench.data.storage import Damaged
 from membench.errors import summary
 from membench.host.environment import available_bytes
 from membench.plugins import DoesNotFit, Unsuitable
+from membench.plugins.storage import Damaged
 from membench.units import format_bytes
 
 BUILT_IN = ("topics", "library")

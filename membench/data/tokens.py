@@ -11,14 +11,14 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from membench.corpus import Words, replaced
 from membench.data import sources
+from membench.data.corpus import Words, replaced
 
 if TYPE_CHECKING:
     import numpy
 
-    from membench.data.storage import Ids
     from membench.plugins import Model
+    from membench.plugins.storage import Ids
 
     Numbers = numpy.ndarray[tuple[int], numpy.dtype[numpy.uint32]]
 

@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 
 from pydantic import ValidationError
 
-from membench.contract_check import complaint
 from membench.plugins import Options
+from membench.plugins.checking import complaint
 from membench.records.validation import problem
 
 _IMPORT = """\

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from membench import corpus
 from membench.builtin.models.transformer import Llama
 from membench.builtin.muon import Muon
+from membench.data import corpus
 from membench.plugins import Context, Model, Shape
 
 if TYPE_CHECKING:

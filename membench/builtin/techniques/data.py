@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from membench.data.storage import Storage
 from membench.plugins import Context, Setting, Technique
+from membench.plugins.storage import Storage
 
 
 class DataTechnique(Technique):

@@ -11,8 +11,8 @@ from pydantic import Field
 from membench.builtin.techniques.data import DataTechnique
 from membench.data import codecs
 from membench.data.shards import Shards
-from membench.data.storage import BLOCK_TOKENS, Codec, Storage
 from membench.plugins import ByteCount, Context, Setting, Unsuitable
+from membench.plugins.storage import BLOCK_TOKENS, Codec, Storage
 
 
 class Compression(DataTechnique):

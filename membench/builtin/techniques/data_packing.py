@@ -11,8 +11,8 @@ from membench.builtin.techniques.data import DataTechnique, Stream
 from membench.builtin.techniques.data_compression import Compression
 from membench.data.columnar import ArrowFormat, ParquetFormat
 from membench.data.layouts import Bits, Integers, too_many
-from membench.data.storage import Format, Storage
 from membench.plugins import Context, Model, Setting, Technique
+from membench.plugins.storage import Format, Storage
 
 
 class _Partner(DataTechnique):

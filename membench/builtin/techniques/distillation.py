@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from membench import registry
 from membench.builtin.techniques.activations import Checkpointing
 from membench.builtin.techniques.compiling import Compile
 from membench.builtin.tuning import tune
 from membench.builtin.workloads.train import next_token_loss
 from membench.errors import PluginError
-from membench.plugins import Context, Model, Setting, Shape, Technique, Unsuitable
+from membench.plugins import Context, Model, Setting, Shape, Technique, Unsuitable, registry
 
 if TYPE_CHECKING:
     import torch

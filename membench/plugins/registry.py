@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from membench import contract_check, plugin_files
 from membench.errors import PluginError, did_you_mean, summary
-from membench.packages import distribution, normalised, same_spelling
-from membench.plugins import Model, Options, QualityMetric, Technique, Workload
+from membench.plugins.contract import Model, Options, QualityMetric, Technique, Workload, checking, local_files
+from membench.plugins.distributions import distribution, normalised, same_spelling
 from membench.records.record import REFERENCE, PluginFile
 from membench.records.validation import problem, shown
 
@@ -98,7 +97,7 @@ def _registered(kind: str, files: Sequence[PluginFile]) -> _ByName:
     """
     found: _ByName = {}
     for file in files:
-        for name, loaded in plugin_files.classes(file):
+        for name, loaded in local_files.classes(file):
             if issubclass(loaded, CONTRACT[kind]):
                 found.setdefault(name, []).append(_Registered(name, loaded, file))
     for entry in entry_points(group=f"membench.{kind}s"):
@@ -142,7 +141,7 @@ def _load(kind: str, name: str, same: Sequence[_Registered]) -> type[Options]:
             with contextlib.redirect_stdout(sys.stderr):  # a machine may read what we print
                 loaded = one.source.load()
         except (Exception, SystemExit) as error:
-            raise broken(f"cannot be loaded: {plugin_files.said(error)}") from error
+            raise broken(f"cannot be loaded: {local_files.said(error)}") from error
         finally:
             if "torch" in sys.modules and not had_torch:
                 _importing_torch.add(one.source.module)
@@ -150,9 +149,9 @@ def _load(kind: str, name: str, same: Sequence[_Registered]) -> type[Options]:
             raise broken("imports torch when it is loaded; it must do so in its methods")
     if not (isinstance(loaded, type) and issubclass(loaded, CONTRACT[kind])):
         raise broken(f"is no subclass of membench.plugins.{CONTRACT[kind].__name__}")
-    wrong = contract_check.complaint(loaded, CONTRACT[kind])
+    wrong = checking.complaint(loaded, CONTRACT[kind])
     if wrong:
-        line = plugin_files.line_of(loaded) if one.file else None
+        line = local_files.line_of(loaded) if one.file else None
         raise broken(f"{f'in line {line} ' if line else ''}does not keep the contract: {wrong}")
     return loaded
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from membench.contract import CONTRACT_VERSION
 from membench.errors import nearest
-from membench.plugins import CONTRACT_CLASSES, Options
+from membench.plugins.contract import CONTRACT_CLASSES, Options
 from membench.records.validation import shown
 
 _ALIKE = 0.75

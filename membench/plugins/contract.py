@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple,
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from membench.contract import CONTRACT_VERSION
-from membench.data.storage import Storage
+from membench.plugins.storage import Storage
 from membench.units import parse_bytes
 
 if TYPE_CHECKING:
