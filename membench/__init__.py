@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from membench.records.record import Record
     from membench.records.run_file import Run, newest_run, read_run
     from membench.session import resumable, run
-    from membench.suite import Suite, load_suite
+    from membench.suite.suite import Suite, load_suite
 
 __all__ = [
     "MembenchError",
@@ -44,8 +44,8 @@ _HOMES = {
     "Run": "membench.records.run_file",
     "newest_run": "membench.records.run_file",
     "read_run": "membench.records.run_file",
-    "Suite": "membench.suite",
-    "load_suite": "membench.suite",
+    "Suite": "membench.suite.suite",
+    "load_suite": "membench.suite.suite",
     "resumable": "membench.session",
     "run": "membench.session",
 }

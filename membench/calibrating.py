@@ -8,7 +8,7 @@ from typing import Any
 
 from membench.records.run_file import Run, read_run
 from membench.session import Session, silent
-from membench.suite import Suite
+from membench.suite.suite import Suite
 
 
 def calibrate(

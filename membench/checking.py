@@ -9,9 +9,9 @@ from typing import Any
 from membench import session
 from membench.records.run_file import Run
 from membench.regression.measured import Measured, MeasuredCase, of_run
-from membench.regression.tolerances import Tolerances
 from membench.regression.verdict import Judgement, judge
-from membench.suite import Suite
+from membench.suite.suite import Suite
+from membench.suite.tolerances import Tolerances
 
 MORE_REPEATS = 3
 """Of each suspect: a figure's median is then of four measurements, and the last word of a time hangs on several."""

@@ -26,7 +26,7 @@ from membench.nursery import Ended, Nursery, NurseryLost
 from membench.observer import Observer
 from membench.plugins import registry
 from membench.records.record import METRIC_OF_FIELD, REFERENCE, Case, Plugin, Record, Status
-from membench.tables import Settings
+from membench.suite.schema import Settings
 
 _TAIL_BYTES = 4096
 _PREPARE_TIMEOUT_S = 1800

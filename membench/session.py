@@ -17,7 +17,7 @@ from membench.plugins import local_files
 from membench.records.record import Case, Metric, PluginFile, Record
 from membench.records.run_file import Run, RunFile, find_run, read_run
 from membench.runner import Interrupted, Runner
-from membench.suite import Suite
+from membench.suite.suite import Suite
 
 
 def silent(event: str, details: Mapping[str, Any]) -> None:

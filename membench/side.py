@@ -23,7 +23,7 @@ from membench.host.import_guard import ON_PATH, ForeignCode, is_foreign
 from membench.plugins import registry
 from membench.records.record import Case, Plugin
 from membench.session import Session
-from membench.suite import Suite, load_suite
+from membench.suite.suite import Suite, load_suite
 
 _FOREIGN = f"{ForeignCode.__name__}: "
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")

@@ -10,10 +10,10 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from membench import suite_names
 from membench.errors import MembenchError, one_line
 from membench.plugins import registry
 from membench.records.names import checked_name
+from membench.suite import lookup
 
 _FILES: Mapping[str, str] = {
     "pyproject.toml": "pyproject.toml",
@@ -76,7 +76,7 @@ def _refuse_name(kind: str, name: str) -> None:
         raise MembenchError(f"'{name}' cannot name a {kind}: {error}") from None
     if keyword.iskeyword(name.capitalize()):
         raise MembenchError(f"'{name}' cannot name a {kind}: its class would be called {name.capitalize()}")
-    if suite_names.find(name) if kind == "suite" else registry.is_taken(kind, name):
+    if lookup.find(name) if kind == "suite" else registry.is_taken(kind, name):
         raise MembenchError(f"there is a {kind} named '{name}' already; choose another name")
 
 

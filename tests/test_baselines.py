@@ -18,8 +18,8 @@ from membench.records.run_file import read_run
 from membench.regression import baselines, sources
 from membench.regression.measured import Measured, Modules, of_run
 from membench.regression.noise import Noise, Spread
-from membench.regression.tolerances import Tolerances
 from membench.regression.verdict import judge
+from membench.suite.tolerances import Tolerances
 
 _KEPT = Path(__file__).parent.parent / "results" / "quickstart@2-cores-epyc.jsonl"
 _EARLY = Path(__file__).parent / "baselines" / "schema-1.json"

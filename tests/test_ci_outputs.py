@@ -18,12 +18,12 @@ import pytest
 from membench import cli
 from membench.cli import ci
 from membench.records.record import METRICS, Record
-from membench.regression.gates import Outcome, parse
 from membench.regression.measured import of_records
-from membench.regression.tolerances import Tolerances
 from membench.regression.verdict import Judgement, judge
 from membench.report import checked, exchange, github, junit, regression
 from membench.report.checked import CheckedCase
+from membench.suite.gates import Outcome, parse
+from membench.suite.tolerances import Tolerances
 
 _HOSTILE = "50% of <b>it</b> | `rm`\r\n\x00\x1b[31m::set-output name=x::y, \ufffe]]>"
 _CASES = [

@@ -14,13 +14,14 @@ import pytest
 
 from membench import cli
 from membench.errors import ResultsError
+from membench.records import run_file
 from membench.records.record import METRICS, Record
 from membench.records.run_file import find_run, newest_run, read_run
 from membench.regression import baselines
 from membench.regression.measured import Measured, of_run
-from membench.regression.tolerances import Tolerances
 from membench.regression.verdict import judge
 from membench.report import checked, github, junit, regression, text
+from membench.suite.tolerances import Tolerances
 
 _KEPT = Path(__file__).parent.parent / "results" / "quickstart@2-cores-epyc.jsonl"
 _ODD_NUMBERS = ["NaN", "Infinity", "-Infinity", "1e999", "-1", "1" + "0" * 400, "1" * 5000, "0.1"]

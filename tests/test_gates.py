@@ -11,7 +11,7 @@ from membench import load_suite
 from membench.errors import RuleError, SuiteError
 from membench.records.record import Record
 from membench.records.run_file import read_run
-from membench.regression.gates import of_table, outcomes, parse
+from membench.suite.gates import of_table, outcomes, parse
 
 _KEPT = Path(__file__).parent.parent / "results" / "quickstart@2-cores-epyc.jsonl"
 _PAIR = ("llama-60m/none/forward/cpu", "llama-60m/int8-weight-only/forward/cpu")

@@ -16,8 +16,8 @@ from membench.records.run_file import read_run
 from membench.regression import machines, timing
 from membench.regression.measured import Measured, MeasuredCase, Modules, of_run
 from membench.regression.noise import Noise, Spread
-from membench.regression.tolerances import Tolerances, of_table, parse_fail
 from membench.regression.verdict import Change, Judgement, judge
+from membench.suite.tolerances import Tolerances, of_table, parse_fail
 
 MIB = 2**20
 _KEPT = Path(__file__).parent.parent / "results" / "quickstart@2-cores-epyc.jsonl"

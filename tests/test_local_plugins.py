@@ -13,8 +13,8 @@ from membench.cli import main
 from membench.errors import MembenchError, ResultsError
 from membench.interleaving import Interleaved
 from membench.regression.measured import of_run
-from membench.regression.tolerances import Tolerances
 from membench.regression.verdict import judge
+from membench.suite.tolerances import Tolerances
 from tests.installing import install
 from tests.repositories import commit, repository
 

@@ -14,9 +14,9 @@ from membench.cli import main
 from membench.errors import MembenchError
 from membench.records.record import METRIC_OF_FIELD, METRICS, metrics_in
 from membench.records.run_file import RunFile
-from membench.regression.gates import outcomes
 from membench.report import exchange, text
-from membench.suite import rules_of
+from membench.suite.gates import outcomes
+from membench.suite.suite import rules_of
 
 _ACCURACY, _NATS = "own.next_token_accuracy.higher.%", "own.mean_nats.lower.nats"
 

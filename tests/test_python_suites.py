@@ -15,8 +15,8 @@ import membench
 from membench import session
 from membench.errors import ResultsError, SuiteError
 from membench.records.record import Case
-from membench.regression.tolerances import Tolerance
-from membench.suite import Suite, description, rules_of
+from membench.suite.suite import Suite, description, rules_of
+from membench.suite.tolerances import Tolerance
 from tests.repositories import commit, git
 
 pytest_plugins = ["pytester"]

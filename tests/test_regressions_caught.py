@@ -11,8 +11,8 @@ import pytest
 import membench
 from membench.records.record import Record
 from membench.regression.measured import Measured, of_records
-from membench.regression.tolerances import Tolerances
 from membench.regression.verdict import Change, Judgement, judge
+from membench.suite.tolerances import Tolerances
 
 MIB = 2**20
 

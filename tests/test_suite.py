@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import membench
-from membench import selection, suite_names
 from membench.errors import SuiteError
-from membench.suite import description
+from membench.suite import lookup, selection
+from membench.suite.suite import description
 from tests.installing import install
 
 _MATRIX = '[suite]\nname = "s"\n[matrix]\nmodel = ["llama-60m"]\ntechnique = ["bf16"]\nworkload = ["forward"]\n'
@@ -514,6 +514,6 @@ def test_an_expression_joins_parts_of_ids() -> None:
 def test_every_suite_that_comes_along_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     own = sorted(path.stem for path in (Path(__file__).parent.parent / "suites").glob("*.toml"))
-    assert sorted(name for name, suite in suite_names.named().items() if suite.origin.startswith("membench ")) == own
+    assert sorted(name for name, suite in lookup.named().items() if suite.origin.startswith("membench ")) == own
     for name in own:
         assert membench.load_suite(f"membench:{name}").cases

@@ -16,8 +16,8 @@ from membench.worktree import Repository
 
 if TYPE_CHECKING:
     from membench import Suite
-    from membench.regression.tolerances import Tolerances
     from membench.regression.verdict import Judgement
+    from membench.suite.tolerances import Tolerances
 
 ROUNDS = 5
 """Time is judged over three repeats or more; five tell it from chance more surely."""
@@ -44,7 +44,7 @@ def lacks(arguments: argparse.Namespace, suite: Suite) -> str | None:
 
 
 def _tolerances(arguments: argparse.Namespace, suite: Suite) -> Tolerances:
-    from membench.regression.tolerances import Tolerances, parse_fail
+    from membench.suite.tolerances import Tolerances, parse_fail
 
     asked = [parse_fail(text, suite.own_metrics) for text in arguments.fail]
     Tolerances(command_line=asked).refuse_idle(case.id for case in suite.cases)
@@ -59,12 +59,13 @@ def run(arguments: argparse.Namespace, suite: Suite) -> int:
     """
     from rich.console import Console
 
-    from membench import interleaving, selection
+    from membench import interleaving
     from membench.checking import MORE_REPEATS
     from membench.progress import Display
     from membench.regression.measured import of_run
     from membench.regression.verdict import judge
     from membench.report import checked, regression
+    from membench.suite import selection
 
     tolerances = _tolerances(arguments, suite)
     rounds = arguments.repeats or max(ROUNDS, suite.settings.repeats)

@@ -42,13 +42,13 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     import membench
-    from membench import selection
     from membench.calibrating import calibrate
     from membench.progress import Display
     from membench.regression import baselines
     from membench.regression.measured import of_run
     from membench.regression.noise import RUNS_FOR_TIMES, Noise
     from membench.report import noise as report
+    from membench.suite import selection
 
     suite = membench.load_suite(arguments.suite, arguments.device)
     keep = selection.parse(arguments.expression) if arguments.expression else lambda _: True

@@ -12,28 +12,28 @@ def add(verbs: Verbs) -> None:
     listing = verbs.add_parser(
         "list", help="what there is: models, techniques, workloads, metrics, suites, a suite's cases"
     )
-    listing.add_argument(
+    catalog.add_argument(
         "what",
         nargs="?",
         help="models, techniques, workloads, metrics or suites; a suite's name or path, for its cases;"
         " the name of a model, technique, workload or metric, for its options; contract, for what a plug-in is",
     )
-    listing.set_defaults(do=_list)
+    catalog.set_defaults(do=_list)
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from membench import listing
-    from membench.suite import is_suite, load_suite
+    from membench.suite import catalog
+    from membench.suite.suite import is_suite, load_suite
 
     # A kind first, then a suite, then a plug-in: what a name means must not hang on what is installed.
-    if arguments.what is None or arguments.what in listing.KINDS:
-        lines = listing.overview((arguments.what,) if arguments.what else listing.KINDS)
-    elif arguments.what == listing.CONTRACT:
-        lines = listing.contract_text()
+    if arguments.what is None or arguments.what in catalog.KINDS:
+        lines = catalog.overview((arguments.what,) if arguments.what else catalog.KINDS)
+    elif arguments.what == catalog.CONTRACT:
+        lines = catalog.contract_text()
     elif is_suite(arguments.what):
         lines = (case.id for case in load_suite(arguments.what).cases)
     else:
-        lines = listing.details(arguments.what)
+        lines = catalog.details(arguments.what)
     for line in lines:
         print(line)
     return EXIT_OK

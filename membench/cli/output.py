@@ -49,8 +49,8 @@ def narrowed(run: Run, expression: str, *, with_others: bool) -> Run:
     Raises:
         MembenchError: if none fits.
     """
-    from membench import selection
     from membench.records.comparison import with_compared
+    from membench.suite import selection
 
     keep = selection.parse(expression)
     kept = tuple(record for record in run.records if keep(record.id))

@@ -16,10 +16,10 @@ from membench.errors import EXIT_CANNOT_COMPARE, EXIT_CASES_FAILED, EXIT_OK, Can
 if TYPE_CHECKING:
     from membench.records.record import Metric
     from membench.records.run_file import Run
-    from membench.regression.gates import Gate
     from membench.regression.measured import Measured
-    from membench.regression.tolerances import Tolerance
     from membench.regression.verdict import Judgement
+    from membench.suite.gates import Gate
+    from membench.suite.tolerances import Tolerance
 
 _FORMATS = ("simple", "github", "csv", "json", "plain", "grid")
 _WHAT = "a run's or a baseline's file, or the name of one in results"
@@ -91,8 +91,8 @@ def _add_baseline(verbs: Verbs) -> None:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from membench.regression.sources import load, load_with_run
-    from membench.regression.tolerances import Tolerances
     from membench.regression.verdict import judge
+    from membench.suite.tolerances import Tolerances
 
     keep = _keep(arguments.expression)
     base = _only(load(arguments.base, arguments.output), keep)
@@ -113,7 +113,7 @@ def _told(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     from membench.report import checked, regression
-    from membench.suite import is_suite
+    from membench.suite.suite import is_suite
 
     ci.refuse_unwritable(arguments)
     if arguments.update and arguments.against and _baseline_named(arguments.against, arguments.output) is None:
@@ -146,10 +146,11 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _of_suite(arguments: argparse.Namespace) -> tuple[Measured, Judgement, Run | None, Sequence[Gate]]:
     """Run a suite, and measure its suspects again."""
-    from membench import checking, selection
+    from membench import checking
     from membench.regression import sources
-    from membench.regression.tolerances import Tolerances, parse_fail
-    from membench.suite import load_suite
+    from membench.suite import selection
+    from membench.suite.suite import load_suite
+    from membench.suite.tolerances import Tolerances, parse_fail
 
     suite = load_suite(arguments.new, arguments.device)
     asked = [parse_fail(text, suite.own_metrics) for text in arguments.fail]
@@ -177,8 +178,8 @@ def _kept_pairs(judgement: Judgement, keep: Callable[[str], bool]) -> Any:
 def _of_run(arguments: argparse.Namespace) -> tuple[Measured, Judgement, Run | None, Sequence[Gate]]:
     """Judge a run as it was kept, by the tolerances and gates of the suite that it was made of."""
     from membench.regression import sources
-    from membench.regression.tolerances import Tolerances, parse_fail
     from membench.regression.verdict import judge
+    from membench.suite.tolerances import Tolerances, parse_fail
 
     keep = _keep(arguments.expression)
     measured, run = sources.load_with_run(arguments.new, arguments.output)
@@ -192,7 +193,7 @@ def _of_run(arguments: argparse.Namespace) -> tuple[Measured, Judgement, Run | N
 
 def _own_rules(measured: Measured, run: Run | None) -> tuple[Sequence[Tolerance], Sequence[Gate]]:
     """Tolerances and gates of the suite that a run was made of; a baseline does not know them."""
-    from membench.suite import rules_of
+    from membench.suite.suite import rules_of
 
     return rules_of(run.header, _own_metrics(measured, run)) if run else ((), ())
 
@@ -215,13 +216,13 @@ def _base(arguments: argparse.Namespace, measured: Measured, sources: Any) -> Me
 
 
 def _refuse_idle(asked: Sequence[Tolerance], *sides: Measured) -> None:
-    from membench.regression.tolerances import Tolerances
+    from membench.suite.tolerances import Tolerances
 
     Tolerances(command_line=asked).refuse_idle([case_id for side in sides for case_id in side.cases])
 
 
 def _keep(expression: str | None) -> Callable[[str], bool]:
-    from membench import selection
+    from membench.suite import selection
 
     return selection.parse(expression) if expression else lambda _: True
 

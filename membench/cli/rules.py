@@ -11,7 +11,7 @@ from membench.cli.output import FOR_MACHINES, beside
 
 if TYPE_CHECKING:
     from membench.records.record import Record
-    from membench.regression.gates import Gate, Outcome
+    from membench.suite.gates import Gate, Outcome
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def held(gates: Sequence[Gate], records: Sequence[Record], keep: Callable[[str],
         records: also of the cases that those are compared with.
         keep: says which case ids were asked for, if not all.
     """
-    from membench.regression.gates import outcomes
+    from membench.suite.gates import outcomes
 
     found = outcomes(gates, records)
     if keep is None:

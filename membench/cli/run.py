@@ -55,7 +55,7 @@ def _told(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     import membench
-    from membench import selection
+    from membench.suite import selection
 
     is_script = script.is_asked_for(arguments)
     keep = selection.parse(arguments.expression) if arguments.expression else lambda _: True

@@ -19,7 +19,7 @@ from membench.pytest_plugin.sharing import FUNCTIONS, Sharing
 if TYPE_CHECKING:
     from membench.records.record import Case, Record
     from membench.runner import Runner
-    from membench.suite import Suite
+    from membench.suite.suite import Suite
 
 _MAKES_SUITE = re.compile(r"^[^#\n]*\bSuite\s*\(", re.MULTILINE)
 _SUITE_TABLE = re.compile(r"^\s*\[\s*suite\s*\]", re.MULTILINE)
@@ -117,7 +117,7 @@ class SuiteFile(pytest.File):
 
     def _suites(self) -> list[Suite]:
         from membench.errors import MembenchError
-        from membench.suite import load_suite, suites_in
+        from membench.suite.suite import load_suite, suites_in
 
         path = Path(os.path.relpath(self.path))
         try:

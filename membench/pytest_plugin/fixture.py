@@ -26,7 +26,7 @@ from membench.records.amounts import is_duration
 from membench.records.record import METRICS, Record
 from membench.runner import Call, Runner
 from membench.session import run_header, silent
-from membench.tables import Settings
+from membench.suite.schema import Settings
 
 if TYPE_CHECKING:
     from membench.pytest_plugin.timing import Timing

@@ -18,8 +18,8 @@ from membench.regression import baselines, sources
 from membench.regression.machines import kind
 from membench.regression.measured import Measured, of_records
 from membench.regression.timing import LEAST_REPEATS
-from membench.regression.tolerances import Tolerance, Tolerances, parse_fail
 from membench.regression.verdict import Judgement, Pair, judge
+from membench.suite.tolerances import Tolerance, Tolerances, parse_fail
 
 
 class Judge:

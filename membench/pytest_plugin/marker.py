@@ -10,7 +10,7 @@ import pytest
 
 from membench.errors import MembenchError, did_you_mean
 from membench.records.names import checked_device
-from membench.regression.tolerances import DEFAULTS, Tolerance, of_table
+from membench.suite.tolerances import DEFAULTS, Tolerance, of_table
 from membench.units import parse_bytes
 
 FIXTURE = "membench"

@@ -8,7 +8,7 @@ import pytest
 
 from membench.records.comparison import Comparison
 from membench.records.record import Record
-from membench.regression.gates import Gate, outcomes
+from membench.suite.gates import Gate, outcomes
 
 
 class MembenchWarning(pytest.PytestWarning):

@@ -13,7 +13,7 @@ from membench.regression.machines import Difference, Kind, differences, kind
 from membench.regression.measured import Measured, MeasuredCase
 from membench.regression.noise import Noise
 from membench.regression.timing import Timing
-from membench.regression.tolerances import Tolerance, Tolerances
+from membench.suite.tolerances import Tolerance, Tolerances
 from membench.units import format_bytes
 
 _RESOLUTIONS = 2

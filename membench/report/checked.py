@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from membench.records.record import Record, Status
-from membench.regression.gates import Outcome
 from membench.regression.verdict import Judgement
+from membench.suite.gates import Outcome
 
 End = Literal["passed", "skipped", "failed", "unfinished"]
 """``failed``: measured, and a limit, a rule or a tolerance is broken. ``unfinished``: not measured to its end, or not

@@ -13,8 +13,8 @@ import tabulate
 
 from membench.records.record import METRIC_OF_FIELD, Metric, Record, metrics_in
 from membench.regression.noise import Noise
-from membench.regression.tolerances import DEFAULTS
 from membench.report.text import in_cell
+from membench.suite.tolerances import DEFAULTS
 
 _WATCHED = frozenset(tolerance.metric.name for tolerance in DEFAULTS)
 

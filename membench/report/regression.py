@@ -8,10 +8,10 @@ import tabulate
 
 from membench.errors import one_line
 from membench.records.record import Metric, metrics_with
-from membench.regression.gates import Outcome
 from membench.regression.measured import Measured
 from membench.regression.verdict import Change, Judgement, Pair
 from membench.report.text import in_cell, written
+from membench.suite.gates import Outcome
 from membench.units import format_ratio
 
 _ALWAYS_SHOWN = ("weights", "peak_live", "time")

@@ -18,7 +18,7 @@ from membench.records.record import METRICS, REFERENCE, Case, Plugin, PluginFile
 from membench.records.validation import shown
 
 if TYPE_CHECKING:
-    from membench.tables import Addition, Contents, Matrix, Program, Selection
+    from membench.suite.schema import Addition, Contents, Matrix, Program, Selection
 
 
 _LONGEST_NAME = 64

@@ -15,19 +15,20 @@ from typing import Any, Self
 
 from pydantic import ValidationError
 
-from membench import python_files, suite_names, units
+from membench import units
 from membench.errors import PluginError, RuleError, SuiteError, did_you_mean, nearest, one_line
-from membench.expansion import cases_of_program, expand
 from membench.plugins import local_files
 from membench.records.amounts import amount, wanted
 from membench.records.names import checked_device, parts
 from membench.records.record import METRICS, METRICS_OF_PROGRAMS, REFERENCE, Case, Metric, PluginFile, own_metrics
 from membench.records.validation import problem, shown
-from membench.regression.gates import Gate
-from membench.regression.gates import of_table as gates_of_table
-from membench.regression.tolerances import Tolerance
-from membench.regression.tolerances import of_table as tolerances_of_table
-from membench.tables import Contents, ProgramContents, Settings
+from membench.suite import lookup, python_files
+from membench.suite.expansion import cases_of_program, expand
+from membench.suite.gates import Gate
+from membench.suite.gates import of_table as gates_of_table
+from membench.suite.schema import Contents, ProgramContents, Settings
+from membench.suite.tolerances import Tolerance
+from membench.suite.tolerances import of_table as tolerances_of_table
 
 _FOOTPRINT_OF_PROGRAMS = "5%"
 """How much more a user's program may take before it has regressed, if its suite does not say."""
@@ -156,7 +157,7 @@ _BEING_READ: contextvars.ContextVar[Path | None] = contextvars.ContextVar("being
 
 def is_suite(name: str) -> bool:
     """Whether a name can only mean a suite: it is one's name, or a path."""
-    return _is_path(name) or suite_names.find(name) is not None
+    return _is_path(name) or lookup.find(name) is not None
 
 
 def _is_path(name: str) -> bool:
@@ -360,9 +361,9 @@ def _refuse_idle_patterns(tolerances: Sequence[Tolerance], gates: Sequence[Gate]
 
 def _found(name: str | Path) -> Path:
     """The file that a suite's name or path means."""
-    path, known = Path(name), suite_names.named()
+    path, known = Path(name), lookup.named()
     is_path = _is_path(str(name))
-    if not is_path and (found := suite_names.find(str(name))) is not None:
+    if not is_path and (found := lookup.find(str(name))) is not None:
         return found.path()
     try:
         if path.is_file():

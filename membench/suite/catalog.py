@@ -10,11 +10,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from membench import contract, suite_names
+from membench import contract
 from membench.errors import PluginError, SuiteError, did_you_mean, one_line
 from membench.plugins import Options, QualityMetric, Technique, local_files, registry
 from membench.records.record import PluginFile
-from membench.suite import description
+from membench.suite import lookup
+from membench.suite.suite import description
 
 KINDS = ("models", "techniques", "workloads", "metrics", "suites")
 """What can be listed by itself, in the order in which all of it is."""
@@ -66,7 +67,7 @@ def _files_here() -> tuple[list[PluginFile], list[tuple[PluginFile, str]]]:
 
 
 def _suites() -> Iterator[tuple[str, ...]]:
-    for name, suite in suite_names.named().items():
+    for name, suite in lookup.named().items():
         try:
             yield name, suite.origin, description(suite.path())
         except SuiteError as error:
@@ -115,7 +116,7 @@ def details(name: str) -> Iterator[str]:
     if not kinds:
         known = [
             *KINDS,
-            *suite_names.named(),
+            *lookup.named(),
             *(found for kind in registry.KINDS for found in registry.names(kind, files)),
         ]
         raise SuiteError(f"nothing is named '{name}'; {did_you_mean(name, known)}")
