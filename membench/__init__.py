@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from membench.errors import MembenchError, PluginError, ResultsError, SuiteError
-    from membench.phases import phase
+    from membench.protocol.marks import phase
     from membench.records.record import Record
     from membench.records.run_file import Run, newest_run, read_run
     from membench.session import resumable, run
@@ -39,7 +39,7 @@ _HOMES = {
     "PluginError": "membench.errors",
     "ResultsError": "membench.errors",
     "SuiteError": "membench.errors",
-    "phase": "membench.phases",
+    "phase": "membench.protocol.marks",
     "Record": "membench.records.record",
     "Run": "membench.records.run_file",
     "newest_run": "membench.records.run_file",

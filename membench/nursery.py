@@ -72,7 +72,7 @@ class Nursery:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115, closed with the nursery
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "membench.forkserver", str(self._scratch.path), *preload],
+                [sys.executable, "-m", "membench.worker.fork_server", str(self._scratch.path), *preload],
                 stdin=child.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=self._errors,

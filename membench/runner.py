@@ -64,7 +64,7 @@ class Call:
     """A function of the user's to be measured, and the names that its record gets.
 
     Attributes:
-        pickled: the file of function, arguments and surroundings, as ``membench.calls`` reads it.
+        pickled: the file of function, arguments and surroundings, as ``membench.worker.function`` reads it.
         raised: the file that an exception of the function is left in, as it writes it.
     """
 
@@ -503,7 +503,7 @@ def _file_name(group: tuple[str, str, str]) -> str:
 
 def _modules_of(cases: tuple[Case, ...]) -> list[str]:
     """The modules that the fork server imports for these cases."""
-    modules = {"membench.worker_main", "safetensors.torch"}
+    modules = {"membench.worker.main", "safetensors.torch"}
     for case in cases:
         for kind, plugin in case.plugins:
             modules |= set(registry.find(kind, plugin.use, plugin.files).loaded.imports)

@@ -13,7 +13,7 @@ from membench.builtin.models.transformer import Gpt2, Llama, Qwen
 from membench.errors import SuiteError
 from membench.plugins import Shape, registry
 from membench.records.record import Record
-from membench.weights import fingerprint
+from membench.worker.weights import fingerprint
 from tests import shapes
 from tests.training import STEPS, context, train
 

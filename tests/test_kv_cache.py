@@ -16,10 +16,10 @@ from membench.builtin.techniques.kv_cache import KvCacheInt4, KvCacheInt8
 from membench.builtin.techniques.precision import Bf16
 from membench.builtin.workloads.forward import Forward
 from membench.builtin.workloads.generate import Generate
-from membench.census import storages, tensors_in
 from membench.errors import SuiteError
 from membench.records.record import Record
 from membench.units import format_bytes
+from membench.worker.breakdown import storages, tensors_in
 
 if TYPE_CHECKING:
     import torch

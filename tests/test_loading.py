@@ -12,7 +12,6 @@ import pytest
 
 import membench
 from membench import plugins
-from membench.assembly import Assembly
 from membench.builtin.mapped import MappedCheckpoint, held_by, write
 from membench.builtin.models.factory import Factory
 from membench.builtin.models.transformer import Gpt2, Llama
@@ -26,7 +25,8 @@ from membench.builtin.workloads.forward import Forward
 from membench.builtin.workloads.train import Train
 from membench.host import procfs
 from membench.records.record import Record
-from membench.weights import own_tensors, plain_tensors, weight_bytes
+from membench.worker.assembly import Assembly
+from membench.worker.weights import own_tensors, plain_tensors, weight_bytes
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import membench
-from membench import figures, plugins, quality
+from membench import figures, plugins
 from membench.builtin.models.pretrained import Pretrained
 from membench.builtin.models.trained_tiny import TrainedTiny
 from membench.builtin.models.transformer import Qwen
@@ -16,6 +16,7 @@ from membench.builtin.workloads.forward import Forward
 from membench.builtin.workloads.generate import Generate
 from membench.data import corpus
 from membench.plugins import Workload, registry
+from membench.worker import quality
 
 MIB = 2**20
 

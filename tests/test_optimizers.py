@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 import membench
-from membench import notes
 from membench.builtin.models.trained_tiny import TrainedTiny
 from membench.builtin.models.transformer import Llama
 from membench.builtin.techniques.none import NoTechnique
@@ -31,6 +30,7 @@ from membench.builtin.workloads.train import Train
 from membench.errors import SuiteError
 from membench.plugins import Context, Model, Setting, Technique, Unsuitable
 from membench.records.record import Record
+from membench.worker import notes
 
 if TYPE_CHECKING:
     import torch

@@ -19,7 +19,7 @@ from membench.builtin.techniques import sparsity as single_weights
 from membench.errors import SuiteError
 from membench.plugins import Context, Model, Setting, Shape, Technique, Unsuitable, registry
 from membench.records.record import Record
-from membench.weights import fingerprint, weight_bytes
+from membench.worker.weights import fingerprint, weight_bytes
 
 if TYPE_CHECKING:
     import torch

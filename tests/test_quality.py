@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import membench
-from membench import quality
 from membench.builtin.workloads.forward import Forward
 from membench.data import corpus
 from membench.figures import figures
 from membench.plugins import Context
 from membench.records.record import Record
-from membench.stand_in import StandIn
+from membench.worker import quality
+from membench.worker.rehearsal_model import StandIn
 
 if TYPE_CHECKING:
     import torch

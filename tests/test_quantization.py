@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pytest
 
 import membench
-from membench import checkpoint, notes
 from membench.builtin.models.transformer import Gpt2, Llama
 from membench.builtin.techniques import quantization
 from membench.builtin.techniques.bitsandbytes import BnbInt8, BnbNf4
@@ -31,7 +30,8 @@ from membench.builtin.workloads.train import Train
 from membench.errors import SuiteError
 from membench.plugins import Context, LayerWise, Model, Options, Setting, Shape, Technique, Unsuitable, registry
 from membench.records.record import Record
-from membench.weights import weight_bytes
+from membench.worker import checkpoint, notes
+from membench.worker.weights import weight_bytes
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,6 @@ import numpy
 import pytest
 
 import membench
-from membench.assembly import Assembly
 from membench.data import corpus
 from membench.data.columnar import ArrowFormat, ParquetFormat
 from membench.data.dataset import Dataset, endless, epochs
@@ -30,6 +29,7 @@ from membench.errors import SuiteError
 from membench.plugins import Unsuitable, storage
 from membench.plugins.storage import Damaged, Extent, Read, Storage
 from membench.records.record import Record
+from membench.worker.assembly import Assembly
 
 if TYPE_CHECKING:
     from membench.plugins.storage import Ids

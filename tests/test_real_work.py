@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 import membench
-from membench.assembly import Assembly
 from membench.builtin.models.transformer import Llama
 from membench.builtin.workloads.train import Train
 from membench.data import corpus
@@ -21,6 +20,7 @@ from membench.host import procfs
 from membench.observer import Observer
 from membench.plugins import Context, Shape, Tokens, Unsuitable
 from membench.records.record import Record
+from membench.worker.assembly import Assembly
 
 _SHAPE = Shape(width=32, layers=1, heads=2, key_value_heads=2, inner_width=64, vocabulary=300, longest=64, tied=True)
 
@@ -111,7 +111,7 @@ def test_a_gpu_that_is_not_there_is_no_failure_but_unsuitable(
 ) -> None:
     import torch
 
-    from membench.device import refuse_missing
+    from membench.worker.device import refuse_missing
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
@@ -125,7 +125,7 @@ def test_a_gpu_that_is_not_there_is_no_failure_but_unsuitable(
 
 _ALLOCATING = """\
 import ctypes, platform, sys
-from membench import allocator
+from membench.worker import allocator
 
 if platform.libc_ver()[0] != "glibc":
     sys.exit(77)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import membench
-from membench import quality
 from membench.builtin.models.no_model import NoModel
 from membench.builtin.workloads.train import Train
 from membench.data import corpus, sources, tokens
@@ -26,7 +25,8 @@ from membench.data.sources import documents, problem
 from membench.plugins import DoesNotFit, Unsuitable
 from membench.plugins.storage import Damaged
 from membench.records.record import Record
-from membench.stand_in import StandIn
+from membench.worker import quality
+from membench.worker.rehearsal_model import StandIn
 
 if TYPE_CHECKING:
     from torch import nn

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
-from membench import sending
 from membench.errors import MembenchError, did_you_mean, summary
 from membench.host import environment
+from membench.protocol import pickling
 from membench.pytest_plugin import entries, marker, outcome
 from membench.pytest_plugin.sharing import FUNCTIONS, Sharing
 from membench.pytest_plugin.timing import durations_s
@@ -128,7 +128,7 @@ class MembenchFixture:
         caller = _Caller.of(self._item.config, device)
         limits = {} if self._demands.limit_bytes is None else {"peak_live_bytes": self._demands.limit_bytes}
         try:
-            given = sending.as_bytes((function, args, kwargs), by_value=self._of_tests())
+            given = pickling.as_bytes((function, args, kwargs), by_value=self._of_tests())
         except Exception as error:
             what = f"'{name}' or an argument cannot be sent to a process of its own: {summary(error)}"
             raise pytest.fail.Exception(what) from None
@@ -209,8 +209,8 @@ class _Caller:
             turn=sharing.turn(),
             variables=self._gpu.variables,
             modules=[
-                "membench.worker_main",
-                "membench.sending",
+                "membench.worker.main",
+                "membench.protocol.pickling",
                 *filter(sys.modules.__contains__, _WORTH_IMPORTING_ONCE),
             ],
             calls_on_gpu=device.startswith("cuda"),

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from membench.assembly import Assembly
 from membench.builtin.workloads.train import Train
 from membench.plugins import Context, Model, Setting, Step, Technique, Unsuitable, Workload, stepping
 from membench.testing.tiny import Tiny
+from membench.worker.assembly import Assembly
 
 if TYPE_CHECKING:
     import torch

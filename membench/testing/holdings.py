@@ -6,8 +6,8 @@ import gc
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
-from membench.census import storages
-from membench.weights import kept_tensors, own_tensors, plain_tensors
+from membench.worker.breakdown import storages
+from membench.worker.weights import kept_tensors, own_tensors, plain_tensors
 
 if TYPE_CHECKING:
     import torch

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, ClassVar
 
-from membench import quality
 from membench.plugins import HeldOut, Model, QualityMetric
 from membench.testing.fake_worker import FakeWorker
 from membench.testing.global_state import GlobalState, restored
 from membench.testing.plugin_conformance import PluginConformance
 from membench.testing.sameness import same, weights_of
+from membench.worker import quality
 
 if TYPE_CHECKING:
     import torch

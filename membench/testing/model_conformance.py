@@ -13,7 +13,7 @@ from membench.testing.global_state import GlobalState, restored
 from membench.testing.plugin_conformance import PluginConformance
 from membench.testing.sameness import is_finite, same, weights_of
 from membench.units import format_bytes
-from membench.weights import weight_bytes
+from membench.worker.weights import weight_bytes
 
 if TYPE_CHECKING:
     from torch import nn

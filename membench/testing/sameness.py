@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from membench.weights import kept_tensors, plain_tensors
+from membench.worker.weights import kept_tensors, plain_tensors
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, ClassVar
 from membench.builtin.techniques.precision import Bf16
 from membench.builtin.workloads.forward import Forward
 from membench.builtin.workloads.read_data import ReadData
-from membench.census import storages, tensors_in
 from membench.plugins import Model, Technique, Unsuitable, Workload
 from membench.testing.claims import wrong_with_states, wrong_with_weights
 from membench.testing.fake_worker import FakeWorker, tiny_training
@@ -22,6 +21,7 @@ from membench.testing.holdings import SLACK_BYTES, Surroundings, by_layer
 from membench.testing.plugin_conformance import PluginConformance
 from membench.testing.sameness import ids_to_read, is_finite, same, weights_of
 from membench.units import format_bytes
+from membench.worker.breakdown import storages, tensors_in
 
 if TYPE_CHECKING:
     import torch

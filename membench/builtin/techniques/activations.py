@@ -87,7 +87,7 @@ class OffloadActivations(_Training):
     def training_step(self, step: TrainingStep, context: Context) -> TrainingStep:
         import torch
 
-        from membench.census import storages
+        from membench.worker.breakdown import storages
 
         moving = torch.autograd.graph.save_on_cpu(pin_memory=True)
 

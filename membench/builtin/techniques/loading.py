@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from membench.builtin.mapped import Held, MappedCheckpoint, held_by, needs_room, write
 from membench.plugins import Context, LayerWise, Setting, Technique, Unsuitable, output_head, replaced
-from membench.weights import fingerprint, kept_tensors, weight_bytes
+from membench.worker.weights import fingerprint, kept_tensors, weight_bytes
 
 if TYPE_CHECKING:
     import torch

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from membench.census import named_tensors_in, storages
 from membench.units import format_bytes, format_ratio
-from membench.weights import own_tensors, plain_tensors, weight_bytes
+from membench.worker.breakdown import named_tensors_in, storages
+from membench.worker.weights import own_tensors, plain_tensors, weight_bytes
 
 if TYPE_CHECKING:
     import torch

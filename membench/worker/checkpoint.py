@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from membench.weights import weight_bytes
+from membench.worker.weights import weight_bytes
 
 if TYPE_CHECKING:
     from torch import nn

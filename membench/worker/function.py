@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from membench import allocator, device, plugins, sending
+from membench import plugins
 from membench.errors import is_out_of_memory, summary
-from membench.meter import STEPS_FOR_MEMORY, Meter
+from membench.protocol import pickling
+from membench.worker import allocator, device
+from membench.worker.meter import STEPS_FOR_MEMORY, Meter
 
 _SKIPPING = ("Skipped", "SkipTest")
 """By which pytest and unittest skip a test."""
@@ -111,7 +113,7 @@ class _Calls:
             frames = frames.tb_next if frames else None
         text = "".join(traceback.format_exception(type(error), error, frames))
         try:
-            pickled = sending.as_bytes(error.with_traceback(None), by_value=())
+            pickled = pickling.as_bytes(error.with_traceback(None), by_value=())
         except Exception:  # it holds what cannot be sent; its text can
             pickled = None
         self._raised.write_bytes(pickle.dumps((pickled, text)))

@@ -23,9 +23,10 @@ import time
 import traceback
 from pathlib import Path
 
-from membench import allocator, phases
 from membench.data import corpus
 from membench.host import procfs, scratch
+from membench.protocol import marks
+from membench.worker import allocator
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _WORKER_FAILED = 70
@@ -79,9 +80,9 @@ def _fork_worker(request: dict[str, object], pipe: int, output: int, server: soc
         os.open(os.devnull, os.O_RDONLY)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        from membench import worker_main
+        from membench.worker import main
 
-        worker_main.main(request, socket.socket(fileno=os.dup(pipe)))
+        main.main(request, socket.socket(fileno=os.dup(pipe)))
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -112,7 +113,7 @@ def _start_program(request: dict[str, object], pipe: int, errors: int, streams: 
         os.set_inheritable(channel, True)
         command = request["command"]
         assert isinstance(command, list)
-        marks = {phases.CHANNEL_VARIABLE: f"{os.getpid()}:{channel}"}
+        marks = {marks.CHANNEL_VARIABLE: f"{os.getpid()}:{channel}"}
         os.execve(command[0], command, {**os.environ, **marks})
     except OSError as error:
         print(f"cannot be started: {error.strerror}", file=sys.stderr, flush=True)
@@ -122,7 +123,7 @@ def _start_program(request: dict[str, object], pipe: int, errors: int, streams: 
 
 def _spawn_worker(request: dict[str, object], pipe: int, output: int) -> int:
     process = subprocess.Popen(
-        [sys.executable, "-m", "membench.worker_main", str(pipe)],
+        [sys.executable, "-m", "membench.worker.main", str(pipe)],
         stdin=subprocess.PIPE,
         stdout=output,
         stderr=output,

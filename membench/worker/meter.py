@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from membench import allocator
 from membench.host import environment, procfs
+from membench.worker import allocator
 
 _T = TypeVar("_T")
 

@@ -16,12 +16,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from membench import allocator, calls, census, checkpoint, device, notes, plugins, quality
-from membench.assembly import Assembly, create
+from membench import plugins
 from membench.errors import is_out_of_memory
 from membench.host import import_guard
-from membench.meter import STEPS_FOR_MEMORY, Meter
-from membench.weights import bytes_by_module, weight_bytes
+from membench.worker import allocator, breakdown, checkpoint, device, function, notes, quality
+from membench.worker.assembly import Assembly, create
+from membench.worker.meter import STEPS_FOR_MEMORY, Meter
+from membench.worker.weights import bytes_by_module, weight_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +46,7 @@ def main(request: dict[str, Any], channel: socket.socket) -> None:
         if request.get("prepare"):
             _prepare(request, meter)
         elif "pickled" in request:
-            calls.measure(request, meter)
+            function.measure(request, meter)
         else:
             _measure(request, meter)
         meter.tell(event="done")
@@ -185,7 +186,9 @@ class _Work:
             result["notes"] += notes.on_states(optimizer(), trained, case.techniques)
         if case.context.inventory:
             with meter.phase("breakdown", "pinned"):
-                watch = census.Census(module, case.context.inventory, meter.held_live_bytes, lambda: meter.current_part)
+                watch = breakdown.Census(
+                    module, case.context.inventory, meter.held_live_bytes, lambda: meter.current_part
+                )
                 on_cache: list[str] = []
 
                 def look() -> None:
@@ -313,7 +316,7 @@ def _peaks_of_parts(run: dict[str, Any], on_gpu: bool, pinned: bool) -> dict[str
 
 def _trained_and_frozen(module: Any) -> dict[str, int]:
     """Bytes of parameters that the optimizer trains, and of all other weights: packed ones are no parameters."""
-    trained = sum(census.storages(p for p in module.parameters() if p.requires_grad).values())
+    trained = sum(breakdown.storages(p for p in module.parameters() if p.requires_grad).values())
     return {"trained_weights_bytes": trained, "frozen_weights_bytes": weight_bytes(module) - trained}
 
 

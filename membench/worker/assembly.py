@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from membench import device, plugins
+from membench import plugins
 from membench.data import corpus, sources, tokens
 from membench.data.dataset import Dataset, endless
 from membench.data.layouts import Integers
@@ -23,9 +23,10 @@ from membench.host.environment import available_bytes
 from membench.plugins import registry
 from membench.plugins.storage import Storage
 from membench.records.record import PluginFile
-from membench.stand_in import StandIn
 from membench.units import format_bytes
-from membench.weights import fingerprint
+from membench.worker import device
+from membench.worker.rehearsal_model import StandIn
+from membench.worker.weights import fingerprint
 
 if TYPE_CHECKING:
     import torch

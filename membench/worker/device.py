@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from membench import plugins
-from membench.meter import Meter
+from membench.worker.meter import Meter
 
 
 def refuse_missing(device: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from membench.weights import kept_tensors, plain_tensors
+from membench.worker.weights import kept_tensors, plain_tensors
 
 if TYPE_CHECKING:
     import torch

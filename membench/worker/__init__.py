@@ -1,0 +1,1 @@
+"""Inside the measured process: a case's stages, the meter, the allocator, what holds memory, quality."""
