@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from membench.protocol.marks import phase
     from membench.records.record import Record
     from membench.records.run_file import Run, newest_run, read_run
-    from membench.session import resumable, run
+    from membench.running.session import resumable, run
     from membench.suite.suite import Suite, load_suite
 
 __all__ = [
@@ -46,8 +46,8 @@ _HOMES = {
     "read_run": "membench.records.run_file",
     "Suite": "membench.suite.suite",
     "load_suite": "membench.suite.suite",
-    "resumable": "membench.session",
-    "run": "membench.session",
+    "resumable": "membench.running.session",
+    "run": "membench.running.session",
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from membench.records.run_file import Run, read_run
-from membench.session import Session, silent
+from membench.running.session import Session, silent
 from membench.suite.suite import Suite
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from membench import session
 from membench.records.run_file import Run
 from membench.regression.measured import Measured, MeasuredCase, of_run
 from membench.regression.verdict import Judgement, judge
+from membench.running import session
 from membench.suite.suite import Suite
 from membench.suite.tolerances import Tolerances
 

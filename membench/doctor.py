@@ -23,7 +23,7 @@ from membench.errors import EXIT_CASES_FAILED, EXIT_OK
 from membench.host import console, procfs
 from membench.host.nvml import gpus
 from membench.records.record import Record
-from membench.session import run, silent
+from membench.running.session import run, silent
 from membench.suite.suite import load_suite
 from membench.units import format_bytes, format_percent, format_seconds
 

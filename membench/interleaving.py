@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from membench.errors import MembenchError
 from membench.records.run_file import Run, read_run
-from membench.session import silent
+from membench.running.session import silent
 from membench.suite.suite import Suite
 from membench.worktree import Repository, WorkTree
 

@@ -22,7 +22,7 @@ from membench.host import console
 from membench.host.import_guard import ON_PATH, ForeignCode, is_foreign
 from membench.plugins import registry
 from membench.records.record import Case, Plugin
-from membench.session import Session
+from membench.running.session import Session
 from membench.suite.suite import Suite, load_suite
 
 _FOREIGN = f"{ForeignCode.__name__}: "

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 import membench
-from membench import cli, runner
-from membench.nursery import Nursery
+from membench import cli
 from membench.records.record import Record
 from membench.regression import baselines
 from membench.regression.noise import Noise, Spread
 from membench.report import noise as report
+from membench.running import runner
+from membench.running.fork_client import Nursery
 
 _SUITE = """\
 [suite]

@@ -33,9 +33,9 @@ from membench.data.dataset import Dataset
 from membench.data.layouts import Integers
 from membench.data.shards import Shards
 from membench.errors import SuiteError
-from membench.figures import resolution_bytes
 from membench.plugins.storage import Codec, Damaged, Storage
 from membench.records.record import Record
+from membench.running.deriving import resolution_bytes
 
 _CODECS: dict[str, Callable[[], Codec]] = {
     "lzw": codecs.Lzw,

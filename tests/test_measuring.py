@@ -15,8 +15,8 @@ import pytest
 
 import membench
 from membench.host import procfs
-from membench.observer import Observer
 from membench.records.record import Record
+from membench.running.observer import Observer
 
 MIB = 2**20
 

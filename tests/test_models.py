@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import membench
-from membench import figures, plugins
+from membench import plugins
 from membench.builtin.models.pretrained import Pretrained
 from membench.builtin.models.trained_tiny import TrainedTiny
 from membench.builtin.models.transformer import Qwen
@@ -16,6 +16,7 @@ from membench.builtin.workloads.forward import Forward
 from membench.builtin.workloads.generate import Generate
 from membench.data import corpus
 from membench.plugins import Workload, registry
+from membench.running import deriving
 from membench.worker import quality
 
 MIB = 2**20
@@ -113,7 +114,7 @@ def test_a_pretrained_model_is_read_from_a_folder(tmp_path: Path) -> None:
     # Mapped from the file they would be no live memory, and whatever is converted would seem to cost.
     (load,) = [phase for phase in here.processes[0]["phases"] if phase["name"] == "load"]
     assert load["held_live_bytes"] == pytest.approx(weights_bytes, rel=0.05)
-    assert load["peak_live_bytes"] < 1.2 * weights_bytes + 2 * figures.resolution_bytes()
+    assert load["peak_live_bytes"] < 1.2 * weights_bytes + 2 * deriving.resolution_bytes()
     assert here.metrics["bits_per_byte"] is None
     assert here.reasons["bits_per_byte"] == "the model has no tokenizer: no text can be put to it"
     assert hub.status == "failed"

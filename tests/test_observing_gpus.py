@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from membench.figures import Figures, figures, figures_of_program
 from membench.host.nvml import Gpus
-from membench.marked import MarkedPhases
-from membench.observer import Observer
+from membench.running.deriving import Figures, figures, figures_of_program
+from membench.running.marked_phases import MarkedPhases
+from membench.running.observer import Observer
 
 MIB = 2**20
 

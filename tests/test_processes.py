@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from membench.host import environment, procfs, scratch
-from membench.nursery import Nursery
+from membench.running.fork_client import Nursery
 
 _HANGING = """\
 [suite]

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 import membench
-from membench import session
 from membench.errors import ResultsError, SuiteError
 from membench.records.record import Case
+from membench.running import session
 from membench.suite.suite import Suite, description, rules_of
 from membench.suite.tolerances import Tolerance
 from tests.repositories import commit, git

@@ -11,9 +11,9 @@ import pytest
 import membench
 from membench.builtin.workloads.forward import Forward
 from membench.data import corpus
-from membench.figures import figures
 from membench.plugins import Context
 from membench.records.record import Record
+from membench.running.deriving import figures
 from membench.worker import quality
 from membench.worker.rehearsal_model import StandIn
 

@@ -17,9 +17,9 @@ from membench.builtin.models.transformer import Llama
 from membench.builtin.workloads.train import Train
 from membench.data import corpus
 from membench.host import procfs
-from membench.observer import Observer
 from membench.plugins import Context, Shape, Tokens, Unsuitable
 from membench.records.record import Record
+from membench.running.observer import Observer
 from membench.worker.assembly import Assembly
 
 _SHAPE = Shape(width=32, layers=1, heads=2, key_value_heads=2, inner_width=64, vocabulary=300, longest=64, tied=True)

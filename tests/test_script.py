@@ -19,8 +19,8 @@ import pytest
 import membench
 from membench import cli
 from membench.errors import SuiteError
-from membench.figures import resolution_bytes
 from membench.records.record import Record
+from membench.running.deriving import resolution_bytes
 
 _MIB = 2**20
 

@@ -16,7 +16,7 @@ from membench.errors import MembenchError, SuiteError
 
 if TYPE_CHECKING:
     from membench import Suite
-    from membench.runner import Tell
+    from membench.running.runner import Tell
 
 
 def add(run: argparse.ArgumentParser) -> None:
@@ -114,7 +114,7 @@ def watched(suite: Suite, form: str) -> Iterator[Tell]:
     from rich.console import Console
 
     from membench.progress import Display
-    from membench.session import silent
+    from membench.running.session import silent
 
     if not suite.runs_program:
         # The library takes FORCE_COLOR for a terminal, which a log in a file is not.

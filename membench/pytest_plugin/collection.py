@@ -18,7 +18,7 @@ from membench.pytest_plugin.sharing import FUNCTIONS, Sharing
 
 if TYPE_CHECKING:
     from membench.records.record import Case, Record
-    from membench.runner import Runner
+    from membench.running.runner import Runner
     from membench.suite.suite import Suite
 
 _MAKES_SUITE = re.compile(r"^[^#\n]*\bSuite\s*\(", re.MULTILINE)
@@ -137,7 +137,7 @@ class SuiteFile(pytest.File):
     @property
     def header(self) -> dict[str, Any]:
         """Of the file that the suite's records go to."""
-        from membench.session import header_of
+        from membench.running.session import header_of
 
         header = header_of(self.suite, Sharing.of(self.config).started)
         number = self._number()
@@ -206,8 +206,8 @@ class SuiteFile(pytest.File):
         return self.suite.select(lambda id: id in ids)
 
     def _started(self, variables: dict[str, str]) -> Runner:
-        from membench.runner import Runner
-        from membench.session import references, run_path, silent
+        from membench.running.runner import Runner
+        from membench.running.session import references, run_path, silent
 
         if self._runner is None:
             sharing = Sharing.of(self.config)

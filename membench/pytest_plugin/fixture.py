@@ -24,8 +24,8 @@ from membench.pytest_plugin.timing import durations_s
 from membench.quantities import ByteSize, Duration
 from membench.records.amounts import is_duration
 from membench.records.record import METRICS, Record
-from membench.runner import Call, Runner
-from membench.session import run_header, silent
+from membench.running.runner import Call, Runner
+from membench.running.session import run_header, silent
 from membench.suite.schema import Settings
 
 if TYPE_CHECKING:

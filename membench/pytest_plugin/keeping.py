@@ -15,7 +15,7 @@ from membench.errors import MembenchError
 from membench.pytest_plugin import saving
 from membench.pytest_plugin.sharing import Sharing
 from membench.records.run_file import Run, RunFile, read_run, record_of
-from membench.session import run_path
+from membench.running.session import run_path
 
 
 @dataclasses.dataclass

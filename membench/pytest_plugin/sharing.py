@@ -144,7 +144,7 @@ class Gpu:
 
 
 class Turns:
-    """``membench.runner.Turn`` among processes, by two locks that the kernel gives back when their holder dies.
+    """``membench.running.runner.Turn`` among processes, by two locks that the kernel gives back when their holder dies.
 
     Those who share the floor come in by the door. Who wants to be alone holds the door until the others have left the
     floor, so that no new ones keep it waiting for ever.

@@ -7,7 +7,7 @@ from typing import Any
 
 from membench.errors import one_line
 from membench.host import procfs
-from membench.observer import Observer
+from membench.running.observer import Observer
 
 WHOLE = "script"
 """The phase that a program is in from its start to its end."""

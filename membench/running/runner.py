@@ -17,15 +17,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from membench import programs
-from membench.figures import Figures, figures, figures_of_calls, figures_of_program
 from membench.host import environment, procfs
 from membench.host.nvml import gpus
-from membench.marked import MOST_PHASES, MarkedPhases
-from membench.nursery import Ended, Nursery, NurseryLost
-from membench.observer import Observer
 from membench.plugins import registry
 from membench.records.record import METRIC_OF_FIELD, REFERENCE, Case, Plugin, Record, Status
+from membench.running import program_ending
+from membench.running.deriving import Figures, figures, figures_of_calls, figures_of_program
+from membench.running.fork_client import Ended, Nursery, NurseryLost
+from membench.running.marked_phases import MOST_PHASES, MarkedPhases
+from membench.running.observer import Observer
 from membench.suite.schema import Settings
 
 _TAIL_BYTES = 4096
@@ -308,7 +308,7 @@ class Runner:
             if outcome.marked:
                 _settle(outcome, outcome.marked, ended, began_at_s)
             _judge(outcome, timed_out, timeout_s, ended.status, oom_kills_before)
-            if outcome.marked and outcome.message and (said := programs.last_line(outcome.tail)):
+            if outcome.marked and outcome.message and (said := program_ending.last_line(outcome.tail)):
                 outcome.message += f": {said}"
         except NurseryLost as error:
             # Something killed the fork server, the kernel for want of memory perhaps: the next case gets a new one.
@@ -440,7 +440,7 @@ def _pass_on(data: bytes) -> None:
 
 def _settle(outcome: _Outcome, marked: MarkedPhases, ended: Ended, began_at_s: float) -> None:
     """What a user's program took, and how it ended unless a signal or the clock ended it."""
-    said = programs.last_line(outcome.tail)
+    said = program_ending.last_line(outcome.tail)
     outcome.phase = marked.ended_in(said)
     outcome.phases = marked.end(ended.at_s, ended.peak_bytes, ended.forked_from_bytes)
     for phase in outcome.phases:
@@ -450,13 +450,13 @@ def _settle(outcome: _Outcome, marked: MarkedPhases, ended: Ended, began_at_s: f
         "exit_code": os.WEXITSTATUS(ended.status) if os.WIFEXITED(ended.status) else None,
         "had_children": ended.had_children,
         "remarks": [
-            *programs.told_of(ended.left),
+            *program_ending.told_of(ended.left),
             *([f"of the phases it marks only the first {MOST_PHASES} are kept"] if marked.left_out else []),
         ],
     }
     if outcome.interrupted:
         outcome.status, outcome.message = "crashed", "interrupted"
-    elif found := programs.judged(ended.status, said):
+    elif found := program_ending.judged(ended.status, said):
         outcome.status, outcome.message = found
     else:
         outcome.done = os.WIFEXITED(ended.status)

@@ -16,7 +16,7 @@ from membench.host import environment
 from membench.plugins import local_files
 from membench.records.record import Case, Metric, PluginFile, Record
 from membench.records.run_file import Run, RunFile, find_run, read_run
-from membench.runner import Interrupted, Runner
+from membench.running.runner import Interrupted, Runner
 from membench.suite.suite import Suite
 
 
