@@ -17,9 +17,9 @@ import pytest
 
 import membench
 from membench import cli
+from membench.comparing.against_commit import Interleaved
+from membench.comparing.git import GitError, Repository
 from membench.errors import MembenchError
-from membench.interleaving import Interleaved
-from membench.worktree import GitError, Repository
 from tests.repositories import MODEL, SUITE, commit, git, repository
 
 _WIDTH, _WIDER = 256, 512

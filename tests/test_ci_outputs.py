@@ -20,8 +20,8 @@ from membench.cli import ci
 from membench.records.record import METRICS, Record
 from membench.regression.measured import of_records
 from membench.regression.verdict import Judgement, judge
-from membench.report import checked, exchange, github, junit, regression
-from membench.report.checked import CheckedCase
+from membench.report import case_outcomes, github, junit, regression, services
+from membench.report.case_outcomes import CheckedCase
 from membench.suite.gates import Outcome, parse
 from membench.suite.tolerances import Tolerances
 
@@ -102,7 +102,7 @@ def test_repeats_are_one_case_with_the_worst_of_their_ends() -> None:
         _record("b", status="skipped", message="no CUDA device here"),
         _record("c", status="diverged", ended_in="time", message="the training loss became nan"),
     ]
-    assert checked.of_records("s", records) == [
+    assert case_outcomes.of_records("s", records) == [
         CheckedCase("s", "m/none/w/cpu", "unfinished", ("crashed in run: killed by SIGSEGV",), (), 2.0, "oops"),
         CheckedCase("s", "m/a/w/cpu", "failed", ("live peak over its limit",), ("it changed nothing",), 1.0),
         CheckedCase("s", "m/b/w/cpu", "skipped", ("skipped: no CUDA device here",), (), 1.0),
@@ -113,7 +113,7 @@ def test_repeats_are_one_case_with_the_worst_of_their_ends() -> None:
 def test_two_checks_of_a_case_are_told_as_one() -> None:
     first = [CheckedCase("s", "a", "failed", ("limit",), duration_s=2.0, output="o"), CheckedCase("s", "b", "passed")]
     second = [CheckedCase("s", "a", "passed", (), ("better",)), CheckedCase("s", "c", "unfinished", ("gone",))]
-    assert checked.together(first, second) == [
+    assert case_outcomes.together(first, second) == [
         CheckedCase("s", "a", "failed", ("limit",), ("better",), 2.0, "o"),
         CheckedCase("s", "b", "passed"),
         CheckedCase("s", "c", "unfinished", ("gone",)),
@@ -129,7 +129,7 @@ _MEASURED = [
 
 
 def test_benchmark_action_gets_what_is_better_if_it_is_less_with_its_unit() -> None:
-    entries = json.loads(exchange.benchmark_action(_MEASURED))
+    entries = json.loads(services.benchmark_action(_MEASURED))
     assert [{key: entry[key] for key in entry if key != "extra"} for entry in entries] == [
         {"name": "m/none/w/cpu weights", "unit": "bytes", "value": 102, "range": "± 2"},
         {"name": "m/none/w/cpu time", "unit": "s", "value": 0.6, "range": "± 0.1"},
@@ -139,7 +139,7 @@ def test_benchmark_action_gets_what_is_better_if_it_is_less_with_its_unit() -> N
 
 
 def test_bencher_gets_a_measure_a_metric_with_its_bounds() -> None:
-    assert json.loads(exchange.bencher(_MEASURED)) == {
+    assert json.loads(services.bencher(_MEASURED)) == {
         "m/none/w/cpu": {
             "weights-bytes": {"value": 102, "lower_value": 100, "upper_value": 104},
             "step-median-s": {"value": 0.6, "lower_value": 0.5, "upper_value": 0.7},
@@ -204,7 +204,7 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(tmp_p
 
 @pytest.mark.parametrize("form", ["bencher", "benchmark-action"])
 def test_an_export_of_a_run_without_figures_is_empty_json(form: str) -> None:
-    assert json.loads(exchange.FORMATS[form]([_record(status="failed")])) in ({}, [])
+    assert json.loads(services.FORMATS[form]([_record(status="failed")])) in ({}, [])
 
 
 def test_a_check_fails_for_what_got_worse_and_not_for_what_was_broken_before() -> None:
@@ -226,7 +226,7 @@ def test_a_check_fails_for_what_got_worse_and_not_for_what_was_broken_before() -
         _record("a", metrics={"weights_bytes": 2**21}), _record("b", **broken), _record("c", **broken),
     ]  # fmt: skip
     judgement = _judged(base, new)
-    told = {case.id: (case.end, case.reasons) for case in checked.of_check(judgement, new)}
+    told = {case.id: (case.end, case.reasons) for case in case_outcomes.of_check(judgement, new)}
     assert told["m/none/w/cpu"] == ("failed", ("weights 1.000 MiB is over its limit of 1 B",))
     assert told["m/a/w/cpu"][0] == "failed"
     assert told["m/a/w/cpu"][1][0].startswith("weights 1.000 MiB → 2.000 MiB (+100.0%, tolerance 1%")
@@ -249,7 +249,7 @@ def test_a_new_case_that_ends_badly_is_not_said_to_have_ended_well_before() -> N
     crashed: dict[str, Any] = {"status": "crashed", "ended_in": "run", "message": "killed by SIGKILL", "metrics": {}}
     judgement = _judged([_record(metrics=weights)], [_record(metrics=weights), _record("a", **crashed)])
     assert judgement.exit_code == 1
-    told = {case.id: (case.end, case.reasons) for case in checked.of_judgement(judgement)}
+    told = {case.id: (case.end, case.reasons) for case in case_outcomes.of_judgement(judgement)}
     assert told["m/a/w/cpu"] == (
         "unfinished",
         ("it is not in before, and ended badly: crashed in run: killed by SIGKILL",),
@@ -259,7 +259,7 @@ def test_a_new_case_that_ends_badly_is_not_said_to_have_ended_well_before() -> N
 def test_what_is_undecided_fails_nothing_and_is_told_everywhere() -> None:
     slower = _judged([_record(metrics={"step_median_s": 0.5})], [_record(metrics={"step_median_s": 0.9})])
     assert slower.undecided
-    (case,) = checked.of_check(slower, [_record(metrics={"step_median_s": 0.9})])
+    (case,) = case_outcomes.of_check(slower, [_record(metrics={"step_median_s": 0.9})])
     (doubt,) = case.undecided
     assert case.end == "passed"
     assert doubt.startswith("time 500 ms → 900 ms (+80.0%")
@@ -293,7 +293,7 @@ def test_a_case_that_is_not_measured_any_more_is_told_as_such() -> None:
     weights = {"weights_bytes": 1}
     judgement = _judged([_record(metrics=weights), _record("a", metrics=weights)], [_record(metrics=weights)])
     assert judgement.exit_code == 3
-    assert [(case.id, case.end) for case in checked.of_judgement(judgement)] == [
+    assert [(case.id, case.end) for case in case_outcomes.of_judgement(judgement)] == [
         ("m/none/w/cpu", "passed"), ("m/a/w/cpu", "unfinished"),
     ]  # fmt: skip
 

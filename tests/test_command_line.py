@@ -22,7 +22,7 @@ import pytest
 from rich.console import Console
 
 import membench
-from membench import progress
+from membench.cli import progress
 from membench.host.nvml import gpus
 from membench.report import text
 

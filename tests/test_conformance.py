@@ -12,7 +12,7 @@ import pytest
 
 from membench import testing
 from membench.builtin.known_amounts import Ballast
-from membench.builtin.metrics import NextTokenAccuracy
+from membench.builtin.metrics.next_token_accuracy import NextTokenAccuracy
 from membench.builtin.techniques.activations import Accumulate
 from membench.builtin.techniques.attention import EagerAttention
 from membench.builtin.techniques.kv_cache import KvCacheInt8

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 import membench
-from membench import contract, plugins
+from membench import plugins
 from membench.cli import main
 from membench.errors import PluginError
+from membench.plugins import contract_screen as contract
 from membench.plugins import registry
 from membench.plugins.checking import complaint
 from tests.installing import install

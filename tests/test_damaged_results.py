@@ -20,7 +20,7 @@ from membench.records.run_file import find_run, newest_run, read_run
 from membench.regression import baselines
 from membench.regression.measured import Measured, of_run
 from membench.regression.verdict import judge
-from membench.report import checked, github, junit, regression, text
+from membench.report import case_outcomes, github, junit, regression, text
 from membench.suite.tolerances import Tolerances
 
 _KEPT = Path(__file__).parent.parent / "results" / "quickstart@2-cores-epyc.jsonl"
@@ -159,7 +159,7 @@ def _all_views_of(base: Measured, new: Measured) -> str:
     views += [
         line for judgement in judgements for line in (*regression.remarks(judgement), regression.summary(judgement))
     ]
-    cases = [case for judgement in judgements for case in checked.of_judgement(judgement)]
+    cases = [case for judgement in judgements for case in case_outcomes.of_judgement(judgement)]
     views += [regression.figures(base), regression.figures(base, "csv"), junit.document(cases)]
     return "\n".join([*views, *github.workflow_commands(cases), github.summary("s", cases, [])])
 

@@ -126,7 +126,7 @@ def test_softened_kl_is_the_mean_of_the_divergences_from_the_teacher_times_the_s
 def test_a_step_of_distilling_is_one_of_adamw_on_both_losses_mixed() -> None:
     import torch
 
-    from membench.builtin.tuning import windows
+    from membench.builtin.techniques.inner_training import windows
 
     options: dict[str, Any] = {"layers": 1, "temperature": 2.0, "alpha": 0.7, "learning_rate": 1e-2, "seed": 5}
     student = _student("distill", "gpt2", **options)

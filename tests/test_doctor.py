@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import membench
-from membench import doctor
+from membench.doctor import checks
 from membench.errors import MembenchError
 from membench.host import console, procfs
 from membench.host.nvml import gpus
@@ -23,18 +23,18 @@ from membench.records.record import Record
 
 
 def test_every_known_amount_is_read_right_here() -> None:
-    findings = doctor.known_amounts()
+    findings = checks.known_amounts()
     assert {finding.what for finding in findings if finding.verdict == "OFF"} == set()
     assert {finding.metric for finding in findings} >= {"held_live_bytes", "peak_live_bytes", "children_peak_bytes"}
 
 
 @pytest.mark.parametrize(("verdict", "code"), [("OFF", 1), ("right", 0), ("not measured", 0), ("too noisy to tell", 0)])
 def test_only_a_reading_that_is_off_makes_the_exit_code_one_but_each_is_seen(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verdict: doctor.Verdict, code: int
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verdict: checks.Verdict, code: int
 ) -> None:
-    found = doctor.Finding("64 MiB", "held_live_bytes", "70 MiB", "64 MiB", "+9.4%", "0.5%", verdict)
-    monkeypatch.setattr(doctor, "known_amounts", lambda: [found])
-    assert doctor.report(full=False) == code
+    found = checks.Finding("64 MiB", "held_live_bytes", "70 MiB", "64 MiB", "+9.4%", "0.5%", verdict)
+    monkeypatch.setattr(checks, "known_amounts", lambda: [found])
+    assert checks.report(full=False) == code
     assert f"  {verdict}" in capsys.readouterr().out
 
 
@@ -66,7 +66,7 @@ def _steps(for_s: float, duration_s: Durations) -> Iterator[float]:
 def test_observing_is_cleared_or_blamed_only_where_the_interval_says_so(
     for_s: float, duration_s: Durations, verdict: str, reading: str | tuple[str, ...] | None
 ) -> None:
-    found = doctor._slowing("observing", 0.0, list(_steps(for_s, duration_s)), doctor._Blinking())
+    found = checks._slowing("observing", 0.0, list(_steps(for_s, duration_s)), checks._Blinking())
     assert found.verdict == verdict
     if reading is None:
         assert found.reading is None
@@ -83,12 +83,12 @@ def _record(status: str = "ok", **changes: object) -> Record:
 
 
 @pytest.mark.parametrize(
-    "promise", [doctor._repeats, doctor._training, doctor._cost_of_a_case, doctor._cost_of_observing]
+    "promise", [checks._repeats, checks._training, checks._cost_of_a_case, checks._cost_of_observing]
 )
 def test_a_case_that_ends_badly_is_a_finding_and_no_traceback(
-    monkeypatch: pytest.MonkeyPatch, promise: Callable[[], doctor.Finding]
+    monkeypatch: pytest.MonkeyPatch, promise: Callable[[], checks.Finding]
 ) -> None:
-    monkeypatch.setattr(doctor, "_records", lambda *_: (_record("crashed"),))
+    monkeypatch.setattr(checks, "_records", lambda *_: (_record("crashed"),))
     found = promise()
     assert (found.reading, found.verdict) == (None, "OFF")
     assert "what went wrong" in found.note
@@ -97,14 +97,14 @@ def test_a_case_that_ends_badly_is_a_finding_and_no_traceback(
 def test_what_the_harness_adds_is_the_time_beside_the_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     phases = [{"duration_s": 0.7}, {"duration_s": 0.2}]
     records = [_record(duration_s=duration_s, processes=[{"phases": phases}]) for duration_s in (9, 1.1, 1.15, 1.4)]
-    monkeypatch.setattr(doctor, "_records", lambda _: tuple(records))
-    found = doctor._cost_of_a_case()
+    monkeypatch.setattr(checks, "_records", lambda _: tuple(records))
+    found = checks._cost_of_a_case()
     assert (found.reading, found.verdict) == ("250 ms", "right")
 
 
 def test_a_listing_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "false")
-    assert doctor._listing().verdict == "OFF"
+    assert checks._listing().verdict == "OFF"
 
 
 def test_a_spawned_worker_reads_the_same_amounts(tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ import pytest
 
 import membench
 from membench import plugins
-from membench.builtin.mapped import MappedCheckpoint, held_by, write
 from membench.builtin.models.factory import Factory
 from membench.builtin.models.transformer import Gpt2, Llama
 from membench.builtin.techniques.bitsandbytes import BnbInt8, BnbNf4
 from membench.builtin.techniques.loading import MemoryMapped, MetaInit, PlainLoad, Saved, Streamed
+from membench.builtin.techniques.mapped_checkpoint import MappedCheckpoint, held_by, write
 from membench.builtin.techniques.optimizers import MasterWeights, SgdMomentum
 from membench.builtin.techniques.precision import Bf16
 from membench.builtin.techniques.quantization import Int4WeightOnly, Int8WeightOnly, RoundToNearest

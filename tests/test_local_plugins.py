@@ -10,8 +10,8 @@ import pytest
 
 import membench
 from membench.cli import main
+from membench.comparing.against_commit import Interleaved
 from membench.errors import MembenchError, ResultsError
-from membench.interleaving import Interleaved
 from membench.regression.measured import of_run
 from membench.regression.verdict import judge
 from membench.suite.tolerances import Tolerances

@@ -10,7 +10,7 @@ import pytest
 
 import membench
 from membench import plugins
-from membench.builtin import cross_entropy
+from membench.builtin.layers import cross_entropy
 from membench.builtin.models.transformer import Gpt2, Llama, Qwen
 from membench.plugins import Shape, registry
 from membench.records.record import Record

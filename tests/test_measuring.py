@@ -164,7 +164,7 @@ def test_kill_9_of_the_runner_leaves_no_worker_and_resume_goes_on(tmp_path: Path
         'workload = ["known-burst"]\n'
         f'[technique.hang]\nuse = "ends"\nhow = "hang"\nnote = "{note}"\n[settings]\ntimeout_s = 15\nthreads = 1\n'
     )
-    command = [sys.executable, "-m", "membench.cli", "run", str(path), "--output", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "membench", "run", str(path), "--output", str(tmp_path / "out")]
     runner = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     notes = [note.with_suffix(".worker"), note.with_suffix(".child")]
     deadline = time.monotonic() + 60

@@ -14,7 +14,7 @@ from membench.cli import main
 from membench.errors import MembenchError
 from membench.records.record import METRIC_OF_FIELD, METRICS, metrics_in
 from membench.records.run_file import RunFile
-from membench.report import exchange, text
+from membench.report import services, text
 from membench.suite.gates import outcomes
 from membench.suite.suite import rules_of
 
@@ -145,7 +145,7 @@ def test_it_has_a_column_a_row_of_every_metric_and_a_place_in_what_is_exported(r
     assert f"{value:.3f} nats" in text.explanation(records)
     (first, _) = json.loads(text.comparison(records, "json"))
     assert first[_ACCURACY] == records[0].metrics[_ACCURACY]
-    told = {entry["name"]: entry for entry in json.loads(exchange.benchmark_action(records))}
+    told = {entry["name"]: entry for entry in json.loads(services.benchmark_action(records))}
     assert told[f"{records[-1].id} mean_nats"]["unit"] == "nats"
     assert f"{records[-1].id} next_token_accuracy" not in told  # of which more is better
     assert metrics_in([dataclasses.replace(records[0], metrics={"weights_bytes": 1})]) == METRICS

@@ -407,9 +407,9 @@ def _without(model: str, technique: str, module: Any, gone: list[list[int]]) -> 
 
 def _calibration(model: str, module: nn.Module) -> Iterator[torch.Tensor]:
     """The text that importance is measured on: six pieces of two windows."""
-    from membench.builtin import tuning
+    from membench.builtin.techniques import inner_training
 
-    batches = tuning.windows(module, _context(_MODELS[model]), 0)
+    batches = inner_training.windows(module, _context(_MODELS[model]), 0)
     return itertools.islice((batch[row : row + 2] for batch in batches for row in range(0, 8, 2)), 6)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from membench.quantities import ByteSize, Duration
+from membench.pytest_plugin.readable import ByteSize, Duration
 
 
 def test_a_size_compares_with_what_people_write() -> None:

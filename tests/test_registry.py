@@ -82,7 +82,7 @@ def test_a_broken_plug_in_is_reported_and_breaks_nothing_else(site: Path) -> Non
         },
     )
     ran = subprocess.run(
-        [sys.executable, "-m", "membench.cli", "list"],
+        [sys.executable, "-m", "membench", "list"],
         env=os.environ | {"PYTHONPATH": f"{site}:{os.environ['PYTHONPATH']}"}, capture_output=True, text=True,
     )  # fmt: skip
     assert (ran.returncode, ran.stderr) == (0, "")

@@ -29,7 +29,7 @@ from membench.records.record import Record
 from tests.training import context
 
 if TYPE_CHECKING:
-    from membench.builtin.gan import GeneratedSamples
+    from membench.builtin.techniques.gan_training import GeneratedSamples
 
 _CLASSIFIER = Classifier.model_validate({})
 
@@ -158,7 +158,7 @@ def test_a_generator_takes_a_byte_a_weight_and_four_an_output() -> None:
 def test_weights_of_a_generator_are_rounded_to_the_nearest_of_255_levels() -> None:
     import torch
 
-    from membench.builtin.gan import Int8Layer
+    from membench.builtin.techniques.gan_training import Int8Layer
 
     torch.manual_seed(0)
     layer = torch.nn.Linear(30, 20)
@@ -171,7 +171,7 @@ def test_weights_of_a_generator_are_rounded_to_the_nearest_of_255_levels() -> No
 
 
 def _generated(seed: int = 0, steps: int = 400) -> GeneratedSamples:
-    from membench.builtin.gan import GeneratedSamples
+    from membench.builtin.techniques.gan_training import GeneratedSamples
 
     made = Gan(hidden=16, latent=4, steps=steps).samples(_two_points(), _context(seed))
     assert isinstance(made, GeneratedSamples)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from membench.cli import ci, rules
 from membench.cli.output import beside
 from membench.cli.regression import print_judgements
+from membench.comparing.git import Repository
 from membench.errors import EXIT_CASES_FAILED, MembenchError
-from membench.worktree import Repository
 
 if TYPE_CHECKING:
     from membench import Suite
@@ -59,12 +59,12 @@ def run(arguments: argparse.Namespace, suite: Suite) -> int:
     """
     from rich.console import Console
 
-    from membench import interleaving
-    from membench.checking import MORE_REPEATS
-    from membench.progress import Display
+    from membench.cli.progress import Display
+    from membench.comparing import against_commit
+    from membench.comparing.checking import MORE_REPEATS
     from membench.regression.measured import of_run
     from membench.regression.verdict import judge
-    from membench.report import checked, regression
+    from membench.report import case_outcomes, regression
     from membench.suite import selection
 
     tolerances = _tolerances(arguments, suite)
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace, suite: Suite) -> int:
     keep = selection.parse(arguments.expression) if arguments.expression else None
     with (
         Display(Console(stderr=True, force_terminal=sys.stderr.isatty())) as display,
-        interleaving.Interleaved(
+        against_commit.Interleaved(
             suite.with_repeats(rounds),
             arguments.against_ref,
             ids=[case.id for case in suite.select(keep)] if keep else None,
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace, suite: Suite) -> int:
         changed = ", with changes that are not committed" if both.is_changed else ""
         names = (f"{arguments.against_ref} ({both.commit[:12]})", f"what is here{changed}")
 
-        def judged(sides: interleaving.Sides) -> Judgement:
+        def judged(sides: against_commit.Sides) -> Judgement:
             base, head = (of_run(side, name) for side, name in zip(sides, names, strict=True))
             return judge(base, head, tolerances, in_turn=True)
 
@@ -98,6 +98,6 @@ def run(arguments: argparse.Namespace, suite: Suite) -> int:
     held.tell_of_gates(arguments.format)
     held.tell_of_limits(arguments.format)
     print("kept in {} and {}".format(*(os.path.relpath(side.path) for side in sides)), file=beside(arguments.format))
-    cases = checked.of_check(judgement, held.records, held.outcomes)
+    cases = case_outcomes.of_check(judgement, held.records, held.outcomes)
     ci.write(arguments, regression.summary(judgement), cases, [regression.table([judgement], "github")])
     return EXIT_CASES_FAILED if held.are_broken else judgement.exit_code

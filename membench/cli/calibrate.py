@@ -42,8 +42,8 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     import membench
-    from membench.calibrating import calibrate
-    from membench.progress import Display
+    from membench.cli.progress import Display
+    from membench.comparing.calibrating import calibrate
     from membench.regression import baselines
     from membench.regression.measured import of_run
     from membench.regression.noise import RUNS_FOR_TIMES, Noise
@@ -87,7 +87,7 @@ def _baseline(arguments: argparse.Namespace, suite: Suite) -> tuple[Path, Measur
         MembenchError: if it is of another suite, or no baseline.
         CannotCompare: if it is of a machine whose times are no business of this one's.
     """
-    from membench import checking
+    from membench.comparing import checking
     from membench.regression import baselines
     from membench.regression.machines import differences
 

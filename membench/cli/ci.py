@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from membench.errors import MembenchError, ResultsError
 
 if TYPE_CHECKING:
-    from membench.report.checked import CheckedCase
+    from membench.report.case_outcomes import CheckedCase
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +64,7 @@ def telling(arguments: argparse.Namespace, verb: str, subject: str) -> Iterator[
 
 def unfinished(subject: str, reason: str) -> CheckedCase:
     """What stands for all that was not done."""
-    from membench.report.checked import CheckedCase
+    from membench.report.case_outcomes import CheckedCase
 
     return CheckedCase(subject, "all that was asked for", "unfinished", (reason,))
 

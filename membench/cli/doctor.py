@@ -15,6 +15,6 @@ def add(verbs: Verbs) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from membench import doctor
+    from membench.doctor import checks
 
-    return doctor.report(full=arguments.full, form=arguments.format)
+    return checks.report(full=arguments.full, form=arguments.format)

@@ -21,8 +21,8 @@ def add(verbs: Verbs) -> None:
 
 def _export(arguments: argparse.Namespace) -> int:
     import membench
-    from membench.report import exchange
+    from membench.report import services
 
     run = membench.read_run(arguments.run or membench.newest_run(arguments.output))
-    print(exchange.FORMATS[arguments.format](run.records))
+    print(services.FORMATS[arguments.format](run.records))
     return EXIT_OK

@@ -12,13 +12,13 @@ def add(verbs: Verbs) -> None:
     listing = verbs.add_parser(
         "list", help="what there is: models, techniques, workloads, metrics, suites, a suite's cases"
     )
-    catalog.add_argument(
+    listing.add_argument(
         "what",
         nargs="?",
         help="models, techniques, workloads, metrics or suites; a suite's name or path, for its cases;"
         " the name of a model, technique, workload or metric, for its options; contract, for what a plug-in is",
     )
-    catalog.set_defaults(do=_list)
+    listing.set_defaults(do=_list)
 
 
 def _list(arguments: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ def add(verbs: Verbs) -> None:
 
 
 def _new(arguments: argparse.Namespace) -> int:
-    from membench import skeletons
+    from membench.testing import skeletons
 
     folder, paths = skeletons.write(arguments.kind, arguments.name, arguments.into)
     for path in paths:

@@ -112,7 +112,7 @@ def _told(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from membench.report import checked, regression
+    from membench.report import case_outcomes, regression
     from membench.suite.suite import is_suite
 
     ci.refuse_unwritable(arguments)
@@ -137,7 +137,7 @@ def _check(arguments: argparse.Namespace) -> int:
     held.tell_of_gates(arguments.format)
     held.tell_of_limits(arguments.format)
     code = EXIT_CASES_FAILED if held.are_broken else judgement.exit_code
-    cases = checked.of_check(judgement, held.records, held.outcomes)
+    cases = case_outcomes.of_check(judgement, held.records, held.outcomes)
     ci.write(arguments, regression.summary(judgement), cases, [regression.table([judgement], "github")])
     if arguments.update:
         _update(base, judgement, arguments, code)
@@ -146,7 +146,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _of_suite(arguments: argparse.Namespace) -> tuple[Measured, Judgement, Run | None, Sequence[Gate]]:
     """Run a suite, and measure its suspects again."""
-    from membench import checking
+    from membench.comparing import checking
     from membench.regression import sources
     from membench.suite import selection
     from membench.suite.suite import load_suite

@@ -89,11 +89,11 @@ def _run(arguments: argparse.Namespace) -> int:
         print(alone, file=beside(arguments.format))
     elif not is_script and (arguments.repeats or arguments.fail):
         raise MembenchError(f"--{'repeats' if arguments.repeats else 'fail'} belongs to --against-ref GIT_REF")
-    from membench.report import checked, markdown, text
+    from membench.report import case_outcomes, markdown, text
 
     resumed = _resumed(list(chosen.values()), arguments.output) if arguments.resume else [False] * len(chosen)
     code, left, has_begun, kept_in = EXIT_OK, list(chosen), False, ""
-    cases: list[checked.CheckedCase] = []
+    cases: list[case_outcomes.CheckedCase] = []
     tables = [markdown.escaped(alone)] if alone else []
     try:
         for suite, resume in zip(chosen.values(), resumed, strict=True):
@@ -113,7 +113,7 @@ def _run(arguments: argparse.Namespace) -> int:
             if held.are_broken or any(record.status not in ("ok", "skipped") for record in run.records):
                 code = EXIT_CASES_FAILED
             left, has_begun = left[1:], False
-            cases += checked.of_records(suite.name, held.records, held.outcomes)
+            cases += case_outcomes.of_records(suite.name, held.records, held.outcomes)
             tables.append(text.comparison(run.records, "github"))
     except KeyboardInterrupt:
         if is_script and kept_in:

@@ -113,7 +113,7 @@ def watched(suite: Suite, form: str) -> Iterator[Tell]:
     """
     from rich.console import Console
 
-    from membench.progress import Display
+    from membench.cli.progress import Display
     from membench.running.session import silent
 
     if not suite.runs_program:

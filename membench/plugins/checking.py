@@ -7,9 +7,9 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from membench.contract import CONTRACT_VERSION
 from membench.errors import nearest
 from membench.plugins.contract import CONTRACT_CLASSES, Options
+from membench.plugins.contract_screen import CONTRACT_VERSION
 from membench.records.validation import shown
 
 _ALIKE = 0.75

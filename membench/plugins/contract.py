@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple,
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
-from membench.contract import CONTRACT_VERSION
+from membench.plugins.contract_screen import CONTRACT_VERSION
 from membench.plugins.storage import Storage
 from membench.units import parse_bytes
 

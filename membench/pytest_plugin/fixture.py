@@ -19,9 +19,9 @@ from membench.errors import MembenchError, did_you_mean, summary
 from membench.host import environment
 from membench.protocol import pickling
 from membench.pytest_plugin import entries, marker, outcome
+from membench.pytest_plugin.readable import ByteSize, Duration
 from membench.pytest_plugin.sharing import FUNCTIONS, Sharing
 from membench.pytest_plugin.timing import durations_s
-from membench.quantities import ByteSize, Duration
 from membench.records.amounts import is_duration
 from membench.records.record import METRICS, Record
 from membench.running.runner import Call, Runner

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 
-from membench.checking import MORE_REPEATS
+from membench.comparing.checking import MORE_REPEATS
 from membench.errors import MembenchError, RuleError, UnknownMetric
 from membench.pytest_plugin import entries
 from membench.pytest_plugin.outcome import MembenchWarning

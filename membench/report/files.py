@@ -11,7 +11,7 @@ from membench.errors import MembenchError, one_line
 from membench.records.comparison import Comparison
 from membench.records.run_file import Run
 from membench.report import bars, history, pareto, timeline
-from membench.report.shapes import Bars, Cloud, Lines, Timeline
+from membench.report.drawing import Bars, Cloud, Lines, Timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

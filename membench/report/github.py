@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from membench.errors import one_line
 from membench.report import markdown
-from membench.report.checked import CheckedCase, End
+from membench.report.case_outcomes import CheckedCase, End
 
 _LEVELS: dict[End, str] = {"failed": "error", "unfinished": "error"}
 _LARGEST_SUMMARY_BYTES = 1_000_000  # GitHub drops a step's summary above 1 MiB

@@ -8,7 +8,7 @@ from membench.host.environment import differences
 from membench.records.comparison import Comparison, Group
 from membench.records.record import METRIC_OF_FIELD, Metric
 from membench.records.run_file import Run
-from membench.report.shapes import Lines, Series, listed
+from membench.report.drawing import Lines, Series, listed
 from membench.report.summary import started
 from membench.report.text import signed
 from membench.units import byte_unit, format_percent

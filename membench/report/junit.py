@@ -6,7 +6,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 
-from membench.report.checked import CheckedCase
+from membench.report.case_outcomes import CheckedCase
 
 # All that XML 1.0 cannot hold, written as a reference or not.
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from membench.records.comparison import NO_DIVERGENCE, Comparison, Group
 from membench.records.record import METRIC_OF_FIELD, REFERENCE, Metric
-from membench.report.shapes import Cloud, Point, Tick, listed
+from membench.report.drawing import Cloud, Point, Tick, listed
 from membench.report.text import figure, signed
 from membench.units import byte_unit
 

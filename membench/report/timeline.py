@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from membench.records.record import Record
-from membench.report.shapes import Span, Timeline
+from membench.report.drawing import Span, Timeline
 from membench.units import byte_unit, format_bytes, format_seconds
 
 _BUCKETS = 60

@@ -113,8 +113,8 @@ def _start_program(request: dict[str, object], pipe: int, errors: int, streams: 
         os.set_inheritable(channel, True)
         command = request["command"]
         assert isinstance(command, list)
-        marks = {marks.CHANNEL_VARIABLE: f"{os.getpid()}:{channel}"}
-        os.execve(command[0], command, {**os.environ, **marks})
+        variables = {marks.CHANNEL_VARIABLE: f"{os.getpid()}:{channel}"}
+        os.execve(command[0], command, {**os.environ, **variables})
     except OSError as error:
         print(f"cannot be started: {error.strerror}", file=sys.stderr, flush=True)
     finally:

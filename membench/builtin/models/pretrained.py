@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from membench.builtin.mapped import own_copy
+from membench.builtin.techniques.mapped_checkpoint import own_copy
 from membench.plugins import Context, Model
 
 if TYPE_CHECKING:

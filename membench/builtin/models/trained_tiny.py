@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from membench.builtin.models.muon import Muon
 from membench.builtin.models.transformer import Llama
-from membench.builtin.muon import Muon
 from membench.data import corpus
 from membench.plugins import Context, Model, Shape
 

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from membench.builtin.techniques.activations import Checkpointing
 from membench.builtin.techniques.compiling import Compile
-from membench.builtin.tuning import tune
+from membench.builtin.techniques.inner_training import tune
 from membench.builtin.workloads.train import next_token_loss
 from membench.errors import PluginError
 from membench.plugins import Context, Model, Setting, Shape, Technique, Unsuitable, registry

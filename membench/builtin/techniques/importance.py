@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from membench.builtin.techniques.inner_training import windows
 from membench.builtin.techniques.pruning import is_transposed, plain_weight
-from membench.builtin.tuning import windows
 from membench.builtin.workloads.train import next_token_loss
 
 if TYPE_CHECKING:

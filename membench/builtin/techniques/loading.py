@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from membench.builtin.mapped import Held, MappedCheckpoint, held_by, needs_room, write
+from membench.builtin.techniques.mapped_checkpoint import Held, MappedCheckpoint, held_by, needs_room, write
 from membench.plugins import Context, LayerWise, Setting, Technique, Unsuitable, output_head, replaced
 from membench.worker.weights import fingerprint, kept_tensors, weight_bytes
 

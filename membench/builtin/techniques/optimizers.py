@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from membench.builtin.master_weights import adamw_with_master_weights
+from membench.builtin.techniques.master_weights import adamw_with_master_weights
 from membench.builtin.techniques.precision import Bf16
 from membench.plugins import Context, Setting, Technique, Unsuitable
 

@@ -33,7 +33,7 @@ class Pruning(Technique):
 
     def recover(self, module: nn.Module, context: Context) -> None:
         """Train every parameter that wants gradients on the training text (one step in a rehearsal)."""
-        from membench.builtin.tuning import tune
+        from membench.builtin.techniques.inner_training import tune
 
         if self.recover_steps:
             tune(module, context, self.recover_steps, self.recover_learning_rate)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from membench.builtin.techniques.inner_training import tune
 from membench.builtin.techniques.quantizer import WeightQuantizer
-from membench.builtin.tuning import tune
 from membench.plugins import Context, output_head, replaced
 
 if TYPE_CHECKING:

@@ -53,10 +53,10 @@ class Gan(SampleTechnique):
     steps: int = Field(1500, ge=1, le=1_000_000)
 
     def samples(self, samples: Samples, context: Context) -> Samples:
-        from membench.builtin import gan
+        from membench.builtin.techniques import gan_training
 
         steps = 1 if context.rehearsal else self.steps
-        return gan.trained(_stored(samples), self.latent, self.hidden, steps, seed_of(context), context.device)
+        return gan_training.trained(_stored(samples), self.latent, self.hidden, steps, seed_of(context), context.device)
 
 
 class FewerSamples(SampleTechnique):

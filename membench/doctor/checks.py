@@ -20,7 +20,7 @@ from typing import Any, Literal
 import tabulate
 
 from membench.errors import EXIT_CASES_FAILED, EXIT_OK
-from membench.host import console, procfs
+from membench.host import procfs
 from membench.host.nvml import gpus
 from membench.records.record import Record
 from membench.running.session import run, silent
@@ -359,7 +359,3 @@ def report(*, full: bool, form: str = "simple") -> int:
         findings += promises()
     print(table(findings, form))
     return EXIT_CASES_FAILED if any(finding.verdict == "OFF" for finding in findings) else EXIT_OK
-
-
-if __name__ == "__main__":
-    sys.exit(console.main(lambda: report(full=True)))

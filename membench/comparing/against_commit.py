@@ -14,11 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from membench.comparing.git import Repository, WorkTree
 from membench.errors import MembenchError
 from membench.records.run_file import Run, read_run
 from membench.running.session import silent
 from membench.suite.suite import Suite
-from membench.worktree import Repository, WorkTree
 
 _END_TIMEOUT_S = 20
 
@@ -147,7 +147,7 @@ class _Side:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(self._paths)}
         self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "membench.side"],
+            [sys.executable, "-m", "membench.comparing.version_process"],
             cwd=self._folder, env=environment, text=True, encoding="utf-8",
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
             start_new_session=True,  # a Ctrl-C in the terminal is for us alone, who pass it on

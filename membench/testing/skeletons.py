@@ -83,7 +83,7 @@ def _refuse_name(kind: str, name: str) -> None:
 def _templates(kind: str) -> dict[str, str]:
     """Texts by the path that each is for."""
     found = {}
-    folders = [files("membench") / "templates" / which for which in (kind, "any")]
+    folders = [files("membench.testing") / "templates" / which for which in (kind, "any")]
     for path, template in _FILES.items():
         sources = [folder / f"{template}.txt" for folder in folders if (folder / f"{template}.txt").is_file()]
         if sources:

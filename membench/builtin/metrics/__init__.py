@@ -1,0 +1,1 @@
+"""Quality metrics that a suite may ask for."""

@@ -1,0 +1,1 @@
+"""Measure in order to compare: against a baseline, against another commit, against itself."""

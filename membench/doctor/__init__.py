@@ -1,0 +1,1 @@
+"""Prove on known amounts what can be measured on this machine."""
