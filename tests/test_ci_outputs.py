@@ -17,7 +17,8 @@ import pytest
 
 from membench import cli
 from membench.cli import ci
-from membench.records.record import METRICS, Record
+from membench.records.metrics import METRICS
+from membench.records.record import Record
 from membench.regression.measured import of_records
 from membench.regression.verdict import Judgement, judge
 from membench.report import case_outcomes, github, junit, regression, services

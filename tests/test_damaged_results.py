@@ -15,7 +15,8 @@ import pytest
 from membench import cli
 from membench.errors import ResultsError
 from membench.records import run_file
-from membench.records.record import METRICS, Record
+from membench.records.metrics import METRICS
+from membench.records.record import Record
 from membench.records.run_file import find_run, newest_run, read_run
 from membench.regression import baselines
 from membench.regression.measured import Measured, of_run

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from membench.errors import RuleError
-from membench.records.record import METRICS, Metric
+from membench.records.metrics import METRICS, Metric
 from membench.records.run_file import read_run
 from membench.regression import machines, timing
 from membench.regression.measured import Measured, MeasuredCase, Modules, of_run

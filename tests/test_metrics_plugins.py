@@ -12,7 +12,8 @@ import pytest
 import membench
 from membench.cli import main
 from membench.errors import MembenchError
-from membench.records.record import METRIC_OF_FIELD, METRICS, metrics_in
+from membench.records.metrics import METRIC_OF_FIELD, METRICS
+from membench.records.record import metrics_in
 from membench.records.run_file import RunFile
 from membench.report import services, text
 from membench.suite.gates import outcomes

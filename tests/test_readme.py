@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import membench
-from membench.records.record import METRICS
+from membench.records.metrics import METRICS
 from membench.report import text
 
 _ROOT = Path(__file__).parent.parent

@@ -14,7 +14,7 @@ from membench.cli.output import RESULTS, Verbs, beside
 from membench.errors import EXIT_CANNOT_COMPARE, EXIT_CASES_FAILED, EXIT_OK, CannotCompare, MembenchError, one_line
 
 if TYPE_CHECKING:
-    from membench.records.record import Metric
+    from membench.records.metrics import Metric
     from membench.records.run_file import Run
     from membench.regression.measured import Measured
     from membench.regression.verdict import Judgement
@@ -199,7 +199,7 @@ def _own_rules(measured: Measured, run: Run | None) -> tuple[Sequence[Tolerance]
 
 
 def _own_metrics(measured: Measured, run: Run | None) -> Sequence[Metric]:
-    from membench.records.record import own_metrics
+    from membench.records.metrics import own_metrics
 
     if run:
         return own_metrics(run.header.get("own_metrics", ()))

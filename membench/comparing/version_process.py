@@ -21,7 +21,7 @@ from membench.errors import EXIT_OK, MembenchError
 from membench.host import console
 from membench.host.import_guard import ON_PATH, ForeignCode, is_foreign
 from membench.plugins import registry
-from membench.records.record import Case, Plugin
+from membench.records.case import Case, Plugin
 from membench.running.session import Session
 from membench.suite.suite import Suite, load_suite
 

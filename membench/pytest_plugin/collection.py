@@ -17,7 +17,8 @@ from membench.pytest_plugin import entries
 from membench.pytest_plugin.sharing import FUNCTIONS, Sharing
 
 if TYPE_CHECKING:
-    from membench.records.record import Case, Record
+    from membench.records.case import Case
+    from membench.records.record import Record
     from membench.running.runner import Runner
     from membench.suite.suite import Suite
 
@@ -156,7 +157,7 @@ class SuiteFile(pytest.File):
         Its reference comes first, because its logits are what others are compared with. Whichever test of whichever
         worker needs it first measures it; it is not measured again.
         """
-        from membench.records.record import REFERENCE
+        from membench.records.case import REFERENCE
 
         reference = next(
             case for case in self.suite.cases if case.group == item.case.group and case.technique == REFERENCE

@@ -9,7 +9,7 @@ import pytest
 
 from membench.errors import RuleError, UnknownMetric
 from membench.pytest_plugin.judging import asked, refuse_unknown
-from membench.records.record import METRIC_OF_FIELD
+from membench.records.metrics import METRIC_OF_FIELD
 from membench.suite.tolerances import Tolerances
 
 _MOST_NAMED = 10

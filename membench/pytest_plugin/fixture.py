@@ -23,7 +23,8 @@ from membench.pytest_plugin.readable import ByteSize, Duration
 from membench.pytest_plugin.sharing import FUNCTIONS, Sharing
 from membench.pytest_plugin.timing import durations_s
 from membench.records.amounts import is_duration
-from membench.records.record import METRICS, Record
+from membench.records.metrics import METRICS
+from membench.records.record import Record
 from membench.running.runner import Call, Runner
 from membench.running.session import run_header, silent
 from membench.suite.schema import Settings

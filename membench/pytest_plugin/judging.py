@@ -13,7 +13,8 @@ from membench.errors import MembenchError, RuleError, UnknownMetric
 from membench.pytest_plugin import entries
 from membench.pytest_plugin.outcome import MembenchWarning
 from membench.pytest_plugin.sharing import FUNCTIONS, Sharing, own_name
-from membench.records.record import Metric, Record
+from membench.records.metrics import Metric
+from membench.records.record import Record
 from membench.regression import baselines, sources
 from membench.regression.machines import kind
 from membench.regression.measured import Measured, of_records

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from membench import units
-from membench.records.record import Metric
+from membench.records.metrics import Metric
 
 
 def amount(metric: Metric, value: Any) -> float:

@@ -8,7 +8,9 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from membench.records.record import METRIC_OF_FIELD, REFERENCE, Record, is_own, metrics_in
+from membench.records.case import REFERENCE
+from membench.records.metrics import METRIC_OF_FIELD, is_own
+from membench.records.record import Record, metrics_in
 
 Group = tuple[str, str, str]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from membench.records.record import REFERENCE
+from membench.records.case import REFERENCE
 
 _LONGEST_NAME_BYTES = 64  # model, workload and device together name a file
 _DEVICE = re.compile(r"cpu|cuda(:(0|[1-9][0-9]{0,2}))?")

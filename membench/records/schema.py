@@ -9,16 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from membench.errors import ResultsError
+from membench.records.case import REFERENCE
+from membench.records.metrics import LARGEST_SIZE, can_be_a_figure, is_own, own_metrics
 from membench.records.names import checked_device, checked_name, checked_plugin, checked_stack, members
-from membench.records.record import (
-    LARGEST_SIZE,
-    REFERENCE,
-    SCHEMA_VERSION,
-    Status,
-    can_be_a_figure,
-    is_own,
-    own_metrics,
-)
+from membench.records.record import SCHEMA_VERSION, Status
 from membench.records.validation import problem, shown
 
 _LONGEST_TEXT = 1000

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from membench.records.record import Metric
+from membench.records.metrics import Metric
 from membench.regression.measured import MeasuredCase, Modules
 
 _WORTH_TELLING = 0.1

@@ -16,8 +16,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from membench.errors import ResultsError, did_you_mean
 from membench.records import strict_json
+from membench.records.metrics import METRIC_OF_FIELD, can_be_a_figure, is_own
 from membench.records.names import checked_device, checked_name
-from membench.records.record import METRIC_OF_FIELD, can_be_a_figure, is_own
 from membench.records.schema import check_machine
 from membench.records.validation import shown
 from membench.regression.machines import Difference, differences, machine_class

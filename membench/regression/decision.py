@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from membench.records.record import Metric
+from membench.records.metrics import Metric
 from membench.regression.bounds import proven
 from membench.regression.machines import kind
 from membench.regression.measured import OF_STEPS, Measured, MeasuredCase

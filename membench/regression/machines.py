@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from membench.host import environment
-from membench.records.record import METRIC_OF_FIELD, is_own
+from membench.records.metrics import METRIC_OF_FIELD, is_own
 
 Kind = Literal["counted", "live", "footprint", "time"]
 """What a figure hangs on. ``counted``: bytes of storages and files, on no machine. ``live`` and ``footprint``: also on

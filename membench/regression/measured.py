@@ -12,7 +12,8 @@ from typing import Any
 from pydantic import ConfigDict
 
 from membench.errors import ResultsError, summary
-from membench.records.record import METRIC_OF_FIELD, Record, Status, own_metrics
+from membench.records.metrics import METRIC_OF_FIELD, own_metrics
+from membench.records.record import Record, Status
 from membench.records.run_file import Run
 from membench.regression.machines import kind
 from membench.regression.noise import Noise

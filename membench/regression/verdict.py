@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from membench.errors import EXIT_CANNOT_COMPARE, EXIT_CASES_FAILED, EXIT_OK, one_line
-from membench.records.record import Metric, metrics_with
+from membench.records.metrics import Metric, metrics_with
 from membench.regression.attribution import Cause, causes
 from membench.regression.decision import Decision, Verdict, decide, decide_time, timing_of
 from membench.regression.machines import Difference, Kind, differences, kind

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
+from membench.records.case import REFERENCE
 from membench.records.comparison import NO_DIVERGENCE, QUALITY, Comparison, Group
-from membench.records.record import METRIC_OF_FIELD, REFERENCE, Record
+from membench.records.metrics import METRIC_OF_FIELD
+from membench.records.record import Record
 from membench.report.text import said_of, signed
 from membench.units import format_bytes, format_divergence, format_number, format_percent, format_seconds
 

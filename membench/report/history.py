@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from membench.host.environment import differences
 from membench.records.comparison import Comparison, Group
-from membench.records.record import METRIC_OF_FIELD, Metric
+from membench.records.metrics import METRIC_OF_FIELD, Metric
 from membench.records.run_file import Run
 from membench.report.drawing import Lines, Series, listed
 from membench.report.summary import started

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from membench.errors import MembenchError, one_line
 from membench.records.comparison import Comparison, Group
-from membench.records.record import Metric, Record, metrics_in
+from membench.records.metrics import Metric
+from membench.records.record import Record, metrics_in
 from membench.records.run_file import Run
 from membench.report import bars, history, pareto, summary, text, timeline
 from membench.units import format_bytes, format_ratio, format_seconds

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import tabulate
 
 from membench.errors import one_line
-from membench.records.record import Metric, metrics_with
+from membench.records.metrics import Metric, metrics_with
 from membench.regression.measured import Measured
 from membench.regression.verdict import Change, Judgement, Pair
 from membench.report.text import in_cell, written

@@ -6,7 +6,8 @@ import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from membench.records.record import Metric, Record, is_own, metrics_in
+from membench.records.metrics import Metric, is_own
+from membench.records.record import Record, metrics_in
 
 _UNITS = (("_per_s", "1/s"), ("_bytes", "bytes"), ("_s", "s"), ("_percent", "%"), ("_nats", "nats"), ("_j", "J"))
 

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple
 
+from membench.records.case import REFERENCE
 from membench.records.comparison import NO_DIVERGENCE, QUALITY, SAME_ACCURACY, Comparison, Group
-from membench.records.record import METRIC_OF_FIELD, REFERENCE, Record
+from membench.records.metrics import METRIC_OF_FIELD
+from membench.records.record import Record
 from membench.records.run_file import Run
 from membench.report.text import Ratio, bound_of_ratio, is_coarse, ratios_of, signed
 from membench.units import format_bytes, format_divergence, format_percent

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import tabulate
 
 from membench.errors import one_line
+from membench.records.case import REFERENCE
 from membench.records.comparison import Comparison, Group, prefixes
-from membench.records.record import METRIC_OF_FIELD, METRICS, REFERENCE, Metric, Record
+from membench.records.metrics import METRIC_OF_FIELD, METRICS, Metric
+from membench.records.record import Record
 from membench.report import latex, markdown
 from membench.units import format_bytes, format_difference, format_divergence, format_ratio, format_seconds
 

@@ -20,7 +20,9 @@ from typing import Any, Protocol
 from membench.host import environment, procfs
 from membench.host.nvml import gpus
 from membench.plugins import registry
-from membench.records.record import METRIC_OF_FIELD, REFERENCE, Case, Plugin, Record, Status
+from membench.records.case import REFERENCE, Case, Plugin
+from membench.records.metrics import METRIC_OF_FIELD
+from membench.records.record import Record, Status
 from membench.running import program_ending
 from membench.running.deriving import Figures, figures, figures_of_calls, figures_of_program
 from membench.running.fork_client import Ended, Nursery, NurseryLost

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 from membench.errors import RuleError, did_you_mean
 from membench.records.amounts import is_duration
-from membench.records.record import METRICS, REFERENCE, Metric, Record
+from membench.records.case import REFERENCE
+from membench.records.metrics import METRICS, Metric
+from membench.records.record import Record
 from membench.records.validation import shown
 from membench.units import format_bytes, format_number, format_seconds, parse_bytes, parse_seconds
 

@@ -19,8 +19,9 @@ from membench import units
 from membench.errors import PluginError, RuleError, SuiteError, did_you_mean, nearest, one_line
 from membench.plugins import local_files
 from membench.records.amounts import amount, wanted
+from membench.records.case import REFERENCE, Case, PluginFile
+from membench.records.metrics import METRICS, METRICS_OF_PROGRAMS, Metric, own_metrics
 from membench.records.names import checked_device, parts
-from membench.records.record import METRICS, METRICS_OF_PROGRAMS, REFERENCE, Case, Metric, PluginFile, own_metrics
 from membench.records.validation import problem, shown
 from membench.suite import lookup, python_files
 from membench.suite.expansion import cases_of_program, expand

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from membench.errors import RuleError, UnknownMetric, did_you_mean
 from membench.records.amounts import amount, wanted
-from membench.records.record import METRICS, Metric
+from membench.records.metrics import METRICS, Metric
 from membench.records.validation import shown
 
 Origin = Literal["default", "suite", "command line"]

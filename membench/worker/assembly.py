@@ -22,7 +22,7 @@ from membench.errors import summary
 from membench.host.environment import available_bytes
 from membench.plugins import registry
 from membench.plugins.storage import Storage
-from membench.records.record import PluginFile
+from membench.records.case import PluginFile
 from membench.units import format_bytes
 from membench.worker import device
 from membench.worker.rehearsal_model import StandIn

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from membench.data import corpus, tokens
 from membench.errors import is_out_of_memory, summary
-from membench.records.record import METRIC_OF_FIELD, can_be_a_figure
+from membench.records.metrics import METRIC_OF_FIELD, can_be_a_figure
 
 if TYPE_CHECKING:
     from torch import nn
