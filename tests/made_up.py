@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from membench.host.device import Device
+from membench.protocol import messages
+from membench.protocol.case import Case
+from membench.protocol.readings import ProcessReading
+from membench.records.encoding import process_of
 from membench.records.record import Record
 from membench.records.run_file import Run
+from membench.running.deriving import JobReadings
+from membench.running.figures import Figures
+from membench.running.jobs.case import CaseJob
+from membench.suite.schema import Settings
 
 MIB = 2**20
 GIB = 2**30
@@ -28,6 +38,23 @@ def record(
         started_at="", duration_s=1.0, metrics=metrics, reasons={}, obtained=obtained or {}, processes=(), remarks=(),
         notes=(), broken_limits=(), timeline={}, output_tail="", machine={}, settings={},
     )  # fmt: skip
+
+
+def process(**read: Any) -> ProcessReading:
+    """What was read of a worker on a CPU, as a run's file would have it; its phases may leave out what is usual."""
+    phases = [{"name": "run", "allocator": "pinned", **phase} for phase in read.pop("phases", ())]
+    return process_of({"role": "worker", "rank": 0, "device": "cpu", "phases": phases, **read})
+
+
+def case_figures(phases: Sequence[Mapping[str, Any]], result: Mapping[str, Any], device: str = "cpu") -> Figures:
+    """The metrics of a case that ended well, from what a worker would have said."""
+    job = CaseJob(
+        id="c", repeat=0, device=Device.parse(device), settings=Settings.model_validate({}), case=cast(Case, None)
+    )
+    said = messages.decode(json.dumps({"event": "result", "result": result}).encode())
+    assert isinstance(said, messages.ResultSoFar)
+    read = (process(phases=phases, device=device),)
+    return job.derive(JobReadings("ok", job.device.on_gpu, 0.02, read, (said.result,)))
 
 
 def run(records: Sequence[Record], **header: Any) -> Run:

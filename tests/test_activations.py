@@ -278,8 +278,8 @@ def test_micro_batches_keep_their_share_and_their_parts_add_up_to_a_step(records
     whole = _metric(records, "plain", "none", "activations_bytes")
     assert _metric(records, "plain", "accumulate-2", "activations_bytes") == pytest.approx(whole / 2, rel=0.01)
     record = records["plain/accumulate-2/steps/cpu"]
-    timed = next(phase for phase in record.processes[0]["phases"] if phase["name"] == "time")
-    durations = timed["parts"]["forward"]["durations_s"]
+    timed = next(phase for phase in record.processes[0].phases if phase.name == "time")
+    durations = timed.parts["forward"].durations_s
     assert len(durations) == 2 * 2
     assert record.metrics["forward_s"] == pytest.approx(sum(durations) / 2)
 

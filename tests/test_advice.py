@@ -10,6 +10,7 @@ import pytest
 
 from membench.records.record import Record
 from membench.report.advice import Advice, advise, lines
+from tests import made_up
 
 from .made_up import MIB, record
 
@@ -198,7 +199,7 @@ def test_accuracy_is_lost_in_percentage_points() -> None:
 
 def test_the_text_says_what_is_held_against_the_budget_and_what_comes_on_top() -> None:
     process = {"baseline": {"anonymous_bytes": 200 * MIB, "file_bytes": 100 * MIB}}
-    records = [dataclasses.replace(_MEASURED[0], processes=(process,))]
+    records = [dataclasses.replace(_MEASURED[0], processes=(made_up.process(**process),))]
     said = list(lines(records, advise(records, 200 * MIB)))
     assert said[:2] == [
         "m · forward · cpu",
@@ -221,7 +222,7 @@ def test_of_a_gpu_it_says_whose_memory_is_meant_and_nothing_of_the_interpreters(
 
 def test_of_a_program_its_footprint_is_all_that_it_needs() -> None:
     made = record("none", peak_live_bytes=None, peak_footprint_bytes=71 * MIB, step_median_s=1.0)
-    program = dataclasses.replace(made, processes=({"role": "script", "baseline": None},))
+    program = dataclasses.replace(made, processes=(made_up.process(role="script"),))
     assert _advised([program], 70).technique is None
     given = advise([program], 100 * MIB)
     assert given[0].why.startswith("needs 71.00 MiB at its footprint peak, leaves 29.00 MiB;")

@@ -17,7 +17,7 @@ from membench.regression import baselines
 from membench.regression.noise import Noise, Spread
 from membench.report import noise as report
 from membench.running import runner
-from membench.running.fork_client import Nursery
+from membench.running.fork_client import ForkServer
 
 _SUITE = """\
 [suite]
@@ -48,12 +48,12 @@ def test_each_repeat_is_of_a_new_fork_server_and_the_spread_is_kept_with_the_bas
 ) -> None:
     started: list[int] = []
 
-    class Counted(Nursery):
+    class Counted(ForkServer):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             started.append(self._process.pid)
 
-    monkeypatch.setattr(runner, "Nursery", Counted)
+    monkeypatch.setattr(runner, "ForkServer", Counted)
     assert cli.main(["calibrate", "still.toml", "--repeats", "3"]) == 0
     assert len(set(started)) == 3
     run = membench.read_run(membench.newest_run("results"))

@@ -25,6 +25,7 @@ from membench.report import case_outcomes, github, junit, regression, services
 from membench.report.case_outcomes import CheckedCase
 from membench.suite.gates import Outcome, parse
 from membench.suite.tolerances import Tolerances
+from tests import made_up
 
 _HOSTILE = "50% of <b>it</b> | `rm`\r\n\x00\x1b[31m::set-output name=x::y, \ufffe]]>"
 _CASES = [
@@ -239,7 +240,7 @@ def test_a_check_fails_for_what_got_worse_and_not_for_what_was_broken_before() -
 def _judged(base: list[Record], new: list[Record]) -> Judgement:
     process = {"role": "worker", "rank": 0, "device": "cpu", "phases": []}
     before, now = (
-        of_records([dataclasses.replace(record, processes=(process,)) for record in side], name, "s")
+        of_records([dataclasses.replace(record, processes=(made_up.process(**process),)) for record in side], name, "s")
         for side, name in ((base, "before"), (new, "now"))
     )
     return judge(before, now, Tolerances())

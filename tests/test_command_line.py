@@ -17,6 +17,7 @@ import sys
 import termios
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import pytest
 from rich.console import Console
@@ -24,6 +25,7 @@ from rich.console import Console
 import membench
 from membench.cli import progress
 from membench.host.nvml import gpus
+from membench.protocol.readings import PartReading
 from membench.report import text
 
 _SUITE = """\
@@ -122,8 +124,8 @@ def test_a_part_of_which_nothing_is_known_is_not_shown(measured: Path) -> None:
     (path,) = (measured / "results").glob("*.jsonl")
     record = membench.read_run(path).records[0]
     shown = text.phases([record])
-    for phase in record.processes[0]["phases"]:
-        phase["parts"]["between"] = {"durations_s": [], "peak_rss_bytes": 1}
+    for phase in record.processes[0].phases:
+        cast(dict[str, PartReading], phase.parts)["between"] = PartReading()
     assert text.phases([record]) == shown
 
 
@@ -135,9 +137,9 @@ def test_phases_as_csv_and_json_are_numbers_that_a_program_reads(measured: Path)
     (record,) = [
         r for r in membench.read_run(next((measured / "results").glob("*.jsonl"))).records if r.technique != "none"
     ]
-    (run,) = [phase for phase in record.processes[0]["phases"] if phase["name"] == "run"]
-    assert named["run", None]["live_peak_bytes"] == run["peak_live_bytes"] == record.metrics["peak_live_bytes"]
-    assert named["run", "decode"]["live_peak_bytes"] == run["parts"]["decode"]["peak_live_bytes"]
+    (run,) = [phase for phase in record.processes[0].phases if phase.name == "run"]
+    assert named["run", None]["live_peak_bytes"] == run.peak_live_bytes == record.metrics["peak_live_bytes"]
+    assert named["run", "decode"]["live_peak_bytes"] == run.parts["decode"].peak_live_bytes
     assert named["time", "decode"]["live_peak_bytes"] is None
     assert named["time", "decode"]["duration_s"] > 0
 

@@ -20,6 +20,7 @@ from membench.errors import MembenchError
 from membench.host import console, procfs
 from membench.host.nvml import gpus
 from membench.records.record import Record
+from tests import made_up
 
 
 def test_every_known_amount_is_read_right_here() -> None:
@@ -95,8 +96,8 @@ def test_a_case_that_ends_badly_is_a_finding_and_no_traceback(
 
 
 def test_what_the_harness_adds_is_the_time_beside_the_phases(monkeypatch: pytest.MonkeyPatch) -> None:
-    phases = [{"duration_s": 0.7}, {"duration_s": 0.2}]
-    records = [_record(duration_s=duration_s, processes=[{"phases": phases}]) for duration_s in (9, 1.1, 1.15, 1.4)]
+    process = made_up.process(phases=[{"duration_s": 0.7}, {"duration_s": 0.2}])
+    records = [_record(duration_s=duration_s, processes=(process,)) for duration_s in (9, 1.1, 1.15, 1.4)]
     monkeypatch.setattr(checks, "_records", lambda _: tuple(records))
     found = checks._cost_of_a_case()
     assert (found.reading, found.verdict) == ("250 ms", "right")

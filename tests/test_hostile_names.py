@@ -15,6 +15,7 @@ from markdown_it import MarkdownIt
 from membench.errors import one_line
 from membench.records.record import Record
 from membench.report import formats, text
+from tests import made_up
 
 from .made_up import MIB, record, run
 
@@ -41,7 +42,9 @@ def _spoilt(name: str, technique: str) -> Record:
     made = record(technique, name, model=name, peak_live_bytes=MIB, step_median_s=1.0, weights_bytes=MIB)
     process = {"role": name, "rank": 0, "breakdown_bytes": {name: {name: MIB}}, "peak_part": name,
                "phases": [{"name": name, "allocator": name, "duration_s": 1.0, "peak_live_bytes": MIB}]}  # fmt: skip
-    return dataclasses.replace(made, message=name, remarks=(name,), notes=(name,), processes=(process,))
+    return dataclasses.replace(
+        made, message=name, remarks=(name,), notes=(name,), processes=(made_up.process(**process),)
+    )
 
 
 _RECORDS = tuple(_spoilt(name, technique) for name in _NAMES for technique in ("none", name, f"{name}+b"))

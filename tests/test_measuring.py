@@ -17,6 +17,7 @@ import membench
 from membench.host import procfs
 from membench.records.record import Record
 from membench.running.observer import Observer
+from membench.running.timeline import Sample
 
 MIB = 2**20
 
@@ -86,7 +87,7 @@ def test_every_bad_end_becomes_a_record_with_its_phase(
 ) -> None:
     record = records[case]
     assert (record.status, record.message, record.ended_in) == (status, message, "apply")
-    assert [phase["name"] for phase in record.processes[0]["phases"]] == ["load"]
+    assert [phase.name for phase in record.processes[0].phases] == ["load"]
     assert record.metrics["peak_live_bytes"] is None
     assert record.reasons["peak_live_bytes"] == f"the case ended as {status}"
 
@@ -131,7 +132,7 @@ def test_looking_takes_a_tenth_of_a_core_at_most_while_steps_are_timed(
 ) -> None:
     look_s, look = 0.05, Observer.look
 
-    def slowly(observer: Observer) -> int | None:
+    def slowly(observer: Observer) -> Sample | None:
         time.sleep(look_s)
         return look(observer)
 
@@ -144,9 +145,11 @@ def test_looking_takes_a_tenth_of_a_core_at_most_while_steps_are_timed(
     (record,) = membench.run(membench.load_suite(path), output=tmp_path).records
     assert record.status == "ok", record.message
     (process,) = record.processes
-    (timed,) = (phase for phase in process["phases"] if phase["name"] == "time")
+    timed = process.phase("time")
+    assert timed is not None
+    assert None not in (timed.samples, timed.began_s, timed.ended_s)
     # One look as it begins, one as it ends, and one under way.
-    assert 2 <= timed["samples"] <= 3 + (timed["ended_s"] - timed["began_s"]) * 0.1 / look_s
+    assert 2 <= (timed.samples or 0) <= 3 + ((timed.ended_s or 0) - (timed.began_s or 0)) * 0.1 / look_s
 
 
 def _gone(pid: int) -> bool:

@@ -16,7 +16,7 @@ from membench.builtin.workloads.forward import Forward
 from membench.builtin.workloads.generate import Generate
 from membench.data import corpus
 from membench.plugins import Workload, registry
-from membench.running import deriving
+from membench.running import figures
 from membench.worker import quality
 
 MIB = 2**20
@@ -112,9 +112,11 @@ def test_a_pretrained_model_is_read_from_a_folder(tmp_path: Path) -> None:
     weights_bytes = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
     assert here.metrics["weights_bytes"] == weights_bytes
     # Mapped from the file they would be no live memory, and whatever is converted would seem to cost.
-    (load,) = [phase for phase in here.processes[0]["phases"] if phase["name"] == "load"]
-    assert load["held_live_bytes"] == pytest.approx(weights_bytes, rel=0.05)
-    assert load["peak_live_bytes"] < 1.2 * weights_bytes + 2 * deriving.resolution_bytes()
+    load = here.processes[0].phase("load")
+    assert load is not None
+    assert load.peak_live_bytes is not None
+    assert load.held_live_bytes == pytest.approx(weights_bytes, rel=0.05)
+    assert load.peak_live_bytes < 1.2 * weights_bytes + 2 * figures.resolution_bytes()
     assert here.metrics["bits_per_byte"] is None
     assert here.reasons["bits_per_byte"] == "the model has no tokenizer: no text can be put to it"
     assert hub.status == "failed"

@@ -5,14 +5,23 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from membench.host.device import Device
 from membench.host.nvml import Gpus
-from membench.running.deriving import Figures, figures, figures_of_program
+from membench.protocol.case import Case
+from membench.protocol.messages import Result
+from membench.protocol.readings import PhaseReading, ProcessReading
+from membench.running.deriving import JobReadings
+from membench.running.figures import Figures
+from membench.running.jobs.script import ScriptJob
 from membench.running.marked_phases import MarkedPhases
 from membench.running.observer import Observer
+from membench.running.timeline import Timeline
+from membench.suite.schema import Settings
+from tests import made_up
 
 MIB = 2**20
 
@@ -92,7 +101,7 @@ class FakeNvml:
 def _observed(nvml: FakeNvml, uuid: str = "bb") -> dict[str, Any]:
     """A phase in which this process takes 1 GiB on a device and gives half of it back."""
     gpus = Gpus(nvml)
-    observer = Observer(os.getpid(), gpus, gpus.used_bytes())
+    observer = Observer(os.getpid(), gpus, gpus.used_bytes(), Timeline())
     assert observer.use_gpu(uuid) is None
     observer.begin_phase()
     shown = nvml.processes.get("GPU-bb", [])
@@ -104,7 +113,7 @@ def _observed(nvml: FakeNvml, uuid: str = "bb") -> dict[str, Any]:
         observer.look()
     if nvml.energy_mj is not None:
         nvml.energy_mj += 2500
-    return observer.end_phase()
+    return vars(observer.end_phase())
 
 
 def test_a_device_is_found_by_uuid_and_not_by_its_place_on_the_bus() -> None:
@@ -170,13 +179,13 @@ def test_a_device_that_refuses_its_memory_is_observed_without_and_says_so() -> N
 def test_a_device_that_refuses_its_memory_only_once_keeps_what_was_seen() -> None:
     nvml = FakeNvml()
     gpus = Gpus(nvml)
-    observer = Observer(os.getpid(), gpus, gpus.used_bytes())
+    observer = Observer(os.getpid(), gpus, gpus.used_bytes(), Timeline())
     assert observer.use_gpu("bb") is None
     observer.begin_phase()
     nvml.used["GPU-bb"] += 7 * MIB
     observer.look()
     nvml.refused = ("nvmlDeviceGetMemoryInfo",)
-    seen = observer.end_phase()
+    seen = vars(observer.end_phase())
     assert (seen["gpu_used_peak_bytes"], seen["gpu_used_end_bytes"]) == (7 * MIB, None)
     found = _gpu_case(**{key: value for key, value in seen.items() if key.startswith("gpu_")})
     assert found.metrics["peak_footprint_bytes"] == 7 * MIB
@@ -186,7 +195,7 @@ def test_a_device_that_refuses_its_memory_only_once_keeps_what_was_seen() -> Non
 
 def test_an_unknown_device_is_named() -> None:
     gpus = Gpus(FakeNvml())
-    assert Observer(os.getpid(), gpus, {}).use_gpu("cc") == "NVML knows no device with the UUID cc"
+    assert Observer(os.getpid(), gpus, {}, Timeline()).use_gpu("cc") == "NVML knows no device with the UUID cc"
 
 
 def _gpu_case(**seen: Any) -> Figures:
@@ -200,7 +209,7 @@ def _gpu_case(**seen: Any) -> Figures:
     result = {"weights_bytes": 1, "pinned": True, "disk_bytes": 1, "disk_format": "safetensors",
               "durations_s": [1.0, 1.0], "tokens_per_step": 4, "decoded_tokens": None, "is_trained": False,
               "losses_nats": [], "quality": {"nats": [1.0], "tokens": [1], "bytes": [None]}}  # fmt: skip
-    return figures(phases, result, "ok", on_gpu=True, interval_s=0.02, baseline=None)
+    return made_up.case_figures(phases, result, "cuda")
 
 
 def test_live_memory_on_a_gpu_is_what_torch_allocated() -> None:
@@ -265,10 +274,10 @@ def test_a_programs_device_is_among_those_that_it_may_see(
     assert (gpu.uuid if gpu else None) == uuid
 
 
-def _program(nvml: FakeNvml) -> tuple[list[dict[str, Any]], Figures]:
+def _program(nvml: FakeNvml) -> tuple[list[PhaseReading], Figures]:
     """A program that takes 1 GiB on a device in a phase, and half of it outside."""
     gpus = Gpus(nvml)
-    observer = Observer(os.getpid(), gpus, gpus.used_bytes())
+    observer = Observer(os.getpid(), gpus, gpus.used_bytes(), Timeline())
     assert observer.use_gpu_of("cuda:1") is None
     marked = MarkedPhases(os.getpid(), observer)
 
@@ -283,12 +292,16 @@ def _program(nvml: FakeNvml) -> tuple[list[dict[str, Any]], Figures]:
     take(512)
     marked.leave("train", None)
     phases = marked.end(time.monotonic(), 10 * MIB, 0)
-    return phases, figures_of_program(phases, {"durations_s": [1.0], "had_children": False}, "ok", True, 0.02, None)
+    job = ScriptJob(
+        id="p", repeat=0, device=Device.parse("cuda:1"), settings=Settings.model_validate({}), case=cast(Case, None)
+    )
+    read = ProcessReading(role="script", rank=0, device="cuda:1", phases=phases)
+    return phases, job.derive(JobReadings("ok", True, 0.02, (read,), (Result(pinned=False, durations_s=[1.0]),)))
 
 
 def test_what_a_program_takes_on_a_device_is_its_footprint_and_known_of_each_phase() -> None:
     phases, found = _program(FakeNvml({"GPU-bb": [_Process(os.getpid(), 0)]}))
-    assert [phase["gpu_process_peak_bytes"] for phase in phases] == [1024 * MIB, 1024 * MIB]
+    assert [phase.gpu_process_peak_bytes for phase in phases] == [1024 * MIB, 1024 * MIB]
     assert found.metrics["peak_footprint_bytes"] == 1024 * MIB
     assert found.obtained["peak_footprint_bytes"]["source"] == "NVML per process, sampled"
     assert found.obtained["peak_footprint_bytes"]["bound"] == "at least"

@@ -21,6 +21,7 @@ from membench.records.record import Record
 from membench.records.run_file import Run
 from membench.report import files
 from membench.report.page import page as page_of
+from tests import made_up
 
 from .made_up import MIB, record, run
 
@@ -328,7 +329,7 @@ def test_hostile_names_are_shown_as_they_are_written_and_do_nothing(opened: Open
         phase = {"name": name, "allocator": name, "began_s": 0.0, "ended_s": 1.0, "peak_live_bytes": MIB}
         return dataclasses.replace(
             made, message=name, remarks=(name,), notes=(name,), output_tail=name, reasons={"disk_bytes": name},
-            processes=({"phases": [phase], "breakdown_bytes": {name: {name: MIB}}, "peak_part": name},),
+            processes=(made_up.process(phases=[phase], breakdown_bytes={name: {name: MIB}}, peak_part=name),),
             timeline={"at_s": [0.0, 1.0], "rss_bytes": [0, MIB]},
         )  # fmt: skip
 

@@ -12,6 +12,7 @@ import membench
 from membench.errors import MembenchError
 from membench.records.comparison import Comparison
 from membench.report import bars, files, history, pareto, timeline
+from tests import made_up
 
 from .made_up import MIB, record, run
 
@@ -95,7 +96,9 @@ def test_bars_hold_weights_live_and_footprint_with_their_ratios() -> None:
 def test_a_part_of_what_held_the_memory_looks_the_same_in_every_group() -> None:
     def held(workload: str, **sizes: int) -> Any:
         process = {"breakdown_bytes": {"run": {name: mib * MIB for name, mib in sizes.items()}}, "peak_part": "run"}
-        return dataclasses.replace(record("none", workload=workload, peak_live_bytes=MIB), processes=(process,))
+        return dataclasses.replace(
+            record("none", workload=workload, peak_live_bytes=MIB), processes=(made_up.process(**process),)
+        )
 
     found = Comparison([held("forward", weights=4, other=1), held("train", weights=4, gradients=4, else_=1, other=1)])
     looks = [
@@ -148,7 +151,7 @@ def test_of_bounds_no_more_is_claimed_than_they_tell(
 
 def test_the_parts_of_a_peak_are_stacked_to_the_whole() -> None:
     parts = {"forward": {"weights": 3 * MIB, "other": MIB}, "backward": {"weights": MIB}}
-    made = dataclasses.replace(record("none"), processes=({"breakdown_bytes": parts, "peak_part": "forward"},))
+    made = dataclasses.replace(record("none"), processes=(made_up.process(breakdown_bytes=parts, peak_part="forward"),))
     picture = bars.breakdown(Comparison([made]), _GROUP)
     assert picture
     assert [(one.name, one.values) for one in picture.series] == [("weights", (3,)), ("other", (1,))]
@@ -160,7 +163,9 @@ def _timed(**phase: Any) -> Any:
     told = {"name": "run", "allocator": "pinned", "began_s": 1.0, "ended_s": 2.0, "peak_live_bytes": 9 * MIB} | phase
     process = {"baseline": {"anonymous_bytes": 5 * MIB, "file_bytes": 2 * MIB}, "phases": [told]}
     samples = {"at_s": [0.5, 1.0, 1.5], "rss_bytes": [MIB, 7 * MIB, 10 * MIB], "anonymous_bytes": [0, 5 * MIB, 6 * MIB]}
-    return timeline.timeline(dataclasses.replace(record("none"), processes=(process,), timeline=samples))
+    return timeline.timeline(
+        dataclasses.replace(record("none"), processes=(made_up.process(**process),), timeline=samples)
+    )
 
 
 def test_a_timeline_counts_from_the_workers_baseline_and_draws_the_exact_peak_above_its_samples() -> None:
@@ -180,7 +185,7 @@ def test_a_phase_of_which_a_bound_is_known_is_not_said_to_be_the_highest() -> No
     def caption(*phases: dict[str, Any]) -> str:
         whole = [{"allocator": "pinned", "began_s": 0.0, "ended_s": 1.0, **phase} for phase in phases]
         process = {"baseline": {"anonymous_bytes": 0, "file_bytes": 0}, "phases": whole}
-        return timeline.timeline(dataclasses.replace(record("none"), processes=(process,))).caption
+        return timeline.timeline(dataclasses.replace(record("none"), processes=(made_up.process(**process),))).caption
 
     run = {"name": "run", "peak_live_bytes": 5 * MIB}
     evaluate = {"name": "evaluate", "peak_live_bytes": 9 * MIB, "file_peak_bytes": 8 * MIB, "file_end_bytes": 0}
@@ -191,7 +196,7 @@ def test_a_phase_of_which_a_bound_is_known_is_not_said_to_be_the_highest() -> No
     )
     assert "evaluate may have taken the most (≤9.000 MiB live)." in caption(evaluate)
     assert " Its highest phase is time: 9.500 MiB footprint. " in caption(
-        evaluate, {"name": "time", "allocator": "default", "peak_footprint_bytes": 9.5 * MIB}
+        evaluate, {"name": "time", "allocator": "default", "peak_footprint_bytes": int(9.5 * MIB)}
     )
 
 
@@ -221,7 +226,9 @@ def test_on_a_gpu_what_torch_allocated_counts_and_the_drivers_samples_are_drawn(
              "cuda_peak_allocated_bytes": 3 * MIB}  # fmt: skip
     samples = {"at_s": [0.0, 1.0], "gpu_process_bytes": [None, 4 * MIB]}
     process = {"baseline": {"anonymous_bytes": 5 * MIB, "file_bytes": 0}, "phases": [phase]}
-    picture = timeline.timeline(dataclasses.replace(record("none"), processes=(process,), timeline=samples))
+    picture = timeline.timeline(
+        dataclasses.replace(record("none"), processes=(made_up.process(**process),), timeline=samples)
+    )
     assert picture.columns == {"GPU, process": (None, 4)}
     assert picture.spans[0].told == "3.000 MiB allocated"
     assert picture.y_title == "MiB"
@@ -277,7 +284,7 @@ def test_of_several_repeats_it_says_which_is_drawn() -> None:
     second = dataclasses.replace(record("none"), repeat=1)
     assert timeline.timeline(second, 3).title == "Memory of m/none/forward/cpu over time, repeat 2 of 3"
     parts = {"forward": {"weights": MIB}}
-    made = dataclasses.replace(record("none"), processes=({"breakdown_bytes": parts, "peak_part": "forward"},))
+    made = dataclasses.replace(record("none"), processes=(made_up.process(breakdown_bytes=parts, peak_part="forward"),))
     picture = bars.breakdown(Comparison([made, dataclasses.replace(made, repeat=1)]), _GROUP)
     assert picture
     assert picture.caption.endswith("Of several repeats the first is drawn.")

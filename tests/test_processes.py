@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from membench.host import environment, procfs, scratch
-from membench.running.fork_client import Nursery
+from membench.running.fork_client import ForkServer
 
 _HANGING = """\
 [suite]
@@ -113,13 +113,13 @@ def test_a_runner_that_is_asked_to_end_says_so_and_leaves_nothing(running: _Runn
 
 
 def test_workers_wait_passively_and_in_so_many_threads() -> None:
-    nursery = Nursery([], threads=3)
+    server = ForkServer([], threads=3)
     try:
-        (server,) = procfs.children(os.getpid())
-        nursery.wait_until_ready()
-        told = Path(f"/proc/{server}/environ").read_bytes().split(b"\0")
+        (pid,) = procfs.children(os.getpid())
+        server.wait_until_ready()
+        told = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     finally:
-        nursery.close()
+        server.close()
     assert {b"OMP_WAIT_POLICY=PASSIVE", b"OMP_NUM_THREADS=3", b"OPENBLAS_NUM_THREADS=1"} <= set(told)
 
 

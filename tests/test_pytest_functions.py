@@ -86,7 +86,7 @@ def test_a_function_is_measured_whatever_kind_it_is_of(inner: pytest.Pytester) -
         "test_function", "test_lambda_of_what_is_let_go", "test_closure_over_what_was_there_before",
         "test_method_twice", "test_method_twice#2",
     ]  # fmt: skip
-    assert [phase["name"] for phase in run.records[0].processes[0]["phases"]] == ["warmup", "run", "time"]
+    assert [phase.name for phase in run.records[0].processes[0].phases] == ["warmup", "run", "time"]
     assert all(record.status == "ok" for record in run.records)
 
 
@@ -253,7 +253,7 @@ def test_times_go_to_pytest_benchmark_by_the_measured_processs_own_clock(inner: 
     written = json.loads((inner.path / "times.json").read_text())["benchmarks"]
     timed, own = sorted(written, key=lambda each: each["name"] != "test_timed")
     record = _kept(inner).records[0]
-    assert timed["stats"]["data"] == record.processes[0]["durations_s"]
+    assert timed["stats"]["data"] == record.processes[0].durations_s
     assert timed["stats"]["rounds"] == record.settings["measured_steps"]
     # Of twelve calls and the way to another process nothing but one call is in a time.
     assert 0.02 <= timed["stats"]["min"] < 0.04

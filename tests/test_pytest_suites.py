@@ -195,7 +195,7 @@ def _check_times(path: Path, records: Sequence[Record]) -> None:
     (bf16,) = (record for record in records if record.id == "small/bf16/still/cpu")
     assert written.keys() == {record.id for record in records if record.status == "ok"}
     found = written["small/bf16/still/cpu"]
-    assert found["stats"]["data"] == bf16.processes[0]["durations_s"]
+    assert found["stats"]["data"] == bf16.processes[0].durations_s
     assert 0.02 <= found["stats"]["min"] < 0.1
     assert found["group"] == "small · still · cpu"
     assert found["extra_info"]["weights_bytes"] == 8 * 2**20
@@ -241,7 +241,7 @@ def module():
 
 
 def _quality(run: membench.Run) -> dict[str, Any]:
-    return {record.id: record.processes[0]["quality"] for record in run.records if record.case["workload"] == "long"}
+    return {record.id: record.processes[0].quality for record in run.records if record.case["workload"] == "long"}
 
 
 def test_workers_of_xdist_compare_cases_with_their_references_as_membench_run_does(inner: pytest.Pytester) -> None:

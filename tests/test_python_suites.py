@@ -13,7 +13,7 @@ import pytest
 
 import membench
 from membench.errors import ResultsError, SuiteError
-from membench.records.case import Case
+from membench.protocol.case import Case
 from membench.running import session
 from membench.suite.suite import Suite, description, rules_of
 from membench.suite.tolerances import Tolerance

@@ -13,9 +13,9 @@ from membench.builtin.workloads.forward import Forward
 from membench.data import corpus
 from membench.plugins import Context
 from membench.records.record import Record
-from membench.running.deriving import figures
 from membench.worker import quality
 from membench.worker.rehearsal_model import StandIn
+from tests import made_up
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ def _figures_of(found: dict[str, Any], is_trained: bool = True) -> Any:
     result = {"weights_bytes": 1, "pinned": True, "disk_bytes": 1, "disk_format": "safetensors", "losses_nats": [],
               "durations_s": [1.0, 1.0], "tokens_per_step": 4, "decoded_tokens": None, "is_trained": is_trained,
               "quality": found}  # fmt: skip
-    return figures(phases, result, "ok", on_gpu=False, interval_s=0.02, baseline=None)
+    return made_up.case_figures(phases, result)
 
 
 def test_bits_per_byte_are_nats_over_bytes_and_perplexity_is_per_token() -> None:
@@ -116,7 +116,9 @@ def test_the_references_logits_are_kept_beside_the_run(records: dict[str, Record
     import numpy
 
     (kept,) = folder.glob("*.references/trained-tiny,forward,cpu.npy")
-    tokens = records["none"].processes[0]["quality"]["tokens"]
+    quality_read = records["none"].processes[0].quality
+    assert quality_read is not None
+    tokens = quality_read.tokens
     assert numpy.load(kept, mmap_mode="r").shape == (sum(tokens), 256)
 
 
@@ -159,11 +161,11 @@ def test_divergence_and_agreement_are_those_of_the_distributions(tmp_path: Path)
     theirs = torch.softmax(reference.build(context)(torch.arange(256)).double(), -1)[read]
     own = torch.softmax(other.build(context)(torch.arange(256)).double(), -1)[read]
     divergence = (theirs * (theirs.log() - own.log())).sum(-1).mean()
-    assert found["kl_nats"] == pytest.approx(divergence.item(), rel=1e-4)
+    assert found.kl_nats == pytest.approx(divergence.item(), rel=1e-4)
     agreement = (theirs.argmax(-1) == own.argmax(-1)).double().mean()
-    assert found["top1_agreement_percent"] == pytest.approx(100 * agreement.item())
-    assert 0 <= found["top1_agreement_percent"] < 1
+    assert found.top1_agreement_percent == pytest.approx(100 * agreement.item())
+    assert 0 <= (found.top1_agreement_percent or 0) < 1
 
 
 def test_the_corpus_stands_in_the_record(records: dict[str, Record]) -> None:
-    assert {record.processes[0]["corpus"] for record in records.values()} == {corpus.digest()}
+    assert {record.processes[0].corpus for record in records.values()} == {corpus.digest()}

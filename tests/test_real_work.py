@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,8 +17,11 @@ from membench.builtin.workloads.train import Train
 from membench.data import corpus
 from membench.host import procfs
 from membench.plugins import Context, Shape, Tokens, Unsuitable
+from membench.protocol.case import Plugin
+from membench.protocol.requests import MeasureCase, ReferenceLogits, Steps
 from membench.records.record import Record
 from membench.running.observer import Observer
+from membench.running.timeline import Timeline
 from membench.worker.assembly import Assembly
 
 _SHAPE = Shape(width=32, layers=1, heads=2, key_value_heads=2, inner_width=64, vocabulary=300, longest=64, tied=True)
@@ -32,12 +34,11 @@ def _no_parts(name: str) -> contextlib.AbstractContextManager[None]:
 
 def _tokens(model: str, scratch: Path) -> Tokens:
     """The text as a case of this model gets it."""
-    request: dict[str, Any] = {
-        "model": {"use": model, "options": {}}, "workload": {"use": "forward", "options": {}}, "device": "cpu",
-        "techniques": [{"use": "none", "options": {}}], "members": ["none"], "settings": {"seed": 0},
-        "scratch": str(scratch),
-    }  # fmt: skip
-    assembly = Assembly.of(request, _no_parts)
+    asked = MeasureCase(
+        Plugin(model), [Plugin("none")], ["none"], Plugin("forward"),
+        seed=0, steps=Steps(1, 1), reference=ReferenceLogits("", is_written_here=False),
+    )  # fmt: skip
+    assembly = Assembly.of(asked, "cpu", scratch, _no_parts)
     return assembly.tokens(assembly.model.skeleton())
 
 
@@ -68,9 +69,8 @@ def _run(folder: Path, seed: int, repeats: int) -> list[Record]:
 
 def test_a_case_that_is_repeated_does_the_same_and_another_seed_does_other(tmp_path: Path) -> None:
     # Of random weights too, what they make of the held-out text is as good as a fingerprint.
-    first, again, other = (
-        record.processes[0]["quality"]["nats"] for record in (*_run(tmp_path, 0, 2), *_run(tmp_path, 1, 1))
-    )
+    read = [record.processes[0].quality for record in (*_run(tmp_path, 0, 2), *_run(tmp_path, 1, 1))]
+    first, again, other = (quality.nats for quality in read if quality is not None)
     assert first == pytest.approx(again, rel=1e-6)
     assert first[0] != pytest.approx(other[0], rel=1e-6)
 
@@ -180,12 +180,13 @@ class _Scripted(procfs.Watch):
 @pytest.mark.parametrize("looks", [100, 1999, 2000, 2001, 5001, 20_000])
 def test_a_long_case_loses_resolution_and_never_its_peak(looks: int) -> None:
     peak_at = looks // 3
-    observer = Observer(os.getpid(), None, {})
+    kept = Timeline()
+    observer = Observer(os.getpid(), None, {}, kept)
     observer.close()
     observer._watch = _Scripted(lambda look: 10**9 if look == peak_at else look)
     for _ in range(looks):
         observer.look()
-    timeline = observer.timeline()
+    timeline = kept.columns()
     assert min(looks, 1000) <= len(timeline["at_s"]) <= 2000
     assert {len(column) for column in timeline.values()} == {len(timeline["at_s"])}
     assert max(value for value in timeline["rss_bytes"] if value is not None) == 10**9

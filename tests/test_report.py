@@ -9,6 +9,7 @@ import pytest
 from membench.records.comparison import Comparison, with_compared
 from membench.records.record import Record
 from membench.report import text
+from tests import made_up
 
 MIB = 2**20
 
@@ -118,7 +119,7 @@ def test_the_front_leaves_out_whatever_another_one_beats() -> None:
 
 def test_an_explanation_shows_every_metric_and_what_held_the_memory() -> None:
     process = {"breakdown_bytes": {"run": {"weights": 30 * MIB, "other": MIB}}, "peak_part": "run"}
-    stack = dataclasses.replace(_STACK[3], processes=(process,))
+    stack = dataclasses.replace(_STACK[3], processes=(made_up.process(**process),))
     assert text.explanation([*_STACK[:3], stack]).split("\n\n")[-1] == (
         "metric                none       a                a+b              together\n"
         "--------------------  ---------  ---------------  ---------------  ----------\n"
@@ -220,7 +221,7 @@ def test_the_front_passes_over_what_two_runs_of_a_case_may_differ_by(
 
 def test_a_case_that_worked_on_another_text_than_its_reference_says_so() -> None:
     def of(technique: str, corpus: str) -> Record:
-        return dataclasses.replace(_record(technique, peak_live_bytes=MIB), processes=({"corpus": corpus},))
+        return dataclasses.replace(_record(technique, peak_live_bytes=MIB), processes=(made_up.process(corpus=corpus),))
 
     (line,) = text.remarks([of("none", "aa"), of("same", "aa"), of("other", "bb")])
     assert line.startswith("m/other/forward/cpu: worked on another text")
@@ -282,7 +283,7 @@ def test_of_a_technique_without_a_reference_neither_gain_nor_cost_is_claimed() -
 
 def test_what_several_repeats_say_alike_is_said_once_and_their_breakdown_is_of_the_first() -> None:
     process = {"breakdown_bytes": {"run": {"weights": 30 * MIB}}, "peak_part": "run"}
-    first = dataclasses.replace(_STACK[1], notes=("a note",), processes=(process,))
+    first = dataclasses.replace(_STACK[1], notes=("a note",), processes=(made_up.process(**process),))
     records = [_STACK[0], first, dataclasses.replace(first, repeat=1)]
     assert text.remarks(records) == ["m/a/forward/cpu: a note"]
     assert "at the peak of the first repeat: weights" in text.explanation(records)

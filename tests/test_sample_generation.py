@@ -374,8 +374,9 @@ def test_fewer_or_generated_samples_show_what_they_lose(records: dict[str, Recor
 def test_all_steps_of_the_training_are_kept_and_memory_is_that_of_training(records: dict[str, Record]) -> None:
     record = _record(records, "none")
     weights = 4 * (64 * 256 + 256 + 256 * 10 + 10)
-    assert len(record.processes[0]["losses_nats"]) == _STEPS
-    assert record.metrics["final_loss_nats"] == record.processes[0]["losses_nats"][-1]
+    losses = record.processes[0].losses_nats or ()
+    assert len(losses) == _STEPS
+    assert record.metrics["final_loss_nats"] == losses[-1]
     assert record.metrics["weights_bytes"] == weights
     assert record.metrics["optimizer_state_bytes"] == pytest.approx(2 * weights, rel=0.01)
     assert {"forward_s", "backward_s", "optimizer_s"} <= set(record.metrics)

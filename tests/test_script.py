@@ -19,8 +19,9 @@ import pytest
 import membench
 from membench import cli
 from membench.errors import SuiteError
+from membench.protocol.readings import plain
 from membench.records.record import Record
-from membench.running.deriving import resolution_bytes
+from membench.running.figures import resolution_bytes
 
 _MIB = 2**20
 
@@ -67,7 +68,8 @@ def membench_run(folder: Path, *words: str, **others: Any) -> Ran:
 
 
 def phases_of(record: Record) -> Mapping[str, Mapping[str, Any]]:
-    return {phase["name"]: phase for phase in record.processes[0]["phases"]}
+    """What is known of each phase."""
+    return {phase.name: plain(phase) for phase in record.processes[0].phases}
 
 
 def measured(folder: Path, text: str, **tables: Any) -> Record:
@@ -122,7 +124,7 @@ def test_a_phase_that_comes_again_is_added_up_and_lies_within_the_outer_one(trai
 
 def test_the_record_says_what_is_known_and_why_the_rest_is_not(trained: Ran) -> None:
     record = trained.record
-    assert (record.id, record.status, record.processes[0]["exit_code"]) == ("train/none/script/cpu", "ok", 0)
+    assert (record.id, record.status, record.processes[0].exit_code) == ("train/none/script/cpu", "ok", 0)
     assert record.case["model_plugin"] == {
         "use": "script", "options": {"file": "train.py", "arguments": ["--epochs", "3"]}
     }  # fmt: skip

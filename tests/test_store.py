@@ -14,10 +14,11 @@ import pytest
 
 import membench
 from membench.errors import ResultsError
+from membench.protocol.readings import ProcessReading
 from membench.records.record import SCHEMA_VERSION, Record
 from membench.records.run_file import RunFile, find_run, newest_run, read_run
 
-_PROCESS: dict[str, Any] = {"role": "worker", "rank": 0, "device": "cpu", "phases": []}
+_PROCESS = ProcessReading(role="worker", rank=0, device="cpu", phases=[])
 
 
 def _record(technique: str, output_tail: str = "") -> Record:

@@ -16,7 +16,7 @@ from membench.errors import EXIT_CASES_FAILED, EXIT_INTERRUPTED, EXIT_OK, Memben
 
 if TYPE_CHECKING:
     from membench import Suite
-    from membench.running.runner import Tell
+    from membench.running.rank import Tell
 
 
 def add(verbs: Verbs) -> None:

@@ -16,7 +16,7 @@ from membench.errors import MembenchError, SuiteError
 
 if TYPE_CHECKING:
     from membench import Suite
-    from membench.running.runner import Tell
+    from membench.running.rank import Tell
 
 
 def add(run: argparse.ArgumentParser) -> None:
@@ -140,7 +140,7 @@ def print_phases(records: Sequence[Any], form: str) -> None:
 
     marked = [
         record for record in records
-        if any(process["role"] == "script" and len(process["phases"]) > 1 for process in record.processes)
+        if any(phase.inside for process in record.processes for phase in process.phases)
     ]  # fmt: skip
     if marked and form not in FOR_MACHINES:
         print(f"{text.phases(marked, form)}\n")

@@ -21,7 +21,9 @@ from membench.errors import EXIT_OK, MembenchError
 from membench.host import console
 from membench.host.import_guard import ON_PATH, ForeignCode, is_foreign
 from membench.plugins import registry
-from membench.records.case import Case, Plugin
+from membench.protocol.case import Case, Plugin
+from membench.protocol.requests import Checkouts
+from membench.running.executors.local import LocalExecutor
 from membench.running.session import Session
 from membench.suite.suite import Suite, load_suite
 
@@ -54,9 +56,9 @@ def main() -> int:
 
 def _serve(order: Mapping[str, Any], orders: TextIO, tell: Any) -> None:
     suite = load_suite(order["suite"], order["devices"]).with_repeats(order["repeats"])
-    folders: dict[str, str] = {}
+    checkouts: Checkouts | None = None
     if order["not_from"]:
-        folders = {"other": order["not_from"], "own": order["root"]}
+        checkouts = Checkouts(order["not_from"], order["root"])
         _refuse_foreign_code(suite, Path(order["not_from"]), Path(order["root"]))
     chosen = suite.cases if order["ids"] is None else suite.select(lambda case_id: case_id in order["ids"])
     if not chosen:
@@ -69,7 +71,13 @@ def _serve(order: Mapping[str, Any], orders: TextIO, tell: Any) -> None:
             tell(event, details)
 
     with Session(
-        suite, chosen, Path(order["output"]), tell=tell_but_records, code=order["code"], folders=folders
+        suite,
+        chosen,
+        Path(order["output"]),
+        tell=tell_but_records,
+        executor=LocalExecutor,
+        code=order["code"],
+        checkouts=checkouts,
     ) as session:
         tell("ready", {"path": str(session.path.resolve()), "ids": list(cases)})
         for line in orders:

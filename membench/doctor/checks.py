@@ -246,7 +246,7 @@ def _cost_of_a_case() -> Finding:
     if bad := _bad_end(records):
         return _unproven(what, bad)
     added = [
-        record.duration_s - sum(phase["duration_s"] for process in record.processes for phase in process["phases"])
+        record.duration_s - sum(phase.duration_s for process in record.processes for phase in process.phases)
         for record in records[1:]
     ]
     return _promise(what, statistics.median(added), 0.3, format_seconds, "llama-15m: duration less that of its phases")
@@ -281,14 +281,15 @@ def _cost_of_observing() -> Finding:
     records = _records(_TIMED.format(steps=20))
     if bad := _bad_end(records):
         return _unproven(what, bad)
-    steps = math.ceil(_TIMED_FOR_S / statistics.median(records[0].processes[0]["durations_s"]))
+    steps = math.ceil(_TIMED_FOR_S / statistics.median(records[0].processes[0].durations_s or ()))
     blinking = _Blinking()
     records = _records(_TIMED.format(steps=steps), blinking)
     if bad := _bad_end(records):
         return _unproven(what, bad)
     (process,) = records[0].processes
-    (timed,) = [phase for phase in process["phases"] if phase["name"] == "time"]
-    return _slowing(what, timed["duration_s"] - sum(process["durations_s"]), process["durations_s"], blinking)
+    timed, durations_s = process.phase("time"), process.durations_s or ()
+    assert timed is not None, "the case ended well"
+    return _slowing(what, timed.duration_s - sum(durations_s), durations_s, blinking)
 
 
 def _slowing(what: str, at_s: float, durations_s: Sequence[float], blinking: _Blinking) -> Finding:

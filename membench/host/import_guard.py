@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from membench.errors import MembenchError
@@ -20,19 +19,18 @@ class ForeignCode(MembenchError):
         return cls(f"{what} would come out of {other} and not out of the other commit: {remedy}")
 
 
-def refuse_imported(folders: Mapping[str, str]) -> None:
+def refuse_imported(other: Path, own: Path) -> None:
     """Hold that nothing that this process has imported, by whatever way, is of the other version.
 
     An editable install may lead there by a finder of its own, and what a model imports may do so where it itself does
     not.
 
     Args:
-        folders: ``other``, of the version that is not measured, and ``own``.
+        other: the folder of the version that is not measured; ``own``: of that which is.
 
     Raises:
         ForeignCode: if a module is.
     """
-    other, own = Path(folders["other"]), Path(folders["own"])
     for name, module in sorted(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if isinstance(file, str) and is_foreign(Path(file), other, own):

@@ -40,7 +40,7 @@ class Cores:
 
     Attributes:
         waited_s: threads were ready to run and had none; of those threads that there are now.
-        used_s: threads ran, those that have ended and those of descendants included.
+        used_s: threads ran, those that have ended, those of descendants and those of sibling ranks included.
     """
 
     waited_s: float
@@ -58,12 +58,17 @@ class Cores:
         return max(0.0, min(waited_s, not_ours_s))
 
 
-def cores() -> Cores | None:
-    """``None``: the kernel does not tell (/proc/<pid>/task/<tid>/schedstat: nanoseconds run, nanoseconds waited)."""
+def cores(family: int | None = None) -> Cores | None:
+    """``None``: the kernel does not tell (/proc/<pid>/task/<tid>/schedstat: nanoseconds run, nanoseconds waited).
+
+    Args:
+        family: the process whose descendants belong together: what they use, nobody else has. Without one it is this.
+    """
+    own = os.getpid()
     try:
         tasks = os.listdir("/proc/self/task")
         waited_ns = sum(_schedstat(f"self/task/{task}")[1] for task in tasks)
-        used_ns = sum(_of_all_threads_ns(pid) for pid in children(os.getpid()))
+        used_ns = sum(_of_all_threads_ns(pid) for pid in children(family or own) if pid != own)
     except (OSError, IndexError, ValueError):
         return None
     reaped = resource.getrusage(resource.RUSAGE_CHILDREN)

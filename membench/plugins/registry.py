@@ -19,7 +19,7 @@ from membench.errors import PluginError, did_you_mean, summary
 from membench.plugins import checking, local_files
 from membench.plugins.contract import Model, Options, QualityMetric, Technique, Workload
 from membench.plugins.distributions import distribution, normalised, same_spelling
-from membench.records.case import REFERENCE, PluginFile
+from membench.protocol.case import REFERENCE, PluginFile
 from membench.records.validation import problem, shown
 
 KINDS = ("model", "technique", "workload", "metric")

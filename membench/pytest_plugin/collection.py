@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import dataclasses
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from membench.host.device import Device
 from membench.pytest_plugin import entries
 from membench.pytest_plugin.sharing import FUNCTIONS, Sharing
 
 if TYPE_CHECKING:
-    from membench.records.case import Case
+    from membench.protocol.case import Case
     from membench.records.record import Record
-    from membench.running.runner import Runner
+    from membench.running.executors.executor import Executor
+    from membench.running.jobs.kind import RunnableJob
     from membench.suite.suite import Suite
 
 _MAKES_SUITE = re.compile(r"^[^#\n]*\bSuite\s*\(", re.MULTILINE)
@@ -127,13 +128,12 @@ class SuiteFile(pytest.File):
             raise self.CollectError(str(error)) from None
 
     def setup(self) -> None:
-        self._runner: Runner | None = None
-        self._not_ready: dict[str, str | None] = {}
+        self._executor: Executor | None = None
 
     def teardown(self) -> None:
-        if self._runner is not None:
-            self._runner.__exit__(None, None, None)
-            self._runner = None
+        if self._executor is not None:
+            self._executor.__exit__(None, None, None)
+            self._executor = None
 
     @property
     def header(self) -> dict[str, Any]:
@@ -157,7 +157,7 @@ class SuiteFile(pytest.File):
         Its reference comes first, because its logits are what others are compared with. Whichever test of whichever
         worker needs it first measures it; it is not measured again.
         """
-        from membench.records.case import REFERENCE
+        from membench.protocol.case import REFERENCE
 
         reference = next(
             case for case in self.suite.cases if case.group == item.case.group and case.technique == REFERENCE
@@ -176,10 +176,10 @@ class SuiteFile(pytest.File):
         return record
 
     def _reference(self, item: CaseItem, case: Case) -> list[Record]:
-        from membench.records.run_file import record_of
+        from membench.records.encoding import as_json, record_of
 
         def measured() -> list[dict[str, Any]]:
-            return [dataclasses.asdict(each) for each in self._measured(case, range(self.suite.settings.repeats))]
+            return [as_json(each) for each in self._measured(case, range(self.suite.settings.repeats))]
 
         found, is_new = Sharing.of(self.config).once(f"{self.nodeid}::{case.id}", measured)
         records = [record_of(record) for record in found]
@@ -188,39 +188,38 @@ class SuiteFile(pytest.File):
         return records
 
     def _keep(self, item: CaseItem, records: Sequence[Record]) -> None:
+        from membench.records.encoding import as_json
+
         for record in records:
-            entries.add(item, self.header, dataclasses.asdict(record))
+            entries.add(item, self.header, as_json(record))
 
     def _measured(self, case: Case, repeats: Iterable[int]) -> list[Record]:
         sharing = Sharing.of(self.config)
         gpu = sharing.gpu([case.device for case in self._wanted()])
-        with gpu.held if case.device.startswith("cuda") else contextlib.nullcontext():
-            runner = self._started(gpu.variables)
-            if case.model not in self._not_ready:
-                self._not_ready[case.model] = runner.prepare(case)
-            not_ready = self._not_ready[case.model]
-            return [runner.run_case(case, repeat, self.suite.limits, not_ready) for repeat in repeats]
+        with gpu.held if Device.parse(case.device).on_gpu else contextlib.nullcontext():
+            executor = self._started(gpu.variables)
+            return [executor.measure(self._job(case, repeat)) for repeat in repeats]
+
+    def _job(self, case: Case, repeat: int) -> RunnableJob:
+        from membench.running.jobs.of_suite import job_of
+
+        return job_of(case, repeat, self.suite.settings, self.suite.limits)
 
     def _wanted(self) -> tuple[Case, ...]:
         """The cases that were not deselected, and those that they need."""
         ids = {item.case.id for item in self.session.items if isinstance(item, CaseItem) and item.parent is self}
         return self.suite.select(lambda id: id in ids)
 
-    def _started(self, variables: dict[str, str]) -> Runner:
-        from membench.running.runner import Runner
-        from membench.running.session import references, run_path, silent
+    def _started(self, variables: dict[str, str]) -> Executor:
+        from membench.pytest_plugin import executing
+        from membench.running.needs import Needs
+        from membench.running.session import references, run_path
 
-        if self._runner is None:
-            sharing = Sharing.of(self.config)
-            self._runner = Runner(
-                self._wanted(),
-                self.suite.settings,
-                references(run_path(sharing.output, self.header)),
-                silent,
-                turn=sharing.turn(),
-                variables=variables,
-            )
-        return self._runner
+        if self._executor is None:
+            kept_at = references(run_path(Sharing.of(self.config).output, self.header))
+            needs = Needs.of([self._job(case, 0) for case in self._wanted()], kept_at, variables)
+            self._executor = executing.opened(self.config, needs)
+        return self._executor
 
 
 _COLLECTED = pytest.StashKey[dict[str, str]]()
@@ -235,7 +234,7 @@ class CaseItem(pytest.Item):
         super().__init__(**others)
         self.case = case
         self.skipped_at = self.path
-        if case.device.startswith("cuda"):
+        if Device.parse(case.device).on_gpu:
             self.add_marker("gpu")
         if self.config.pluginmanager.hasplugin("benchmark"):
             # By these it knows what a benchmark is, for --benchmark-skip and --benchmark-only, and finds it.

@@ -9,7 +9,7 @@ import pickle
 import statistics
 import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,16 +17,19 @@ import pytest
 
 from membench.errors import MembenchError, did_you_mean, summary
 from membench.host import environment
+from membench.host.device import Device
 from membench.protocol import pickling
-from membench.pytest_plugin import entries, marker, outcome
+from membench.pytest_plugin import entries, executing, marker, outcome
 from membench.pytest_plugin.readable import ByteSize, Duration
 from membench.pytest_plugin.sharing import FUNCTIONS, Sharing
 from membench.pytest_plugin.timing import durations_s
 from membench.records.amounts import is_duration
+from membench.records.encoding import as_json
 from membench.records.metrics import METRICS
 from membench.records.record import Record
-from membench.running.runner import Call, Runner
-from membench.running.session import run_header, silent
+from membench.running.jobs.function import FunctionJob
+from membench.running.needs import Needs
+from membench.running.session import run_header
 from membench.suite.schema import Settings
 
 if TYPE_CHECKING:
@@ -136,15 +139,23 @@ class MembenchFixture:
         here = {"path": sys.path, "folder": str(Path.cwd()), "environment": caller.environment(), "call": given}
         pickled.write_bytes(pickle.dumps(here))
         try:
-            call = Call(**self._names(device), pickled=pickled, raised=raised)
+            job = FunctionJob(
+                **self._names(),
+                repeat=0,
+                device=Device.parse(device),
+                limits=limits,
+                settings=caller.settings,
+                pickled=pickled,
+                raised=raised,
+            )
             records: list[Record] = []
             while len(records) < self._demands.repeats and all(record.status == "ok" for record in records):
-                records.append(caller.measure(call, limits, len(records)))
+                records.append(caller.measure(job, len(records)))
                 self._keep(records[-1])
             self._tell(records)
             if raised.exists():
                 raise _raised(raised)
-            return records, self._worse(records, lambda repeat: caller.measure(call, limits, repeat))
+            return records, self._worse(records, lambda repeat: caller.measure(job, repeat))
         finally:
             pickled.unlink(missing_ok=True)
             raised.unlink(missing_ok=True)
@@ -155,14 +166,13 @@ class MembenchFixture:
         conftests = [plugin for plugin in plugins if isinstance(plugin, types.ModuleType) and _is_conftest(plugin)]
         return [self._request.module, *conftests]
 
-    def _names(self, device: str) -> dict[str, str]:
+    def _names(self) -> dict[str, str]:
         file, _, test = self._item.nodeid.partition("::")
         again = "" if self._count == 1 else f"#{self._count}"
         return {
             "id": f"{self._item.nodeid}{again}",
             "model": file,
             "workload": f"{test}{again}",
-            "device": device,
         }
 
     def _worse(self, records: Sequence[Record], measure: Callable[[int], Record]) -> list[str]:
@@ -186,7 +196,7 @@ class MembenchFixture:
     def _keep(self, record: Record) -> None:
         # Of no devices: other tests of the same file's may be on others.
         header = run_header(FUNCTIONS, "", [], Sharing.of(self._item.config).started)
-        entries.add(self._item, header, dataclasses.asdict(record))
+        entries.add(self._item, header, as_json(record))
 
     def _tell(self, records: Sequence[Record]) -> None:
         """Tell others what the test's report and pytest-benchmark are to show."""
@@ -196,27 +206,22 @@ class MembenchFixture:
 
 
 class _Caller:
-    """The fork server that all functions of a pytest run are measured from."""
+    """What all functions of a pytest run that are on one device are measured with."""
 
     def __init__(self, config: pytest.Config, device: str) -> None:
-        sharing, settings = Sharing.of(config), Settings.model_validate({})
+        sharing = Sharing.of(config)
+        self.settings = Settings.model_validate({})
         self._gpu = sharing.gpu([device])
-        self._settings = settings
-        self._runner = Runner(
-            (),
-            settings,
+        known = [name for name in _WORTH_IMPORTING_ONCE if name in sys.modules]
+        needs = Needs(
+            (Device.parse(device),),
+            environment.usable_cores(),
             sharing.folder,
-            silent,
-            turn=sharing.turn(),
-            variables=self._gpu.variables,
-            modules=[
-                "membench.worker.main",
-                "membench.protocol.pickling",
-                *filter(sys.modules.__contains__, _WORTH_IMPORTING_ONCE),
-            ],
-            calls_on_gpu=device.startswith("cuda"),
+            ("membench.protocol.pickling", "membench.worker.main", *known),
+            self._gpu.variables,
         )
-        config.add_cleanup(lambda: self._runner.__exit__(None, None, None))
+        self._executor = executing.opened(config, needs)
+        config.add_cleanup(lambda: self._executor.__exit__(None, None, None))
 
     @classmethod
     def of(cls, config: pytest.Config, device: str) -> _Caller:
@@ -230,9 +235,9 @@ class _Caller:
         threads = environment.usable_cores()
         return {**environment.worker_environment(threads), **self._gpu.variables}
 
-    def measure(self, call: Call, limits: Mapping[str, float], repeat: int = 0) -> Record:
+    def measure(self, job: FunctionJob, repeat: int) -> Record:
         with self._gpu.held:
-            return self._runner.run_call(call, repeat, limits)
+            return self._executor.measure(dataclasses.replace(job, repeat=repeat))
 
 
 _CALLERS = pytest.StashKey[dict[str, _Caller]]()

@@ -14,7 +14,8 @@ import pytest
 from membench.errors import MembenchError
 from membench.pytest_plugin import saving
 from membench.pytest_plugin.sharing import Sharing
-from membench.records.run_file import Run, RunFile, read_run, record_of
+from membench.records.encoding import record_of
+from membench.records.run_file import Run, RunFile, read_run
 from membench.running.session import run_path
 
 

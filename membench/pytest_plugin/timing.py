@@ -118,4 +118,4 @@ def durations_s(records: Sequence[Record]) -> list[float]:
     """The steps that were timed; none unless every repeat has come to its end."""
     if any(record.status not in ("ok", "diverged") for record in records):
         return []
-    return [each for record in records for each in record.processes[0]["durations_s"] or ()]
+    return [each for record in records for each in record.processes[0].durations_s or ()]

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from membench.records.case import REFERENCE
+from membench.protocol.case import REFERENCE
 from membench.records.metrics import METRIC_OF_FIELD, is_own
 from membench.records.record import Record, metrics_in
 
@@ -76,12 +76,12 @@ class Comparison:
 
     def reads_other_text(self, record: Record) -> bool:
         """Whether a record says that its text was not the reference's: a folder has changed between the two."""
-        own = {process["corpus"] for process in record.processes if process.get("corpus")}
+        own = {process.corpus for process in record.processes if process.corpus}
         of = {
-            process["corpus"]
+            process.corpus
             for reference in self.repeats(record.group, REFERENCE)
             for process in reference.processes
-            if process.get("corpus")
+            if process.corpus
         }
         return bool(own and of and own != of)
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 
-from membench.records.case import REFERENCE
+from membench.host.device import Device
+from membench.protocol.case import REFERENCE
 
 _LONGEST_NAME_BYTES = 64  # model, workload and device together name a file
-_DEVICE = re.compile(r"cpu|cuda(:(0|[1-9][0-9]{0,2}))?")
 
 
 def checked_name(name: str) -> str:
@@ -75,7 +75,7 @@ def checked_device(device: str) -> str:
     Raises:
         ValueError: if it is not.
     """
-    if not _DEVICE.fullmatch(device):
+    if Device.parse(device).count > 1:  # no workload runs on several ranks yet
         raise ValueError("write cpu, cuda or cuda:0")
     return device
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from membench.protocol.readings import ProcessReading
 from membench.records.metrics import Metric, metrics_with
 
 SCHEMA_VERSION = 1
@@ -29,12 +30,8 @@ class Record:
             ``interval_s`` between samples and ``children`` (whether child processes are in the figure).
         remarks: what is wrong with the case although it ended well (a technique that changed nothing).
         notes: what explains its figures (why a technique saved less than it is known for).
-        processes: one entry a process of the case (role, rank, device), each with its baseline and phases, what its
-            weights are made of (``modules_bytes``), what held live memory at the highest moment of each part of a step
-            (``breakdown_bytes``), how long each timed step took (``durations_s``) and for how long its threads waited
-            for cores that others had meanwhile, all together (``waited_s``). Earlier records have neither the first nor
-            the last, or in the last what threads waited for one another, too. A user's program has its ``exit_code``,
-            and in each phase how often it passed through it (``passes``).
+        processes: what was read of each process (rank). Earlier records know neither what weights are made of nor for
+            how long threads waited for cores, or in the latter have what threads waited for one another, too.
         timeline: columns of samples over the whole case, ``at_s`` from its start.
         output_tail: the end of what the case printed, where it did not end well.
     """
@@ -50,7 +47,7 @@ class Record:
     metrics: Mapping[str, float | int | None]
     reasons: Mapping[str, str]
     obtained: Mapping[str, Mapping[str, Any]]
-    processes: tuple[Mapping[str, Any], ...]
+    processes: tuple[ProcessReading, ...]
     remarks: tuple[str, ...]
     notes: tuple[str, ...]
     broken_limits: tuple[str, ...]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
 import json
@@ -15,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from membench.errors import ResultsError
+from membench.records.encoding import as_json, record_of
 from membench.records.record import SCHEMA_VERSION, Record
 from membench.records.schema import Membership, check_header, check_record, check_version
 from membench.records.strict_json import open_file, parsed
@@ -22,7 +22,6 @@ from membench.units import format_bytes
 
 _LONGEST_LINE_BYTES = 2**29
 """Above the largest record: durations of the most steps that a suite may ask for, a number a part of each."""
-_FIELDS = tuple(field.name for field in dataclasses.fields(Record))
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class RunFile:
             ResultsError: if that fails; the file then ends with the record before.
         """
         try:
-            self._write(dataclasses.asdict(record))
+            self._write(as_json(record))
         except ResultsError as error:
             raise ResultsError(f"{error}; what was finished before is kept") from None
 
@@ -151,9 +150,9 @@ def read_run(path: str | Path) -> Run:
                 check_header(entry)
                 header, membership = entry, Membership(entry)
             else:
-                check_record(entry)
+                processes = check_record(entry)
                 membership.check(entry)
-                records.append(record_of(entry))
+                records.append(record_of(entry, processes))
     except ResultsError as error:
         raise ResultsError(f"{path}, line {number}: {error}") from None
     except OSError as error:
@@ -187,16 +186,6 @@ def _parsed(line: bytes) -> object:
     if len(line) > _LONGEST_LINE_BYTES:
         raise ResultsError(f"longer than any record: more than {format_bytes(_LONGEST_LINE_BYTES)}")
     return parsed(line)
-
-
-def record_of(entry: dict[str, Any]) -> Record:
-    """A record that went through JSON, which knows no tuples; a record holds nothing else.
-
-    Keys that this version does not know are left out.
-    """
-    known = {name: entry[name] for name in _FIELDS if name in entry}
-    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
-    return Record(**{"notes": (), **fields})
 
 
 def newest_run(folder: str | Path) -> Path:

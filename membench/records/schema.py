@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from membench.errors import ResultsError
-from membench.records.case import REFERENCE
-from membench.records.metrics import LARGEST_SIZE, can_be_a_figure, is_own, own_metrics
+from membench.protocol.case import REFERENCE
+from membench.protocol.readings import ProcessReading, Seconds, SignedSize, Size
+from membench.records.metrics import can_be_a_figure, is_own, own_metrics
 from membench.records.names import checked_device, checked_name, checked_plugin, checked_stack, members
 from membench.records.record import SCHEMA_VERSION, Status
 from membench.records.validation import problem, shown
@@ -19,9 +20,7 @@ _LONGEST_TEXT = 1000
 # Figures above a baseline, losses and divergences: these may be below zero.
 _SIGNED = ("_live_bytes", "_footprint_bytes", "context_overhead_bytes", "_bits_per_byte", "_nats")
 
-Size = Annotated[int, Field(ge=0, le=LARGEST_SIZE)]
-SignedSize = Annotated[int, Field(ge=-LARGEST_SIZE, le=LARGEST_SIZE)]
-Seconds = Annotated[float, Field(ge=0)]
+_T = TypeVar("_T", bound=BaseModel)
 
 
 class _Table(BaseModel):
@@ -95,56 +94,6 @@ class _How(_Table):
     children: bool | None = None
 
 
-class _Part(_Table):
-    duration_s: Seconds | None = None
-    durations_s: list[Seconds] | None = None
-    peak_live_bytes: SignedSize | None = None
-    held_live_bytes: SignedSize | None = None
-    peak_footprint_bytes: SignedSize | None = None
-    held_footprint_bytes: SignedSize | None = None
-    file_end_bytes: SignedSize | None = None
-    cuda_peak_allocated_bytes: Size | None = None
-    cuda_held_allocated_bytes: Size | None = None
-    cuda_peak_reserved_bytes: Size | None = None
-    cuda_held_reserved_bytes: Size | None = None
-    children_peak_bytes: Size | None = None
-    own_peak_bytes: Size | None = None
-    gpu_process_peak_bytes: Size | None = None
-    gpu_used_peak_bytes: Size | None = None
-    bound: Literal["exact", "at least", "at most"] | None = None
-
-
-class _Phase(_Part):
-    name: str
-    allocator: str
-    began_s: float | None = None
-    ended_s: float | None = None
-    parts: dict[str, _Part] = {}
-
-
-class _Modules(_Table):
-    modules: str
-    count: int = Field(ge=1)
-    bytes: Size
-
-
-class _Process(_Table):
-    role: str
-    rank: int
-    device: str
-    pid: int | None = None
-    gpu: dict[str, Any] | None = None
-    baseline: dict[str, Size] | None = None
-    phases: list[_Phase]
-    durations_s: list[Seconds] | None = None
-    waited_s: list[Seconds] | None = None
-    losses_nats: list[float | None] | None = None
-    breakdown_bytes: dict[str, dict[str, SignedSize]] | None = None
-    peak_part: str | None = None
-    modules_bytes: list[_Modules] | None = None
-    quality: dict[str, Any] | None = None
-
-
 class _Record(_Table):
     case: _Case
     id: str
@@ -157,7 +106,7 @@ class _Record(_Table):
     metrics: dict[str, float | None]
     reasons: dict[str, str]
     obtained: dict[str, _How]
-    processes: list[_Process] = Field(min_length=1)
+    processes: list[ProcessReading] = Field(min_length=1)
     remarks: list[str]
     notes: list[str] = []
     broken_limits: list[str]
@@ -203,15 +152,15 @@ def check_machine(machine: Mapping[str, Any]) -> None:
     _check(_Machine, machine)
 
 
-def check_record(entry: Mapping[str, Any]) -> None:
-    """Check a record's line by itself.
+def check_record(entry: Mapping[str, Any]) -> list[ProcessReading]:
+    """Check a record's line by itself; what was read of its processes.
 
     Raises:
         ResultsError: key, value and what would be right.
     """
     if "run" in entry:
         raise ResultsError("a second header: two runs do not go into one file")
-    _check(_Record, entry)
+    processes = _check(_Record, entry).processes
     for field, value in entry["metrics"].items():
         if is_own(field) and not own_metrics([field]):
             raise ResultsError(
@@ -233,17 +182,18 @@ def check_record(entry: Mapping[str, Any]) -> None:
     if "model_plugin" not in case:  # what was measured is somebody's function, and named by its file and its test
         for key, name in (("id", entry["id"]), ("case.model", case["model"]), ("case.workload", case["workload"])):
             _check_name(key, name, _checked_text)
-        return
+        return processes
     for axis, checked in (("model", checked_plugin), ("technique", checked_stack), ("workload", checked_plugin)):
         _check_name(f"case.{axis}", case[axis], checked)
     own = f"{case['model']}/{case['technique']}/{case['workload']}/{case['device']}"
     if entry["id"] != own:
         raise ResultsError(f"id = {shown(entry['id'])}: the case is {own}")
+    return processes
 
 
-def _check(schema: type[BaseModel], entry: Mapping[str, Any]) -> None:
+def _check(schema: type[_T], entry: Mapping[str, Any]) -> _T:
     try:
-        schema.model_validate(entry)
+        return schema.model_validate(entry)
     except ValidationError as error:
         raise ResultsError(problem(error, schema, entry).sentence()) from None
 

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ConfigDict
 
 from membench.errors import ResultsError, summary
+from membench.protocol.readings import ProcessReading
 from membench.records.metrics import METRIC_OF_FIELD, own_metrics
 from membench.records.record import Record, Status
 from membench.records.run_file import Run
@@ -196,7 +197,7 @@ def _case(case_id: str, repeats: Sequence[Record]) -> MeasuredCase:
         for name, value in record.metrics.items():
             if value is not None:
                 values.setdefault(name, []).append(value + 0)  # what is no number fails here
-    modules = process.get("modules_bytes")
+    modules = process.modules_bytes
     return MeasuredCase(
         case_id,
         worst.status,
@@ -208,9 +209,9 @@ def _case(case_id: str, repeats: Sequence[Record]) -> MeasuredCase:
         _bounds(measured),
         _samples(measured),
         _waited_s(measured),
-        {part: dict(sizes) for part, sizes in (process.get("breakdown_bytes") or {}).items()},
-        process.get("peak_part"),
-        None if modules is None else [Modules(**entry) for entry in modules],
+        {part: dict(sizes) for part, sizes in (process.breakdown_bytes or {}).items()},
+        process.peak_part,
+        None if modules is None else [Modules(each.modules, each.count, each.bytes) for each in modules],
         _phases(process),
         _stands_for(last.case),
         str(last.case["device"]),
@@ -250,14 +251,13 @@ def _samples(measured: Sequence[Record]) -> dict[str, list[list[float]]]:
     found: dict[str, list[list[float]]] = {}
     for record in measured:
         process = record.processes[0]
-        timed: Mapping[str, Any] = next(
-            (phase for phase in process["phases"] if phase["name"] == "time"), {"parts": {}}
-        )
-        steps = process.get("durations_s") or []
+        timed = process.phase("time")
+        parts = timed.parts if timed else {}
+        steps = process.durations_s or ()
         durations = dict.fromkeys(OF_STEPS, steps)
         for name, part in _PART_OF_METRIC.items():
-            of_part = timed["parts"].get(part, {}).get("durations_s", [])
-            durations[name] = of_part if len(of_part) == len(steps) else []
+            of_part = parts[part].durations_s if part in parts else ()
+            durations[name] = of_part if len(of_part) == len(steps) else ()
         for name, seconds in durations.items():
             value = record.metrics.get(name)
             if value is not None and seconds and all(map(is_duration_of_a_step, seconds)):
@@ -269,8 +269,8 @@ def _samples(measured: Sequence[Record]) -> dict[str, list[list[float]]]:
 
 
 def _waited_s(measured: Sequence[Record]) -> list[list[float]]:
-    found = [list(record.processes[0].get("waited_s") or ()) for record in measured]
-    steps = [len(record.processes[0].get("durations_s") or ()) for record in measured]
+    found = [list(record.processes[0].waited_s or ()) for record in measured]
+    steps = [len(record.processes[0].durations_s or ()) for record in measured]
     return found if all(steps) and [len(repeat) for repeat in found] == steps else []
 
 
@@ -281,14 +281,11 @@ def _stands_for(case: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _phases(process: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+def _phases(process: ProcessReading) -> dict[str, dict[str, int]]:
     found = {}
-    for phase in process["phases"]:
-        on_gpu = "cuda_peak_allocated_bytes" in phase
+    for phase in process.phases:
+        peak, held = phase.live_peak_bytes, phase.live_held_bytes
         # A user's program may have phases of these names; live memory is not known of it.
-        if phase["name"] not in _TOLD_BY_PHASE or not (on_gpu or "peak_live_bytes" in phase):
-            continue
-        peak = phase["cuda_peak_allocated_bytes" if on_gpu else "peak_live_bytes"]
-        held = phase["cuda_held_allocated_bytes" if on_gpu else "held_live_bytes"]
-        found[phase["name"]] = {"peak_live_bytes": peak, "held_live_bytes": held}
+        if phase.name in _TOLD_BY_PHASE and peak is not None and held is not None:
+            found[phase.name] = {"peak_live_bytes": peak, "held_live_bytes": held}
     return found

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from membench.records.case import REFERENCE
+from membench.protocol.case import REFERENCE
 from membench.records.comparison import NO_DIVERGENCE, QUALITY, Comparison, Group
 from membench.records.metrics import METRIC_OF_FIELD
 from membench.records.record import Record
@@ -117,13 +117,13 @@ def lines(records: Sequence[Record], given: Sequence[Advice]) -> Iterator[str]:
 def _on_top(records: Sequence[Record]) -> str:
     """What is not in the figures, and what of a GPU is."""
     said = []
-    on_cpu = [record for record in records if record.case["device"] == "cpu" and not _is_program(record)]
-    if any(record.case["device"] == "cpu" and _is_program(record) for record in records):
+    on_cpu = [record for record in records if record.case["device"] == "cpu" and not _includes_interpreter(record)]
+    if any(record.case["device"] == "cpu" and _includes_interpreter(record) for record in records):
         said.append("Of a program its interpreter and libraries are in it.")
     if on_cpu:
         taken = [
-            sum(process["baseline"].values())
-            for record in on_cpu for process in record.processes[:1] if process.get("baseline")
+            process.baseline.resident_bytes
+            for record in on_cpu for process in record.processes[:1] if process.baseline
         ]  # fmt: skip
         amount = f": up to {format_bytes(max(taken))} in this run" if taken else ""
         said.append(f"What the interpreter and its libraries take comes on top{amount}.")
@@ -191,7 +191,7 @@ def _unfit(found: Comparison, group: Group, technique: str) -> str | None:
     for field in _MUST_BE_KNOWN:
         for record in found.repeats(group, technique):
             # A program as it is has no live memory that can be told; its footprint holds all of it.
-            if field == "peak_live_bytes" and _is_program(record):
+            if field == "peak_live_bytes" and _includes_interpreter(record):
                 continue
             if record.metrics.get(field) is None:
                 reason = record.reasons.get(field) or "the record does not say why"
@@ -199,8 +199,8 @@ def _unfit(found: Comparison, group: Group, technique: str) -> str | None:
     return None
 
 
-def _is_program(record: Record) -> bool:
-    return any(process.get("role") == "script" for process in record.processes)
+def _includes_interpreter(record: Record) -> bool:
+    return any(process.includes_interpreter for process in record.processes)
 
 
 def _need(found: Comparison, group: Group, technique: str) -> _Need | None:

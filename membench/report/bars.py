@@ -144,9 +144,9 @@ def breakdown(found: Comparison, group: Group) -> Bars | None:
     for technique in names:
         for record in found.repeats(group, technique)[:1]:
             for process in record.processes[:1]:
-                sizes = (process.get("breakdown_bytes") or {}).get(process.get("peak_part"))
-                if sizes:
-                    parts[technique] = (str(process["peak_part"]), sizes)
+                held = (process.breakdown_bytes or {}).get(process.peak_part or "")
+                if held:
+                    parts[technique] = (str(process.peak_part), held)
     if not parts:
         return None
     known = {category for _, sizes in parts.values() for category in sizes}

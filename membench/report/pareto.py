@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from membench.records.case import REFERENCE
+from membench.protocol.case import REFERENCE
 from membench.records.comparison import NO_DIVERGENCE, Comparison, Group
 from membench.records.metrics import METRIC_OF_FIELD, Metric
 from membench.report.drawing import Cloud, Point, Tick, listed

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple
 
-from membench.records.case import REFERENCE
+from membench.protocol.case import REFERENCE
 from membench.records.comparison import NO_DIVERGENCE, QUALITY, SAME_ACCURACY, Comparison, Group
 from membench.records.metrics import METRIC_OF_FIELD
 from membench.records.record import Record

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import tabulate
 
 from membench.errors import one_line
-from membench.records.case import REFERENCE
+from membench.protocol.case import REFERENCE
+from membench.protocol.readings import PartReading, PhaseReading
 from membench.records.comparison import Comparison, Group, prefixes
 from membench.records.metrics import METRIC_OF_FIELD, METRICS, Metric
 from membench.records.record import Record
@@ -272,8 +273,8 @@ def _breakdown(found: Comparison, group: Group, chain: Sequence[str]) -> dict[st
     for technique in chain:
         for record in found.repeats(group, technique)[:1]:
             for process in record.processes:
-                parts = process.get("breakdown_bytes") or {}
-                for category, size in parts.get(process.get("peak_part"), {}).items():
+                parts = process.breakdown_bytes or {}
+                for category, size in parts.get(process.peak_part or "", {}).items():
                     categories.setdefault(category, {})[technique] = format_bytes(size)
     return categories
 
@@ -325,31 +326,39 @@ def _or_blank(row: Mapping[str, Any], field: str, show: Callable[[float], str]) 
 def _phase_rows(record: Record) -> Iterator[dict[str, Any]]:
     """A row a phase and a row a part of it; ``None`` is not known."""
     for process in record.processes:
-        for phase in process["phases"]:
-            for part, entry in ((None, phase), *phase.get("parts", {}).items()):
-                durations = entry.get("durations_s") or [entry.get("duration_s")]
-                on_gpu = "cuda_peak_allocated_bytes" in entry
+        for phase in process.phases:
+            rows: list[tuple[str | None, PhaseReading | PartReading]] = [(None, phase), *phase.parts.items()]
+            for part, entry in rows:
                 row = {
-                    "duration_s": None if durations[0] is None else statistics.median(durations),
-                    "live_peak_bytes": entry.get("cuda_peak_allocated_bytes" if on_gpu else "peak_live_bytes"),
-                    "live_held_bytes": entry.get("cuda_held_allocated_bytes" if on_gpu else "held_live_bytes"),
-                    "footprint_peak_bytes": entry.get("peak_footprint_bytes"),
-                    # A worker's own is in its live peak; what a user's program allocates there is seen from outside.
-                    "gpu_peak_bytes": _gpu_peak(entry) if process["role"] == "script" else None,
-                    "file_pages_bytes": entry.get("file_end_bytes"),
+                    "duration_s": _duration_s(entry),
+                    "live_peak_bytes": entry.live_peak_bytes,
+                    "live_held_bytes": entry.live_held_bytes,
+                    "footprint_peak_bytes": entry.peak_footprint_bytes,
+                    "gpu_peak_bytes": _gpu_peak_seen(entry),
+                    "file_pages_bytes": entry.file_end_bytes,
                 }
                 # The meter's own entry for what runs between parts says nothing that is shown here.
                 if part is None or any(value is not None for value in row.values()):
                     yield {"case": record.id, "repeat": record.repeat, "status": record.status,
-                           "role": one_line(process["role"]), "rank": process["rank"],
-                           "phase": one_line(phase["name"]), "part": None if part is None else one_line(part),
-                           "allocator": one_line(phase["allocator"]), **row,
-                           "bound": entry.get("bound")}  # fmt: skip
+                           "role": one_line(process.role), "rank": process.rank,
+                           "phase": one_line(phase.name), "part": None if part is None else one_line(part),
+                           "allocator": one_line(phase.allocator), **row,
+                           "bound": phase.bound if part is None else None}  # fmt: skip
 
 
-def _gpu_peak(entry: Mapping[str, Any]) -> int | None:
-    of_process: int | None = entry.get("gpu_process_peak_bytes")
-    return entry.get("gpu_used_peak_bytes") if of_process is None else of_process
+def _duration_s(entry: PhaseReading | PartReading) -> float | None:
+    """How long a phase took, or a part of a step at the median."""
+    if isinstance(entry, PhaseReading):
+        return entry.duration_s
+    return statistics.median(entry.durations_s) if entry.durations_s else None
+
+
+def _gpu_peak_seen(entry: PhaseReading | PartReading) -> int | None:
+    """What NVML saw from outside, of a process whose own counters were not read: those are in its live peak."""
+    if isinstance(entry, PartReading) or entry.reads_gpu_itself:
+        return None
+    seen = entry.gpu_process_peak_bytes
+    return entry.gpu_used_peak_bytes if seen is None else seen
 
 
 def _worst(repeats: Sequence[Record]) -> Record:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from membench.protocol.readings import Baseline, PhaseReading, ProcessReading
 from membench.records.record import Record
 from membench.report.drawing import Span, Timeline
 from membench.units import byte_unit, format_bytes, format_seconds
@@ -12,6 +13,8 @@ from membench.units import byte_unit, format_bytes, format_seconds
 _BUCKETS = 60
 _WIDE_BRACKET = 0.01
 """As for metrics: a peak that may be off by more than this share of it is a bound."""
+
+_NO_PROCESS = ProcessReading(role="worker", rank=0, device="", phases=())
 
 _COLUMNS = {
     "rss_bytes": ("resident", ("anonymous_bytes", "file_bytes")),
@@ -29,49 +32,63 @@ def timeline(record: Record, repeats: int = 1) -> Timeline:
     Args:
         repeats: how many records there are of the case.
     """
-    process: Mapping[str, Any] = record.processes[0] if record.processes else {}
-    baseline = process.get("baseline") or {}
-    phases = [phase for phase in process.get("phases", ()) if "began_s" in phase and "ended_s" in phase]
+    process = record.processes[0] if record.processes else _NO_PROCESS
+    baseline = process.baseline or Baseline()
+    spans = [_Span(phase, *seen) for phase in process.phases if (seen := _seen(phase))]
+    phases = [span.phase for span in spans]
     # Before the first phase there is no baseline yet.
-    since = phases[0]["began_s"] if phases else 0.0
+    since = spans[0].began_s if spans else 0.0
     all_at: Sequence[float] = record.timeline.get("at_s", ())
     kept = [number for number, at in enumerate(all_at) if at >= since]
     columns = {
-        name: [None if column[n] is None else column[n] - sum(baseline.get(part, 0) for part in parts) for n in kept]
+        name: [None if column[n] is None else column[n] - sum(getattr(baseline, part) for part in parts) for n in kept]
         for field, (name, parts) in _COLUMNS.items()
         if any(column := record.timeline.get(field, ()))
     }
     shown = _thinned(columns, len(kept))
-    drawn = _side_by_side([phase["name"] for phase in phases], process.get("role") == "script")
-    peaks = [_peak(phase, baseline.get("file_bytes", 0)) for phase in phases]
+    drawn = _side_by_side(phases)
+    peaks = [_peak(phase, baseline.file_bytes) for phase in phases]
     sampled = [value for column in columns.values() for value in column if value is not None]
     unit, step = byte_unit(max([0.0, *sampled, *(peak.size_bytes or 0.0 for peak in peaks)]))
     has_gpu = any(name.startswith("GPU") for name in columns)
     which = f", repeat {record.repeat + 1} of {repeats}" if repeats > 1 else ""
     return Timeline(
         f"Memory of {record.id} over time{which}",
-        _caption(record, peaks, len(kept), len(shown), _counted_from(bool(baseline), has_gpu)),
-        unit, f"{unit} above the worker's baseline" if baseline and not has_gpu else unit,
+        _caption(record, peaks, len(kept), len(shown), _counted_from(process.baseline is not None, has_gpu)),
+        unit, f"{unit} above the worker's baseline" if process.baseline and not has_gpu else unit,
         tuple(round(all_at[kept[n]], 3) for n in shown),
         {name: tuple(_rounded(column[n], step) for n in shown) for name, column in columns.items()},
         tuple(
-            Span(peak.phase, phase.get("allocator", ""), round(phase["began_s"], 3), round(phase["ended_s"], 3),
+            Span(peak.phase, span.phase.allocator, round(span.began_s, 3), round(span.ended_s, 3),
                  _rounded(peak.size_bytes, step), peak.is_bound, peak.told)
-            for phase, peak in zip(phases, peaks, strict=True)
-            if phase["name"] in drawn
+            for span, peak in zip(spans, peaks, strict=True)
+            if span.phase.name in drawn
         ),
         (("phase", "allocator", "took", "peak"),
-         *((peak.phase, str(phase.get("allocator", "")), format_seconds(phase["ended_s"] - phase["began_s"]), peak.told)
-           for phase, peak in zip(phases, peaks, strict=True))),
+         *((peak.phase, span.phase.allocator, format_seconds(span.ended_s - span.began_s), peak.told)
+           for span, peak in zip(spans, peaks, strict=True))),
     )  # fmt: skip
 
 
-def _side_by_side(names: Sequence[str], of_program: bool) -> Sequence[str]:
-    """The phases that lie in no other: a user's program has the whole first, and those it marks may be nested."""
-    if not of_program or len(names) < 2:
-        return names
-    marked = names[1:]
-    return [name for name in marked if not any(name.startswith(f"{outer}.") for outer in marked)]
+class _Span(NamedTuple):
+    phase: PhaseReading
+    began_s: float
+    ended_s: float
+
+
+def _seen(phase: PhaseReading) -> tuple[float, float] | None:
+    """When a phase began and ended, if the observer saw both."""
+    return None if phase.began_s is None or phase.ended_s is None else (phase.began_s, phase.ended_s)
+
+
+def _side_by_side(phases: Sequence[PhaseReading]) -> Sequence[str]:
+    """The outermost phases; where others lie in one of them, as in the whole of a script, those in its place."""
+    outer = {phase.inside for phase in phases if phase.inside}
+    outermost = [phase.name for phase in phases if not phase.inside]
+    return [
+        phase.name for phase in phases
+        if (phase.inside in outermost) or (not phase.inside and phase.name not in outer)
+    ]  # fmt: skip
 
 
 def _rounded(size_bytes: float | None, step: int) -> float | None:
@@ -86,32 +103,35 @@ class _Peak(NamedTuple):
     told: str
 
 
-def _peak(phase: Mapping[str, Any], baseline_file_bytes: int) -> _Peak:
+def _peak(phase: PhaseReading, baseline_file_bytes: int) -> _Peak:
     """A phase's peak by the kernel's or torch's counters, of what counts there: live memory or footprint."""
-    if "cuda_peak_allocated_bytes" in phase:
-        size, what = phase["cuda_peak_allocated_bytes"], "allocated"
-    elif phase.get("allocator") == "default":
-        # Of a user's program that of itself, as its line is; its children have a line of their own.
-        size, what = phase.get("own_peak_bytes", phase.get("peak_footprint_bytes")), "footprint"
+    if phase.reads_gpu_itself:
+        size, what = phase.cuda_peak_allocated_bytes, "allocated"
+    elif phase.allocator == "default":
+        # That of the process itself, as its line is; its children have a line of their own.
+        size = phase.own_peak_bytes if phase.bound == "at least" else phase.peak_footprint_bytes
+        what = "footprint"
     else:
-        size, what = phase.get("peak_live_bytes"), "live"
+        size, what = phase.peak_live_bytes, "live"
     if size is None:
-        return _Peak(phase["name"], None, what, False, "–")
+        return _Peak(phase.name, None, what, False, "–")
     if what == "live":
         is_bound = size - _at_least(phase, baseline_file_bytes) > _WIDE_BRACKET * max(size, 1)
     else:
         # A program may never have reached what it was forked from.
-        is_bound = what == "footprint" and "own_peak_bytes" not in phase and phase.get("bound") == "at most"
-    return _Peak(phase["name"], size, what, is_bound, f"{'≤' if is_bound else ''}{format_bytes(size)} {what}")
+        is_bound = what == "footprint" and phase.bound == "at most"
+    return _Peak(phase.name, size, what, is_bound, f"{'≤' if is_bound else ''}{format_bytes(size)} {what}")
 
 
-def _at_least(phase: Mapping[str, Any], baseline_file_bytes: int) -> float:
+def _at_least(phase: PhaseReading, baseline_file_bytes: int) -> float:
     """What live memory surely reached: the kernel's peak holds file pages, too, and some came and went unseen."""
-    looked_at = phase.get("file_most_bytes")
+    looked_at = phase.file_most_bytes
     if looked_at is None:
-        looked_at = max(phase.get("file_start_bytes") or 0, phase.get("file_end_bytes") or 0)
-    passing = max(0, (phase.get("file_peak_bytes") or 0) - baseline_file_bytes - looked_at)
-    sure: float = phase.get("peak_live_at_least_bytes", phase["peak_live_bytes"])
+        looked_at = max(phase.file_start_bytes or 0, phase.file_end_bytes or 0)
+    passing = max(0, (phase.file_peak_bytes or 0) - baseline_file_bytes - looked_at)
+    sure = phase.peak_live_at_least_bytes
+    if sure is None:  # an early record
+        sure = phase.peak_live_bytes or 0
     return max(0, sure - passing)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
-import json
 import os
 import select
 import signal
@@ -14,49 +14,31 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TypeVar
 
 from membench.errors import MembenchError
 from membench.host import environment
 from membench.host.scratch import Scratch
+from membench.protocol import forking
 
 _START_TIMEOUT_S = 300
 _ANSWER_TIMEOUT_S = 60
 _END_TIMEOUT_S = 5
 _LARGEST_MESSAGE_BYTES = 65536
 
+_A = TypeVar("_A", bound=forking.Answer)
 
-class NurseryLost(MembenchError):
+
+class ForkServerLost(MembenchError):
     """The fork server is gone."""
 
 
-class Ended(NamedTuple):
-    """How a worker ended.
-
-    Attributes:
-        status: as ``os.waitpid`` says it.
-        at_s: when, by the monotonic clock.
-        peak_bytes: the kernel's peak since it was last reset: of the worker, of what it was forked from, or of a child
-            that it waited for, whichever is the highest.
-        forked_from_bytes: at most so much of that was there before a program was started.
-        had_children: whether it waited for one.
-        left: the names of processes that outlived a program, and were killed.
-    """
-
-    status: int
-    at_s: float
-    peak_bytes: int
-    forked_from_bytes: int
-    had_children: bool
-    left: tuple[str, ...]
-
-
-class Nursery:
+class ForkServer:
     """A fork server and the socket to it. It starts importing at once; ``wait_until_ready`` waits for it.
 
     Raises:
         MembenchError: if there is no room for the workers' files.
-        NurseryLost: if the fork server cannot be started.
+        ForkServerLost: if the fork server cannot be started.
     """
 
     def __init__(self, preload: Sequence[str], threads: int | None, variables: Mapping[str, str] | None = None) -> None:
@@ -69,7 +51,7 @@ class Nursery:
         self._scratch = Scratch()
         # Packets, so that two messages never run together.
         self._socket, child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115, closed with the nursery
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115, closed with the server
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "membench.worker.fork_server", str(self._scratch.path), *preload],
@@ -83,64 +65,71 @@ class Nursery:
             self._socket.close()
             self._errors.close()
             self._scratch.remove()
-            raise NurseryLost(f"the fork server cannot be started: {error.strerror}") from None
+            raise ForkServerLost(f"the fork server cannot be started: {error.strerror}") from None
         finally:
             child.close()
         self._ready = False
+        self._have_ended: collections.deque[forking.WorkerEnded] = collections.deque()
 
     def wait_until_ready(self) -> None:
         """Return once workers can be started.
 
         Raises:
-            NurseryLost: if the fork server cannot start, with the last line it wrote.
+            ForkServerLost: if the fork server cannot start, with the last line it wrote.
         """
         if not self._ready:
-            self._answer(_START_TIMEOUT_S)
+            self._answer(forking.Ready, _START_TIMEOUT_S)
             self._ready = True
 
     def fileno(self) -> int:
-        """For ``select``: readable when the worker has ended."""
+        """For ``select``: readable when a worker has ended; ``ended`` may have more than it shows."""
         return self._socket.fileno()
 
-    def _answer(self, timeout_s: float) -> Mapping[str, Any]:
+    def _answer(self, wanted: type[_A], timeout_s: float) -> _A:
+        """The next answer of a kind; a worker's end that comes before it is kept for ``ended``."""
+        while True:
+            answer = self._received(timeout_s)
+            if isinstance(answer, wanted):
+                return answer
+            if isinstance(answer, forking.WorkerEnded):
+                self._have_ended.append(answer)
+
+    def _received(self, timeout_s: float) -> forking.Answer:
         self._socket.settimeout(timeout_s)
         try:
             data = self._socket.recv(_LARGEST_MESSAGE_BYTES)
         except TimeoutError:
-            raise NurseryLost(f"the fork server did not answer within {timeout_s:g} s") from None
+            raise ForkServerLost(f"the fork server did not answer within {timeout_s:g} s") from None
         except ConnectionResetError:
             data = b""
         if not data:
             self._errors.seek(0)
             written = self._errors.read().decode(errors="replace").strip().splitlines()
-            raise NurseryLost(f"the fork server ended unexpectedly: {written[-1] if written else 'without a word'}")
-        answer: Mapping[str, Any] = json.loads(data)
-        return answer
+            raise ForkServerLost(f"the fork server ended unexpectedly: {written[-1] if written else 'without a word'}")
+        return forking.decode_answer(data)
 
-    def start(self, request: Mapping[str, Any], pipe: socket.socket, output: int, streams: Sequence[int] = ()) -> int:
-        """Start a worker that speaks over ``pipe`` and prints to ``output``; its process id.
+    def start(self, order: forking.StartWorker | forking.StartProgram, descriptors: Sequence[int]) -> int:
+        """Start a worker; its process id.
 
         Args:
-            streams: of a program, its standard input and output; ``output`` is its standard error then.
+            descriptors: of its pipe and its output; of a program also its standard input and output.
         """
         try:
-            socket.send_fds(self._socket, [json.dumps(request).encode()], [pipe.fileno(), output, *streams])
+            socket.send_fds(self._socket, [forking.encode_order(order)], list(descriptors))
         except OSError as error:
-            raise NurseryLost(f"the fork server is gone: {error.strerror}") from None
-        return int(self._answer(_ANSWER_TIMEOUT_S)["pid"])
+            raise ForkServerLost(f"the fork server is gone: {error.strerror}") from None
+        return self._answer(forking.Started, _ANSWER_TIMEOUT_S).pid
 
-    def ended(self) -> Ended:
-        """How the worker ended; waits for it."""
-        answer = self._answer(_ANSWER_TIMEOUT_S)
-        return Ended(
-            answer["exited"], answer["ended_at_s"], answer["peak_bytes"], answer["own_peak_bytes"],
-            answer["had_children"], tuple(answer["left"]),
-        )  # fmt: skip
+    def ended(self, *, wait: bool) -> forking.WorkerEnded | None:
+        """How the next worker ended; ``None``: none has, and it is not to be waited for."""
+        if self._have_ended:
+            return self._have_ended.popleft()
+        return self._answer(forking.WorkerEnded, _ANSWER_TIMEOUT_S) if wait else None
 
     def kill(self) -> None:
-        """Kill the worker and its descendants."""
+        """Kill all workers and their descendants."""
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._socket.sendall(b'{"kill": true}')
+            self._socket.sendall(forking.encode_order(forking.Kill()))
 
     def close(self) -> None:
         """End the fork server, and with it whatever still runs; remove the workers' files."""

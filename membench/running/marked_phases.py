@@ -1,13 +1,14 @@
-"""A user's program seen from outside: what each phase that it marks took, and what the whole of it did."""
+"""The phases that a user's program marks, measured from outside, and the whole that they lie in."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from typing import Any
 
 from membench.errors import one_line
 from membench.host import procfs
-from membench.running.observer import Observer
+from membench.protocol.readings import PhaseReading, outer_phase
+from membench.running.observer import Observer, Seen
 
 WHOLE = "script"
 """The phase that a program is in from its start to its end."""
@@ -16,6 +17,47 @@ MOST_PHASES = 200
 _LONGEST_NAME = 100
 _SUMMED = ("samples", "gpu_energy_j")
 _LAST = ("ended_s", "gpu_process_end_bytes", "gpu_used_end_bytes", "gpu_unknown")
+
+
+@dataclasses.dataclass
+class _Entry:
+    """A phase so far: what was seen in its stretches, and its peak by the kernel."""
+
+    name: str
+    duration_s: float = 0.0
+    passes: int = 0
+    peak_footprint_bytes: int | None = None
+    seen: Seen | None = None
+
+    def take_up(self, seen: Seen, peak_bytes: int | None) -> None:
+        """Add a stretch that lies in the phase."""
+        if peak_bytes is not None:
+            self.peak_footprint_bytes = max(peak_bytes, self.peak_footprint_bytes or 0)
+        if self.seen is None:
+            self.seen = dataclasses.replace(seen)
+            return
+        for name, value in vars(seen).items():
+            before = getattr(self.seen, name)
+            if before is None or name in _LAST:
+                setattr(self.seen, name, value)
+            elif value is not None and name != "began_s":
+                setattr(self.seen, name, before + value if name in _SUMMED else max(before, value))
+
+    def reading(self, inside: str | None, least_bytes: int) -> PhaseReading:
+        """The phase with the peak of the whole tree: of program and children together a bound, since it was sampled."""
+        seen = self.seen or Seen()
+        own, together = self.peak_footprint_bytes, seen.family_rss_bytes
+        found = seen.complete(
+            PhaseReading(
+                name=self.name, allocator="default", inside=inside, duration_s=self.duration_s,
+                passes=self.passes, peak_footprint_bytes=own,
+            )
+        )  # fmt: skip
+        is_known = own is not None and (own > least_bytes or self.name != WHOLE)
+        if together is not None:
+            sure = max(own, together) if is_known and own is not None else together
+            return dataclasses.replace(found, own_peak_bytes=own, peak_footprint_bytes=sure, bound="at least")
+        return found if is_known or own is None else dataclasses.replace(found, bound="at most")
 
 
 class MarkedPhases:
@@ -27,7 +69,7 @@ class MarkedPhases:
 
     def __init__(self, pid: int, observer: Observer) -> None:
         self._pid, self._observer = pid, observer
-        self._entries: dict[str, dict[str, Any]] = {}
+        self._entries: dict[str, _Entry] = {}
         self._open: dict[str, int] = {}
         self._entered_at: dict[str, float] = {}
         self._knows_peaks = True
@@ -64,7 +106,7 @@ class MarkedPhases:
         name, raised = self._raised or (WHOLE, "")
         return name if raised in said else WHOLE
 
-    def end(self, at_s: float, peak_bytes: int, least_bytes: int) -> list[dict[str, Any]]:
+    def end(self, at_s: float, peak_bytes: int, least_bytes: int) -> list[PhaseReading]:
         """The program has ended: its phases, in the order in which they were first entered, the whole first.
 
         Args:
@@ -77,15 +119,15 @@ class MarkedPhases:
             self._leave(name, at_s)
         if not self._knows_peaks:  # never reset, the last is that of the whole
             for name, entry in self._entries.items():
-                entry["peak_footprint_bytes"] = peak_bytes if name == WHOLE else None
-        return [_finished(entry, least_bytes) for entry in self._entries.values()]
+                entry.peak_footprint_bytes = peak_bytes if name == WHOLE else None
+        names = list(self._entries)
+        return [entry.reading(outer_phase(name, names), least_bytes) for name, entry in self._entries.items()]
 
     def _begin(self, name: str) -> None:
         if name not in self._entries and len(self._entries) > MOST_PHASES:
             self.left_out = True
             return
-        self._entries.setdefault(name, {"name": name, "allocator": "default", "duration_s": 0.0, "passes": 0,
-                                        "parts": {}})  # fmt: skip
+        self._entries.setdefault(name, _Entry(name))
         self._open[name] = self._open.pop(name, 0) + 1
         self._entered_at.setdefault(name, time.monotonic())
 
@@ -95,8 +137,8 @@ class MarkedPhases:
         self._open[name] -= 1
         if not self._open[name]:
             del self._open[name]
-            self._entries[name]["duration_s"] += max(0.0, at_s - self._entered_at.pop(name))
-            self._entries[name]["passes"] += 1
+            self._entries[name].duration_s += max(0.0, at_s - self._entered_at.pop(name))
+            self._entries[name].passes += 1
 
     def _end_stretch(self) -> None:
         peak_bytes = None
@@ -109,30 +151,11 @@ class MarkedPhases:
             self._knows_peaks = False
         self._spread(self._observer.end_phase(), peak_bytes)
 
-    def _spread(self, seen: dict[str, Any], peak_bytes: int | None) -> None:
+    def _spread(self, seen: Seen, peak_bytes: int | None) -> None:
         """Put what was seen in a stretch into the phases that it lies in."""
-        seen["peak_footprint_bytes"] = peak_bytes
         for name in self._open:
-            entry = self._entries[name]
-            for key, value in seen.items():
-                before = entry.get(key)
-                if before is None or key in _LAST:
-                    entry[key] = value
-                elif value is not None and key != "began_s":
-                    entry[key] = before + value if key in _SUMMED else max(before, value)
+            self._entries[name].take_up(seen, peak_bytes)
 
 
 def _kept(name: str) -> str:
     return one_line(name)[:_LONGEST_NAME] or "unnamed"
-
-
-def _finished(entry: dict[str, Any], least_bytes: int) -> dict[str, Any]:
-    """A phase with the peak of the whole tree: of program and children together a bound, since it was sampled."""
-    own, together = entry["peak_footprint_bytes"], entry["family_rss_bytes"]
-    is_known = own is not None and (own > least_bytes or entry["name"] != WHOLE)
-    if together is not None:
-        sure = max(own, together) if is_known else together
-        entry |= {"own_peak_bytes": own, "peak_footprint_bytes": sure, "bound": "at least"}
-    elif not is_known and own is not None:
-        entry["bound"] = "at most"
-    return entry

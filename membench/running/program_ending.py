@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 
 from membench.records.record import Status
 
@@ -30,7 +31,7 @@ def judged(status: int, said: str) -> tuple[Status, str] | None:
     return ("out-of-memory" if _OUT_OF_MEMORY.match(said) else "failed"), f"ended with exit code {code}"
 
 
-def told_of(left: tuple[str, ...]) -> list[str]:
+def told_of(left: Sequence[str]) -> list[str]:
     """What is to be said of processes that outlived their program."""
     if not left:
         return []

@@ -14,11 +14,18 @@ from typing import Any
 from membench.errors import ResultsError
 from membench.host import environment
 from membench.plugins import local_files
-from membench.records.case import Case, PluginFile
+from membench.protocol.case import Case, PluginFile
+from membench.protocol.requests import Checkouts
 from membench.records.metrics import Metric
 from membench.records.record import Record
 from membench.records.run_file import Run, RunFile, find_run, read_run
-from membench.running.runner import Interrupted, Runner
+from membench.running.executors.executor import Opener
+from membench.running.executors.local import LocalExecutor, machine_here
+from membench.running.jobs.kind import RunnableJob
+from membench.running.jobs.of_suite import job_of
+from membench.running.needs import Needs
+from membench.running.rank import Tell
+from membench.running.runner import Interrupted
 from membench.suite.suite import Suite
 
 
@@ -33,7 +40,8 @@ def run(
     keep: Callable[[str], bool] = lambda _: True,
     output: str | Path = "results",
     resume: bool | Path = False,
-    tell: Callable[[str, Mapping[str, Any]], None] = silent,
+    tell: Tell = silent,
+    executor: Opener = LocalExecutor,
 ) -> Run:
     """Run a suite's cases and keep a record of each.
 
@@ -55,12 +63,14 @@ def run(
             record    ``id``, ``status``, ``duration_s``: a case has ended and its record is on the disk
             ========  ==========================================================================================
 
+        executor: opens what runs the cases; without one they run on this machine.
+
     Raises:
         ResultsError: if there is nothing to resume, the suite, its devices or the machine have changed since, or the
             run's file cannot be written; the records written before are kept.
     """
     cases = suite.select(keep)
-    with Session(suite, cases, Path(output), resume=resume, tell=tell) as session:
+    with Session(suite, cases, Path(output), resume=resume, tell=tell, executor=executor) as session:
         done = {(record.id, record.repeat) for record in read_run(session.path).records}
         todo = [(case, r) for r in range(suite.settings.repeats) for case in cases if (case.id, r) not in done]
         session.measure_all(todo)
@@ -68,7 +78,7 @@ def run(
 
 
 class Session:
-    """A run under way: its file is open, its runner ready. Use as a context manager."""
+    """A run under way: its file is open, its executor ready. Use as a context manager."""
 
     def __init__(
         self,
@@ -77,41 +87,53 @@ class Session:
         output: Path,
         *,
         resume: bool | Path = False,
-        tell: Callable[[str, Mapping[str, Any]], None] = silent,
+        tell: Tell = silent,
+        executor: Opener = LocalExecutor,
         code: Mapping[str, Any] | None = None,
-        folders: Mapping[str, str] | None = None,
+        checkouts: Checkouts | None = None,
     ) -> None:
         """Open the run's file; ``run`` says what the arguments are.
 
         Args:
             cases: all that may be measured.
             code: which commit of what is under test it is, for the header of a new run.
-            folders: whose code must not be measured and whose is, as ``foreign.refuse_imported`` has them.
+            checkouts: whose code must not be measured and whose is.
 
         Raises:
             ResultsError: as ``run`` does.
         """
-        machine = machine_of(suite)
-        self._limits, self._tell = suite.limits, tell
-        self._file = _file(suite, output, resume, machine, {"code": code} if code else {})
-        self.path = self._file.path
+        self._suite, self._tell, self._checkouts = suite, tell, checkouts
+        going_on = _to_go_on_with(suite, output, resume)
+        header = header_of(suite, datetime.now(UTC))
+        self.path = going_on or run_path(output, header)
+        jobs = [self._job(case, 0) for case in cases]
+        self._executor = executor(Needs.of(jobs, references(self.path)), tell)
         try:
-            self._runner = Runner(cases, suite.settings, references(self.path), tell, machine, folders=folders)
+            machine = self._executor.machine
+            if going_on:
+                _refuse_what_differs(going_on, suite, machine)
+                self._file = RunFile.reopen(going_on)
+            else:
+                self._file = RunFile.create(
+                    self.path, {**header, "machine": machine, **({"code": code} if code else {})}
+                )  # fmt: skip
         except BaseException:
-            self._file.__exit__(None, None, None)
+            self._executor.__exit__(None, None, None)
             raise
-        self._not_ready: dict[str, str | None] = {}
 
     def __enter__(self) -> Session:
         self._file.__enter__()
-        self._runner.__enter__()
+        self._executor.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         try:
-            self._runner.__exit__(kind, error, at)
+            self._executor.__exit__(kind, error, at)
         finally:
             self._file.__exit__(kind, error, at)
+
+    def _job(self, case: Case, repeat: int) -> RunnableJob:
+        return job_of(case, repeat, self._suite.settings, self._suite.limits, self._checkouts)
 
     def measure_all(self, todo: Sequence[tuple[Case, int]], *, afresh: bool = False) -> None:
         """Measure cases, each with the number of its repeat, one after the other.
@@ -124,16 +146,14 @@ class Session:
         for number, (case, repeat) in enumerate(todo, 1):
             if afresh and repeat != begun:
                 begun = repeat
-                self._runner.begin_afresh()
+                self._executor.begin_afresh()
             self._tell("case", {"id": case.id, "number": number, "of": len(todo)})
             self.measure(case, repeat)
 
     def measure(self, case: Case, repeat: int) -> Record:
         """Measure a case and keep its record."""
-        if case.model not in self._not_ready:
-            self._not_ready[case.model] = self._runner.prepare(case)
         try:
-            record = self._runner.run_case(case, repeat, self._limits, self._not_ready[case.model])
+            record = self._executor.measure(self._job(case, repeat))
         except Interrupted as interrupted:
             self._file.append(interrupted.record)
             raise
@@ -147,7 +167,8 @@ def measure_again(
     path: Path,
     case_ids: Collection[str],
     times: int,
-    tell: Callable[[str, Mapping[str, Any]], None] = silent,
+    tell: Tell = silent,
+    executor: Opener = LocalExecutor,
 ) -> Run:
     """Add repeats of some cases to a run, made here by the same code.
 
@@ -159,7 +180,7 @@ def measure_again(
         ResultsError: as ``run``.
     """
     cases = tuple(case for case in suite.cases if case.id in case_ids)
-    with Session(suite, cases, path.parent, resume=path, tell=tell) as session:
+    with Session(suite, cases, path.parent, resume=path, tell=tell, executor=executor) as session:
         done = collections.Counter(record.id for record in read_run(path).records)
         session.measure_all([(case, done[case.id] + number) for number in range(times) for case in cases])
     return read_run(path)
@@ -179,21 +200,16 @@ def resumable(suite: Suite, output: str | Path, since: str = "") -> Path | None:
 
 def machine_of(suite: Suite) -> dict[str, Any]:
     """The description of this machine that stands in the records of a suite."""
-    threads = None if suite.runs_program else suite.settings.threads or environment.usable_cores()
-    return environment.describe(threads, with_gpus=any(case.device.startswith("cuda") for case in suite.cases))
+    jobs = [job_of(case, 0, suite.settings) for case in suite.cases]
+    return machine_here(jobs[0].threads, [job.device for job in jobs])
 
 
-def _file(
-    suite: Suite, folder: Path, resume: bool | Path, machine: Mapping[str, Any], more: Mapping[str, Any]
-) -> RunFile:
-    if resume:
-        path = find_run(folder, suite.name) if resume is True else resume
-        if path is None:
-            raise ResultsError(f"{folder}: no run of suite '{suite.name}' there to go on with")
-        _refuse_what_differs(path, suite, machine)
-        return RunFile.reopen(path)
-    header = header_of(suite, datetime.now(UTC))
-    return RunFile.create(run_path(folder, header), {**header, "machine": machine, **more})
+def _to_go_on_with(suite: Suite, folder: Path, resume: bool | Path) -> Path | None:
+    """The run to go on with; ``None`` for a new one."""
+    path = find_run(folder, suite.name) if resume is True else resume or None
+    if resume and path is None:
+        raise ResultsError(f"{folder}: no run of suite '{suite.name}' there to go on with")
+    return path
 
 
 def header_of(suite: Suite, started: datetime) -> dict[str, Any]:

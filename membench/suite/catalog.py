@@ -13,7 +13,7 @@ from typing import Any
 from membench.errors import PluginError, SuiteError, did_you_mean, one_line
 from membench.plugins import Options, QualityMetric, Technique, local_files, registry
 from membench.plugins import contract_screen as contract
-from membench.records.case import PluginFile
+from membench.protocol.case import PluginFile
 from membench.suite import lookup
 from membench.suite.suite import description
 

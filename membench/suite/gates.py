@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from membench.errors import RuleError, did_you_mean
+from membench.protocol.case import REFERENCE
 from membench.records.amounts import is_duration
-from membench.records.case import REFERENCE
 from membench.records.metrics import METRICS, Metric
 from membench.records.record import Record
 from membench.records.validation import shown

@@ -18,8 +18,8 @@ from pydantic import ValidationError
 from membench import units
 from membench.errors import PluginError, RuleError, SuiteError, did_you_mean, nearest, one_line
 from membench.plugins import local_files
+from membench.protocol.case import REFERENCE, Case, PluginFile
 from membench.records.amounts import amount, wanted
-from membench.records.case import REFERENCE, Case, PluginFile
 from membench.records.metrics import METRICS, METRICS_OF_PROGRAMS, Metric, own_metrics
 from membench.records.names import checked_device, parts
 from membench.records.validation import problem, shown

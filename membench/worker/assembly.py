@@ -19,10 +19,12 @@ from membench.data.layouts import Integers
 from membench.data.samples import StoredSamples
 from membench.data.shards import Shards
 from membench.errors import summary
+from membench.host.device import Device
 from membench.host.environment import available_bytes
 from membench.plugins import registry
 from membench.plugins.storage import Storage
-from membench.records.case import PluginFile
+from membench.protocol.case import Plugin
+from membench.protocol.requests import MeasureCase
 from membench.units import format_bytes
 from membench.worker import device
 from membench.worker.rehearsal_model import StandIn
@@ -54,29 +56,35 @@ class Assembly:
     metrics: Mapping[str, plugins.QualityMetric] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, request: dict[str, Any], part: Callable[[str], contextlib.AbstractContextManager[None]]) -> Assembly:
+    def of(
+        cls,
+        asked: MeasureCase,
+        device: str,
+        scratch: Path,
+        part: Callable[[str], contextlib.AbstractContextManager[None]],
+    ) -> Assembly:
         """Create what a request names.
+
+        Args:
+            device: of this rank, as torch names it.
+            part: marks a part of a step.
 
         Raises:
             plugins.Unsuitable: if a member cannot serve the case, or wants a library that is not installed.
         """
-
-        model, workload = create("model", request["model"]), create("workload", request["workload"])
-        techniques = tuple(create("technique", named) for named in request["techniques"])
+        model, workload = create("model", asked.model), create("workload", asked.workload)
+        techniques = tuple(create("technique", named) for named in asked.techniques)
         for position, technique in enumerate(techniques):
             for module, distribution in technique.needs.items():
                 if importlib.util.find_spec(module) is None:
                     raise plugins.Unsuitable(f"'{module}' is not installed: pip install '{distribution}'")
             before, after = techniques[:position], techniques[position + 1 :]
-            reason = technique.refuse(plugins.Setting(model, workload, request["device"], before, after))
+            reason = technique.refuse(plugins.Setting(model, workload, device, before, after))
             if reason:
                 raise plugins.Unsuitable(reason)
-        context = plugins.Context(
-            request["device"], request["settings"]["seed"], model, part, {}, Path(request["scratch"]),
-            corpus=workload.corpus(),
-        )  # fmt: skip
-        metrics = {field: create("metric", named) for field, named in request.get("metrics", {}).items()}
-        return cls(model, techniques, workload, tuple(request["members"]), context, metrics)
+        context = plugins.Context(device, asked.seed, model, part, {}, scratch, corpus=workload.corpus())
+        metrics = {field: create("metric", named) for field, named in asked.metrics.items()}
+        return cls(model, techniques, workload, tuple(asked.members), context, metrics)
 
     def rehearsed(self) -> Assembly | None:
         """The same case on a miniature of its model, or a stand-in, unheard by the runner.
@@ -314,7 +322,7 @@ class Assembly:
         needed = self.model.needed_bytes()
         if needed is None:
             return
-        if self.context.device.startswith("cuda"):
+        if Device.parse(self.context.device).on_gpu:
             free, where = torch.cuda.mem_get_info(self.context.device)[0], "free on the GPU"
         else:
             free, where = available_bytes(), "available on this machine"
@@ -322,14 +330,13 @@ class Assembly:
             raise plugins.DoesNotFit(f"loading needs {format_bytes(needed)}; {format_bytes(free)} are {where}")
 
 
-def create(kind: str, named: dict[str, Any]) -> Any:
+def create(kind: str, named: Plugin) -> Any:
     """A plug-in of a request.
 
     Raises:
         PluginError: if it is not there, or the file that it is in has changed.
     """
-    files = (PluginFile(**named["file"]),) if "file" in named else ()
-    return registry.create(kind, named["use"], named["options"], files)
+    return registry.create(kind, named.use, named.options, named.files)
 
 
 @functools.cache

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from membench import plugins
+from membench.protocol.messages import GpuFound
+from membench.protocol.readings import GpuReading
 from membench.worker.meter import Meter
 
 
@@ -37,10 +39,13 @@ def announce_gpu(meter: Meter, device: str) -> None:
     torch._C._cuda_clearCublasWorkspaces()
     properties = torch.cuda.get_device_properties(device)
     meter.tell(
-        event="device",
-        uuid=str(properties.uuid),
-        name=properties.name,
-        capability=[properties.major, properties.minor],
-        memory_bytes=properties.total_memory,
-        cuda=torch.version.cuda,
+        GpuFound(
+            GpuReading(
+                uuid=str(properties.uuid),
+                name=properties.name,
+                capability=[properties.major, properties.minor],
+                memory_bytes=properties.total_memory,
+                cuda=torch.version.cuda,
+            )
+        )
     )

@@ -1,7 +1,7 @@
-"""A clean process that has imported what cases need and forks one worker at a time, or starts a program as one.
+"""A clean process that has imported what cases need and forks the workers of one job at a time, or starts a program.
 
-It speaks JSON, a message a packet, over the socket on its standard input. It watches that socket: when the runner
-dies, however it dies, the worker and all its descendants are killed and the scratch folder, which the runner made, is
+It speaks ``protocol.forking`` over the socket on its standard input. It watches that socket: when the runner dies,
+however it dies, the workers and all their descendants are killed and the scratch folder, which the runner made, is
 removed.
 """
 
@@ -21,18 +21,18 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from membench.data import corpus
 from membench.host import procfs, scratch
-from membench.protocol import marks
+from membench.protocol import forking, marks
 from membench.worker import allocator
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _WORKER_FAILED = 70
 _CANNOT_BE_STARTED = 127  # as a shell has it
-_GRACE_S = 0.5
-"""Helpers of multiprocessing end by themselves when they see that their program has."""
 
 
 def die_with_parent() -> None:
@@ -46,9 +46,13 @@ def _kill(pids: list[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def _kill_descendants() -> None:
-    """Kill and reap until none is left; whoever loses its parent becomes a child of this process."""
-    while descendants := procfs.children(os.getpid()):
+def _kill_descendants(but: Collection[int] = ()) -> None:
+    """Kill and reap until none is left; whoever loses its parent becomes a child of this process.
+
+    Args:
+        but: workers that go on, and what they have started.
+    """
+    while descendants := _descendants(but):
         _kill(descendants)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
@@ -56,9 +60,16 @@ def _kill_descendants() -> None:
         select.select([], [], [], 0.002)
 
 
-def _left_running() -> list[str]:
-    """The names of descendants that do not end by themselves."""
-    deadline = time.monotonic() + _GRACE_S
+def _descendants(but: Collection[int]) -> list[int]:
+    kept = {pid for worker in but for pid in (worker, *procfs.children(worker))}
+    return [pid for pid in procfs.children(os.getpid()) if pid not in kept]
+
+
+def _left_running(grace_s: float) -> list[str]:
+    """The names of descendants that do not end by themselves within the grace that they have."""
+    if not grace_s:
+        return []
+    deadline = time.monotonic() + grace_s
     while names := [name for pid in procfs.children(os.getpid()) if (name := procfs.running(pid)) is not None]:
         if time.monotonic() > deadline:
             break
@@ -66,7 +77,7 @@ def _left_running() -> list[str]:
     return sorted(names)
 
 
-def _fork_worker(request: dict[str, object], pipe: int, output: int, server: socket.socket) -> int:
+def _fork_worker(request: Mapping[str, Any], pipe: int, output: int, server: socket.socket) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -80,9 +91,10 @@ def _fork_worker(request: dict[str, object], pipe: int, output: int, server: soc
         os.open(os.devnull, os.O_RDONLY)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        from membench.protocol import requests
         from membench.worker import main
 
-        main.main(request, socket.socket(fileno=os.dup(pipe)))
+        main.main(requests.decode(request), socket.socket(fileno=os.dup(pipe)))
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -93,7 +105,7 @@ def _fork_worker(request: dict[str, object], pipe: int, output: int, server: soc
         os._exit(code)
 
 
-def _start_program(request: dict[str, object], pipe: int, errors: int, streams: list[int]) -> int:
+def _start_program(command: Sequence[str], pipe: int, errors: int, streams: Sequence[int]) -> int:
     """Start a program as its user would, but for its standard error and a way to mark phases.
 
     Args:
@@ -111,17 +123,15 @@ def _start_program(request: dict[str, object], pipe: int, errors: int, streams: 
             os.dup2(given, descriptor)
         channel = os.dup(pipe)
         os.set_inheritable(channel, True)
-        command = request["command"]
-        assert isinstance(command, list)
         variables = {marks.CHANNEL_VARIABLE: f"{os.getpid()}:{channel}"}
-        os.execve(command[0], command, {**os.environ, **variables})
+        os.execve(command[0], list(command), {**os.environ, **variables})
     except OSError as error:
         print(f"cannot be started: {error.strerror}", file=sys.stderr, flush=True)
     finally:
         os._exit(_CANNOT_BE_STARTED)
 
 
-def _spawn_worker(request: dict[str, object], pipe: int, output: int) -> int:
+def _spawn_worker(request: Mapping[str, Any], pipe: int, output: int) -> int:
     process = subprocess.Popen(
         [sys.executable, "-m", "membench.worker.main", str(pipe)],
         stdin=subprocess.PIPE,
@@ -141,19 +151,19 @@ class _Server:
     def __init__(self, server: socket.socket, folder: Path) -> None:
         self._server = server
         self._folder = folder
-        self._worker = 0
-        self._is_program = False
+        self._workers: set[int] = set()
+        self._grace_s = 0.0
         # A pipe turns the signal of a dead child into something that select sees.
         self._wake, wake_end = os.pipe()
         os.set_blocking(wake_end, False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(wake_end)
 
-    def _tell(self, **message: object) -> None:
-        self._server.sendall(json.dumps(message).encode())
+    def _tell(self, answer: forking.Answer) -> None:
+        self._server.sendall(forking.encode_answer(answer))
 
     def serve(self) -> None:
-        self._tell(ready=True)
+        self._tell(forking.Ready())
         while True:
             ready, _, _ = select.select([self._server.fileno(), self._wake], [], [])
             if self._wake in ready:
@@ -166,49 +176,61 @@ class _Server:
         with contextlib.suppress(ChildProcessError):
             while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
                 # As long as it is not reaped, the kernel tells of it.
-                had_children = ended.si_pid == self._worker and procfs.waited_for_children(ended.si_pid)
+                is_worker = ended.si_pid in self._workers
+                had_children = is_worker and procfs.waited_for_children(ended.si_pid)
                 pid, status, usage = os.wait4(ended.si_pid, 0)
-                if pid == self._worker:
-                    self._worker = 0
-                    ended_at_s = time.monotonic()
-                    left = _left_running() if self._is_program else []
-                    _kill_descendants()
-                    scratch.empty(self._folder)
-                    self._tell(
-                        exited=status, peak_bytes=usage.ru_maxrss * 1024, had_children=had_children, left=left,
-                        ended_at_s=ended_at_s, own_peak_bytes=procfs.resident().peak_bytes,
-                    )  # fmt: skip
+                if is_worker:
+                    self._workers.remove(pid)
+                    self._put_away(pid, status, usage.ru_maxrss * 1024, had_children)
+
+    def _put_away(self, pid: int, status: int, peak_bytes: int, had_children: bool) -> None:
+        """Kill what a worker left behind, and answer how it ended; its files go with those of the job's last worker."""
+        ended_at_s = time.monotonic()
+        left = _left_running(self._grace_s)
+        _kill_descendants(but=self._workers)
+        if not self._workers:
+            scratch.empty(self._folder)
+        self._tell(
+            forking.WorkerEnded(
+                pid, status, ended_at_s, peak_bytes, procfs.resident().peak_bytes, had_children, tuple(left)
+            )
+        )
 
     def _obey(self) -> bool:
         """Do what the runner asks; False when it has gone."""
         data, descriptors, _, _ = socket.recv_fds(self._server, 2**20, 4)
         if not data:
             return False
-        request = json.loads(data)
-        if request.get("kill"):
-            if self._worker:
-                _kill([*procfs.children(self._worker), self._worker])
+        order = forking.decode_order(data)
+        if isinstance(order, forking.Kill):
+            for worker in self._workers:
+                _kill([*procfs.children(worker), worker])
             return True
-        request["scratch"] = str(self._folder)
-        pipe, output, *streams = descriptors
-        self._is_program = "command" in request
-        if self._is_program:
-            self._worker = _start_program(request, pipe, output, streams)
-        elif request["isolation"] == "spawn":
-            self._worker = _spawn_worker(request, pipe, output)
-        else:
-            self._worker = _fork_worker(request, pipe, output, self._server)
+        worker = self._started(order, descriptors)
+        self._workers.add(worker)
+        self._grace_s = order.grace_s
         for descriptor in descriptors:
             os.close(descriptor)
-        self._tell(pid=self._worker)
+        self._tell(forking.Started(worker))
         return True
+
+    def _started(self, order: forking.StartWorker | forking.StartProgram, descriptors: Sequence[int]) -> int:
+        pipe, output, *streams = descriptors
+        if isinstance(order, forking.StartProgram):
+            return _start_program(order.command, pipe, output, streams)
+        folder = self._folder / f"rank-{order.rank}"
+        folder.mkdir(exist_ok=True)
+        request = {**order.request, "scratch": str(folder)}
+        if order.isolation == "spawn":
+            return _spawn_worker(request, pipe, output)
+        return _fork_worker(request, pipe, output, self._server)
 
 
 def serve(folder: Path, preload: list[str]) -> None:
     """Import ``preload``, then serve requests until the runner closes the socket.
 
     Args:
-        folder: the workers' scratch folder; emptied after each, removed at the end.
+        folder: for the workers' files; emptied after each job, removed at the end.
     """
     server = socket.socket(fileno=os.dup(0))
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

@@ -7,15 +7,17 @@ import os
 import pickle
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from membench import plugins
 from membench.errors import is_out_of_memory, summary
 from membench.protocol import pickling
+from membench.protocol.messages import EndedBadly, Result, ResultSoFar
+from membench.protocol.requests import MeasureFunction, Rank, Steps
 from membench.worker import allocator, device
-from membench.worker.meter import STEPS_FOR_MEMORY, Meter
+from membench.worker.meter import STEPS_FOR_MEMORY, Meter, Timing
 
 _SKIPPING = ("Skipped", "SkipTest")
 """By which pytest and unittest skip a test."""
@@ -25,42 +27,42 @@ class _Raised(Exception):
     """The function raised something, which has been left for the caller."""
 
 
-def measure(request: dict[str, Any], meter: Meter) -> None:
+def measure(work: MeasureFunction, rank: Rank, meter: Meter) -> None:
     """Measure calls in the phases ``warmup``, ``run`` and ``time``; nothing is loaded or converted before them.
 
     Function and arguments are there before the baseline, so what they hold is in no figure. What a call returns is
     kept until the next one, so that it counts as held.
 
     Args:
-        request: ``pickled``: a file of the caller's ``path`` (of modules), ``folder`` and ``environment``, and as bytes
+        work: ``pickled``: a file of the caller's ``path`` (of modules), ``folder`` and ``environment``, and as bytes
             of their own its ``call``: function, arguments and keyword arguments. ``raised``: where an exception of the
             function goes, as bytes of its own or ``None``, beside the text of its traceback.
     """
-    where = request["device"]
+    where = rank.device
     if meter.on_gpu:
         device.refuse_missing(where)
     pinned = allocator.pin()
-    function, arguments, options = _unpickled(Path(request["pickled"]))
+    function, arguments, options = _unpickled(Path(work.pickled))
     if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(request["threads"])
+        sys.modules["torch"].set_num_threads(rank.threads)
         device.wake(where)
     if meter.on_gpu:
         device.announce_gpu(meter, where)
     gc.freeze()  # what the caller's modules made is no garbage of the function's
-    calls = _Calls(lambda: function(*arguments, **options), Path(request["raised"]))
+    calls = _Calls(lambda: function(*arguments, **options), Path(work.raised))
     meter.set_baseline()
     try:
-        times = _gone_through(calls, meter, request["settings"])
+        durations_s, waited_s = _gone_through(calls, meter, work.steps)
     except _Raised as raised:
         error = raised.__cause__
         assert error is not None
         status = "out-of-memory" if is_out_of_memory(error) else "failed"
-        meter.tell(event="status", status=status, message=summary(error)[:500])
+        meter.tell(EndedBadly(status, summary(error)[:500]))
         return
-    meter.tell(event="result", result={"pinned": pinned, **times, "tokens_per_step": None})
+    meter.tell(ResultSoFar(Result(pinned=pinned, durations_s=durations_s, waited_s=waited_s)))
 
 
-def _gone_through(calls: _Calls, meter: Meter, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _gone_through(calls: _Calls, meter: Meter, steps: Steps) -> tuple[list[float], list[float] | None]:
     """The phases; how long the timed calls took, and what of it they waited for a core."""
     with meter.phase("warmup", "pinned"):
         calls.next()
@@ -68,17 +70,14 @@ def _gone_through(calls: _Calls, meter: Meter, settings: Mapping[str, Any]) -> d
         for _ in range(STEPS_FOR_MEMORY):
             calls.next()
     allocator.unpin()
-    durations_s: list[float] = []
-    waited_s: list[float | None] = []
+    timing = Timing()
     with meter.phase("time", "default") as timed:
-        timed["steps"] = settings["warmup_steps"] + settings["measured_steps"]
-        for _ in range(settings["warmup_steps"]):
+        timed.steps = steps.warmup + steps.measured
+        for _ in range(steps.warmup):
             calls.next()
-        for _ in range(settings["measured_steps"]):
-            _, duration_s, waited_of_call_s = meter.timed(calls.next)
-            durations_s.append(duration_s)
-            waited_s.append(waited_of_call_s)
-    return {"durations_s": durations_s, "waited_s": None if None in waited_s else waited_s}
+        for _ in range(steps.measured):
+            timing.take_up(meter.timed(calls.next))
+    return timing.durations_s, timing.waited_s
 
 
 def _unpickled(path: Path) -> Any:

@@ -1,325 +1,58 @@
-"""Inside the measured process: a case's phases, one after the other.
-
-Live memory is measured in ``store``, ``warmup``, ``run`` and ``breakdown`` under the pinned allocator; ``time`` runs
-other steps under the default one, for durations and for the footprint that a user's process would show, and ``finish``
-those that are left where a workload has so many in all.
-"""
+"""Inside the measured process: does what the runner asks, and says how it ended."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
 import socket
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from membench import plugins
 from membench.errors import is_out_of_memory
-from membench.host import import_guard
-from membench.worker import allocator, breakdown, checkpoint, device, function, notes, quality
-from membench.worker.assembly import Assembly, create
-from membench.worker.meter import STEPS_FOR_MEMORY, Meter
-from membench.worker.weights import bytes_by_module, weight_bytes
+from membench.protocol import requests
+from membench.protocol.messages import Done, EndedBadly, Progress
+from membench.protocol.requests import MeasureCase, MeasureFunction, PrepareModel, Request
+from membench.worker import case as measured_case
+from membench.worker import function
+from membench.worker.assembly import create
+from membench.worker.meter import Meter
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-
-class Diverged(Exception):
-    """A training whose loss is no number any more; all that was measured stands."""
-
-    def __init__(self, phase: str | None, message: str) -> None:
-        super().__init__(message)
-        self.phase = phase
+_LONGEST_MESSAGE = 500
 
 
-def main(request: dict[str, Any], channel: socket.socket) -> None:
-    """Do what ``request`` asks and tell the runner over ``channel`` how it ended."""
+def main(request: Request, channel: socket.socket) -> None:
+    """Do what ``request`` asks and say over ``channel`` how it ended."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, it is this process that goes
-    meter = Meter(channel, request["device"])
+    meter = Meter(channel, request.rank)
     try:
-        if request.get("prepare"):
-            _prepare(request, meter)
-        elif "pickled" in request:
-            function.measure(request, meter)
-        else:
-            _measure(request, meter)
-        meter.tell(event="done")
+        match request.work:
+            case PrepareModel():
+                _prepare(request.work, meter)
+            case MeasureFunction():
+                function.measure(request.work, request.rank, meter)
+            case MeasureCase():
+                measured_case.measure(request.work, request.rank, Path(request.scratch), meter)
+        meter.tell(Done())
     except plugins.Unsuitable as error:
-        meter.tell(event="status", status="skipped", message=str(error))
+        meter.tell(EndedBadly("skipped", str(error)))
     except plugins.DoesNotFit as error:
-        meter.tell(event="status", status="out-of-memory", message=str(error))
-    except Diverged as error:
-        meter.tell(event="status", status="diverged", message=str(error), phase=error.phase)
+        meter.tell(EndedBadly("out-of-memory", str(error)))
+    except measured_case.Diverged as error:
+        meter.tell(EndedBadly("diverged", str(error), error.phase))
     except (Exception, SystemExit) as error:  # a plug-in must not end the process
         status = "out-of-memory" if is_out_of_memory(error) else "failed"
-        meter.tell(event="status", status=status, message=f"{type(error).__name__}: {error}".partition("\n")[0][:500])
+        said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        meter.tell(EndedBadly(status, said[:_LONGEST_MESSAGE]))
         raise
 
 
-def _prepare(request: dict[str, Any], meter: Meter) -> None:
-    model = create("model", request["model"])
-    model.prepare(lambda done, total, what: meter.tell(event="progress", done=done, total=total, what=what))
-
-
-def _measure(request: dict[str, Any], meter: Meter) -> None:
-    """The life of a case, phase by phase; what is known is told before whatever may still fail."""
-    work = _Work(request, meter)
-    module = work.load_and_apply(work.make_ready())
-    _refuse_foreign_code(request)
-    work.store(module)
-    step = work.run_for_memory(module)
-    work.run_for_time(step)
-    work.finish(module, step)
-    del step  # and with it the optimizer
-    work.case.context.inventory.clear()
-    work.evaluate(module)
-    work.save(module)
-    _refuse_foreign_code(request)
-    if work.diverged is not None:
-        raise work.diverged
-
-
-def _refuse_foreign_code(request: dict[str, Any]) -> None:
-    if request["folders"]:
-        import_guard.refuse_imported(request["folders"])
-
-
-class _Work:
-    """A case under way: what it measures gathers in ``result``."""
-
-    def __init__(self, request: dict[str, Any], meter: Meter) -> None:
-        self.case = Assembly.of(request, meter.part)
-        self.losses: list[float] = []
-        self.diverged: Diverged | None = None
-        self._rehearsal_failed: list[str] = []
-        self._request = request
-        self._settings = request["settings"]
-        self._meter = meter
-        self._result: dict[str, Any] = {"remarks": [], "is_trained": self.case.model.quality}
-
-    def make_ready(self) -> int | None:
-        """Do all that must not be measured, up to the baseline; bytes of the plain weights, if they are known."""
-        import torch
-
-        case, where = self.case, self._request["device"]
-        if self._meter.on_gpu:
-            device.refuse_missing(where)
-        allocator.pin()  # else large blocks of the text leave holes in the heap, which count once something fills them
-        case.read_text()
-        self._result["corpus"] = case.digest()
-        allocator.unpin()
-        case.prepare()
-        self._result["pinned"] = allocator.pin()
-        torch.set_num_threads(self._request["threads"])
-        case.refuse_what_cannot_fit()
-        if (failed := case.rehearse()) is not None:
-            self._rehearsal_failed = [f"what libraries set up once is in the figures: rehearsing ended in {failed}"]
-        if self._meter.on_gpu:
-            device.announce_gpu(self._meter, where)
-        converted = any(technique.applies_rest for technique in case.techniques)
-        plain_bytes = case.plain_weight_bytes() if converted else None
-        if case.context.diverged:
-            self.diverged = Diverged(None, case.context.diverged[0])  # in the process that prepared the case
-        self._meter.set_baseline()
-        torch.manual_seed(self._settings["seed"])
-        return plain_bytes
-
-    def load_and_apply(self, plain_bytes: int | None) -> nn.Module:
-        """Phases ``load`` and ``apply``; ``plain_bytes``: of the weights in fp32, where loading already converts."""
-        with self._meter.phase("load", "pinned"):
-            self._meter.memory_in_parts = True
-            module = self.case.load()
-            self._meter.memory_in_parts = False
-        converted = any(technique.applies_rest for technique in self.case.techniques)
-        self._plain_bytes = plain_bytes if converted else weight_bytes(module)
-        with self._meter.phase("apply", "pinned"):
-            module = self.case.apply(module)
-        self._result["remarks"] += self.case.remarks_on_idle()
-        if self.case.context.diverged and self.diverged is None:
-            self.diverged = Diverged(self._meter.current_phase, self.case.context.diverged[0])
-        module.train(self.case.workload.trains)
-        return module
-
-    def store(self, module: nn.Module) -> None:
-        """Phase ``store``, where the workload reads a corpus or trains on samples."""
-        if self.case.workload.corpus() is None and self.case.workload.samples() is None:
-            return
-        with self._meter.phase("store", "pinned"):
-            self._meter.memory_in_parts = True
-            self.case = self.case.store(module)
-            self._meter.memory_in_parts = False
-
-    def _hear(self, loss: torch.Tensor | None) -> None:
-        if loss is None:
-            return
-        self.losses.append(loss.item())
-        if self.diverged is None and not math.isfinite(self.losses[-1]):
-            message = f"the training loss became {self.losses[-1]} in step {len(self.losses)}"
-            self.diverged = Diverged(self._meter.current_phase, message)
-
-    def run_for_memory(self, module: nn.Module) -> plugins.Step:
-        """Phases ``warmup``, ``run`` and ``breakdown``, under the pinned allocator; the step that they run."""
-        case, meter, result = self.case, self._meter, self._result
-        with meter.phase("warmup", "pinned"):
-            step = case.workload.start(module, case.tokens(module), case.techniques, case.context)
-            self._hear(step())
-        if case.workload.trains:
-            result |= _trained_and_frozen(module)
-        with meter.phase("run", "pinned") as run:
-            meter.memory_in_parts = True
-            for _ in range(STEPS_FOR_MEMORY):
-                self._hear(step())
-            meter.memory_in_parts = False
-        # Counted only now: some libraries pack weights anew in their first pass.
-        result["weights_bytes"] = weight_bytes(module)
-        result["modules_bytes"] = bytes_by_module(module)
-        result["notes"] = self._rehearsal_failed + case.notes_on_text(module)
-        result["notes"] += notes.on_weights(module, case.techniques, self._plain_bytes)
-        if (optimizer := case.context.inventory.get("optimizer")) is not None:
-            trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-            result["notes"] += notes.on_states(optimizer(), trained, case.techniques)
-        if case.context.inventory:
-            with meter.phase("breakdown", "pinned"):
-                watch = breakdown.Census(
-                    module, case.context.inventory, meter.held_live_bytes, lambda: meter.current_part
-                )
-                on_cache: list[str] = []
-
-                def look() -> None:
-                    watch.look()
-                    on_cache[:] = self._notes_on_cache()  # the last look finds the cache full
-
-                with watch.watching(), meter.looking(look):
-                    self._hear(step())
-            result["notes"] += on_cache
-            peaks = _peaks_of_parts(run, meter.on_gpu, result["pinned"])
-            result["breakdown_bytes"] = watch.breakdown(peaks)
-            result["peak_part"] = max(peaks, key=lambda part: peaks[part], default=None)
-        for name, technique in zip(case.names, case.techniques, strict=True):
-            if remark := technique.remark(module, case.context):
-                result["remarks"].append(f"'{name}' {remark}")
-        return step
-
-    def _notes_on_cache(self) -> list[str]:
-        case, tokens, shape = self.case, self.case.workload.cached_tokens(), self.case.model.shape
-        if tokens is None or shape is None or "cache" not in case.context.inventory:
-            return []
-        if any(technique.nominal_share() != 1 for technique in case.techniques):
-            return []  # another shape has another cache
-        plain_bytes = 4 * 2 * shape.layers * shape.key_value_heads * (shape.width // shape.heads) * tokens
-        return notes.on_cache(case.context.inventory["cache"](), plain_bytes, case.techniques)
-
-    def run_for_time(self, step: plugins.Step) -> None:
-        """Phase ``time``, under the default allocator."""
-        meter, warmups, measured = self._meter, self._settings["warmup_steps"], self._settings["measured_steps"]
-        durations_s: list[float] = []
-        waited_s: list[float | None] = []
-        allocator.unpin()
-        data = self.case.context.data
-        codec_speeds = [] if data is None or self._bytes_of_an_epoch() is None else data.codec_speeds()
-        with meter.phase("time", "default") as timed:
-            timed["steps"] = warmups + measured
-            for _ in range(warmups):
-                self._hear(step())
-            meter.parts.clear()
-            for _ in range(measured):
-                loss, duration_s, waited_of_step_s = meter.timed(step)
-                durations_s.append(duration_s)
-                waited_s.append(waited_of_step_s)
-                self._hear(loss)
-        if data is not None:
-            self.case.context.facts.update(data.timed_afresh(codec_speeds))  # here, as the steps were
-        allocator.pin()
-        self._result |= {
-            "durations_s": durations_s,
-            "waited_s": None if None in waited_s else waited_s,
-            "losses_nats": self._losses_nats(),
-            "tokens_per_step": self.case.workload.tokens_per_step() or self._tokens_of_an_epoch(),
-            "epoch_bytes": self._bytes_of_an_epoch(),
-            "decoded_tokens": self.case.workload.decoded_tokens_per_step(),
-        }
-        self._tell("the case ended before the checkpoint was saved")
-
-    def _losses_nats(self) -> list[float | None]:
-        return [loss if math.isfinite(loss) else None for loss in self.losses]
-
-    def finish(self, module: nn.Module, step: plugins.Step) -> None:
-        """Phase ``finish``, where the workload trains for so many steps in all: those left, and its result."""
-        case, all_steps = self.case, self.case.workload.steps_in_all()
-        if all_steps is None:
-            return
-        allocator.unpin()  # no memory is measured here, and it is faster so
-        with self._meter.phase("finish", "default"):
-            while len(self.losses) < all_steps and self.diverged is None:
-                self._hear(step())
-                self._meter.parts.clear()
-            module.eval()
-            case.workload.examine(module, case.techniques, case.context)
-        allocator.pin()
-        self._result["losses_nats"] = self._losses_nats()
-        self._tell("the case ended before the checkpoint was saved")
-
-    def _tokens_of_an_epoch(self) -> int | None:
-        data = self.case.context.data
-        return None if data is None else data.tokens()
-
-    def _bytes_of_an_epoch(self) -> int | None:
-        """Packed bytes that a step reads, where it reads an epoch."""
-        data = self.case.context.data
-        return None if data is None or self.case.workload.tokens_per_step() is not None else data.packed_bytes()
-
-    def _tell(self, not_saved: str | None = None) -> None:
-        disk = {} if not_saved is None else {"disk_bytes": None, "disk_format": not_saved}
-        facts = {"facts": self.case.context.facts}
-        self._meter.tell(event="result", result={**self._result, **facts, **disk})
-
-    def evaluate(self, module: nn.Module) -> None:
-        """Phase ``evaluate``, where the model gives logits."""
-        if not self.case.model.gives_logits:
-            return
-        case, reference = self.case, self._request["reference"]
-        with self._meter.phase("evaluate", "pinned"):
-            module.eval()
-            self._result["quality"] = quality.evaluate(
-                case.model, module, case.techniques, case.workload, case.context,
-                Path(reference["path"]), reference["is_this"],
-            )  # fmt: skip
-            self._result["own_metrics"], failed = quality.own(
-                case.metrics, case.model, module, case.techniques, case.workload, case.context, Path(reference["path"])
-            )
-        self._result["remarks"] += failed
-        if None in self._result["quality"]["nats"] and self.diverged is None:
-            self._result["remarks"].append("the logits of held-out text are not finite")
-        self._tell("the checkpoint was not saved")
-
-    def save(self, module: nn.Module) -> None:
-        """Phase ``save``."""
-        with self._meter.phase("save", "pinned"):
-            size_bytes, how = checkpoint.save(module, Path(self._request["scratch"]))
-        self._result |= {"disk_bytes": size_bytes, "disk_format": how}
-        self._tell()
-
-
-def _peaks_of_parts(run: dict[str, Any], on_gpu: bool, pinned: bool) -> dict[str, int]:
-    """The live peak of each part of a step, where it is known."""
-    if not (on_gpu or pinned):
-        return {}
-    key = "cuda_peak_allocated_bytes" if on_gpu else "peak_live_bytes"
-    return {name: part[key] for name, part in run["parts"].items() if name != "between" and key in part}
-
-
-def _trained_and_frozen(module: Any) -> dict[str, int]:
-    """Bytes of parameters that the optimizer trains, and of all other weights: packed ones are no parameters."""
-    trained = sum(breakdown.storages(p for p in module.parameters() if p.requires_grad).values())
-    return {"trained_weights_bytes": trained, "frozen_weights_bytes": weight_bytes(module) - trained}
+def _prepare(asked: PrepareModel, meter: Meter) -> None:
+    model = create("model", asked.model)
+    model.prepare(lambda done, total, what: meter.tell(Progress(done, total, what)))
 
 
 if __name__ == "__main__":
-    main(json.load(sys.stdin), socket.socket(fileno=int(sys.argv[1])))
+    main(requests.decode_json(sys.stdin.buffer.read()), socket.socket(fileno=int(sys.argv[1])))
     os._exit(0)

@@ -1,15 +1,19 @@
-"""Measures phases, and parts of a step, from inside the measured process, and tells the runner."""
+"""Measures phases, and parts of a step, from inside the measured process, and says so to the runner."""
 
 from __future__ import annotations
 
 import contextlib
-import json
+import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from membench.host import environment, procfs
+from membench.host.device import Device
+from membench.protocol.messages import BaselineTaken, Message, PhaseBegins, PhaseEnds, encode
+from membench.protocol.readings import Baseline, PartReading, PhaseReading
+from membench.protocol.requests import Rank
 from membench.worker import allocator
 
 _T = TypeVar("_T")
@@ -20,32 +24,79 @@ STEPS_FOR_MEMORY = 5
 _GPU_PEAKS = ("cuda_peak_allocated_bytes", "cuda_peak_reserved_bytes")
 
 
+class Timing:
+    """The durations of timed steps, and for how long their threads waited for cores that others had."""
+
+    def __init__(self) -> None:
+        self.durations_s: list[float] = []
+        self._waited_s: list[float | None] = []
+
+    def take_up(self, timed: tuple[_T, float, float | None]) -> _T:
+        """Keep what ``Meter.timed`` says of a step; what the step returned."""
+        returned, duration_s, waited_s = timed
+        self.durations_s.append(duration_s)
+        self._waited_s.append(waited_s)
+        return returned
+
+    @property
+    def waited_s(self) -> list[float] | None:
+        """Of each step; ``None`` where the kernel does not tell of one."""
+        known = [waited_s for waited_s in self._waited_s if waited_s is not None]
+        return known if len(known) == len(self._waited_s) else None
+
+
+class Part:
+    """A part of a step: the durations of its passes, and the highest that was read of its memory."""
+
+    def __init__(self) -> None:
+        self.durations_s: list[float] = []
+        self.memory: dict[str, int] = {}
+
+    def reading(self) -> PartReading:
+        return PartReading(durations_s=self.durations_s, **self.memory)
+
+
+class Phase:
+    """A phase under way. ``steps`` may be set meanwhile; ``reading`` is there once it has ended."""
+
+    def __init__(self) -> None:
+        self.steps: int | None = None
+        self.reading: PhaseReading | None = None
+
+    def peaks_of_parts(self) -> Mapping[str, PartReading]:
+        """What was read of the parts of its steps."""
+        assert self.reading is not None, "the phase has ended"
+        return self.reading.parts
+
+
 class Meter:
-    """Tells the runner when phases begin and end and what they took.
+    """Says to the runner when phases begin and end and what they took.
 
     The runner acknowledges both ends, so that what it reads from outside falls on the boundary.
     """
 
-    def __init__(self, channel: socket.socket, device: str) -> None:
-        self.on_gpu = device.startswith("cuda")
+    def __init__(self, channel: socket.socket, rank: Rank) -> None:
+        self.on_gpu = Device.parse(rank.device).on_gpu
         self.memory_in_parts = False
-        self.parts: dict[str, dict[str, Any]] = {}
+        self.parts: dict[str, Part] = {}
         self.current_phase: str | None = None
         self.current_part: str | None = None
         self._look: Callable[[], None] | None = None
-        self._device = device
+        self._device = rank.device
         self._cores = environment.usable_cores()
+        # The ranks of a job are children of one fork server: what they use of the cores, no stranger has.
+        self._family = os.getppid() if rank.of > 1 else None
         self._channel = channel
         self._answers = channel.makefile("rb")
         self._baseline = self._stretch_start = procfs.resident()
         self._highest: dict[str, int] = {}
 
-    def tell(self, **message: Any) -> None:
+    def tell(self, message: Message) -> None:
         """Send the runner a message; it never waits for an answer."""
-        self._channel.sendall(json.dumps(message).encode() + b"\n")
+        self._channel.sendall(encode(message))
 
-    def _acknowledged(self, **message: Any) -> None:
-        self.tell(**message)
+    def _acknowledged(self, message: Message) -> None:
+        self.tell(message)
         self._answers.readline()
 
     def synchronize(self) -> None:
@@ -59,8 +110,7 @@ class Meter:
         """What is resident now belongs to the interpreter, the libraries and the harness."""
         self._settle()
         self._baseline = procfs.resident()
-        baseline = {"anonymous_bytes": self._baseline.anonymous_bytes, "file_bytes": self._baseline.file_bytes}
-        self.tell(event="baseline", baseline=baseline)
+        self.tell(BaselineTaken(Baseline(self._baseline.anonymous_bytes, self._baseline.file_bytes)))
 
     def _settle(self) -> None:
         allocator.settle()
@@ -83,12 +133,12 @@ class Meter:
         together; in seconds.
         """
         self.synchronize()
-        before = procfs.cores()
+        before = procfs.cores(self._family)
         began = time.perf_counter()
         returned = step()
         self.synchronize()
         duration_s = time.perf_counter() - began
-        after = procfs.cores()
+        after = procfs.cores(self._family)
         if before is None or after is None:
             return returned, duration_s, None
         return returned, duration_s, after.waited_for_others_s(before, duration_s, self._cores)
@@ -101,27 +151,23 @@ class Meter:
         self._look = None
 
     @contextlib.contextmanager
-    def phase(self, name: str, allocator_name: str) -> Iterator[dict[str, Any]]:
-        """Measure a phase: exact peaks while it runs, what is held once things have settled.
-
-        Yields:
-            what was measured, to which the caller may add.
-        """
+    def phase(self, name: str, allocator_name: str) -> Iterator[Phase]:
+        """Measure a phase: exact peaks while it runs, what is held once things have settled."""
         self._settle()
         if self.on_gpu:
             import torch
 
             torch.cuda.reset_peak_memory_stats(self._device)
         self.current_phase = name
-        self._acknowledged(event="begin", phase=name)
+        self._acknowledged(PhaseBegins(name))
         start = self._begin_stretch()
         began = time.perf_counter()
-        measured: dict[str, Any] = {"name": name, "allocator": allocator_name}
-        yield measured
+        phase = Phase()
+        yield phase
         self.synchronize()
-        measured["duration_s"] = time.perf_counter() - began
+        duration_s = time.perf_counter() - began
         end, _ = self._end_stretch()
-        measured |= self._highest | {
+        measured: dict[str, Any] = self._highest | {
             "file_start_bytes": start.file_bytes - self._baseline.file_bytes,
             "file_end_bytes": end.file_bytes - self._baseline.file_bytes,
         }
@@ -130,7 +176,7 @@ class Meter:
             self._raise_gpu_peaks(measured)
             for part in self.parts.values():
                 for key in _GPU_PEAKS:
-                    measured[key] = max(measured[key], part.get(key, 0))
+                    measured[key] = max(measured[key], part.memory.get(key, 0))
         self._settle()
         settled = procfs.resident()
         measured["held_live_bytes"] = settled.anonymous_bytes - self._baseline.anonymous_bytes
@@ -138,9 +184,16 @@ class Meter:
         if self.on_gpu:
             measured["cuda_held_allocated_bytes"] = torch.cuda.memory_allocated(self._device)
             measured["cuda_held_reserved_bytes"] = torch.cuda.memory_reserved(self._device)
-        measured["parts"] = self.parts
-        self.parts = {}
-        self._acknowledged(event="end", phase=measured)
+        parts, self.parts = self.parts, {}
+        phase.reading = PhaseReading(
+            name=name,
+            allocator=allocator_name,
+            duration_s=duration_s,
+            steps=phase.steps,
+            parts={of: part.reading() for of, part in parts.items()},
+            **measured,
+        )
+        self._acknowledged(PhaseEnds(phase.reading))
 
     def _begin_stretch(self) -> procfs.Resident:
         """Begin what lies between two boundaries, be they of phases or of parts; how it begins."""
@@ -168,7 +221,7 @@ class Meter:
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Mark a part of a step: its duration, and in ``load`` and ``run`` its memory."""
-        entry = self.parts.setdefault(name, {"durations_s": []})
+        entry = self.parts.setdefault(name, Part())
         self.current_part = name
         self.synchronize()
         if self.memory_in_parts:
@@ -176,37 +229,37 @@ class Meter:
         began = time.perf_counter()
         yield
         self.synchronize()
-        entry["durations_s"].append(time.perf_counter() - began)
+        entry.durations_s.append(time.perf_counter() - began)
         if self._look:
             self._look()
         self.current_part = None
         if self.memory_in_parts:
-            self._end_memory_of_part(entry)
+            self._end_memory_of_part(entry.memory)
 
     def _begin_memory_of_part(self) -> None:
         self._end_stretch()
         if self.on_gpu:
             # The peak since the last boundary belongs to what ran between the parts.
-            self._raise_gpu_peaks(self.parts.setdefault("between", {"durations_s": []}))
+            self._raise_gpu_peaks(self.parts.setdefault("between", Part()).memory)
         self._begin_stretch()
 
-    def _end_memory_of_part(self, entry: dict[str, Any]) -> None:
+    def _end_memory_of_part(self, memory: dict[str, int]) -> None:
         end, peaks = self._end_stretch()
-        if "peak_live_bytes" not in entry or peaks["peak_live_bytes"] > entry["peak_live_bytes"]:
-            entry |= peaks | {"file_end_bytes": end.file_bytes - self._baseline.file_bytes}
-        entry["held_live_bytes"] = end.anonymous_bytes - self._baseline.anonymous_bytes
+        if "peak_live_bytes" not in memory or peaks["peak_live_bytes"] > memory["peak_live_bytes"]:
+            memory |= peaks | {"file_end_bytes": end.file_bytes - self._baseline.file_bytes}
+        memory["held_live_bytes"] = end.anonymous_bytes - self._baseline.anonymous_bytes
         self._begin_stretch()
         if self.on_gpu:
             import torch
 
-            self._raise_gpu_peaks(entry)
-            entry["cuda_held_allocated_bytes"] = torch.cuda.memory_allocated(self._device)
+            self._raise_gpu_peaks(memory)
+            memory["cuda_held_allocated_bytes"] = torch.cuda.memory_allocated(self._device)
 
-    def _raise_gpu_peaks(self, entry: dict[str, Any]) -> None:
+    def _raise_gpu_peaks(self, memory: dict[str, int]) -> None:
         """Raise an entry's peaks to torch's own since the last look, and begin anew."""
         import torch
 
         peaks = (torch.cuda.max_memory_allocated(self._device), torch.cuda.max_memory_reserved(self._device))
         for key, peak_bytes in zip(_GPU_PEAKS, peaks, strict=True):
-            entry[key] = max(peak_bytes, entry.get(key, 0))
+            memory[key] = max(peak_bytes, memory.get(key, 0))
         torch.cuda.reset_peak_memory_stats(self._device)

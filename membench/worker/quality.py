@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import os
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from membench.data import corpus, tokens
 from membench.errors import is_out_of_memory, summary
+from membench.protocol.messages import CustomFigure
+from membench.protocol.readings import QualityReading
 from membench.records.metrics import METRIC_OF_FIELD, can_be_a_figure
 
 if TYPE_CHECKING:
@@ -73,16 +76,12 @@ def evaluate(
     context: Context,
     reference: Path,
     is_reference: bool,
-) -> dict[str, Any]:
+) -> QualityReading:
     """Held-out loss, and where the reference's logits are kept, how far this module's are from them.
 
     Args:
         workload: says how the module reads the text: through a key-value cache, perhaps.
         reference: the file of the reference's logits (tokens, vocabulary), fp32; written if this is the reference.
-
-    Returns:
-        ``nats``, ``tokens`` and ``bytes`` of each piece; against the reference ``kl_nats`` (mean over tokens of the
-        divergence from the reference's distribution), ``top1_agreement_percent`` and ``reference_nats`` of each piece.
     """
     import numpy
     import torch
@@ -121,21 +120,23 @@ def evaluate(
     if is_reference:
         logits_kept.flush()
         os.replace(partial, reference)
-    found: dict[str, Any] = {
-        "nats": nats,
-        "tokens": [len(piece.ids) - 1 for piece in held_out],
-        "bytes": [piece.bytes for piece in held_out],
-    }
+    own_loss = QualityReading(
+        nats=[_finite(each) for each in nats],
+        tokens=[len(piece.ids) - 1 for piece in held_out],
+        bytes=[piece.bytes for piece in held_out],
+    )
     if not is_reference and logits_kept is None:
-        found |= {"kl_nats": None, "top1_agreement_percent": None, "unknown": _NO_REFERENCE}
-    if reference_nats:
-        found |= {
-            "reference_nats": reference_nats,
-            "kl_nats": _not_negative(divergence / count),  # which rounding of fp32 logarithms can make it
-            # The largest of logits that are no numbers is the first, which the reference may happen to predict.
-            "top1_agreement_percent": agreed / count * 100 if math.isfinite(divergence) else math.nan,
-        }
-    return {key: _finite(value) for key, value in found.items()}
+        return dataclasses.replace(own_loss, unknown=_NO_REFERENCE)
+    if not reference_nats:
+        return own_loss
+    # The largest of logits that are no numbers is the first, which the reference may happen to predict.
+    top1_agreement = agreed / count * 100 if math.isfinite(divergence) else math.nan
+    return dataclasses.replace(
+        own_loss,
+        reference_nats=[_finite(each) for each in reference_nats],
+        kl_nats=_finite(_not_negative(divergence / count)),  # which rounding of fp32 logarithms can make it
+        top1_agreement_percent=_finite(top1_agreement),
+    )
 
 
 def own(
@@ -146,14 +147,11 @@ def own(
     workload: Workload,
     context: Context,
     reference: Path,
-) -> tuple[dict[str, dict[str, Any]], list[str]]:
+) -> tuple[dict[str, CustomFigure], list[str]]:
     """The figures of metrics that are plug-ins, by field, and remarks on those that failed.
 
     Args:
         reference: the file of the reference's logits, as ``evaluate`` has written it.
-
-    Returns:
-        Of each ``value`` and ``reason``, one of the two ``None``.
     """
     import torch
 
@@ -163,7 +161,7 @@ def own(
         with stepping(techniques, context):
             return workload.logits(module, ids, techniques, context)
 
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, CustomFigure] = {}
     remarks = []
     held_out = None
     if metrics:
@@ -197,7 +195,7 @@ def own(
                 raise
             reason = f"measuring it ended in {summary(error)}"
             remarks.append(f"metric '{METRIC_OF_FIELD[field].name}' is not known: {reason}")
-        found[field] = {"value": value, "reason": reason}
+        found[field] = CustomFigure(value, reason)
     return found, remarks
 
 
@@ -212,8 +210,6 @@ def _not_negative(value: float) -> float:
     return value if math.isnan(value) else max(0.0, value)
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: float) -> float | None:
     """``None`` in place of what is not finite: JSON has no such number."""
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return value if math.isfinite(value) else None

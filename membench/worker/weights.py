@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from membench.host import procfs
+from membench.protocol.readings import ModulesReading
 
 if TYPE_CHECKING:
     import torch
@@ -75,12 +76,11 @@ _NUMBER_IN_NAME = re.compile(r"(?<![^.])\d+(?![^.])")
 _MOST_GROUPS = 100
 
 
-def bytes_by_module(module: nn.Module) -> list[dict[str, Any]]:
+def bytes_by_module(module: nn.Module) -> list[ModulesReading]:
     """What a module's weights are made of, the largest first; each storage counts once, where it is met first.
 
-    Layers whose names differ in numbers alone and whose sizes are the same are one entry: ``modules`` (the name, with
-    ``*`` for numbers that differ), ``count`` and ``bytes`` of all of them. Beyond a hundred entries the smallest are
-    summed up.
+    Layers whose names differ in numbers alone and whose sizes are the same are one entry, named with ``*`` for numbers
+    that differ. Beyond a hundred entries the smallest are summed up.
     """
     seen: set[tuple[str, int]] = set()
     groups: dict[tuple[str, int], list[str]] = {}
@@ -95,15 +95,16 @@ def bytes_by_module(module: nn.Module) -> list[dict[str, Any]]:
                     own += storage.nbytes()
         if own:
             groups.setdefault((_NUMBER_IN_NAME.sub("*", name), own), []).append(name or "the model itself")
-    found: list[dict[str, Any]] = [
-        {"modules": _in_common(names), "count": len(names), "bytes": own * len(names)}
-        for (_, own), names in groups.items()
-    ]
-    found.sort(key=lambda entry: -entry["bytes"])
+    found = [
+        ModulesReading(_in_common(names), len(names), own * len(names)) for (_, own), names in groups.items()
+    ]  # fmt: skip
+    found.sort(key=lambda entry: -entry.bytes)
     kept, rest = found[:_MOST_GROUPS], found[_MOST_GROUPS:]
     if rest:
-        count, size = (sum(entry[key] for entry in rest) for key in ("count", "bytes"))
-        kept.append({"modules": "smaller ones", "count": count, "bytes": size})
+        smaller = ModulesReading(
+            "smaller ones", sum(entry.count for entry in rest), sum(entry.bytes for entry in rest)
+        )  # fmt: skip
+        kept.append(smaller)
     return kept
 
 

@@ -1,0 +1,53 @@
+"""Devices as people write them: ``cpu``, ``cuda``, ``cuda:1``, and ``2xcpu`` for one process on each of two."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+_WRITTEN = re.compile(r"(?:(?P<count>[1-9][0-9]{0,3})x)?(?P<kind>cpu|cuda)(?::(?P<index>0|[1-9][0-9]{0,2}))?")
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a job runs.
+
+    Attributes:
+        index: of the GPU among those that CUDA shows; ``None`` where the name leaves it open.
+        count: how many devices of the kind, with one process (rank) on each.
+    """
+
+    kind: Literal["cpu", "cuda"]
+    index: int | None = None
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Device:
+        """The device that a text names.
+
+        Raises:
+            ValueError: if it names none.
+        """
+        found = _WRITTEN.fullmatch(text)
+        if found is None or ((found["kind"] == "cpu" or found["count"]) and found["index"]):
+            raise ValueError("write cpu, cuda or cuda:0")
+        index = found["index"]
+        kind: Literal["cpu", "cuda"] = "cpu" if found["kind"] == "cpu" else "cuda"
+        return cls(kind, None if index is None else int(index), int(found["count"] or 1))
+
+    def __str__(self) -> str:
+        """As people write it."""
+        many = f"{self.count}x" if self.count > 1 else ""
+        return f"{many}{self.kind}" + ("" if self.index is None else f":{self.index}")
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.kind == "cuda"
+
+    @property
+    def ranks(self) -> tuple[Device, ...]:
+        """The device of each rank; a single rank keeps the name that was written."""
+        if self.count == 1:
+            return (self,)
+        return tuple(Device(self.kind, rank if self.on_gpu else None) for rank in range(self.count))

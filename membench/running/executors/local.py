@@ -1,0 +1,46 @@
+"""Jobs on this machine, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from membench.host import environment
+from membench.host.device import Device
+from membench.records.record import Record
+from membench.running.following import Turn
+from membench.running.jobs.kind import RunnableJob
+from membench.running.needs import Needs
+from membench.running.rank import Tell
+from membench.running.runner import Runner
+
+
+def machine_here(threads: int | None, devices: Sequence[Device]) -> dict[str, Any]:
+    """The description of this machine for jobs on these devices."""
+    return environment.describe(threads, with_gpus=any(device.on_gpu for device in devices))
+
+
+class LocalExecutor:
+    """Runs jobs here. Use as a context manager."""
+
+    def __init__(self, needs: Needs, tell: Tell, turn: Turn | None = None) -> None:
+        """Make ready; nothing is started before the first job.
+
+        Args:
+            turn: asked where others measure on this machine, too.
+        """
+        self.machine: Mapping[str, Any] = machine_here(needs.threads, needs.devices)
+        self._runner = Runner(needs, self.machine, tell, turn)
+
+    def __enter__(self) -> LocalExecutor:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._runner.__exit__(kind, error, at)
+
+    def measure(self, job: RunnableJob) -> Record:
+        return self._runner.measure(job)
+
+    def begin_afresh(self) -> None:
+        self._runner.begin_afresh()

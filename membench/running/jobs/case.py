@@ -1,0 +1,226 @@
+"""The job ``case``: a model, a stack of techniques and a workload on a device."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from membench.plugins import registry
+from membench.protocol import requests
+from membench.protocol.case import Case, Plugin
+from membench.protocol.forking import StartWorker
+from membench.protocol.messages import Result
+from membench.protocol.readings import Baseline, ProcessReading, QualityReading
+from membench.running import deriving
+from membench.running.deriving import JobReadings, WorkerMemory
+from membench.running.figures import Figures
+from membench.running.jobs.kind import RunnableJob
+from membench.running.references import References
+
+_ALWAYS = (
+    "weights_bytes", "peak_live_bytes", "held_live_bytes", "peak_footprint_bytes", "held_footprint_bytes", "disk_bytes",
+    "step_median_s", "tokens_per_s",
+)  # fmt: skip
+"""Metrics that a case has or is told why not, however it ended."""
+
+_CATEGORIES = {
+    "optimizer": "optimizer_state_bytes",
+    "cache": "cache_bytes",
+    "activations": "activations_bytes",
+}
+_PARTS = ("prefill", "decode", "forward", "backward", "optimizer")
+_MOST_NATS = 460
+"""``exp`` of it is still a size that figures have: a loss of so many nats is as bad as any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseJob(RunnableJob):
+    """A case of a suite.
+
+    Attributes:
+        checkouts: which code may be imported, where another commit's is measured in turn.
+    """
+
+    case: Case
+    checkouts: requests.Checkouts | None = None
+
+    @property
+    def names(self) -> Mapping[str, Any]:
+        return case_names(self.case)
+
+    @property
+    def modules(self) -> frozenset[str]:
+        found = {"membench.worker.main", "safetensors.torch"}
+        for kind, plugin in self.case.plugins:
+            found |= set(registry.find(kind, plugin.use, plugin.files).loaded.imports)
+        return frozenset(found)
+
+    @property
+    def preparation(self) -> Plugin | None:
+        return self.case.model_plugin
+
+    def order(self, number: int, references: References) -> StartWorker:
+        case = self.case
+        work = requests.MeasureCase(
+            case.model_plugin,
+            case.technique_plugins,
+            case.technique.split("+"),
+            case.workload_plugin,
+            self.settings.seed,
+            self.steps,
+            references.of(case),
+            case.metric_plugins,
+            self.checkouts,
+        )
+        request = requests.encode(requests.Request(work, self.asked(number)))
+        return StartWorker(request, number, self.settings.isolation)
+
+    def derive(self, readings: JobReadings) -> Figures:
+        """Metrics of a case of one rank."""
+        process, result = readings.processes[0], readings.results[0]
+        baseline = process.baseline or Baseline()
+        if result is None:
+            return _of_what_was_reached(readings, process, WorkerMemory(readings.on_gpu, True, baseline))
+        memory = WorkerMemory(readings.on_gpu, result.pinned, baseline)
+        found = Figures()
+        if result.weights_bytes is not None:
+            found.know("weights_bytes", result.weights_bytes, "walk over parameters and buffers")
+        _memory(found, readings, process, result, memory)
+        if result.disk_bytes is None:
+            found.miss("disk_bytes", result.disk_format)
+        else:
+            found.know("disk_bytes", result.disk_bytes, f"size of the file written by {result.disk_format}")
+        deriving.times(found, result, deriving.phase_of(process, "time"), on_gpu=memory.on_gpu)
+        run = deriving.phase_of(process, "run")
+        for part in _PARTS:
+            if part in run.parts:
+                deriving.live(found, run.parts[part], f"{part}_peak_live_bytes", memory)
+        deriving.warmup(found, deriving.phase_of(process, "warmup"), memory)
+        _holdings(found, result)
+        _loss(found, result)
+        if result.quality is not None:
+            _quality(found, result.quality, is_trained=result.is_trained)
+        for name, figure in result.custom_figures.items():
+            if figure.value is None:
+                found.miss(name, figure.reason or "its plug-in does not say why")
+            else:
+                found.know(name, figure.value, "a plug-in's own measuring over held-out text")
+        return found
+
+
+def case_names(case: Case) -> dict[str, Any]:
+    """What a case is made of, as its record has it."""
+    own = {field: _named(plugin) for field, plugin in case.metric_plugins.items()}
+    return {
+        "model": case.model,
+        "technique": case.technique,
+        "workload": case.workload,
+        "device": case.device,
+        "model_plugin": _named(case.model_plugin),
+        "technique_plugins": [_named(technique) for technique in case.technique_plugins],
+        "workload_plugin": _named(case.workload_plugin),
+        **({"metric_plugins": own} if own else {}),
+    }
+
+
+def _named(plugin: Plugin) -> dict[str, Any]:
+    """A plug-in as its record has it."""
+    # By the fingerprint a comparison tells that the same name has become something else.
+    own = {"file": plugin.file.name, "sha256": plugin.file.sha256[:12]} if plugin.file else {}
+    return {"use": plugin.use, "options": dict(plugin.options), **own}
+
+
+def _of_what_was_reached(readings: JobReadings, process: ProcessReading, memory: WorkerMemory) -> Figures:
+    """The metrics of a case that did not get to its end."""
+    found = Figures()
+    for name in _ALWAYS:
+        found.miss(name, f"the case ended as {readings.status}")
+    for name in ("load", "apply"):
+        if (phase := process.phase(name)) is not None:
+            deriving.live(found, phase, f"{name}_peak_live_bytes", memory)
+    return found
+
+
+def _memory(
+    found: Figures, readings: JobReadings, process: ProcessReading, result: Result, memory: WorkerMemory
+) -> None:
+    """Memory and durations of phases, and what stages found out."""
+    load, apply, run, time = (deriving.phase_of(process, name) for name in ("load", "apply", "run", "time"))
+    deriving.live(found, run, "peak_live_bytes", memory)
+    deriving.held(found, run, memory)
+    deriving.live(found, load, "load_peak_live_bytes", memory)
+    deriving.live(found, apply, "apply_peak_live_bytes", memory)
+    found.know("apply_s", apply.duration_s, "monotonic clock, under the pinned allocator")
+    deriving.footprint(found, run, time, memory, readings.interval_s)
+    deriving.children(found, process.phases, readings.interval_s)
+    for name, fact in result.facts.items():
+        found.know(name, fact.value, fact.source)
+    store = process.phase("store")
+    if store is not None:
+        deriving.live(found, store, "store_peak_live_bytes", memory)
+        found.know("store_s", store.duration_s, "monotonic clock, under the pinned allocator")
+        if (compressing := store.parts.get("compress")) is not None:
+            on_cpu = WorkerMemory(False, memory.pinned, memory.baseline)
+            deriving.live(found, compressing, "compress_peak_live_bytes", on_cpu)
+
+
+def _holdings(found: Figures, result: Result) -> None:
+    """What holds memory, by category, and which weights are trained."""
+    for category, name in _CATEGORIES.items():
+        sizes = [of_part[category] for of_part in (result.breakdown_bytes or {}).values() if category in of_part]
+        if sizes:
+            found.know(name, max(sizes), "walk over storages at the highest moment of a part of a step")
+    if result.trained_weights_bytes is not None:
+        found.know("trained_weights_bytes", result.trained_weights_bytes, "walk over parameters")
+    if result.frozen_weights_bytes is not None:
+        source = "walk over parameters and buffers, less those trained"
+        found.know("frozen_weights_bytes", result.frozen_weights_bytes, source)
+
+
+def _loss(found: Figures, result: Result) -> None:
+    if not result.losses_nats:
+        return
+    last = result.losses_nats[-1]
+    if last is None:
+        found.miss("final_loss_nats", "it is not finite")
+    else:
+        found.know("final_loss_nats", last, "cross entropy in fp32 of the last step")
+
+
+def _quality(found: Figures, quality: QualityReading, *, is_trained: bool) -> None:
+    """Quality from each piece's loss; a difference to the reference from the pieces' own differences."""
+    source = "cross entropy in fp32 over held-out text"
+    nats, all_bytes = quality.nats, None if None in quality.bytes else sum(b for b in quality.bytes if b)
+    if is_trained:
+        if None in nats or all_bytes is None:
+            reason = "it is not finite" if None in nats else "the model has no tokenizer: no text can be put to it"
+            for name in ("bits_per_byte", "perplexity_per_token"):
+                found.miss(name, reason)
+        else:
+            all_nats = sum(each for each in nats if each is not None)
+            found.know("bits_per_byte", all_nats / all_bytes / math.log(2), source)
+            per_token = all_nats / sum(quality.tokens)
+            found.know("perplexity_per_token", math.exp(min(per_token, _MOST_NATS)), source)
+    against = f"{source}, against the reference's logits"
+    if quality.is_compared:
+        for name, value in (
+            ("kl_nats", quality.kl_nats),
+            ("top1_agreement_percent", quality.top1_agreement_percent),
+        ):
+            if value is None:
+                found.miss(name, quality.unknown or "the logits are not finite")
+            else:
+                found.know(name, value, against)
+    theirs = quality.reference_nats
+    if is_trained and all_bytes and theirs is not None and None not in (*nats, *theirs):
+        differences = [
+            a - b for a, b in zip(nats, theirs, strict=True) if a is not None and b is not None
+        ]  # fmt: skip
+        in_bits = 1 / all_bytes / math.log(2)
+        found.know("lost_bits_per_byte", sum(differences) * in_bits, against)
+        if len(differences) > 1:
+            error = statistics.stdev(differences) * len(differences) ** 0.5 * in_bits
+            found.know("lost_bits_per_byte_standard_error", error, f"{len(differences)} paired pieces of text")

@@ -1,0 +1,68 @@
+"""The job ``function``: calls of a user's function, such as a test hands it over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from membench.protocol import requests
+from membench.protocol.case import REFERENCE
+from membench.protocol.forking import StartWorker
+from membench.protocol.readings import Baseline
+from membench.running import deriving
+from membench.running.deriving import JobReadings, WorkerMemory
+from membench.running.figures import Figures
+from membench.running.jobs.kind import RunnableJob
+from membench.running.references import References
+
+_ALWAYS = ("peak_live_bytes", "held_live_bytes", "peak_footprint_bytes", "held_footprint_bytes", "step_median_s")
+"""Metrics that a function has or is told why not, however it ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FunctionJob(RunnableJob):
+    """A function in phases like those of a case.
+
+    Attributes:
+        model: what its record names where a case names a model; ``workload`` likewise.
+        pickled: the file of function, arguments and surroundings, as ``worker.function`` reads it.
+        raised: the file for an exception that the function raises.
+    """
+
+    model: str
+    workload: str
+    pickled: Path
+    raised: Path
+
+    @property
+    def names(self) -> Mapping[str, Any]:
+        # No technique is applied, and it stands alone: it is its own reference.
+        return {
+            "model": self.model, "technique": REFERENCE, "workload": self.workload, "device": str(self.device),
+        }  # fmt: skip
+
+    def order(self, number: int, references: References) -> StartWorker:
+        del references
+        work = requests.MeasureFunction(str(self.pickled), str(self.raised), self.steps)
+        request = requests.encode(requests.Request(work, self.asked(number)))
+        return StartWorker(request, number, self.settings.isolation)
+
+    def derive(self, readings: JobReadings) -> Figures:
+        """What there is without a model and its quality."""
+        found = Figures()
+        process, result = readings.processes[0], readings.results[0]
+        if result is None:
+            for name in _ALWAYS:
+                found.miss(name, f"the case ended as {readings.status}")
+            return found
+        memory = WorkerMemory(readings.on_gpu, result.pinned, process.baseline or Baseline())
+        run, time = deriving.phase_of(process, "run"), deriving.phase_of(process, "time")
+        deriving.live(found, run, "peak_live_bytes", memory)
+        deriving.held(found, run, memory)
+        deriving.warmup(found, deriving.phase_of(process, "warmup"), memory)
+        deriving.footprint(found, run, time, memory, readings.interval_s)
+        deriving.children(found, process.phases, readings.interval_s)
+        deriving.times(found, result, time, on_gpu=readings.on_gpu)
+        return found

@@ -1,0 +1,30 @@
+"""Which kind of job a case of a suite is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from membench.host.device import Device
+from membench.protocol.case import Case
+from membench.protocol.requests import Checkouts
+from membench.running.jobs.case import CaseJob
+from membench.running.jobs.kind import RunnableJob
+from membench.running.jobs.script import ScriptJob
+from membench.suite.schema import Settings
+
+
+def job_of(
+    case: Case,
+    repeat: int,
+    settings: Settings,
+    limits: Mapping[str, float] | None = None,
+    checkouts: Checkouts | None = None,
+) -> RunnableJob:
+    """The job that measures a case once; a case with a command is a user's program."""
+    device = Device.parse(case.device)
+    if case.command is not None:
+        return ScriptJob(id=case.id, repeat=repeat, device=device, limits=limits or {}, settings=settings, case=case)
+    return CaseJob(
+        id=case.id, repeat=repeat, device=device, limits=limits or {}, settings=settings, case=case,
+        checkouts=checkouts,
+    )  # fmt: skip

@@ -1,0 +1,148 @@
+"""One process (rank) of a job under way: what it says and prints, and what is known of it so far."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, get_args
+
+from membench.host.device import Device
+from membench.protocol.forking import WorkerEnded
+from membench.protocol.messages import (
+    BaselineTaken,
+    BrokenMessage,
+    Done,
+    EndedBadly,
+    GpuFound,
+    Message,
+    PhaseBegins,
+    PhaseEnds,
+    Progress,
+    Result,
+    ResultSoFar,
+)
+from membench.protocol.readings import Baseline, GpuReading, PhaseReading, ProcessReading
+from membench.records.record import Status
+from membench.running.observer import Observer
+
+Tell = Callable[[str, Mapping[str, Any]], None]
+
+_TAIL_BYTES = 4096
+
+
+class Rank:
+    """A worker, as it is when it measures cases and functions; other kinds of jobs derive from it."""
+
+    role: ClassVar[str] = "worker"
+    is_heard_to_the_end: ClassVar[bool] = False
+    """Whether what it prints is read until the last process that may print has closed it."""
+    survives_interrupts: ClassVar[bool] = False
+    """Whether its record is kept where the user interrupts it."""
+
+    def __init__(self, number: int, device: Device, tell: Tell) -> None:
+        self.number, self.device, self._tell = number, device, tell
+        self.pid: int | None = None
+        self.status: Status | None = None
+        self.phase: str | None = None
+        self.message: str | None = None
+        self.phases: list[PhaseReading] = []
+        self.result: Result | None = None
+        self.tail = b""
+        self.is_done = False
+        self.is_interrupted = False
+        self._observer: Observer | None = None
+        self._baseline: Baseline | None = None
+        self._gpu: GpuReading | None = None
+        self._gpu_unknown: str | None = None
+
+    @property
+    def observer(self) -> Observer:
+        assert self._observer is not None, "it has been started"
+        return self._observer
+
+    def started(self, observer: Observer, no_gpus: str | None, at_s: float) -> None:
+        """It runs, and is observed.
+
+        Args:
+            no_gpus: why NVML cannot be asked, if that is so.
+            at_s: when it was asked for, by the monotonic clock.
+        """
+        self.pid, self._observer, self._no_gpus, self.started_at_s = observer.pid, observer, no_gpus, at_s
+
+    def close(self) -> None:
+        """Observe it no more."""
+        if self._observer:
+            self._observer.close()
+
+    def hear(self, message: Message) -> None:
+        """Take up what it said.
+
+        Raises:
+            BrokenMessage: if no worker of this kind says so.
+        """
+        match message:
+            case PhaseBegins():
+                self.phase = message.phase
+                self.observer.begin_phase()
+                self._tell("phase", {"phase": message.phase})
+            case PhaseEnds():
+                seen = self.observer.end_phase()
+                seen.gpu_unknown = self._gpu_unknown or seen.gpu_unknown
+                self.phases.append(seen.complete(message.reading))
+            case BaselineTaken():
+                self._baseline = message.baseline
+                self._tell("baseline", {"bytes": message.baseline.resident_bytes})
+            case GpuFound():
+                self._gpu = message.gpu
+                self._gpu_unknown = self.observer.use_gpu(message.gpu.uuid or "") or self._no_gpus
+            case ResultSoFar():
+                self.result = message.result
+            case EndedBadly():
+                if message.status not in get_args(Status):
+                    raise BrokenMessage(f"a worker ended as {message.status!r}, which is no status")
+                self.status, self.message = message.status, message.message  # type: ignore[assignment]
+                self.phase = message.phase or self.phase
+            case Done():
+                self.is_done = True
+            case Progress():
+                self._tell("progress", dataclasses.asdict(message))
+            case _:
+                raise BrokenMessage(f"a worker marks no phases of its own: '{message.phase}'")
+
+    def print_out(self, data: bytes) -> None:
+        """Take up what it printed."""
+        self.tail = (self.tail + data)[-_TAIL_BYTES:]
+
+    def interrupt(self) -> None:
+        """The user interrupted it."""
+        self.is_interrupted = True
+
+    def ended(self, ended: WorkerEnded) -> None:
+        """It is gone, whatever became of it; ``judge`` settles its status."""
+
+    def last_words(self) -> str:
+        """What it printed last, where that explains how it ended."""
+        return ""
+
+    def reading(self) -> ProcessReading:
+        """All that was read of it, for the record."""
+        result = self.result or Result(pinned=False)
+        known = self.result is not None
+        return ProcessReading(
+            role=self.role,
+            rank=self.number,
+            device=str(self.device),
+            pid=self.pid,
+            gpu=self._gpu,
+            baseline=self._baseline,
+            phases=tuple(self.phases),
+            durations_s=result.durations_s if known else None,
+            waited_s=result.waited_s,
+            corpus=result.corpus,
+            losses_nats=result.losses_nats,
+            modules_bytes=result.modules_bytes,
+            breakdown_bytes=result.breakdown_bytes,
+            peak_part=result.peak_part,
+            quality=result.quality,
+            exit_code=result.exit_code,
+        )

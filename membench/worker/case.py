@@ -1,0 +1,295 @@
+"""Inside the measured process: a case's phases, one after the other.
+
+Live memory is measured in ``store``, ``warmup``, ``run`` and ``breakdown`` under the pinned allocator; ``time`` runs
+other steps under the default one, for durations and for the footprint that a user's process would show, and ``finish``
+those that are left where a workload has so many in all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from membench import plugins
+from membench.host import import_guard
+from membench.protocol.messages import Fact, Result, ResultSoFar
+from membench.protocol.readings import PartReading
+from membench.protocol.requests import MeasureCase, Rank
+from membench.worker import allocator, breakdown, checkpoint, device, notes, quality
+from membench.worker.assembly import Assembly
+from membench.worker.meter import STEPS_FOR_MEMORY, Meter, Timing
+from membench.worker.weights import bytes_by_module, weight_bytes
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+class Diverged(Exception):
+    """A training whose loss is no number any more; all that was measured stands."""
+
+    def __init__(self, phase: str | None, message: str) -> None:
+        super().__init__(message)
+        self.phase = phase
+
+
+def measure(asked: MeasureCase, rank: Rank, scratch: Path, meter: Meter) -> None:
+    """The life of a case, phase by phase; what is known is told before whatever may still fail.
+
+    Raises:
+        Diverged: at the end, if the training did.
+    """
+    work = _Work(asked, rank, scratch, meter)
+    module = work.load_and_apply(work.make_ready())
+    _refuse_foreign_code(asked)
+    work.store(module)
+    step = work.run_for_memory(module)
+    work.run_for_time(step)
+    work.finish(module, step)
+    del step  # and with it the optimizer
+    work.case.context.inventory.clear()
+    work.evaluate(module)
+    work.save(module)
+    _refuse_foreign_code(asked)
+    if work.diverged is not None:
+        raise work.diverged
+
+
+def _refuse_foreign_code(asked: MeasureCase) -> None:
+    if asked.checkouts:
+        import_guard.refuse_imported(Path(asked.checkouts.other), Path(asked.checkouts.own))
+
+
+class _Work:
+    """A case under way: what it measures gathers in its result."""
+
+    def __init__(self, asked: MeasureCase, rank: Rank, scratch: Path, meter: Meter) -> None:
+        self.case = Assembly.of(asked, rank.device, scratch, meter.part)
+        self.losses: list[float] = []
+        self.diverged: Diverged | None = None
+        self._asked, self._rank, self._scratch, self._meter = asked, rank, scratch, meter
+        self._remarks: list[str] = []
+        self._notes: list[str] = []
+        self._result = Result(pinned=False, is_trained=self.case.model.quality)
+
+    def _learn(self, **known: Any) -> None:
+        """Put what is known now into the result."""
+        self._result = replace(self._result, **known)
+
+    def make_ready(self) -> int | None:
+        """Do all that must not be measured, up to the baseline; bytes of the plain weights, if they are known."""
+        import torch
+
+        case, where = self.case, self._rank.device
+        if self._meter.on_gpu:
+            device.refuse_missing(where)
+        allocator.pin()  # else large blocks of the text leave holes in the heap, which count once something fills them
+        case.read_text()
+        self._learn(corpus=case.digest())
+        allocator.unpin()
+        case.prepare()
+        self._learn(pinned=allocator.pin())
+        torch.set_num_threads(self._rank.threads)
+        case.refuse_what_cannot_fit()
+        if (failed := case.rehearse()) is not None:
+            self._notes.append(f"what libraries set up once is in the figures: rehearsing ended in {failed}")
+        if self._meter.on_gpu:
+            device.announce_gpu(self._meter, where)
+        converted = any(technique.applies_rest for technique in case.techniques)
+        plain_bytes = case.plain_weight_bytes() if converted else None
+        if case.context.diverged:
+            self.diverged = Diverged(None, case.context.diverged[0])  # in the process that prepared the case
+        self._meter.set_baseline()
+        torch.manual_seed(self._asked.seed)
+        return plain_bytes
+
+    def load_and_apply(self, plain_bytes: int | None) -> nn.Module:
+        """Phases ``load`` and ``apply``; ``plain_bytes``: of the weights in fp32, where loading already converts."""
+        with self._meter.phase("load", "pinned"):
+            self._meter.memory_in_parts = True
+            module = self.case.load()
+            self._meter.memory_in_parts = False
+        converted = any(technique.applies_rest for technique in self.case.techniques)
+        self._plain_bytes = plain_bytes if converted else weight_bytes(module)
+        with self._meter.phase("apply", "pinned"):
+            module = self.case.apply(module)
+        self._remarks += self.case.remarks_on_idle()
+        if self.case.context.diverged and self.diverged is None:
+            self.diverged = Diverged(self._meter.current_phase, self.case.context.diverged[0])
+        module.train(self.case.workload.trains)
+        return module
+
+    def store(self, module: nn.Module) -> None:
+        """Phase ``store``, where the workload reads a corpus or trains on samples."""
+        if self.case.workload.corpus() is None and self.case.workload.samples() is None:
+            return
+        with self._meter.phase("store", "pinned"):
+            self._meter.memory_in_parts = True
+            self.case = self.case.store(module)
+            self._meter.memory_in_parts = False
+
+    def _hear(self, loss: torch.Tensor | None) -> None:
+        if loss is None:
+            return
+        self.losses.append(loss.item())
+        if self.diverged is None and not math.isfinite(self.losses[-1]):
+            message = f"the training loss became {self.losses[-1]} in step {len(self.losses)}"
+            self.diverged = Diverged(self._meter.current_phase, message)
+
+    def run_for_memory(self, module: nn.Module) -> plugins.Step:
+        """Phases ``warmup``, ``run`` and ``breakdown``, under the pinned allocator; the step that they run."""
+        case, meter = self.case, self._meter
+        with meter.phase("warmup", "pinned"):
+            step = case.workload.start(module, case.tokens(module), case.techniques, case.context)
+            self._hear(step())
+        if case.workload.trains:
+            trained_bytes = sum(breakdown.storages(p for p in module.parameters() if p.requires_grad).values())
+            # Packed weights are no parameters: what is not trained is found by what is left.
+            self._learn(
+                trained_weights_bytes=trained_bytes, frozen_weights_bytes=weight_bytes(module) - trained_bytes
+            )  # fmt: skip
+        with meter.phase("run", "pinned") as run:
+            meter.memory_in_parts = True
+            for _ in range(STEPS_FOR_MEMORY):
+                self._hear(step())
+            meter.memory_in_parts = False
+        # Counted only now: some libraries pack weights anew in their first pass.
+        self._learn(weights_bytes=weight_bytes(module), modules_bytes=bytes_by_module(module))
+        self._notes += case.notes_on_text(module)
+        self._notes += notes.on_weights(module, case.techniques, self._plain_bytes)
+        if (optimizer := case.context.inventory.get("optimizer")) is not None:
+            trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            self._notes += notes.on_states(optimizer(), trained, case.techniques)
+        if case.context.inventory:
+            with meter.phase("breakdown", "pinned"):
+                watch = breakdown.Census(
+                    module, case.context.inventory, meter.held_live_bytes, lambda: meter.current_part
+                )
+                on_cache: list[str] = []
+
+                def look() -> None:
+                    watch.look()
+                    on_cache[:] = self._notes_on_cache()  # the last look finds the cache full
+
+                with watch.watching(), meter.looking(look):
+                    self._hear(step())
+            self._notes += on_cache
+            known = meter.on_gpu or self._result.pinned
+            peaks = _live_peaks(run.peaks_of_parts()) if known else {}
+            self._learn(
+                breakdown_bytes=watch.breakdown(peaks),
+                peak_part=max(peaks, key=lambda part: peaks[part], default=None),
+            )
+        for name, technique in zip(case.names, case.techniques, strict=True):
+            if remark := technique.remark(module, case.context):
+                self._remarks.append(f"'{name}' {remark}")
+        return step
+
+    def _notes_on_cache(self) -> list[str]:
+        case, tokens, shape = self.case, self.case.workload.cached_tokens(), self.case.model.shape
+        if tokens is None or shape is None or "cache" not in case.context.inventory:
+            return []
+        if any(technique.nominal_share() != 1 for technique in case.techniques):
+            return []  # another shape has another cache
+        plain_bytes = 4 * 2 * shape.layers * shape.key_value_heads * (shape.width // shape.heads) * tokens
+        return notes.on_cache(case.context.inventory["cache"](), plain_bytes, case.techniques)
+
+    def run_for_time(self, step: plugins.Step) -> None:
+        """Phase ``time``, under the default allocator."""
+        meter, steps, timing = self._meter, self._asked.steps, Timing()
+        allocator.unpin()
+        data = self.case.context.data
+        codec_speeds = [] if data is None or self._bytes_of_an_epoch() is None else data.codec_speeds()
+        with meter.phase("time", "default") as timed:
+            timed.steps = steps.warmup + steps.measured
+            for _ in range(steps.warmup):
+                self._hear(step())
+            meter.parts.clear()
+            for _ in range(steps.measured):
+                self._hear(timing.take_up(meter.timed(step)))
+        if data is not None:
+            self.case.context.facts.update(data.timed_afresh(codec_speeds))  # here, as the steps were
+        allocator.pin()
+        self._learn(
+            durations_s=timing.durations_s,
+            waited_s=timing.waited_s,
+            losses_nats=self._losses_nats(),
+            tokens_per_step=self.case.workload.tokens_per_step() or self._tokens_of_an_epoch(),
+            epoch_bytes=self._bytes_of_an_epoch(),
+            decoded_tokens=self.case.workload.decoded_tokens_per_step(),
+        )
+        self._tell("the case ended before the checkpoint was saved")
+
+    def _losses_nats(self) -> list[float | None]:
+        return [loss if math.isfinite(loss) else None for loss in self.losses]
+
+    def finish(self, module: nn.Module, step: plugins.Step) -> None:
+        """Phase ``finish``, where the workload trains for so many steps in all: those left, and its result."""
+        case, all_steps = self.case, self.case.workload.steps_in_all()
+        if all_steps is None:
+            return
+        allocator.unpin()  # no memory is measured here, and it is faster so
+        with self._meter.phase("finish", "default"):
+            while len(self.losses) < all_steps and self.diverged is None:
+                self._hear(step())
+                self._meter.parts.clear()
+            module.eval()
+            case.workload.examine(module, case.techniques, case.context)
+        allocator.pin()
+        self._learn(losses_nats=self._losses_nats())
+        self._tell("the case ended before the checkpoint was saved")
+
+    def _tokens_of_an_epoch(self) -> int | None:
+        data = self.case.context.data
+        return None if data is None else data.tokens()
+
+    def _bytes_of_an_epoch(self) -> int | None:
+        """Packed bytes that a step reads, where it reads an epoch."""
+        data = self.case.context.data
+        return None if data is None or self.case.workload.tokens_per_step() is not None else data.packed_bytes()
+
+    def _tell(self, not_saved: str | None = None) -> None:
+        """Say what is known so far; ``not_saved``: why there is no checkpoint, if it stays so."""
+        facts = {name: Fact(value, source) for name, (value, source) in self.case.context.facts.items()}
+        self._learn(facts=facts, remarks=self._remarks, notes=self._notes)
+        said = self._result if not_saved is None else replace(self._result, disk_bytes=None, disk_format=not_saved)
+        self._meter.tell(ResultSoFar(said))
+
+    def evaluate(self, module: nn.Module) -> None:
+        """Phase ``evaluate``, where the model gives logits."""
+        if not self.case.model.gives_logits:
+            return
+        case, reference = self.case, self._asked.reference
+        with self._meter.phase("evaluate", "pinned"):
+            module.eval()
+            found = quality.evaluate(
+                case.model, module, case.techniques, case.workload, case.context,
+                Path(reference.path), reference.is_written_here,
+            )  # fmt: skip
+            figures, failed = quality.own(
+                case.metrics, case.model, module, case.techniques, case.workload, case.context, Path(reference.path)
+            )
+        self._learn(quality=found, custom_figures=figures)
+        self._remarks += failed
+        if None in found.nats and self.diverged is None:
+            self._remarks.append("the logits of held-out text are not finite")
+        self._tell("the checkpoint was not saved")
+
+    def save(self, module: nn.Module) -> None:
+        """Phase ``save``."""
+        with self._meter.phase("save", "pinned"):
+            size_bytes, how = checkpoint.save(module, self._scratch)
+        self._learn(disk_bytes=size_bytes, disk_format=how)
+        self._tell()
+
+
+def _live_peaks(parts: Mapping[str, PartReading]) -> dict[str, int]:
+    """The live peak of each part of a step, where it was read."""
+    return {
+        name: peak_bytes
+        for name, part in parts.items()
+        if name != "between" and (peak_bytes := part.live_peak_bytes) is not None
+    }
