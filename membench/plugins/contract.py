@@ -1,8 +1,7 @@
-"""What models, techniques, workloads and quality metrics are derived from: the contract with its defaults.
+"""The plug-in contract: the base classes of models, techniques, workloads and quality metrics, with their defaults.
 
-``membench.contract`` has the same on one screen, and the promise of what stays. A plug-in's module must not import
-torch when it is loaded: the runner reads its options without it. Import torch in the methods; those run in the measured
-process.
+``membench list contract`` prints it on one screen. A plug-in's module must not import torch when it is loaded: the
+runner reads its options without it. Import torch in the methods; they run in the measured process.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple,
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
-from membench.plugins.contract_screen import CONTRACT_VERSION
 from membench.plugins.storage import Storage
 from membench.units import parse_bytes
 
@@ -26,6 +24,13 @@ if TYPE_CHECKING:
     from membench.data.dataset import Dataset
     from membench.data.samples import Samples
 
+CONTRACT_VERSION = 1
+"""History: 1, the first."""
+PROMISE = """\
+Promise: within one CONTRACT_VERSION nothing here, nor an argument or field of what is passed, is removed, renamed,
+reordered or given another meaning; new stages have defaults. A plug-in that states the version it was written for
+(contract: ClassVar[int]) is refused by any other version instead of being run wrongly; the CHANGELOG says what to
+change."""
 
 _T = TypeVar("_T")
 
