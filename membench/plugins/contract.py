@@ -1,7 +1,9 @@
-"""The plug-in contract: the base classes of models, techniques, workloads and quality metrics, with their defaults.
+"""The plug-in contract: the base classes of models, techniques and workloads, and what the harness passes to them.
 
-``membench list contract`` prints it on one screen. A plug-in's module must not import torch when it is loaded: the
-runner reads its options without it. Import torch in the methods; they run in the measured process.
+They are in one file because they refer to each other: a technique asks about the case's model and workload, and a
+workload runs the steps of techniques. ``membench list contract`` prints the whole contract on one screen. A plug-in's
+module must not import torch when it is loaded: the runner reads its options without it. Import torch in the methods;
+they run in the measured process.
 """
 
 from __future__ import annotations
@@ -10,59 +12,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
-
+from membench.plugins.options import Options
 from membench.plugins.storage import Storage
-from membench.units import parse_bytes
+from membench.plugins.training import Corpus, Samples, Step, Tokens, TrainingData, TrainingStep
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-    from membench.data.dataset import Dataset
-    from membench.data.samples import Samples
-
-CONTRACT_VERSION = 1
-"""History: 1, the first."""
-PROMISE = """\
-Promise: within one CONTRACT_VERSION nothing here, nor an argument or field of what is passed, is removed, renamed,
-reordered or given another meaning; new stages have defaults. A plug-in that states the version it was written for
-(contract: ClassVar[int]) is refused by any other version instead of being run wrongly; the CHANGELOG says what to
-change."""
-
-_T = TypeVar("_T")
-
-
-def _parsed(size: object) -> object:
-    return parse_bytes(size) if isinstance(size, str) else size
-
-
-ByteCount = Annotated[int, BeforeValidator(_parsed)]
-"""The type of an option that is a size: bytes, or text such as '8 MiB'."""
-
-
-class Options(BaseModel):
-    """What every plug-in is: typed options, a docstring whose first line is shown by ``membench list``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
-    contract: ClassVar[int] = CONTRACT_VERSION
-    """The version of the contract that the plug-in was written for, where it says so."""
-    required: ClassVar[frozenset[str]] = frozenset()
-    """Stages that have no default."""
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """Names after the plug-in's own: preset '60m' of 'llama' is written 'llama-60m'."""
-    imports: ClassVar[tuple[str, ...]] = ("torch",)
-    """Modules the fork server imports once, so that no case pays for them."""
-
-
-class Unsuitable(Exception):
-    """Raised by a stage that finds that it cannot serve the case; the case is skipped, and this is the reason."""
-
-
-class DoesNotFit(Exception):
-    """Arithmetic says that a case needs more memory than there is."""
 
 
 class Shape(NamedTuple):
@@ -104,7 +62,7 @@ class Context:
         diverged: what to say of a training while loading or converting whose loss became no number; the case then ends
             as ``diverged``, with all its figures.
         facts: figures that a stage found out, by metric field, each with how it was obtained.
-        data: the training data as the stack keeps them, where the workload reads a corpus.
+        data: the training data as the stack stores it, where the workload reads a corpus.
         samples: what the stack draws labelled samples from, where the workload trains on some.
         rehearsal: the case is only gone through on a miniature; one step of whatever takes many is enough.
         corpus: what the workload reads, where it reads a corpus.
@@ -119,45 +77,10 @@ class Context:
     idle: list[Technique] = field(default_factory=list)
     diverged: list[str] = field(default_factory=list)
     facts: dict[str, tuple[float, str]] = field(default_factory=dict)
-    data: Dataset | None = None
+    data: TrainingData | None = None
     samples: Samples | None = None
     rehearsal: bool = False
     corpus: Corpus | None = None
-
-
-Step: TypeAlias = "Callable[[], torch.Tensor | None]"
-"""Does one step; a training step returns its loss (a scalar, detached)."""
-
-Tokens: TypeAlias = "Callable[[int], torch.Tensor]"
-"""The next so many token ids of the text: (count,), int64, on the CPU."""
-
-
-@dataclass
-class TrainingStep:
-    """The pieces of a training step, each replaceable by a technique.
-
-    Attributes:
-        split: of a step's batch of token ids (B, T): the runs of its rows that forward and backward go through one
-            after the other, their gradients adding up.
-        loss: of (module, such rows): the mean cross entropy of their next tokens, a scalar.
-        backward: of the loss, weighted by the rows' share of the batch.
-    """
-
-    split: Callable[[torch.Tensor], Sequence[torch.Tensor]]
-    loss: Callable[[nn.Module, torch.Tensor], torch.Tensor]
-    backward: Callable[[torch.Tensor], None]
-    step: Callable[[], None]
-    zero_grad: Callable[[], None]
-
-
-class Corpus(NamedTuple):
-    """Training data that a workload reads: from where, how much, in what rows, batches and processes."""
-
-    source: str
-    most_bytes: int | None
-    length: int
-    batch_size: int
-    workers: int
 
 
 class Model(Options):
@@ -311,49 +234,6 @@ class Technique(Options):
         return None
 
 
-class LayerWise(Technique):
-    """A technique that converts one layer after the other, and so can be streamed from a checkpoint."""
-
-    required: ClassVar[frozenset[str]] = frozenset({"convert"})
-
-    def convert(self, name: str, layer: nn.Module, head: nn.Module | None) -> nn.Module:
-        """What takes the place of ``layer``, or ``layer`` itself, changed or as it is.
-
-        Args:
-            name: its path in the model.
-            layer: a module that owns parameters directly; its children are not to be touched.
-            head: the model's output head, if it has one: some techniques leave it alone.
-        """
-        raise NotImplementedError
-
-    def for_rehearsal(self, context: Context) -> Self:
-        """This technique, or in a rehearsal one of the same kind whose options fit the miniature."""
-        return self
-
-    def apply(self, module: nn.Module, context: Context) -> nn.Module:
-        head, technique = output_head(module), self.for_rehearsal(context)
-        for name, layer in [(n, child) for n, child in module.named_modules() if child._parameters]:
-            converted = given_back(technique.convert(name, layer, head), self, "convert", "layer")
-            module = replaced(module, name, converted)
-        return module
-
-
-def output_head(module: nn.Module) -> nn.Module | None:
-    """The layer that makes the logits, where the module says which it is."""
-    found: nn.Module | None = getattr(module, "get_output_embeddings", lambda: None)()
-    return found
-
-
-def replaced(module: nn.Module, name: str, layer: nn.Module) -> nn.Module:
-    """``module`` with the layer at a path exchanged; the layer itself where the path is that of the root."""
-    if not name:
-        return layer
-    where, _, last = name.rpartition(".")
-    if getattr(module.get_submodule(where), last) is not layer:
-        setattr(module.get_submodule(where), last, layer)
-    return module
-
-
 class Workload(Options):
     """What is done with the model. ``start`` returns a function that does one step."""
 
@@ -410,53 +290,6 @@ class Workload(Options):
     def start(self, module: nn.Module, tokens: Tokens, techniques: Sequence[Technique], context: Context) -> Step:
         """Prepare (optimizer, batch) and return the step, which enters ``stepping`` around each forward pass."""
         raise NotImplementedError
-
-
-class HeldOut(NamedTuple):
-    """Text that the model was not trained on.
-
-    Attributes:
-        pieces: runs of token ids, the first of each given and the others to be predicted.
-        logits: of token ids (T,), int64, on the case's device: logits (T, vocabulary), as the workload has the module
-            read them, with the stack's contexts around it.
-        reference: of a piece, by its number: the reference's logits of all tokens but the last (T - 1, vocabulary),
-            fp32, on the case's device; raises ``Unsuitable`` where they are not kept.
-    """
-
-    pieces: Sequence[Sequence[int]]
-    logits: Callable[[torch.Tensor], torch.Tensor]
-    reference: Callable[[int], torch.Tensor]
-
-
-class QualityMetric(Options):
-    """A figure of how good the converted model is, taken in the phase ``evaluate``."""
-
-    required: ClassVar[frozenset[str]] = frozenset({"measure"})
-    unit: ClassVar[str] = ""
-    """What follows the number: '%', 'nats'."""
-    better: ClassVar[Literal["lower", "higher"]] = "lower"
-
-    def measure(self, module: nn.Module, held_out: HeldOut, context: Context) -> float:
-        """The figure of a module that is in its mode of evaluation, without gradients; leave the module as it is.
-
-        Raises:
-            Unsuitable: where it cannot be had of this case; the reason stands in the record.
-        """
-        raise NotImplementedError
-
-
-CONTRACT_CLASSES: frozenset[type] = frozenset({Options, Model, Technique, LayerWise, Workload, QualityMetric})
-
-
-def given_back(returned: _T | None, plugin: Options, method: str, wanted: str) -> _T:
-    """What a method that changes something returned.
-
-    Raises:
-        TypeError: if that is nothing: it forgot to give it back.
-    """
-    if returned is None:
-        raise TypeError(f"'{method}' of {type(plugin).__name__} returned nothing; end it with 'return {wanted}'")
-    return returned
 
 
 @contextmanager

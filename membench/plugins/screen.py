@@ -1,23 +1,13 @@
-"""The contract of plug-ins on one screen, made from its classes: ``membench list contract`` prints it."""
+"""The screen that ``membench list contract`` prints: the plug-in contract, made from its base classes."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
 
-from membench.plugins import registry
-from membench.plugins.contract import (
-    CONTRACT_VERSION,
-    PROMISE,
-    LayerWise,
-    Model,
-    Options,
-    QualityMetric,
-    Technique,
-    Workload,
-)
+from membench.plugins import CONTRACT_CLASSES, registry
+from membench.plugins.options import CONTRACT_VERSION, PROMISE, Options
 
-_CLASSES: tuple[type[Options], ...] = (Options, Technique, LayerWise, Model, Workload, QualityMetric)
 _FOR_THE_HARNESS = ("model_config", "required")
 """Class variables that a plug-in does not set."""
 _RULES = """\
@@ -36,7 +26,7 @@ def contract_lines() -> Iterator[str]:
     yield from PROMISE.splitlines()
     yield ""
     yield f"CONTRACT_VERSION = {CONTRACT_VERSION}"
-    for owner in _CLASSES:
+    for owner in CONTRACT_CLASSES:
         yield ""
         yield from _declared(owner)
 
