@@ -24,7 +24,7 @@ def add(verbs: Verbs) -> None:
 def _list(arguments: argparse.Namespace) -> int:
     from membench.plugins import screen
     from membench.suite import catalog
-    from membench.suite.suite import is_suite, load_suite
+    from membench.suite.loading import is_suite, load_suite
 
     # A kind first, then a suite, then a plug-in: what a name means must not depend on what is installed.
     if arguments.what is None or arguments.what in catalog.KINDS:

@@ -23,7 +23,8 @@ from membench.host.import_guard import ON_PATH, ForeignCode, is_foreign
 from membench.plugins import registry
 from membench.records.case import Case, Plugin
 from membench.running.session import Session
-from membench.suite.suite import Suite, load_suite
+from membench.suite.loading import load_suite
+from membench.suite.suite import Suite
 
 _FOREIGN = f"{ForeignCode.__name__}: "
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")

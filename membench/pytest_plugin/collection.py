@@ -118,7 +118,7 @@ class SuiteFile(pytest.File):
 
     def _suites(self) -> list[Suite]:
         from membench.errors import MembenchError
-        from membench.suite.suite import load_suite, suites_in
+        from membench.suite.loading import load_suite, suites_in
 
         path = Path(os.path.relpath(self.path))
         try:

@@ -14,7 +14,7 @@ from membench.errors import PluginError, SuiteError, did_you_mean, one_line
 from membench.plugins import Options, QualityMetric, Technique, local_files, registry
 from membench.records.case import PluginFile
 from membench.suite import lookup
-from membench.suite.suite import description
+from membench.suite.loading import description
 
 KINDS = ("models", "techniques", "workloads", "metrics", "suites")
 """What can be listed by itself, in the order in which all of it is."""
