@@ -261,7 +261,7 @@ class CaseItem(pytest.Item):
         if self.config.pluginmanager.hasplugin("benchmark"):
             from membench.pytest_plugin import timing
 
-            timing.of_case(self, records)
+            timing.of_case(self, self.funcargs, " · ".join(self.case.group), records)
         outcome.settle(self, records, wrong)
 
     def _worse(self, records: Sequence[Record]) -> list[str]:
