@@ -16,9 +16,9 @@ from membench import cli
 from membench.errors import CannotCompare, ResultsError
 from membench.records.run_file import read_run
 from membench.regression import baselines, sources
+from membench.regression.judging import judge
 from membench.regression.measured import Measured, Modules, of_run
 from membench.regression.noise import Noise, Spread
-from membench.regression.verdict import judge
 from membench.suite.tolerances import Tolerances
 
 _KEPT = Path(__file__).parent.parent / "results" / "quickstart@2-cores-epyc.jsonl"

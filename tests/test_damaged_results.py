@@ -19,7 +19,7 @@ from membench.records.metrics import METRICS
 from membench.records.record import Record
 from membench.records.run_file import find_run, newest_run, read_run
 from membench.regression import baselines
-from membench.regression.verdict import judge
+from membench.regression.judging import judge
 from membench.regression.measured import Measured, of_run
 from membench.report import case_outcomes, github, junit, phase_table, regression, savings, text
 from membench.suite.tolerances import Tolerances

@@ -90,8 +90,8 @@ def _add_baseline(verbs: Verbs) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
+    from membench.regression.judging import judge
     from membench.regression.sources import load, load_with_run
-    from membench.regression.verdict import judge
     from membench.suite.tolerances import Tolerances
 
     keep = _keep(arguments.expression)
@@ -178,7 +178,7 @@ def _kept_pairs(judgement: Judgement, keep: Callable[[str], bool]) -> Any:
 def _of_run(arguments: argparse.Namespace) -> tuple[Measured, Judgement, Run | None, Sequence[Gate]]:
     """Judge a run as it was kept, by the tolerances and gates of the suite that it was made of."""
     from membench.regression import sources
-    from membench.regression.verdict import judge
+    from membench.regression.judging import judge
     from membench.suite.tolerances import Tolerances, parse_fail
 
     keep = _keep(arguments.expression)
