@@ -1,4 +1,4 @@
-"""Rows of token ids in a folder, and batches out of them."""
+"""Rows of token ids stored in a folder, and read from it in batches."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 _BLOCKS_AT_ONCE = 2
 _TOKENS_TAKEN_AT_ONCE = 2**15
-"""A batch by itself may be so small that calling numpy for it takes longer than its work."""
+"""A single batch may be so small that calling numpy takes longer than copying its rows."""
 _MB = 1e6
 _CODEC_CLOCK = "monotonic clock around the codec, on one thread"
 _CODEC_TIMED_S = 0.2
-"""At least so long, for a fast codec is through with a small corpus before a clock means much."""
+"""The shortest time to measure over: a fast codec reads a small corpus in less than a clock can resolve."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a storage keeps of a corpus, and how it is to be read.
+    """A corpus in a folder, and how it is stored and read.
 
     Attributes:
         padding: how many tokens of the rows are padding.
@@ -50,10 +50,10 @@ class Dataset:
 
     @classmethod
     def written(cls, rows: Ids, storage: Storage, vocabulary: int, folder: Path, padding: int = 0) -> Dataset:
-        """Keep rows (rows, tokens) in a folder that is not there yet.
+        """Store rows (rows, tokens) in a folder that does not exist yet.
 
         Raises:
-            Unsuitable: if there are no rows, or a token id is none of the vocabulary; packed, it would be another.
+            Unsuitable: if there are no rows, or a token id is not in the vocabulary: packed, it would become another.
         """
         if not len(rows):
             raise Unsuitable("there are no rows of training data")
@@ -68,18 +68,18 @@ class Dataset:
         return cls(folder, storage, extent, padding)
 
     def packed_bytes(self) -> int:
-        """Bytes of the rows as they are laid out, before they are compressed."""
+        """Count the bytes of all rows before they are compressed."""
         return self.extent.rows * self.storage.layout.bytes_per_row(self.extent)
 
     def tokens(self) -> int:
-        """Tokens of an epoch, without padding."""
+        """Count the tokens of an epoch, without padding."""
         return self.extent.rows * self.extent.length - self.padding
 
     def facts(self) -> dict[str, tuple[float, str]]:
-        """Size and share of padding, and where there is a codec its ratio and speed, after reading every frame once.
+        """Measure size and share of padding, and of a codec its ratio and speed, after reading every frame once.
 
         Raises:
-            Damaged: if what was written cannot be read.
+            Damaged: if a frame cannot be read back.
         """
         size = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
         padding_percent = 100 * self.padding / (self.extent.rows * self.extent.length)
@@ -95,23 +95,22 @@ class Dataset:
         return found
 
     def codec_speeds(self) -> list[float]:
-        """How many MB a second the codec alone decompresses, each time that all is read; nothing without a codec."""
+        """Measure how many MB a second the codec alone decompresses, once per pass; an empty list without a codec."""
         speeds: list[float] = []
         if isinstance(self.storage.codec, Timed):
             began = time.perf_counter()
             while time.perf_counter() - began < _CODEC_TIMED_S:
-                # By a clock of its own: a reader that decodes ahead may be at work still.
+                # With its own clock: a reader that decodes ahead may still be running.
                 clock = self.storage.codec.afresh()
                 replace(self, storage=replace(self.storage, codec=clock))._decode()
                 speeds.append(clock.decompressed_bytes / _MB / clock.decompress_s)
         return speeds
 
     def timed_afresh(self, earlier_speeds: list[float]) -> dict[str, tuple[float, str]]:
-        """How long opening takes here and now, and how fast the codec is, if there is one, to be held against how fast
-        it is read.
+        """Measure how long opening takes and how fast the codec is, to be compared with how fast data are read.
 
         Args:
-            earlier_speeds: of the codec, before it was read: machines change their pace.
+            earlier_speeds: speeds of the codec before the data were read, because a machine's speed drifts.
         """
         began = time.perf_counter()
         self.opened()
@@ -127,12 +126,12 @@ class Dataset:
             read(block)
 
     def _blocks(self) -> Iterator[range]:
-        """The frames of each block."""
+        """Return the frames of each block."""
         frames, inside = -(-self.extent.rows // self.frame_rows), block_rows(self.extent.length) // self.frame_rows
         return (range(first, min(first + inside, frames)) for first in range(0, frames, inside))
 
     def opened(self) -> Ids | Opened:
-        """Ready to read: all rows, decoded now, if they are read whole."""
+        """Open the data: all rows, decoded now, if they are read whole."""
         import numpy
 
         read = self.storage.format.open(self.extent, self.storage, self.folder)
@@ -148,14 +147,13 @@ class Dataset:
     def batches(
         self, size: int, seed: int, epoch: int, opened: Ids | Opened, share: tuple[int, int] = (0, 1)
     ) -> Iterator[Any]:
-        """The batches of an epoch, (size, tokens); the last has the rows that are left.
+        """Yield the batches of an epoch, (size, tokens); the last one has the rows that are left.
 
-        Ids have the type that they are kept in. Widened to int64, a byte becomes eight: that is left to whoever needs
-        it.
+        Ids keep the type that they are stored in: as int64, a byte becomes eight, so callers widen what they need.
 
         Args:
-            opened: as the method of that name gives it.
-            share: which of how many readers this is; each has windows of its own.
+            opened: what the method of that name returned.
+            share: (number, count) of this reader among those that share the windows of the epoch.
         """
         import numpy
         import torch
@@ -165,14 +163,14 @@ class Dataset:
         shuffled = self._decoded(mine, opened, size) if isinstance(opened, Opened) else self._taken(mine, opened, size)
         left: Any = numpy.empty((0, self.extent.length), self.storage.layout.type(self.extent))
         for rows in shuffled:
-            first = -len(left) % size  # so many rows fill the batch that the last ones began
+            first = -len(left) % size  # rows that complete the batch begun before
             if first:
                 left = numpy.concatenate([left, rows[:first]])
                 if len(left) < size:
                     continue
                 yield torch.from_numpy(left)
             last = len(rows) - (len(rows) - first) % size
-            if last - first == size:  # to split it takes longer than to make it
+            if last - first == size:  # splitting it takes longer than making it
                 yield torch.from_numpy(rows[first:last])
             elif last > first:
                 yield from torch.split(torch.from_numpy(rows[first:last]), size)
@@ -181,7 +179,7 @@ class Dataset:
             yield torch.from_numpy(left)
 
     def _taken(self, some: Iterable[Window], opened: Ids, size: int) -> Iterator[Ids]:
-        """Rows in the order of the windows, a few batches of so many at once, out of all of them."""
+        """Yield rows in the order of the windows, a few batches at once, out of all rows."""
         at_once = size * max(1, _TOKENS_TAKEN_AT_ONCE // (size * self.extent.length))
         for window in some:
             numbers = self._numbers(window)[window.order]
@@ -189,11 +187,11 @@ class Dataset:
                 yield opened.take(numbers[start : start + at_once], axis=0)
 
     def _decoded(self, some: Iterable[Window], opened: Opened, size: int) -> Iterator[Ids]:
-        """Rows in the order of the windows, a window at once but for its last batch, which comes as a copy.
+        """Yield rows in the order of the windows: a window at once, except its last batch, which is yielded as a copy.
 
-        So whoever holds that one while the next window comes holds nothing of this, and its memory is used again. Where
-        blocks are decoded, a thread begins with those of the next window while this one is worked through, and whoever
-        wants it then helps: waiting for each other costs a fast codec more than its work.
+        A caller that still holds that batch when the next window comes then holds nothing of this window, whose memory
+        is used again. If blocks are decoded, a thread starts on those of the next window meanwhile, and a caller that
+        needs them helps: waiting for each other would cost a fast codec more than its work.
         """
         rooms: list[Room] = []
         decoding = Decoding(opened.read)
@@ -213,13 +211,13 @@ class Dataset:
                 yield rows[:-size]
                 rows = rows[-size:].copy()
                 yield rows
-                # Into the room of the one that has just been handed out, while the next may still be decoded.
+                # Into the memory of the window just yielded, while the next may still be decoded.
                 ahead.extend(itertools.islice(coming, 1))
         finally:
-            decoding.stop()  # without waiting for the helper: it may be who collects what was given up
+            decoding.stop()  # without waiting for the helper, which may be the thread that collects this generator
 
     def _room(self, rooms: list[Room]) -> Ids:
-        """Room for the rows of a window: one of these that nobody holds a batch of any more, or else a new one."""
+        """Return memory for the rows of a window: a room of which no batch is held any more, or a new one."""
         for room in rooms:
             if room.is_free():
                 return room.lent()
@@ -228,7 +226,7 @@ class Dataset:
         return rooms[-1].lent()
 
     def _places(self, window: Window) -> list[tuple[range, Numbers]]:
-        """A window's blocks, each with the places that its rows come to in the window's order."""
+        """Return a window's blocks, each with the places of its rows in the window's order."""
         import numpy
 
         places = numpy.empty_like(window.order)
@@ -240,11 +238,11 @@ class Dataset:
         ]
 
     def _rows_of(self, block: range) -> range:
-        """The rows of a block's frames among all rows."""
+        """Return which of all rows a block's frames hold."""
         return range(block.start * self.frame_rows, min(block.stop * self.frame_rows, self.extent.rows))
 
     def _numbers(self, window: Window) -> Numbers:
-        """Of the rows of a window among all rows."""
+        """Return which of all rows a window holds."""
         import numpy
 
         rows = map(self._rows_of, window.blocks)

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 class Opened(NamedTuple):
-    """Blocks that are read as they are wanted, and the thread that reads ahead where they have to be decoded.
+    """Blocks that are read on demand, and the thread that reads ahead if they have to be decoded.
 
-    It stays from one epoch to the next, for starting it takes as long as decoding a block, and ends with this.
+    The thread lives from one epoch to the next, as starting it takes as long as decoding a block, and ends with this.
     """
 
     read: Read
@@ -39,13 +39,13 @@ class Filling:
         self._left = iter(range(blocks - 1, -1, -1))
 
     def count_one(self) -> None:
-        """One more block is there; two threads can count at once, as an iterator gives each number to one of them."""
+        """Count a block as decoded. Two threads can count at once: an iterator gives each number to one of them."""
         if next(self._left) == 0:
             self.ended.set()
 
 
 class Decoding:
-    """Blocks of several windows, decoded in their order by all threads that come by."""
+    """Blocks of several windows, decoded in order by every thread that calls in."""
 
     def __init__(self, read: Read) -> None:
         self._read = read
@@ -57,10 +57,10 @@ class Decoding:
         return filling
 
     def finished(self, filling: Filling) -> Ids:
-        """The rows of a window, once they are all there; whoever wants them helps.
+        """Return the rows of a window once all are decoded; the caller helps.
 
         Raises:
-            Damaged: if a frame is not what was written.
+            Damaged: if a frame differs from what was written.
         """
         try:
             while not filling.ended.is_set() and self._one():
@@ -70,15 +70,15 @@ class Decoding:
                 raise filling.failed
             return filling.rows
         finally:
-            filling.failed = None  # as in ``_one``: its traceback leads here
+            filling.failed = None  # as in ``_one``: its traceback refers to it
 
     def go_on(self) -> None:
-        """Decode until nothing waits."""
+        """Decode until no block is waiting."""
         while self._one():
             pass
 
     def stop(self) -> None:
-        """Begin with no block any more."""
+        """Start no more blocks."""
         self._waiting.clear()
 
     def _one(self) -> bool:
@@ -90,17 +90,17 @@ class Decoding:
             decoded = read_whole(self._read, block, (len(places), filling.rows.shape[1]))
             filling.items[places] = _items(decoded.astype(filling.rows.dtype, copy=False))
             filling.count_one()
-        except BaseException as error:  # whoever wants the window hears it, whomever it befell
+        except BaseException as error:  # raised again for the caller that needs the window
             filling.failed = error
             filling.ended.set()
-            del filling  # or the error would lead to itself, and keep the file open until it is collected
-            if not isinstance(error, Exception):  # an interrupt is not to wait for the window
+            del filling  # or the error would refer to itself and keep the file open until it is collected
+            if not isinstance(error, Exception):  # an interrupt must not wait for the window
                 raise
         return True
 
 
 def read_whole(read: Read, block: range, shape: tuple[int, int]) -> Ids:
-    """The rows of a block, if they have the shape that was kept; numpy would fill up or cut off what is put in place.
+    """Read the rows of a block and check their shape: numpy would broadcast or truncate others silently.
 
     Raises:
         ValueError: if they do not.
@@ -114,14 +114,14 @@ def read_whole(read: Read, block: range, shape: tuple[int, int]) -> Ids:
 
 
 def _items(rows: Ids) -> Any:
-    """Each row as one item, which numpy moves at once: by tokens it takes half as long again."""
+    """View each row as one item, which numpy moves at once: by tokens it takes half as long again."""
     if rows.strides[1] != rows.itemsize:
         rows = rows.copy()
     return rows.view(f"V{rows.shape[1] * rows.itemsize}")[:, 0]
 
 
 class Room:
-    """Memory for the rows of a window, lent out again once nothing is left of what was lent."""
+    """Memory for the rows of a window, lent again once no array of the last loan is left."""
 
     def __init__(self, rows: int, length: int, kind: Type) -> None:
         import numpy
@@ -141,7 +141,7 @@ class Room:
 
 
 class _Lease:
-    """Stands between a room and the arrays of its memory: numpy keeps it for as long as there is one of them."""
+    """The owner, for numpy, of the arrays of a room's memory: it lives as long as one of them."""
 
     def __init__(self, memory: Ids) -> None:
         self._memory = memory

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def endless(data: TrainingData, batch_size: int, seed: int, workers: int) -> Iterator[torch.Tensor]:
-    """Batches of one epoch after the other; what does not fill one is left out. Opening the data is part of the first.
+    """Yield the full batches of one epoch after the other. The first one includes opening the data.
 
     Raises:
-        Unsuitable: if no reader has rows enough for a batch.
+        Unsuitable: if no reader has enough rows for a batch.
     """
     opened = epochs(data, batch_size, seed, workers)
     for epoch in itertools.count():
@@ -33,13 +33,12 @@ def endless(data: TrainingData, batch_size: int, seed: int, workers: int) -> Ite
 
 
 def epochs(data: TrainingData, batch_size: int, seed: int, workers: int) -> Callable[[int], Iterator[torch.Tensor]]:
-    """Opens the data, and gives the batches of an epoch by its number.
+    """Open the data, and return a function from the number of an epoch to its batches.
 
     Args:
-        workers: processes of torch's ``DataLoader`` that read, each a share of the windows and with all that reading
-            wants; 0: this process does. They start anew with each epoch, as is the ``DataLoader``'s own way, and run
-            under the allocator that the measuring had chosen then. Their batches come in another order than those of
-            one process.
+        workers: processes of torch's ``DataLoader`` that each read a share of the windows; 0: this process reads. As
+            usual for a ``DataLoader``, they start anew with each epoch; they run under the allocator that is set at
+            that time. Their batches come in another order than those of one process.
     """
     if workers == 0:
         opened = data.opened()
@@ -61,6 +60,6 @@ def epochs(data: TrainingData, batch_size: int, seed: int, workers: int) -> Call
 
 
 def _said_by_worker(error: Exception) -> str:
-    """What an error says: from a worker it stands at the end of the traceback that came with it."""
+    """Return an error's message: that of a worker is the last line of the traceback sent with it."""
     last = str(error).strip().rpartition("\n")[2]
     return last.partition(": ")[2] if isinstance(error, Damaged) else last

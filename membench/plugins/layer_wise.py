@@ -12,22 +12,22 @@ if TYPE_CHECKING:
 
 
 class LayerWise(Technique):
-    """A technique that converts one layer after the other, and so can be streamed from a checkpoint."""
+    """A technique that converts layer by layer, so that a model can be streamed from a checkpoint."""
 
     required: ClassVar[frozenset[str]] = frozenset({"convert"})
 
     def convert(self, name: str, layer: nn.Module, head: nn.Module | None) -> nn.Module:
-        """What takes the place of ``layer``, or ``layer`` itself, changed or as it is.
+        """Return the replacement of ``layer``, or ``layer`` itself, changed or unchanged.
 
         Args:
             name: its path in the model.
-            layer: a module that owns parameters directly; its children are not to be touched.
-            head: the model's output head, if it has one: some techniques leave it alone.
+            layer: a module that owns parameters directly; its children must not be changed.
+            head: the model's output head, if it has one: some techniques leave it unchanged.
         """
         raise NotImplementedError
 
     def for_rehearsal(self, context: Context) -> Self:
-        """This technique, or in a rehearsal one of the same kind whose options fit the miniature."""
+        """Return this technique, or in a rehearsal one of the same kind whose options fit the miniature."""
         return self
 
     def apply(self, module: nn.Module, context: Context) -> nn.Module:
@@ -39,13 +39,13 @@ class LayerWise(Technique):
 
 
 def output_head(module: nn.Module) -> nn.Module | None:
-    """The layer that makes the logits, where the module says which it is."""
+    """Return the layer that computes the logits, if the module names it."""
     found: nn.Module | None = getattr(module, "get_output_embeddings", lambda: None)()
     return found
 
 
 def replaced(module: nn.Module, name: str, layer: nn.Module) -> nn.Module:
-    """``module`` with the layer at a path exchanged; the layer itself where the path is that of the root."""
+    """Return ``module`` with the layer at a path replaced; the layer itself if the path is the root's."""
     if not name:
         return layer
     where, _, last = name.rpartition(".")

@@ -17,11 +17,11 @@ class HeldOut(NamedTuple):
     """Text that the model was not trained on.
 
     Attributes:
-        pieces: runs of token ids, the first of each given and the others to be predicted.
-        logits: of token ids (T,), int64, on the case's device: logits (T, vocabulary), as the workload has the module
-            read them, with the stack's contexts around it.
-        reference: of a piece, by its number: the reference's logits of all tokens but the last (T - 1, vocabulary),
-            fp32, on the case's device; raises ``Unsuitable`` where they are not kept.
+        pieces: runs of token ids; the first of each is given, the others are predicted.
+        logits: maps token ids (T,), int64, on the case's device, to logits (T, vocabulary), computed as the workload
+            runs the module, inside the stack's step contexts.
+        reference: maps the number of a piece to the reference's logits of all tokens but the last (T - 1, vocabulary),
+            fp32, on the case's device; raises ``Unsuitable`` if they were not kept.
     """
 
     pieces: Sequence[Sequence[int]]
@@ -30,17 +30,17 @@ class HeldOut(NamedTuple):
 
 
 class QualityMetric(Options):
-    """A figure of how good the converted model is, taken in the phase ``evaluate``."""
+    """A measure of the converted model's quality, taken in the phase ``evaluate``."""
 
     required: ClassVar[frozenset[str]] = frozenset({"measure"})
     unit: ClassVar[str] = ""
-    """What follows the number: '%', 'nats'."""
+    """The unit that is printed after the number: '%', 'nats'."""
     better: ClassVar[Literal["lower", "higher"]] = "lower"
 
     def measure(self, module: nn.Module, held_out: HeldOut, context: Context) -> float:
-        """The figure of a module that is in its mode of evaluation, without gradients; leave the module as it is.
+        """Measure a module that is in evaluation mode, without gradients; do not change the module.
 
         Raises:
-            Unsuitable: where it cannot be had of this case; the reason stands in the record.
+            Unsuitable: if this case has no such value; the reason is kept in the record.
         """
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Refusing baselines that fit the schema and that no measurement can have led to."""
+"""Refusing baselines that fit the schema but that no measurement can have produced."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _LARGEST = 2.0**63
 
 
 def refuse_impossible(measured: Measured) -> None:
-    """Refuse what fits the schema and still was never measured.
+    """Refuse a baseline that no measurement can have produced.
 
     Raises:
         ResultsError: the field, and what is wrong with it.
     """
     try:
         check_machine(measured.machine)
-        if measured.suite:  # what was measured without one has none
+        if measured.suite:  # functions and scripts have none
             checked_name(measured.suite)
     except ResultsError as error:
         raise ResultsError(f"damaged: machine.{error}") from None
@@ -51,7 +51,7 @@ def refuse_impossible(measured: Measured) -> None:
 
 
 def _impossible(case: MeasuredCase) -> str | None:
-    """Which field of a case no measurement can have led to, if one has not."""
+    """Return the field of a case that no measurement can have produced, if there is one."""
     modules = case.modules or ()
     sizes = {
         "resolution_bytes": case.resolution_bytes.values(),

@@ -18,8 +18,8 @@ from membench.regression.measured import Measured, MeasuredCase
 from membench.regression.noise import Noise
 
 SCHEMA_VERSION = 2
-"""History: 1, the first. 2 says on which device each case ran, and of noise the median beside the range: that of a time
-is taken as a share."""
+"""History: 1, the first. 2 adds the device of each case, and the median of noise beside its range, since the noise of a
+time is taken as a share of it."""
 _DIGITS_OF_TIMES = 4
 _DIGITS = 7
 _WIDTH = 110
@@ -54,14 +54,14 @@ def _folded(case: MeasuredCase) -> dict[str, Any]:
         for name, size in sorted(fields["resolution_bytes"].items()):
             by_size.setdefault(str(size), []).append(name)
         fields["resolution_bytes"] = by_size
-    # Rates follow from the durations of the same steps.
+    # Rates can be derived from the durations of the same steps.
     if "samples" in fields:
         fields["samples"] = {name: each for name, each in fields["samples"].items() if name in _KEPT_SAMPLES}
     return fields
 
 
 def _rounded(name: str, values: Any) -> Any:
-    """Times to as many digits as mean something, so that a file is small and its diffs are readable."""
+    """Round times to their significant digits, so that files stay small and their diffs readable."""
     if isinstance(values, list | tuple):
         return [_rounded(name, value) for value in values]
     if isinstance(values, int) or not values:
@@ -71,7 +71,7 @@ def _rounded(name: str, values: Any) -> Any:
 
 
 def _spreads(noise: Noise) -> dict[str, Any]:
-    """A spread of nothing says no more than none."""
+    """Return the spreads of the noise, without those of zero, which say nothing."""
     found = {
         case_id: {
             name: {
@@ -88,7 +88,7 @@ def _spreads(noise: Noise) -> dict[str, Any]:
 
 
 def _lines(value: Any, indent: str, before: str = "", after: str = "") -> Iterator[str]:
-    """JSON with a line an entry, where an entry that fits a line stays on it."""
+    """Yield JSON with a line per entry; an entry that fits a line stays on it."""
     flat = json.dumps(value, sort_keys=True, allow_nan=False)
     opens = isinstance(value, Mapping | list | tuple) and value
     if not opens or (_is_flat(value) and len(indent) + len(before) + len(flat) <= _WIDTH):
@@ -107,7 +107,7 @@ def _lines(value: Any, indent: str, before: str = "", after: str = "") -> Iterat
 
 
 def _is_flat(value: Any) -> bool:
-    """Whether a diff can show it on one line: numbers, a few facts of one thing."""
+    """Whether a diff can show a value on one line: numbers, or a few facts."""
     if isinstance(value, Mapping):
         return len(value) <= 3 and not any(isinstance(inner, Mapping) for inner in value.values())
     return not any(isinstance(inner, Mapping) for inner in value)
@@ -141,7 +141,7 @@ def decoded(text: bytes) -> Measured:
 
 
 def _unfolded(parsed: dict[str, Any]) -> dict[str, Any]:
-    """From the file's shape to that of the classes: a case does not repeat its id, nor the noise its one key."""
+    """Convert the file's layout to that of the classes: in a file, a case does not repeat its id, nor noise its key."""
     cases = parsed["cases"]
     if isinstance(cases, dict):
         parsed["cases"] = {case_id: _unfolded_case(case_id, case) for case_id, case in cases.items()}
@@ -159,7 +159,7 @@ def _unfolded_case(case_id: str, case: Any) -> Any:
 
 
 def _say_devices(unfolded: dict[str, Any]) -> None:
-    """What schema 1 left to the ids of a suite's cases."""
+    """Add the devices, which schema 1 had only in the ids of cases."""
     cases = unfolded["cases"] if isinstance(unfolded["cases"], dict) else {}
     for case_id, case in cases.items():
         if isinstance(case, dict):
@@ -168,7 +168,7 @@ def _say_devices(unfolded: dict[str, Any]) -> None:
 
 
 def _with_medians(measured: Measured) -> Noise:
-    """The noise of a file of schema 1: the figures that are kept stand for the medians that are not."""
+    """Return the noise of a file of schema 1, with the values of the cases in place of the missing medians."""
     return Noise(
         {
             case_id: {

@@ -1,4 +1,4 @@
-"""Baselines on disk: small JSON files that can be reviewed in a diff."""
+"""Baselines on disk: finding, reading, writing and removing their files."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def default_name(measured: Measured) -> str:
 
 
 def path_of(name: str, folder: Path = FOLDER) -> Path:
-    """Where a baseline of this name lies: ``FOLDER/NAME.json``.
+    """Return the path of a baseline: ``FOLDER/NAME.json``.
 
     Raises:
-        ResultsError: if it is no name: letters, digits, '.', '_', '-' and one '@', and nothing that leads elsewhere.
+        ResultsError: if the name is not valid: letters, digits, '.', '_', '+', '-' and one '@'.
     """
     if not is_name(name):
         raise ResultsError(
@@ -45,15 +45,15 @@ def path_of(name: str, folder: Path = FOLDER) -> Path:
 
 
 def is_name(name: str) -> bool:
-    """Whether a baseline may be called so."""
+    """Whether a baseline may have this name."""
     return _NAME.fullmatch(name) is not None
 
 
 def write(measured: Measured, path: Path) -> None:
-    """Keep a measurement as a baseline, whole or not at all.
+    """Write a measurement as a baseline, atomically.
 
     Raises:
-        ResultsError: if it cannot be written, or no case of it ended well.
+        ResultsError: if it cannot be written, or none of its cases was measured.
     """
     if not any(case.is_measured for case in measured.cases.values()):
         raise ResultsError(f"{measured.name}: no case of it ended well; that is no baseline")
@@ -77,10 +77,10 @@ def write(measured: Measured, path: Path) -> None:
 
 
 def write_anew(measured: Measured, path: Path) -> None:
-    """Keep a measurement in place of the baseline that may be there; what that knows of this machine's noise stays.
+    """Write a measurement in place of the baseline that may exist, whose noise of the same machine is kept.
 
     Raises:
-        ResultsError: as ``write``; if what is there is no baseline.
+        ResultsError: as ``write``; if the file that exists is not a baseline.
     """
     if path.is_file():
         measured = dataclasses.replace(measured, noise=_noise(read(path), measured))
@@ -88,18 +88,17 @@ def write_anew(measured: Measured, path: Path) -> None:
 
 
 class Kept(NamedTuple):
-    """What a baseline holds after cases were put into it, and how many of it are as before."""
+    """A baseline after cases were written into it, and how many of its cases are unchanged."""
 
     baseline: Measured
     stay: int
 
 
 def write_into(measured: Measured, path: Path) -> Kept:
-    """Keep a measurement in the baseline that may be there: a case that was not measured to its end this time stays as
-    it was, and so does one that was not measured at all.
+    """Write a measurement into the baseline that may exist. Cases that failed now, or were not measured, are kept.
 
     Raises:
-        ResultsError: as ``write``; if what is there is no baseline, or what would stay of it is of another machine.
+        ResultsError: as ``write``; if the file that exists is not a baseline, or its kept cases are of another machine.
     """
     new = {case_id: case for case_id, case in measured.cases.items() if case.is_measured}
     stays: dict[str, MeasuredCase] = {}
@@ -125,7 +124,7 @@ def write_into(measured: Measured, path: Path) -> Kept:
 
 
 def _noise(kept: Measured, new: Measured) -> Noise:
-    """What is known of the noise of the machine of a new measurement."""
+    """Return what is known of the noise of the new measurement's machine."""
     return new.noise if _unlike(kept, new) else kept.noise | new.noise
 
 
@@ -138,7 +137,7 @@ def read(path: Path) -> Measured:
     """Read a baseline.
 
     Raises:
-        ResultsError: in one line, if it is none, is damaged or of a newer schema.
+        ResultsError: in one line, if it is not a baseline, is damaged or of a newer schema.
     """
     try:
         with strict_json.open_file(path) as file:
@@ -150,11 +149,11 @@ def read(path: Path) -> Measured:
         raise ResultsError(f"{path}: cannot be read: {error.strerror}") from None
     except ResultsError as error:
         raise ResultsError(f"{path}: {error}") from None
-    return dataclasses.replace(measured, name=path.stem)  # whoever renames a file renames the baseline
+    return dataclasses.replace(measured, name=path.stem)  # renaming the file renames the baseline
 
 
 def names(folder: Path = FOLDER) -> list[str]:
-    """The baselines that lie in a folder."""
+    """List the baselines in a folder."""
     try:
         return sorted(path.stem for path in folder.glob("*.json") if is_name(path.stem) and path.is_file())
     except OSError as error:
@@ -165,7 +164,7 @@ def named(name: str, folder: Path = FOLDER) -> Measured:
     """Read a baseline by its name.
 
     Raises:
-        ResultsError: as ``read``; if there is none of this name, with the nearest one.
+        ResultsError: as ``read``; if there is none of this name, with the nearest name.
     """
     path = path_of(name, folder)
     if not path.is_file():

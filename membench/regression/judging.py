@@ -15,13 +15,13 @@ from membench.regression.verdict import Change, Judgement, Pair
 from membench.suite.tolerances import Tolerance, Tolerances
 
 _RESOLUTIONS = 2
-"""By how many times its resolution a figure of the kernel's may be off. A resolution is what one core may have counted
-by itself at one moment; a peak is read over several, and the highest of 50 runs is further off than most."""
+"""How many resolutions a value of the kernel's counters may be off. A resolution is what one core may hold back at one
+moment; a peak is read over several moments, and the highest of 50 runs is further off than most."""
 _PAGE_BYTES = 4096
-"""No memory comes in less: a change by less is none."""
+"""The smallest unit of memory: a smaller change is no change."""
 _SAME_WITHOUT_RATIO = 0.05
 _NOTHING = 1e-6
-"""How near figures without a ratio (divergences, shares) are the same, where nobody says otherwise."""
+"""The tolerance for values without a ratio (divergences, shares) that no tolerance covers."""
 
 
 def judge(
@@ -35,8 +35,8 @@ def judge(
     """Compare every case of the base with the same one of the new measurement.
 
     Args:
-        across_machines: judge figures that hang on the machine although it differs.
-        in_turn: they were measured in turn.
+        across_machines: judge values that depend on the machine although it differs.
+        in_turn: whether both were measured in turn.
     """
     unlike = differences(base.machine, new.machine)
     pairs = []
@@ -61,8 +61,8 @@ def judge_case(
     """Compare two measurements of one case.
 
     Args:
-        noise: of the machine.
-        differences: of the machines, with what they bar.
+        noise: the noise of the machine.
+        differences: the differences between the machines, with the kinds of metrics that they bar.
     """
     if not base.is_measured or not new.is_measured or (base.status == "ok" and new.status != "ok"):
         return Pair(base.id, base, new, broke=_broke(new) if base.is_measured else None)
@@ -78,7 +78,7 @@ def judge_case(
 
 
 def _broke(new: MeasuredCase) -> str | None:
-    """How a case ended that did not end well; a skipped one was not measured, which is something else."""
+    """Return how a case failed, or ``None``. A skipped case was not measured, which is no failure."""
     if new.status in ("ok", "skipped"):
         return None
     where = f" in {new.ended_in}" if new.ended_in else ""
@@ -101,7 +101,7 @@ def _change(
     if before is None or now is None:
         whose, case = ("base", base) if before is None else ("new measurement", new)
         reason = f"the {whose} does not have it: {case.reasons.get(field, 'it has no such figure')}"
-        # What is new to the measurement has nothing to be held against.
+        # A metric that is new has nothing to be compared with.
         closest = held[0] if held and before is not None else None
         return Change(base.id, metric, before, now, "not judged", reason=reason, tolerance=closest)
     closest = min(held, key=lambda one: one.allowed(before)) if held else None
@@ -141,7 +141,7 @@ def _change(
 def _allowed(
     metric: Metric, before: float, closest: Tolerance | None, base: MeasuredCase, new: MeasuredCase, floor: float
 ) -> float:
-    """By how much a figure may get worse: what is tolerated on top of what its sources may be off, or the noise."""
+    """Return by how much a value may get worse: the tolerance plus the error of its sources, or the noise."""
     within = metric.same_within if metric.has_ratio else _SAME_WITHOUT_RATIO
     tolerated = max(within * abs(before), _NOTHING) if closest is None else closest.allowed(before)
     off = sum(case.resolution_bytes.get(metric.field, 0) for case in (base, new))

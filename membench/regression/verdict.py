@@ -19,22 +19,22 @@ _MORE_IN_TURN = "to tell such a time from chance, measure more rounds ('--repeat
 
 @dataclass(frozen=True)
 class Change:
-    """One figure of a case, then and now.
+    """One metric of a case in both measurements.
 
     Attributes:
-        base, new: medians over repeats; ``None`` where not known.
-        ratio: new over base; ``None`` where it has no meaning.
-        interval: 95 % of the ratio, where there are samples.
-        p_value: of being worse by chance (Mann-Whitney, one-sided), where there are samples.
-        allowed: by how much it may get worse, in its unit: never below the figures' own resolution nor, of anything
-            but a time, ``noise``. ``None``: it is not watched.
-        tolerance: which of the tolerances that hold is the closest.
-        noise: by how much runs of the same code differ on this machine, in its unit; 0 where that is not known. A time
-            that changed by less is not told from chance.
+        base, new: medians over repeats; ``None`` if not known.
+        ratio: new over base; ``None`` if it has no meaning.
+        interval: 95% confidence interval of the ratio, if there are samples.
+        p_value: probability of being worse by chance (Mann-Whitney, one-sided), if there are samples.
+        allowed: by how much it may get worse, in its unit: never below the resolution of the values nor, except for
+            times, below ``noise``. ``None``: it is not watched.
+        tolerance: the strictest of the tolerances that apply.
+        noise: by how much runs of the same code differ on this machine, in its unit; 0 if not known. A smaller change
+            of a time cannot be told from chance.
         reason: why it is undecided or not judged.
         advice: what would decide it.
-        causes: what a change beyond ``allowed`` is made of.
-        repeats: how often the new figure was measured.
+        causes: the parts of a change beyond ``allowed``.
+        repeats: how often the new value was measured.
     """
 
     case_id: str
@@ -65,7 +65,7 @@ class Change:
         return self.tolerance is not None and self.tolerance.origin != "default"
 
     def sentence(self) -> str:
-        """In one line: 'llama-60m/bf16/train/cpu: peak_live 517.8 MiB → 533.4 MiB (+3.0%, tolerance 1%): …'."""
+        """Return one line: 'llama-60m/bf16/train/cpu: peak_live 517.8 MiB → 533.4 MiB (+3.0%, tolerance 1%): …'."""
         then, now = (_shown(self.metric, value) for value in (self.base, self.new))
         told = f"{self.case_id}: {self.metric.name} {then} → {now}"
         if self.base is None or self.new is None:
@@ -107,7 +107,8 @@ class Change:
 class Pair:
     """A case in both measurements, or in one of them.
 
-    ``broke``: it ends badly, and did not before; how, in which phase and why.
+    Attributes:
+        broke: how, in which phase and why it fails now, if it did not fail before.
     """
 
     id: str
@@ -118,7 +119,7 @@ class Pair:
 
     @property
     def verdict(self) -> Verdict:
-        """The worst of its watched figures."""
+        """The worst verdict of its watched metrics."""
         if self.broke:
             return "regressed"
         found = {change.verdict for change in self.changes if change.is_watched}
@@ -135,7 +136,7 @@ class Judgement:
     pairs: tuple[Pair, ...]
     differences: tuple[Difference, ...]
     in_turn: bool = False
-    """Whether both were measured in turn: there is then no better way, only more of it."""
+    """Whether both were measured in turn: then only more rounds give a better answer."""
 
     def _watched(self, verdict: Verdict) -> tuple[Change, ...]:
         return tuple(
@@ -164,15 +165,15 @@ class Judgement:
 
     @property
     def suspects(self) -> tuple[str, ...]:
-        """Ids of cases worth measuring again: something watched regressed or is undecided.
+        """Ids of cases worth measuring again: a watched metric regressed or is undecided.
 
-        One that broke is not among them: that is no noise.
+        A case that broke is not among them: that is not noise.
         """
         return tuple(pair.id for pair in self.pairs if pair.verdict in ("regressed", "undecided") and not pair.broke)
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Ids of cases that ended well in the base and were not measured (or were skipped) now."""
+        """Ids of cases that were measured in the base and were not measured, or skipped, now."""
         return tuple(
             pair.id
             for pair in self.pairs
@@ -186,7 +187,7 @@ class Judgement:
 
     @property
     def blocked(self) -> tuple[Change, ...]:
-        """What was to be judged and could not be. Time on another machine counts only if it was asked for by name."""
+        """Changes that could not be judged. A time on another machine counts only if it was asked for by name."""
         return tuple(
             change
             for change in self.not_judged
@@ -195,14 +196,14 @@ class Judgement:
 
     @property
     def exit_code(self) -> int:
-        """0 fine, 1 regressed or broke, 3 something that was to be judged could not be."""
+        """0: fine; 1: a regression or a broken case; 3: cannot compare (a case is missing, a metric not judged)."""
         if self.regressions or self.broken:
             return EXIT_CASES_FAILED
         compared = any(pair.base and pair.new and pair.base.is_measured and pair.new.is_measured for pair in self.pairs)
         return EXIT_CANNOT_COMPARE if self.missing or self.blocked or not compared else EXIT_OK
 
     def sentences(self) -> list[str]:
-        """A line for each regression, broken or missing case, what could not be judged, and what got better."""
+        """Return a line for each regression, broken or missing case, metric that is not judged, and improvement."""
         lines = [f"{pair.id}: {pair.broke}" for pair in self.broken]
         lines += [f"regressed: {change.sentence()}" for change in self.regressions]
         lines += [f"undecided: {change.sentence()}" for change in self.undecided]
@@ -230,7 +231,7 @@ class Judgement:
         return f": skipped: {new.message}" if new else ""
 
     def _lines_on_what_was_not_judged(self) -> list[str]:
-        """A line a reason, since one machine that differs touches every case."""
+        """Return a line for each reason, since one machine that differs affects every case."""
         cases: dict[tuple[str, str], list[str]] = {}
         for change in self.not_judged:
             cases.setdefault((change.metric.name, change.reason or ""), []).append(change.case_id)
@@ -241,7 +242,7 @@ class Judgement:
 
 
 def _redefined(pair: Pair) -> list[str]:
-    """What a name in the id stands for now and did not before: such a case is another one."""
+    """Return a line for each name in the id that stands for something else now, which makes it another case."""
     if pair.base is None or pair.new is None:
         return []
     before, now = pair.base.stands_for, pair.new.stands_for

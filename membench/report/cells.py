@@ -1,4 +1,4 @@
-"""A figure as a table's cell shows it: with its bound, its standard error and its ratio; names and headings."""
+"""Cells of tables: a value with its bound, its standard error and its ratio; names and headings."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _REVERSED = {"≤": "≥", "≥": "≤"}
 
 
 def is_coarse(found: Comparison, group: Group, technique: str, metric: Metric) -> bool:
-    """Whether a figure's source may be off by more than a twentieth of it."""
+    """Whether the source of a value may be off by more than a twentieth of it."""
     value = found.value(group, technique, metric.field)
     return value is not None and found.resolution(group, technique, metric.field) > _COARSE * abs(value)
 
 
 def figure(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
-    """A case's figure as a table shows it: with its bound, its standard error, and its ratio to the reference."""
+    """Format a value as a table shows it: with its bound, its standard error and its ratio to the reference."""
     if found.value(group, technique, metric.field) is None:
         return "–"
     shown = signed(found, group, technique, metric)
@@ -34,7 +34,7 @@ def figure(found: Comparison, group: Group, technique: str, metric: Metric) -> s
 
 
 def signed(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
-    """A case's figure with its bound and its standard error; a dash where it is not known."""
+    """Format a value with its bound and its standard error; a dash if it is not known."""
     value = found.value(group, technique, metric.field)
     if value is None:
         return "–"
@@ -46,7 +46,7 @@ def signed(found: Comparison, group: Group, technique: str, metric: Metric) -> s
 
 
 def change(found: Comparison, group: Group, technique: str, metric: Metric, base: str) -> str:
-    """A metric against that of another case: its ratio, or where that has no meaning the difference."""
+    """Format a metric against that of another case: the ratio, or the difference if a ratio has no meaning."""
     if metric.has_ratio:
         ratio = found.ratio(group, technique, metric.field, base)
         return "" if ratio is None else bound_of_ratio(found, group, technique, metric, base) + format_ratio(ratio)
@@ -57,18 +57,18 @@ def change(found: Comparison, group: Group, technique: str, metric: Metric, base
 
 
 def sign(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
-    """What stands before a figure that is a bound, or approximate."""
+    """Return the sign before a value that is a bound or approximate."""
     return bound_of(found, group, technique, metric) or ("~" if is_coarse(found, group, technique, metric) else "")
 
 
 def bound_of(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
-    """``≤`` or ``≥`` where no more is known of a figure, else nothing."""
+    """Return ``≤`` or ``≥`` if only a bound of a value is known, else nothing."""
     bounds = {record.obtained.get(metric.field, {}).get("bound") for record in found.repeats(group, technique)}
     return next((sign for bound, sign in SIGNS.items() if bound in bounds), "")
 
 
 def bound_of_ratio(found: Comparison, group: Group, technique: str, metric: Metric, base: str) -> str:
-    """What a ratio is where one of its figures is a bound; ``~`` where the two say nothing together."""
+    """Return the sign of a ratio of which a value is a bound; ``~`` if the two bounds say nothing together."""
     own, of = bound_of(found, group, technique, metric), bound_of(found, group, base, metric)
     reversed_of = _REVERSED.get(of, "")
     if own and reversed_of and own != reversed_of:
@@ -77,7 +77,7 @@ def bound_of_ratio(found: Comparison, group: Group, technique: str, metric: Metr
 
 
 def heading(title: str, form: str) -> str:
-    """A table's title, as the format writes one."""
+    """Format the title of a table."""
     match form:
         case "latex":
             return f"\\subsection*{{{latex.escaped(title)}}}"
@@ -87,5 +87,5 @@ def heading(title: str, form: str) -> str:
 
 
 def in_cell(name: str, form: str) -> str:
-    """A name for a table of tabulate's, which escapes by itself what means something in LaTeX and HTML."""
+    """Escape a name for a table. tabulate itself escapes for LaTeX and HTML."""
     return markdown.escaped(name) if form == "github" else one_line(name)

@@ -14,7 +14,7 @@ from membench.report.outcomes import said_of, status_of, worst_of
 
 
 def flat_rows(records: Sequence[Record]) -> list[dict[str, object]]:
-    """A row a case with every metric, unrounded; ``None`` is not known."""
+    """Return a row per case with every metric, unrounded; ``None`` is not known."""
     found = Comparison(records)
     rows: list[dict[str, object]] = []
     for group in found.groups:
@@ -31,7 +31,7 @@ def flat_rows(records: Sequence[Record]) -> list[dict[str, object]]:
 
 
 def written(rows: Sequence[Mapping[str, object]], form: str) -> str:
-    """Rows as ``csv`` or ``json``."""
+    """Format rows as ``csv`` or ``json``."""
     if form == "json":
         return json.dumps(rows, indent=2)
     text = io.StringIO()
@@ -42,7 +42,7 @@ def written(rows: Sequence[Mapping[str, object]], form: str) -> str:
 
 
 def _harmless(value: object) -> object:
-    """A cell that no spreadsheet takes for a formula, and no terminal for a command."""
+    """Escape a cell that a spreadsheet would take for a formula, or a terminal for a command."""
     if not isinstance(value, str):
         return value
     return f"'{one_line(value)}" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else one_line(value)

@@ -22,7 +22,7 @@ def status_of(repeats: Sequence[Record]) -> str:
 
 
 def said_of(record: Record) -> list[str]:
-    """What is to be said of a record in words."""
+    """Return the messages of a record: how it failed, broken limits, remarks and notes."""
     said = []
     if record.status != "ok":
         where = f" in {record.ended_in}" if record.ended_in else ""

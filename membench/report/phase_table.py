@@ -25,10 +25,10 @@ _PHASE_TITLES = {
 
 
 def phases(records: Sequence[Record], form: str = "simple") -> str:
-    """What each phase of each case took, and each part of a step in it; sizes above the worker's baseline.
+    """Format time and memory of each phase of each case, and of its parts; sizes above the worker's baseline.
 
-    For reading: a table a case, without columns of which nothing is known. As ``csv`` and ``json``: one flat table with
-    bytes and seconds.
+    For reading: a table per case, without columns that are unknown. As ``csv`` and ``json``: one flat table in bytes
+    and seconds.
     """
     if form in ("csv", "json"):
         return written([row for record in records for row in _phase_rows(record)], form)
@@ -51,7 +51,7 @@ def phases(records: Sequence[Record], form: str = "simple") -> str:
 
 
 def _or_blank(row: Mapping[str, Any], field: str, show: Callable[[float], str]) -> str:
-    """A figure; a dash for a phase that lacks it, nothing for a part, of which memory is taken in one phase only."""
+    """Format a value; a dash if a phase lacks it, blank if a part does: their memory is read in one phase only."""
     if row[field] is None:
         return "" if row["part"] else "–"
     bound = row["bound"] if field == "footprint_peak_bytes" else None
@@ -59,7 +59,7 @@ def _or_blank(row: Mapping[str, Any], field: str, show: Callable[[float], str]) 
 
 
 def _phase_rows(record: Record) -> Iterator[dict[str, Any]]:
-    """A row a phase and a row a part of it; ``None`` is not known."""
+    """Yield a row per phase and a row per part of it; ``None`` is not known."""
     for process in record.processes:
         for phase in process["phases"]:
             for part, entry in ((None, phase), *phase.get("parts", {}).items()):
@@ -70,11 +70,11 @@ def _phase_rows(record: Record) -> Iterator[dict[str, Any]]:
                     "live_peak_bytes": entry.get("cuda_peak_allocated_bytes" if on_gpu else "peak_live_bytes"),
                     "live_held_bytes": entry.get("cuda_held_allocated_bytes" if on_gpu else "held_live_bytes"),
                     "footprint_peak_bytes": entry.get("peak_footprint_bytes"),
-                    # A worker's own is in its live peak; what a user's program allocates there is seen from outside.
+                    # A worker's is in its live peak; a user's program is seen from outside only.
                     "gpu_peak_bytes": _gpu_peak(entry) if process["role"] == "script" else None,
                     "file_pages_bytes": entry.get("file_end_bytes"),
                 }
-                # The meter's own entry for what runs between parts says nothing that is shown here.
+                # The meter's entry for the time between parts has nothing that is shown here.
                 if part is None or any(value is not None for value in row.values()):
                     yield {"case": record.id, "repeat": record.repeat, "status": record.status,
                            "role": one_line(process["role"]), "rank": process["rank"],

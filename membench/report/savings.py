@@ -18,13 +18,13 @@ _QUALITY = ("bits_per_byte", "final_loss_nats")
 
 
 def verdicts(records: Sequence[Record]) -> list[str]:
-    """One line a technique: what it saved and what it cost, from the smallest ratio over its cases to the largest.
+    """Return a line per technique: what it saved and what it cost, as the range of the ratios over its cases.
 
-    Left out is what cannot be told from no change: a ratio as near to one as runs of the same case are, a figure that
-    is no further from the reference's than either may be off, a bound on the wrong side, and in a training a gain of
-    quality, because its standard error is of the text and not of the training. Where data are only read the time of a
-    token counts, not that of an epoch, which is shorter for less text. Where nothing else tells quality, how far the
-    logits are from the reference's is a cost.
+    Changes that cannot be told from none are left out: a ratio within run-to-run variation, a value closer to the
+    reference's than the error of either, a bound on the wrong side, and after training a gain of quality, because its
+    standard error is that of the text and not of the training. If data are only read, the time per token counts, not
+    that of an epoch, which is shorter for less text. If nothing else measures quality, the divergence of the logits
+    from the reference's is a cost.
     """
     found = Comparison([record for record in records if record.status == "ok"])
     shown_in = {
@@ -78,7 +78,7 @@ def verdicts(records: Sequence[Record]) -> list[str]:
 
 
 def _is_of_an_epoch(found: Comparison, group: Group, metric: Metric) -> bool:
-    """Whether a metric is the time of all that there is to read, where a token's is known, too."""
+    """Whether a metric is the time of an epoch, and the time per token is known, too."""
     return metric.field == "step_median_s" and found.reads_only(group) and found.is_known(group, "tokens_per_s")
 
 
@@ -86,11 +86,11 @@ class Ratio(NamedTuple):
     value: float
     gains: bool
     tells: bool
-    """Whether it is a change at all."""
+    """Whether it can be told from no change."""
 
 
 def ratios_of(found: Comparison, groups: Sequence[Group], technique: str, metric: Metric) -> list[Ratio]:
-    """A metric's ratios to the reference, of each group where there is one."""
+    """Return a metric's ratios to the reference, for each group that has one."""
     ratios = []
     for group in groups:
         value = found.ratio(group, technique, metric.field)
@@ -117,7 +117,7 @@ def _losses_of(found: Comparison, groups: Sequence[Group], technique: str, field
 
 
 def is_within_resolution(found: Comparison, group: Group, technique: str, metric: Metric) -> bool:
-    """Whether a figure is no further from the reference's than either may be off."""
+    """Whether a value differs from the reference's by less than the error of the two."""
     values = [found.value(group, name, metric.field) for name in (technique, REFERENCE)]
     off = [found.resolution(group, name, metric.field) for name in (technique, REFERENCE)]
     return None not in values and abs((values[0] or 0) - (values[1] or 0)) < sum(off)

@@ -16,18 +16,18 @@ from membench.report.flat import flat_rows, written
 from membench.report.outcomes import said_of, status_of
 from membench.units import format_bytes, format_ratio
 
-# From here on a technique has changed a metric that is not always shown.
+# A technique has changed a metric that is not always shown if its ratio is this far from 1.
 _DIFFERENT = 0.05
 
 
 def comparison(records: Sequence[Record], form: str = "simple", width: int | None = None) -> str:
-    """A row a case, each figure with its ratio to the reference; under a stack a row for what each member adds.
+    """Format a row per case, each value with its ratio to the reference; below a stack, a row for each member's share.
 
-    For reading: a table for each model, workload and device, with the columns that have a figure there. As ``csv`` and
-    ``json``: one flat table with bytes and seconds, ids and ratios apart.
+    For reading: a table for each model, workload and device, with the columns that have values there. As ``csv`` and
+    ``json``: one flat table in bytes and seconds, with ids and ratios in columns of their own.
 
     Args:
-        width: of the terminal in characters; a table that is wider goes on below with its other columns.
+        width: width of the terminal in characters; the columns of a wider table continue in a table below.
     """
     if form in ("csv", "json"):
         return written(flat_rows(records), form)
@@ -41,9 +41,9 @@ def comparison(records: Sequence[Record], form: str = "simple", width: int | Non
 
 
 def is_shown(found: Comparison, group: Group, metric: Metric) -> bool:
-    """Whether a metric has a column: always if it is known, or where a technique changes it.
+    """Whether a metric has a column: whenever it is known, or only if a technique changes it.
 
-    One of loading and converting has to be above what running takes, too: there it decides what memory is needed.
+    A metric of loading or converting must also exceed the peak of running, as only then it decides the memory needed.
     """
     if not metric.in_table:
         return False
@@ -83,7 +83,7 @@ def _rows(found: Comparison, group: Group, metrics: Sequence[Metric]) -> Iterato
 def _marginal_rows(
     found: Comparison, group: Group, stack: str, whole: Mapping[str, str], metrics: Sequence[Metric]
 ) -> Iterator[dict[str, str]]:
-    """What each member adds: its prefix of the stack over the prefix before it."""
+    """Yield what each member adds: its prefix of the stack over the prefix before it."""
     before = REFERENCE
     for member, prefix in zip(stack.split("+"), prefixes(stack), strict=True):
         row = dict.fromkeys(whole, "")
@@ -95,7 +95,7 @@ def _marginal_rows(
 
 
 def _fitting(rows: list[dict[str, str]], form: str, width: int | None) -> Iterator[str]:
-    """The rows as one table, or as several that fit the width, each with the two columns that name the case."""
+    """Yield the rows as one table, or as several that fit the width, each with the two columns that name the case."""
     naming, left = list(rows[0])[:2], list(rows[0])[2:]
     taken = len(left)
     while True:
@@ -112,7 +112,7 @@ def _fitting(rows: list[dict[str, str]], form: str, width: int | None) -> Iterat
 
 
 def explanation(records: Sequence[Record], form: str = "simple") -> str:
-    """Every metric of every case, and of a stack what each member changes: a table a case, a row a metric."""
+    """Format every metric of every case, and what each member of a stack changes, with a table per case."""
     found = Comparison(records)
     tables = []
     for group in found.groups:
@@ -128,7 +128,7 @@ def explanation(records: Sequence[Record], form: str = "simple") -> str:
                 for before, step in zip([None, *chain], chain, strict=False):
                     value = found.value(group, step, metric.field)
                     shown = "–" if value is None else sign(found, group, step, metric) + metric.format(value)
-                    # Against the reference a difference is the figure itself.
+                    # The difference to the reference is the value itself.
                     if before is not None and (metric.has_ratio or before != REFERENCE):
                         shown = f"{shown} {change(found, group, step, metric, before)}".rstrip()
                     row[in_cell(step, form)] = shown
@@ -136,7 +136,7 @@ def explanation(records: Sequence[Record], form: str = "simple") -> str:
                     together = found.interaction(group, technique, metric.field)
                     row["together"] = "" if together is None else format_ratio(together)
                 rows.append(row)
-            # A median of each part would be of no moment that there was.
+            # Medians of the parts would not add up to any moment that was measured.
             of = " of the first repeat" if any(len(found.repeats(group, step)) > 1 for step in chain) else ""
             for category, sizes in _breakdown(found, group, chain).items():
                 told = {in_cell(step, form): size for step, size in sizes.items()}
@@ -147,7 +147,7 @@ def explanation(records: Sequence[Record], form: str = "simple") -> str:
 
 
 def _breakdown(found: Comparison, group: Group, chain: Sequence[str]) -> dict[str, dict[str, str]]:
-    """By category, what held live memory at the highest moment of a step, of each case of a chain."""
+    """Return the sizes by category that made up live memory at the peak of a step, for each case of a chain."""
     categories: dict[str, dict[str, str]] = {}
     for technique in chain:
         for record in found.repeats(group, technique)[:1]:
@@ -159,7 +159,7 @@ def _breakdown(found: Comparison, group: Group, chain: Sequence[str]) -> dict[st
 
 
 def remarks(records: Sequence[Record]) -> list[str]:
-    """What must be said of cases: bad ends, broken limits, remarks, notes, converting that costs more than running."""
+    """Return a line per failure, broken limit, remark and note, and per conversion that needs more than running."""
     found = Comparison(records)
     lines = []
     for record in records:
@@ -173,7 +173,7 @@ def remarks(records: Sequence[Record]) -> list[str]:
         for doing, field in (("loading", "load_peak_live_bytes"), ("converting", "apply_peak_live_bytes")):
             ratio = found.ratio(record.group, record.technique, field)
             how = record.obtained.get(field, {})
-            # What the reference's way of loading takes, too, is no cost of the technique.
+            # What the reference's loading needs as well is not a cost of the technique.
             changed = ratio is None or abs(ratio - 1) > _DIFFERENT
             taken = record.metrics.get(field) or 0
             if changed and how.get("bound") != "at most" and taken > running + how.get("resolution_bytes", 0):
