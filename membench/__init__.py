@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from membench.records.record import Record
     from membench.records.run_file import Run, newest_run, read_run
     from membench.running.session import resumable, run
-    from membench.suite.suite import Suite, load_suite
+    from membench.suite.loading import load_suite
+    from membench.suite.suite import Suite
 
 __all__ = [
     "MembenchError",
@@ -45,7 +46,7 @@ _HOMES = {
     "newest_run": "membench.records.run_file",
     "read_run": "membench.records.run_file",
     "Suite": "membench.suite.suite",
-    "load_suite": "membench.suite.suite",
+    "load_suite": "membench.suite.loading",
     "resumable": "membench.running.session",
     "run": "membench.running.session",
 }

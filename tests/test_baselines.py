@@ -15,10 +15,10 @@ import pytest
 from membench import cli
 from membench.errors import CannotCompare, ResultsError
 from membench.records.run_file import read_run
-from membench.regression import baselines, sources
+from membench.regression import baseline_text, baselines, sources
+from membench.regression.judging import judge
 from membench.regression.measured import Measured, Modules, of_run
 from membench.regression.noise import Noise, Spread
-from membench.regression.verdict import judge
 from membench.suite.tolerances import Tolerances
 
 _KEPT = Path(__file__).parent.parent / "results" / "quickstart@2-cores-epyc.jsonl"
@@ -269,5 +269,5 @@ def test_a_baseline_of_the_first_schema_is_read_and_written_anew_as_one_of_this(
     assert judge(read, of_run(read_run(_KEPT)), Tolerances()).pairs[0].verdict == "same"
     path = tmp_path / _EARLY.name
     baselines.write(read, path)
-    assert json.loads(path.read_text())["schema"] == baselines.SCHEMA_VERSION == 2
+    assert json.loads(path.read_text())["schema"] == baseline_text.SCHEMA_VERSION == 2
     assert baselines.read(path) == read

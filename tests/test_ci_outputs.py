@@ -19,8 +19,9 @@ from membench import cli
 from membench.cli import ci
 from membench.records.metrics import METRICS
 from membench.records.record import Record
+from membench.regression.judging import judge
 from membench.regression.measured import of_records
-from membench.regression.verdict import Judgement, judge
+from membench.regression.verdict import Judgement
 from membench.report import case_outcomes, github, junit, regression, services
 from membench.report.case_outcomes import CheckedCase
 from membench.suite.gates import Outcome, parse

@@ -26,7 +26,7 @@ import membench
 from membench.cli import progress
 from membench.host.nvml import gpus
 from membench.protocol.readings import PartReading
-from membench.report import text
+from membench.report import phase_table
 
 _SUITE = """\
 [suite]
@@ -123,10 +123,10 @@ def test_phases_are_shown_on_request_without_rows_and_columns_of_dashes(measured
 def test_a_part_of_which_nothing_is_known_is_not_shown(measured: Path) -> None:
     (path,) = (measured / "results").glob("*.jsonl")
     record = membench.read_run(path).records[0]
-    shown = text.phases([record])
+    shown = phase_table.phases([record])
     for phase in record.processes[0].phases:
         cast(dict[str, PartReading], phase.parts)["between"] = PartReading()
-    assert text.phases([record]) == shown
+    assert phase_table.phases([record]) == shown
 
 
 def test_phases_as_csv_and_json_are_numbers_that_a_program_reads(measured: Path) -> None:

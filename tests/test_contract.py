@@ -1,4 +1,4 @@
-"""The contract: on one screen, kept by the classes that plug-ins derive from, and checked when a plug-in is loaded."""
+"""The contract: printed on one screen, and checked when a plug-in is loaded."""
 
 from __future__ import annotations
 
@@ -14,66 +14,45 @@ import membench
 from membench import plugins
 from membench.cli import main
 from membench.errors import PluginError
-from membench.plugins import contract_screen as contract
 from membench.plugins import registry
 from membench.plugins.checking import complaint
+from membench.plugins.screen import contract_lines
 from tests.installing import install
 
-_PROTOCOLS = ("Technique", "LayerWise", "Model", "Workload", "QualityMetric")
-
-
-def _kept(technique: plugins.Technique, layer_wise: plugins.LayerWise) -> tuple[contract.Technique, contract.LayerWise]:
-    """That this is well typed says that the classes keep the contract."""
-    return technique, layer_wise
-
-
-def _kept_too(
-    model: plugins.Model, workload: plugins.Workload, metric: plugins.QualityMetric
-) -> tuple[contract.Model, contract.Workload, contract.QualityMetric]:
-    return model, workload, metric
-
-
-def _members(owner: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for each in reversed(owner.__mro__):
-        if each.__module__ == owner.__module__:
-            found |= {name: value for name, value in vars(each).items() if not name.startswith("_")}
-    return found
-
-
-@pytest.mark.parametrize("name", _PROTOCOLS)
-def test_the_classes_have_just_the_stages_and_arguments_of_the_contract(name: str) -> None:
-    protocol, base = _members(getattr(contract, name)), _members(getattr(plugins, name))
-    stages = {each: value for each, value in base.items() if inspect.isfunction(value) or isinstance(value, property)}
-    told = {each: value for each, value in protocol.items() if inspect.isfunction(value) or isinstance(value, property)}
-    assert told.keys() == stages.keys()
-    for each, value in told.items():
-        if inspect.isfunction(value):
-            stage = stages[each]
-            assert inspect.isfunction(stage)
-            assert list(inspect.signature(value).parameters) == list(inspect.signature(stage).parameters)
-    annotated = {
-        key
-        for owner in getattr(contract, name).__mro__
-        if owner.__module__ == contract.__name__
-        for key in owner.__annotations__
-    }
-    own = {
-        key
-        for owner in getattr(plugins, name).__mro__
-        if owner.__module__ == plugins.__name__
-        for key in owner.__annotations__
-    }
-    assert annotated == own - {"model_config", "required"}
+_CLASSES = ("Options", "Technique", "LayerWise", "Model", "Workload", "QualityMetric")
 
 
 def test_the_contract_fits_one_screen_and_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "contract"]) == 0
     text = capsys.readouterr().out
     assert len(text.splitlines()) <= 120
-    assert text == Path(str(contract.__file__)).read_text()
+    assert text == "".join(f"{line}\n" for line in contract_lines())
     assert "CONTRACT_VERSION = 1" in text
     assert "Promise: " in text
+
+
+@pytest.mark.parametrize("name", _CLASSES)
+def test_every_stage_and_class_variable_is_on_the_screen(name: str) -> None:
+    owner = getattr(plugins, name)
+    text = "\n".join(contract_lines())
+    declared = text.partition(f"class {name}(")[2].partition("\nclass ")[0].splitlines()
+    for stage, function in vars(owner).items():
+        if not stage.startswith("_") and (inspect.isfunction(function) or isinstance(function, property)):
+            (line,) = [line for line in declared if line.startswith(f"    def {stage}(")]
+            called = function.fget if isinstance(function, property) else function
+            assert called is not None
+            assert all(argument in line for argument in inspect.signature(called).parameters)
+            assert line.endswith("  # must be there") == (stage in owner.required)
+    variables = inspect.get_annotations(owner).keys() - {"model_config", "required"}
+    assert {line.partition(":")[0].strip() for line in declared if " = " in line} == variables
+
+
+def test_the_screen_names_the_entry_point_groups() -> None:
+    text = "\n".join(contract_lines())
+    for base, group in (("Technique", "techniques"), ("Model", "models"), ("Workload", "workloads")):
+        assert f"\nclass {base}(Options):  # membench.{group}\n" in text
+    assert "\nclass QualityMetric(Options):  # membench.metrics\n" in text
+    assert "membench.suites" in text
 
 
 def _wrong(text: str, base: str) -> str | None:

@@ -20,9 +20,9 @@ from membench.records.metrics import METRICS
 from membench.records.record import Record
 from membench.records.run_file import find_run, newest_run, read_run
 from membench.regression import baselines
+from membench.regression.judging import judge
 from membench.regression.measured import Measured, of_run
-from membench.regression.verdict import judge
-from membench.report import case_outcomes, github, junit, regression, text
+from membench.report import case_outcomes, github, junit, phase_table, regression, savings, text
 from membench.suite.tolerances import Tolerances
 
 _KEPT = Path(__file__).parent.parent / "results" / "quickstart@2-cores-epyc.jsonl"
@@ -79,8 +79,8 @@ def _at(entry: Any, place: tuple[Any, ...]) -> Any:
 def _all_views(records: tuple[Record, ...]) -> str:
     """Every text that is made of records."""
     views = [text.comparison(records, form) for form in ("simple", "github", "csv", "html", "latex")]
-    views += [text.phases(records), text.phases(records, "csv"), text.explanation(records)]
-    return "\n".join([*views, *text.remarks(records), *text.verdicts(records)])
+    views += [phase_table.phases(records), phase_table.phases(records, "csv"), text.explanation(records)]
+    return "\n".join([*views, *text.remarks(records), *savings.verdicts(records)])
 
 
 def _clear(error: pytest.ExceptionInfo[ResultsError] | ResultsError, path: Path) -> str:
@@ -378,7 +378,7 @@ def test_a_spreadsheet_finds_no_formula_and_a_terminal_no_commands(path: Path, e
     records = read_run(path).records
     assert "failed: =1+1" in text.comparison(records, "csv")
     assert "\\x1b[31mred\\x1b[0m\\nsecond line" in "\n".join(text.remarks(records))
-    assert "\\x07bell" in text.phases(records)
+    assert "\\x07bell" in phase_table.phases(records)
     assert not [c for c in _all_views(records) if not c.isprintable() and c not in "\r\n"]
     changed[1]["message"] = "x"
     changed[1]["broken_limits"] = ["=cmd|' /C calc'!A0"]

@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 
 from membench.errors import one_line
 from membench.records.record import Record
-from membench.report import formats, text
+from membench.report import formats, phase_table, savings, text
 from tests import made_up
 
 from .made_up import MIB, record, run
@@ -83,7 +83,7 @@ def _rendered(written: str) -> _Read:
     "written",
     [
         formats.report([_RUN], "md"), text.comparison(_RECORDS, "github"), text.explanation(_RECORDS, "github"),
-        text.phases(_RECORDS, "github"),
+        phase_table.phases(_RECORDS, "github"),
     ],
     ids=["report", "comparison", "explanation", "phases"],
 )  # fmt: skip
@@ -124,13 +124,13 @@ def test_in_latex_none_is_a_command_a_formula_or_a_comment(written: str) -> None
 
 
 def test_in_html_they_are_text() -> None:
-    for show in (text.comparison, text.explanation, text.phases):
+    for show in (text.comparison, text.explanation, phase_table.phases):
         read = _Read(show(_RECORDS, "html"))
         assert read.tags == {"h3", "table", "thead", "tbody", "tr", "th", "td"}
         assert _missing(read.shown) == []
 
 
 def test_in_a_terminal_none_steers_it() -> None:
-    for written in (text.comparison(_RECORDS), text.explanation(_RECORDS), text.phases(_RECORDS)):
+    for written in (text.comparison(_RECORDS), text.explanation(_RECORDS), phase_table.phases(_RECORDS)):
         assert all(line.isprintable() for line in written.split("\n"))
-    assert all(line.isprintable() for line in (*text.remarks(_RECORDS), *text.verdicts(_RECORDS)))
+    assert all(line.isprintable() for line in (*text.remarks(_RECORDS), *savings.verdicts(_RECORDS)))

@@ -14,9 +14,10 @@ from membench.errors import RuleError
 from membench.records.metrics import METRICS, Metric
 from membench.records.run_file import read_run
 from membench.regression import machines, timing
+from membench.regression.judging import judge
 from membench.regression.measured import Measured, MeasuredCase, Modules, of_run
 from membench.regression.noise import Noise, Spread
-from membench.regression.verdict import Change, Judgement, judge
+from membench.regression.verdict import Change, Judgement
 from membench.suite.tolerances import Tolerances, of_table, parse_fail
 
 MIB = 2**20

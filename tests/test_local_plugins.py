@@ -12,8 +12,8 @@ import membench
 from membench.cli import main
 from membench.comparing.against_commit import Interleaved
 from membench.errors import MembenchError, ResultsError
+from membench.regression.judging import judge
 from membench.regression.measured import of_run
-from membench.regression.verdict import judge
 from membench.suite.tolerances import Tolerances
 from tests.installing import install
 from tests.repositories import commit, repository

@@ -10,8 +10,8 @@ import pytest
 
 import membench
 from membench import plugins
-from membench.builtin.layers import cross_entropy
 from membench.builtin.models.transformer import Gpt2, Llama, Qwen
+from membench.builtin.techniques import cross_entropy
 from membench.plugins import Shape, registry
 from membench.records.record import Record
 from tests.training import context, train

@@ -17,7 +17,7 @@ from membench.records.record import metrics_in
 from membench.records.run_file import RunFile
 from membench.report import services, text
 from membench.suite.gates import outcomes
-from membench.suite.suite import rules_of
+from membench.suite.rules import rules_of
 
 _ACCURACY, _NATS = "own.next_token_accuracy.higher.%", "own.mean_nats.lower.nats"
 

@@ -15,7 +15,9 @@ import membench
 from membench.errors import ResultsError, SuiteError
 from membench.protocol.case import Case
 from membench.running import session
-from membench.suite.suite import Suite, description, rules_of
+from membench.suite.loading import description
+from membench.suite.rules import rules_of
+from membench.suite.suite import Suite
 from membench.suite.tolerances import Tolerance
 from tests.repositories import commit, git
 

@@ -23,7 +23,8 @@ import pytest
 import membench
 from membench.data import corpus
 from membench.data.columnar import ArrowFormat, ParquetFormat
-from membench.data.dataset import Dataset, endless, epochs
+from membench.data.dataset import Dataset
+from membench.data.epochs import endless, epochs
 from membench.data.layouts import Bits, Integers
 from membench.data.shards import Shards
 from membench.errors import SuiteError
@@ -282,7 +283,7 @@ _TWO_WORKERS = """
 import json, sys
 from pathlib import Path
 from membench.plugins import storage
-from membench.data.dataset import endless, epochs
+from membench.data.epochs import endless, epochs
 from membench.plugins.storage import Damaged
 from membench.plugins import Unsuitable
 from tests.test_reading import _written, _which

@@ -12,7 +12,7 @@ import pytest
 
 import membench
 from membench.records.metrics import METRICS
-from membench.report import text
+from membench.report import savings, text
 
 _ROOT = Path(__file__).parent.parent
 _README = (_ROOT / "README.md").read_text()
@@ -38,7 +38,7 @@ def _text_with(kept: Path) -> str:
 def test_tables_and_what_is_said_below_them_are_those_of_the_kept_runs(kept: Path) -> None:
     records, written = membench.read_run(kept).records, _text_with(kept)
     assert text.comparison(records, "github") in written
-    assert "\n".join([*text.remarks(records), *text.verdicts(records)]) in written
+    assert "\n".join([*text.remarks(records), *savings.verdicts(records)]) in written
 
 
 @pytest.mark.parametrize("kept", _KEPT, ids=lambda path: path.name)

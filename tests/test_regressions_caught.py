@@ -10,8 +10,9 @@ import pytest
 
 import membench
 from membench.records.record import Record
+from membench.regression.judging import judge
 from membench.regression.measured import Measured, of_records
-from membench.regression.verdict import Change, Judgement, judge
+from membench.regression.verdict import Change, Judgement
 from membench.suite.tolerances import Tolerances
 
 MIB = 2**20

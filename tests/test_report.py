@@ -8,7 +8,7 @@ import pytest
 
 from membench.records.comparison import Comparison, with_compared
 from membench.records.record import Record
-from membench.report import text
+from membench.report import savings, text
 from tests import made_up
 
 MIB = 2**20
@@ -151,7 +151,7 @@ def test_a_verdict_names_what_was_saved_and_what_it_cost(elsewhere_s: float, lin
         _record("none", "train", weights_bytes=64, step_median_s=0.5),
         _record("half", "train", weights_bytes=32, step_median_s=elsewhere_s),
     )
-    assert text.verdicts(records) == [line]
+    assert savings.verdicts(records) == [line]
 
 
 def test_a_verdict_passes_over_what_two_runs_of_a_case_may_differ_by() -> None:
@@ -160,8 +160,8 @@ def test_a_verdict_passes_over_what_two_runs_of_a_case_may_differ_by() -> None:
         return dataclasses.replace(record, obtained={"peak_live_bytes": {"resolution_bytes": MIB // 4}})
 
     none = coarse("none", 2.0, 1.0)
-    assert text.verdicts([none, coarse("a", 1.6, 0.86)]) == ["a: saved nothing; cost nothing"]
-    assert text.verdicts([none, coarse("a", 1.4, 0.84)]) == ["a: saved live peak ×0.70, time ×0.84; cost nothing"]
+    assert savings.verdicts([none, coarse("a", 1.6, 0.86)]) == ["a: saved nothing; cost nothing"]
+    assert savings.verdicts([none, coarse("a", 1.4, 0.84)]) == ["a: saved live peak ×0.70, time ×0.84; cost nothing"]
 
 
 @pytest.mark.parametrize(("mib", "bound"), [(150, "at most"), (50, "at least")])
@@ -169,15 +169,15 @@ def test_a_verdict_draws_nothing_from_a_bound_on_the_wrong_side(mib: int, bound:
     none = _record("none", weights_bytes=64, peak_live_bytes=100 * MIB)
     other = _record("a", weights_bytes=64, peak_live_bytes=mib * MIB)
     other = dataclasses.replace(other, obtained={"peak_live_bytes": {"bound": bound}})
-    assert text.verdicts([none, other]) == ["a: saved nothing; cost nothing"]
+    assert savings.verdicts([none, other]) == ["a: saved nothing; cost nothing"]
 
 
 def test_a_verdict_takes_no_gain_of_quality_in_a_training_for_more_than_chance() -> None:
     def trained(technique: str, lost: float | None) -> Record:
         return _record(technique, weights_bytes=64, final_loss_nats=1.0, lost_bits_per_byte=lost)
 
-    assert text.verdicts([trained("none", None), trained("a", -0.01)]) == ["a: saved nothing; cost nothing"]
-    assert text.verdicts([trained("none", None), trained("a", 0.01)]) == ["a: saved nothing; cost +0.0100 bits/byte"]
+    assert savings.verdicts([trained("none", None), trained("a", -0.01)]) == ["a: saved nothing; cost nothing"]
+    assert savings.verdicts([trained("none", None), trained("a", 0.01)]) == ["a: saved nothing; cost +0.0100 bits/byte"]
 
 
 def test_a_verdict_names_the_samples_that_are_got_wrong_for_it() -> None:
@@ -188,7 +188,7 @@ def test_a_verdict_names_the_samples_that_are_got_wrong_for_it() -> None:
             ("none", "text", 100, 66.0), ("a", "text", 10, 66.4),
         )
     ]  # fmt: skip
-    assert text.verdicts(records) == ["a: saved data ×0.10; cost -3.4 to +0.4 percent of samples"]
+    assert savings.verdicts(records) == ["a: saved data ×0.10; cost -3.4 to +0.4 percent of samples"]
 
 
 def test_a_verdict_spans_all_cases_and_those_that_saved_nothing() -> None:
@@ -197,7 +197,7 @@ def test_a_verdict_spans_all_cases_and_those_that_saved_nothing() -> None:
         for workload, of in (("forward", {"none": 100, "a": 70}), ("long", {"none": 100, "a": 100}))
         for name, mib in of.items()
     ]
-    assert text.verdicts(records) == ["a: saved live peak ×0.70 to ×1.000; cost nothing"]
+    assert savings.verdicts(records) == ["a: saved live peak ×0.70 to ×1.000; cost nothing"]
 
 
 @pytest.mark.parametrize(
@@ -234,10 +234,10 @@ def test_less_text_is_on_the_front_for_its_size_and_not_for_a_shorter_epoch() ->
 
     whole, half = read("none", 1.0, 1000.0, None, 100), read("half", 0.5, 1000.0, 50.0, 50)
     assert Comparison([whole, half]).front(whole.group) == {"none", "half"}
-    assert text.verdicts([whole, half])[0].endswith("; cost 50 percent of the text")
+    assert savings.verdicts([whole, half])[0].endswith("; cost 50 percent of the text")
     # It takes half the time for half the text: nothing is saved by that.
-    assert "time" not in text.verdicts([whole, half])[0]
-    assert "tokens/s ×2.00" in text.verdicts([whole, read("quick", 0.5, 2000.0, 100.0, 100)])[0]
+    assert "time" not in savings.verdicts([whole, half])[0]
+    assert "tokens/s ×2.00" in savings.verdicts([whole, read("quick", 0.5, 2000.0, 100.0, 100)])[0]
     packed = read("packed", 1.0, 1000.0, None, 50)
     assert Comparison([whole, half, packed]).front(whole.group) == {"packed"}
 
@@ -257,7 +257,7 @@ def test_a_verdict_names_what_quality_was_lost_or_gained_beyond_chance(
 ) -> None:
     half = _record("half", weights_bytes=32, lost_bits_per_byte=lost, lost_bits_per_byte_standard_error=error)
     records = (_record("none", weights_bytes=64), half)
-    assert text.verdicts(records) == [f"half: {line}"]
+    assert savings.verdicts(records) == [f"half: {line}"]
 
 
 def test_a_verdict_counts_the_distance_of_the_logits_where_nothing_else_tells_quality() -> None:
@@ -265,18 +265,18 @@ def test_a_verdict_counts_the_distance_of_the_logits_where_nothing_else_tells_qu
         return [_record("none", workload, weights_bytes=64),
                 _record("half", workload, weights_bytes=32, kl_nats=kl, lost_bits_per_byte=lost)]  # fmt: skip
 
-    assert text.verdicts(far("forward", 0.0085)) == ["half: saved weights ×0.50; cost KL 8.5e-03"]
-    assert text.verdicts([*far("forward", 0.0085), *far("train", 0.1)]) == [
+    assert savings.verdicts(far("forward", 0.0085)) == ["half: saved weights ×0.50; cost KL 8.5e-03"]
+    assert savings.verdicts([*far("forward", 0.0085), *far("train", 0.1)]) == [
         "half: saved weights ×0.50; cost KL 8.5e-03 to 1.0e-01"
     ]
     # Where the loss is known, it tells more; and rounding of the same logits is no distance.
-    assert text.verdicts(far("forward", 0.0085, 0.0)) == ["half: saved weights ×0.50; cost nothing"]
-    assert text.verdicts(far("forward", 1e-7)) == ["half: saved weights ×0.50; cost nothing"]
+    assert savings.verdicts(far("forward", 0.0085, 0.0)) == ["half: saved weights ×0.50; cost nothing"]
+    assert savings.verdicts(far("forward", 1e-7)) == ["half: saved weights ×0.50; cost nothing"]
 
 
 def test_of_a_technique_without_a_reference_neither_gain_nor_cost_is_claimed() -> None:
     failed = dataclasses.replace(_record("none", weights_bytes=64), status="failed")
-    assert text.verdicts([failed, _record("half", weights_bytes=32)]) == [
+    assert savings.verdicts([failed, _record("half", weights_bytes=32)]) == [
         "half: nothing to compare with: 'none' was not measured to its end"
     ]
 
@@ -358,7 +358,7 @@ def test_peaks_of_loading_and_converting_are_shown_where_they_decide_what_memory
     other = _record("other", peak_live_bytes=running_mib * MIB, apply_peak_live_bytes=converting_mib * MIB)
     assert ("apply peak" in text.comparison([none, other])) is is_shown
     cost = f"apply peak ×{converting_mib / 200:.3f}" if is_shown else "nothing"
-    assert text.verdicts([none, other]) == [f"other: saved nothing; cost {cost}"]
+    assert savings.verdicts([none, other]) == [f"other: saved nothing; cost {cost}"]
 
 
 def test_a_kept_stack_brings_along_what_it_is_compared_with_and_no_more() -> None:

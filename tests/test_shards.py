@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from membench.data import codecs
-from membench.data.dataset import Dataset, epochs
+from membench.data.dataset import Dataset
+from membench.data.epochs import epochs
 from membench.data.layouts import Integers
 from membench.data.shards import Shards
 from membench.plugins.storage import Codec, Damaged, Extent, Storage

@@ -9,7 +9,7 @@ import pytest
 import membench
 from membench.errors import SuiteError
 from membench.suite import lookup, selection
-from membench.suite.suite import description
+from membench.suite.loading import description
 from tests.installing import install
 
 _MATRIX = '[suite]\nname = "s"\n[matrix]\nmodel = ["llama-60m"]\ntechnique = ["bf16"]\nworkload = ["forward"]\n'

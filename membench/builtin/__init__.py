@@ -1,0 +1,1 @@
+"""The models, techniques, workloads, quality metrics and suites that come with membench, as plug-ins."""

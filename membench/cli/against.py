@@ -62,8 +62,8 @@ def run(arguments: argparse.Namespace, suite: Suite) -> int:
     from membench.cli.progress import Display
     from membench.comparing import against_commit
     from membench.comparing.checking import MORE_REPEATS
+    from membench.regression.judging import judge
     from membench.regression.measured import of_run
-    from membench.regression.verdict import judge
     from membench.report import case_outcomes, regression
     from membench.suite import selection
 

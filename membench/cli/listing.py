@@ -22,14 +22,15 @@ def add(verbs: Verbs) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> int:
+    from membench.plugins import screen
     from membench.suite import catalog
-    from membench.suite.suite import is_suite, load_suite
+    from membench.suite.loading import is_suite, load_suite
 
-    # A kind first, then a suite, then a plug-in: what a name means must not hang on what is installed.
+    # A kind first, then a suite, then a plug-in: what a name means must not depend on what is installed.
     if arguments.what is None or arguments.what in catalog.KINDS:
         lines = catalog.overview((arguments.what,) if arguments.what else catalog.KINDS)
-    elif arguments.what == catalog.CONTRACT:
-        lines = catalog.contract_text()
+    elif arguments.what == "contract":
+        lines = screen.contract_lines()
     elif is_suite(arguments.what):
         lines = (case.id for case in load_suite(arguments.what).cases)
     else:

@@ -30,7 +30,7 @@ def beside(form: str) -> TextIO:
 
 def print_run(run: Run, form: str, explain: bool) -> None:
     """Print a run's table, and what must be said of it: beside the output where a machine reads that."""
-    from membench.report import text
+    from membench.report import savings, text
 
     # In a terminal a table must fit; whatever reads a pipe or a Markdown table wants whole rows.
     fits = sys.stdout.isatty() and form in ("simple", "plain", "grid")
@@ -39,7 +39,7 @@ def print_run(run: Run, form: str, explain: bool) -> None:
         print(f"\n{text.explanation(run.records, form)}")
     if form not in FOR_MACHINES:
         print()
-    for line in (*text.remarks(run.records), *text.verdicts(run.records), *_nothing(run), f"kept in {run.path}"):
+    for line in (*text.remarks(run.records), *savings.verdicts(run.records), *_nothing(run), f"kept in {run.path}"):
         print(line, file=beside(form))
 
 

@@ -90,8 +90,8 @@ def _add_baseline(verbs: Verbs) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
+    from membench.regression.judging import judge
     from membench.regression.sources import load, load_with_run
-    from membench.regression.verdict import judge
     from membench.suite.tolerances import Tolerances
 
     keep = _keep(arguments.expression)
@@ -113,7 +113,7 @@ def _told(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     from membench.report import case_outcomes, regression
-    from membench.suite.suite import is_suite
+    from membench.suite.loading import is_suite
 
     ci.refuse_unwritable(arguments)
     if arguments.update and arguments.against and _baseline_named(arguments.against, arguments.output) is None:
@@ -149,7 +149,7 @@ def _of_suite(arguments: argparse.Namespace) -> tuple[Measured, Judgement, Run |
     from membench.comparing import checking
     from membench.regression import sources
     from membench.suite import selection
-    from membench.suite.suite import load_suite
+    from membench.suite.loading import load_suite
     from membench.suite.tolerances import Tolerances, parse_fail
 
     suite = load_suite(arguments.new, arguments.device)
@@ -178,7 +178,7 @@ def _kept_pairs(judgement: Judgement, keep: Callable[[str], bool]) -> Any:
 def _of_run(arguments: argparse.Namespace) -> tuple[Measured, Judgement, Run | None, Sequence[Gate]]:
     """Judge a run as it was kept, by the tolerances and gates of the suite that it was made of."""
     from membench.regression import sources
-    from membench.regression.verdict import judge
+    from membench.regression.judging import judge
     from membench.suite.tolerances import Tolerances, parse_fail
 
     keep = _keep(arguments.expression)
@@ -193,7 +193,7 @@ def _of_run(arguments: argparse.Namespace) -> tuple[Measured, Judgement, Run | N
 
 def _own_rules(measured: Measured, run: Run | None) -> tuple[Sequence[Tolerance], Sequence[Gate]]:
     """Tolerances and gates of the suite that a run was made of; a baseline does not know them."""
-    from membench.suite.suite import rules_of
+    from membench.suite.rules import rules_of
 
     return rules_of(run.header, _own_metrics(measured, run)) if run else ((), ())
 

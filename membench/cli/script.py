@@ -136,11 +136,11 @@ def watched(suite: Suite, form: str) -> Iterator[Tell]:
 
 def print_phases(records: Sequence[Any], form: str) -> None:
     """Print what each phase took that a program marked."""
-    from membench.report import text
+    from membench.report import phase_table
 
     marked = [
         record for record in records
         if any(phase.inside for process in record.processes for phase in process.phases)
     ]  # fmt: skip
     if marked and form not in FOR_MACHINES:
-        print(f"{text.phases(marked, form)}\n")
+        print(f"{phase_table.phases(marked, form)}\n")

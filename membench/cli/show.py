@@ -22,13 +22,13 @@ def add(verbs: Verbs) -> None:
 
 def _show(arguments: argparse.Namespace) -> int:
     import membench
-    from membench.report import text
+    from membench.report import phase_table
 
     run = membench.read_run(arguments.run or membench.newest_run(arguments.output))
     if arguments.expression:
         run = narrowed(run, arguments.expression, with_others=not arguments.phases)
     if arguments.phases:
-        print(text.phases(run.records, arguments.format))
+        print(phase_table.phases(run.records, arguments.format))
     else:
         print_run(run, arguments.format, arguments.explain)
     return EXIT_OK

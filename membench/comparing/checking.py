@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from membench.records.run_file import Run
+from membench.regression.judging import judge
 from membench.regression.measured import Measured, MeasuredCase, of_run
-from membench.regression.verdict import Judgement, judge
+from membench.regression.verdict import Judgement
 from membench.running import session
 from membench.suite.suite import Suite
 from membench.suite.tolerances import Tolerances

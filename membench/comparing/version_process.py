@@ -25,7 +25,8 @@ from membench.protocol.case import Case, Plugin
 from membench.protocol.requests import Checkouts
 from membench.running.executors.local import LocalExecutor
 from membench.running.session import Session
-from membench.suite.suite import Suite, load_suite
+from membench.suite.loading import load_suite
+from membench.suite.suite import Suite
 
 _FOREIGN = f"{ForeignCode.__name__}: "
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")

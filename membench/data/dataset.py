@@ -1,44 +1,39 @@
-"""Rows of token ids in a folder, and batches out of them."""
+"""Rows of token ids stored in a folder, and read from it in batches."""
 
 from __future__ import annotations
 
 import collections
 import itertools
 import statistics
-import threading
 import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from membench.data.codec_timing import Timed
-from membench.data.order import Window, block_rows, power_of_two, windows
+from membench.data.decoding import Decoding, Filling, Opened, Room, read_whole
+from membench.data.order import Window, block_rows, frame_rows, windows
 from membench.plugins import Unsuitable
-from membench.plugins.storage import Damaged, Extent, Read, Storage
+from membench.plugins.storage import Extent, Storage
 
 if TYPE_CHECKING:
-    import numpy
-    import torch
-
-    from membench.plugins.storage import Ids, Type
-
-    Numbers = numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]]
+    from membench.data.decoding import Numbers
+    from membench.plugins.storage import Ids
 
 _BLOCKS_AT_ONCE = 2
 _TOKENS_TAKEN_AT_ONCE = 2**15
-"""A batch by itself may be so small that calling numpy for it takes longer than its work."""
+"""A single batch may be so small that calling numpy takes longer than copying its rows."""
 _MB = 1e6
 _CODEC_CLOCK = "monotonic clock around the codec, on one thread"
 _CODEC_TIMED_S = 0.2
-"""At least so long, for a fast codec is through with a small corpus before a clock means much."""
+"""The shortest time to measure over: a fast codec reads a small corpus in less than a clock can resolve."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a storage keeps of a corpus, and how it is to be read.
+    """A corpus in a folder, and how it is stored and read.
 
     Attributes:
         padding: how many tokens of the rows are padding.
@@ -55,10 +50,10 @@ class Dataset:
 
     @classmethod
     def written(cls, rows: Ids, storage: Storage, vocabulary: int, folder: Path, padding: int = 0) -> Dataset:
-        """Keep rows (rows, tokens) in a folder that is not there yet.
+        """Store rows (rows, tokens) in a folder that does not exist yet.
 
         Raises:
-            Unsuitable: if there are no rows, or a token id is none of the vocabulary; packed, it would be another.
+            Unsuitable: if there are no rows, or a token id is not in the vocabulary: packed, it would become another.
         """
         if not len(rows):
             raise Unsuitable("there are no rows of training data")
@@ -73,18 +68,18 @@ class Dataset:
         return cls(folder, storage, extent, padding)
 
     def packed_bytes(self) -> int:
-        """Bytes of the rows as they are laid out, before they are compressed."""
+        """Count the bytes of all rows before they are compressed."""
         return self.extent.rows * self.storage.layout.bytes_per_row(self.extent)
 
     def tokens(self) -> int:
-        """Tokens of an epoch, without padding."""
+        """Count the tokens of an epoch, without padding."""
         return self.extent.rows * self.extent.length - self.padding
 
     def facts(self) -> dict[str, tuple[float, str]]:
-        """Size and share of padding, and where there is a codec its ratio and speed, after reading every frame once.
+        """Measure size and share of padding, and of a codec its ratio and speed, after reading every frame once.
 
         Raises:
-            Damaged: if what was written cannot be read.
+            Damaged: if a frame cannot be read back.
         """
         size = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
         padding_percent = 100 * self.padding / (self.extent.rows * self.extent.length)
@@ -100,23 +95,22 @@ class Dataset:
         return found
 
     def codec_speeds(self) -> list[float]:
-        """How many MB a second the codec alone decompresses, each time that all is read; nothing without a codec."""
+        """Measure how many MB a second the codec alone decompresses, once per pass; an empty list without a codec."""
         speeds: list[float] = []
         if isinstance(self.storage.codec, Timed):
             began = time.perf_counter()
             while time.perf_counter() - began < _CODEC_TIMED_S:
-                # By a clock of its own: a reader that decodes ahead may be at work still.
+                # With its own clock: a reader that decodes ahead may still be running.
                 clock = self.storage.codec.afresh()
                 replace(self, storage=replace(self.storage, codec=clock))._decode()
                 speeds.append(clock.decompressed_bytes / _MB / clock.decompress_s)
         return speeds
 
     def timed_afresh(self, earlier_speeds: list[float]) -> dict[str, tuple[float, str]]:
-        """How long opening takes here and now, and how fast the codec is, if there is one, to be held against how fast
-        it is read.
+        """Measure how long opening takes and how fast the codec is, to be compared with how fast data are read.
 
         Args:
-            earlier_speeds: of the codec, before it was read: machines change their pace.
+            earlier_speeds: speeds of the codec before the data were read, because a machine's speed drifts.
         """
         began = time.perf_counter()
         self.opened()
@@ -132,52 +126,51 @@ class Dataset:
             read(block)
 
     def _blocks(self) -> Iterator[range]:
-        """The frames of each block."""
+        """Return the frames of each block."""
         frames, inside = -(-self.extent.rows // self.frame_rows), block_rows(self.extent.length) // self.frame_rows
         return (range(first, min(first + inside, frames)) for first in range(0, frames, inside))
 
-    def opened(self) -> Ids | _Opened:
-        """Ready to read: all rows, decoded now, if they are read whole."""
+    def opened(self) -> Ids | Opened:
+        """Open the data: all rows, decoded now, if they are read whole."""
         import numpy
 
         read = self.storage.format.open(self.extent, self.storage, self.folder)
         if self.storage.reading != "whole":
             streams = self.storage.reading == "stream"
-            return _Opened(read, ThreadPoolExecutor(1, "reading ahead") if streams else None)
+            return Opened(read, ThreadPoolExecutor(1, "reading ahead") if streams else None)
         whole = numpy.empty((self.extent.rows, self.extent.length), self.storage.layout.type(self.extent))
         for block in self._blocks():
             rows = self._rows_of(block)
-            whole[rows.start : rows.stop] = _read_whole(read, block, (len(rows), self.extent.length))
+            whole[rows.start : rows.stop] = read_whole(read, block, (len(rows), self.extent.length))
         return whole
 
     def batches(
-        self, size: int, seed: int, epoch: int, opened: Ids | _Opened, share: tuple[int, int] = (0, 1)
+        self, size: int, seed: int, epoch: int, opened: Ids | Opened, share: tuple[int, int] = (0, 1)
     ) -> Iterator[Any]:
-        """The batches of an epoch, (size, tokens); the last has the rows that are left.
+        """Yield the batches of an epoch, (size, tokens); the last one has the rows that are left.
 
-        Ids have the type that they are kept in. Widened to int64, a byte becomes eight: that is left to whoever needs
-        it.
+        Ids keep the type that they are stored in: as int64, a byte becomes eight, so callers widen what they need.
 
         Args:
-            opened: as the method of that name gives it.
-            share: which of how many readers this is; each has windows of its own.
+            opened: what the method of that name returned.
+            share: (number, count) of this reader among those that share the windows of the epoch.
         """
         import numpy
         import torch
 
         all_windows = windows(self.extent, self.frame_rows, _BLOCKS_AT_ONCE, seed, epoch)
         mine = itertools.islice(all_windows, share[0], None, share[1])
-        shuffled = self._decoded(mine, opened, size) if isinstance(opened, _Opened) else self._taken(mine, opened, size)
+        shuffled = self._decoded(mine, opened, size) if isinstance(opened, Opened) else self._taken(mine, opened, size)
         left: Any = numpy.empty((0, self.extent.length), self.storage.layout.type(self.extent))
         for rows in shuffled:
-            first = -len(left) % size  # so many rows fill the batch that the last ones began
+            first = -len(left) % size  # rows that complete the batch begun before
             if first:
                 left = numpy.concatenate([left, rows[:first]])
                 if len(left) < size:
                     continue
                 yield torch.from_numpy(left)
             last = len(rows) - (len(rows) - first) % size
-            if last - first == size:  # to split it takes longer than to make it
+            if last - first == size:  # splitting it takes longer than making it
                 yield torch.from_numpy(rows[first:last])
             elif last > first:
                 yield from torch.split(torch.from_numpy(rows[first:last]), size)
@@ -186,24 +179,24 @@ class Dataset:
             yield torch.from_numpy(left)
 
     def _taken(self, some: Iterable[Window], opened: Ids, size: int) -> Iterator[Ids]:
-        """Rows in the order of the windows, a few batches of so many at once, out of all of them."""
+        """Yield rows in the order of the windows, a few batches at once, out of all rows."""
         at_once = size * max(1, _TOKENS_TAKEN_AT_ONCE // (size * self.extent.length))
         for window in some:
             numbers = self._numbers(window)[window.order]
             for start in range(0, len(numbers), at_once):
                 yield opened.take(numbers[start : start + at_once], axis=0)
 
-    def _decoded(self, some: Iterable[Window], opened: _Opened, size: int) -> Iterator[Ids]:
-        """Rows in the order of the windows, a window at once but for its last batch, which comes as a copy.
+    def _decoded(self, some: Iterable[Window], opened: Opened, size: int) -> Iterator[Ids]:
+        """Yield rows in the order of the windows: a window at once, except its last batch, which is yielded as a copy.
 
-        So whoever holds that one while the next window comes holds nothing of this, and its memory is used again. Where
-        blocks are decoded, a thread begins with those of the next window while this one is worked through, and whoever
-        wants it then helps: waiting for each other costs a fast codec more than its work.
+        A caller that still holds that batch when the next window comes then holds nothing of this window, whose memory
+        is used again. If blocks are decoded, a thread starts on those of the next window meanwhile, and a caller that
+        needs them helps: waiting for each other would cost a fast codec more than its work.
         """
-        rooms: list[_Room] = []
-        decoding = _Decoding(opened.read)
+        rooms: list[Room] = []
+        decoding = Decoding(opened.read)
 
-        def begun(window: Window) -> _Filling:
+        def begun(window: Window) -> Filling:
             rows = self._room(rooms)[: len(window.order)]
             filling = decoding.begin(rows, self._places(window))
             if opened.helper:
@@ -218,22 +211,22 @@ class Dataset:
                 yield rows[:-size]
                 rows = rows[-size:].copy()
                 yield rows
-                # Into the room of the one that has just been handed out, while the next may still be decoded.
+                # Into the memory of the window just yielded, while the next may still be decoded.
                 ahead.extend(itertools.islice(coming, 1))
         finally:
-            decoding.stop()  # without waiting for the helper: it may be who collects what was given up
+            decoding.stop()  # without waiting for the helper, which may be the thread that collects this generator
 
-    def _room(self, rooms: list[_Room]) -> Ids:
-        """Room for the rows of a window: one of these that nobody holds a batch of any more, or else a new one."""
+    def _room(self, rooms: list[Room]) -> Ids:
+        """Return memory for the rows of a window: a room of which no batch is held any more, or a new one."""
         for room in rooms:
             if room.is_free():
                 return room.lent()
         rows = min(self.extent.rows, _BLOCKS_AT_ONCE * block_rows(self.extent.length))
-        rooms.append(_Room(rows, self.extent.length, self.storage.layout.type(self.extent)))
+        rooms.append(Room(rows, self.extent.length, self.storage.layout.type(self.extent)))
         return rooms[-1].lent()
 
     def _places(self, window: Window) -> list[tuple[range, Numbers]]:
-        """A window's blocks, each with the places that its rows come to in the window's order."""
+        """Return a window's blocks, each with the places of its rows in the window's order."""
         import numpy
 
         places = numpy.empty_like(window.order)
@@ -245,200 +238,12 @@ class Dataset:
         ]
 
     def _rows_of(self, block: range) -> range:
-        """The rows of a block's frames among all rows."""
+        """Return which of all rows a block's frames hold."""
         return range(block.start * self.frame_rows, min(block.stop * self.frame_rows, self.extent.rows))
 
     def _numbers(self, window: Window) -> Numbers:
-        """Of the rows of a window among all rows."""
+        """Return which of all rows a window holds."""
         import numpy
 
         rows = map(self._rows_of, window.blocks)
         return numpy.concatenate([numpy.arange(some.start, some.stop) for some in rows])
-
-
-class _Opened(NamedTuple):
-    """Blocks that are read as they are wanted, and the thread that reads ahead where they have to be decoded.
-
-    It stays from one epoch to the next, for starting it takes as long as decoding a block, and ends with this.
-    """
-
-    read: Read
-    helper: ThreadPoolExecutor | None
-
-
-class _Filling:
-    """The rows of a window while its blocks are decoded."""
-
-    def __init__(self, rows: Ids, blocks: int) -> None:
-        self.rows = rows
-        self.items = _items(rows)
-        self.ended = threading.Event()
-        self.failed: BaseException | None = None
-        self._left = iter(range(blocks - 1, -1, -1))
-
-    def count_one(self) -> None:
-        """One more block is there; two threads can count at once, as an iterator gives each number to one of them."""
-        if next(self._left) == 0:
-            self.ended.set()
-
-
-class _Decoding:
-    """Blocks of several windows, decoded in their order by all threads that come by."""
-
-    def __init__(self, read: Read) -> None:
-        self._read = read
-        self._waiting: collections.deque[tuple[_Filling, range, Numbers]] = collections.deque()
-
-    def begin(self, rows: Ids, blocks: list[tuple[range, Numbers]]) -> _Filling:
-        filling = _Filling(rows, len(blocks))
-        self._waiting.extend((filling, block, places) for block, places in blocks)
-        return filling
-
-    def finished(self, filling: _Filling) -> Ids:
-        """The rows of a window, once they are all there; whoever wants them helps.
-
-        Raises:
-            Damaged: if a frame is not what was written.
-        """
-        try:
-            while not filling.ended.is_set() and self._one():
-                pass
-            filling.ended.wait()
-            if filling.failed is not None:
-                raise filling.failed
-            return filling.rows
-        finally:
-            filling.failed = None  # as in ``_one``: its traceback leads here
-
-    def go_on(self) -> None:
-        """Decode until nothing waits."""
-        while self._one():
-            pass
-
-    def stop(self) -> None:
-        """Begin with no block any more."""
-        self._waiting.clear()
-
-    def _one(self) -> bool:
-        try:
-            filling, block, places = self._waiting.popleft()
-        except IndexError:
-            return False
-        try:
-            decoded = _read_whole(self._read, block, (len(places), filling.rows.shape[1]))
-            filling.items[places] = _items(decoded.astype(filling.rows.dtype, copy=False))
-            filling.count_one()
-        except BaseException as error:  # whoever wants the window hears it, whomever it befell
-            filling.failed = error
-            filling.ended.set()
-            del filling  # or the error would lead to itself, and keep the file open until it is collected
-            if not isinstance(error, Exception):  # an interrupt is not to wait for the window
-                raise
-        return True
-
-
-def _read_whole(read: Read, block: range, shape: tuple[int, int]) -> Ids:
-    """The rows of a block, if they have the shape that was kept; numpy would fill up or cut off what is put in place.
-
-    Raises:
-        ValueError: if they do not.
-    """
-    rows = read(block)
-    if rows.shape != shape:
-        raise ValueError(
-            f"frames {block.start} to {block.stop - 1} were read as {rows.shape} rows and tokens, and {shape} were kept"
-        )
-    return rows
-
-
-def _items(rows: Ids) -> Any:
-    """Each row as one item, which numpy moves at once: by tokens it takes half as long again."""
-    if rows.strides[1] != rows.itemsize:
-        rows = rows.copy()
-    return rows.view(f"V{rows.shape[1] * rows.itemsize}")[:, 0]
-
-
-class _Room:
-    """Memory for the rows of a window, lent out again once nothing is left of what was lent."""
-
-    def __init__(self, rows: int, length: int, kind: Type) -> None:
-        import numpy
-
-        self._memory = numpy.empty((rows, length), kind)
-        self._lease: weakref.ref[_Lease] | None = None
-
-    def is_free(self) -> bool:
-        return self._lease is None or self._lease() is None
-
-    def lent(self) -> Ids:
-        import numpy
-
-        lease = _Lease(self._memory)
-        self._lease = weakref.ref(lease)
-        return numpy.asarray(lease)
-
-
-class _Lease:
-    """Stands between a room and the arrays of its memory: numpy keeps it for as long as there is one of them."""
-
-    def __init__(self, memory: Ids) -> None:
-        self._memory = memory
-        self.__array_interface__ = memory.__array_interface__
-
-
-def endless(data: Dataset, batch_size: int, seed: int, workers: int) -> Iterator[torch.Tensor]:
-    """Batches of one epoch after the other; what does not fill one is left out. Opening the data is part of the first.
-
-    Raises:
-        Unsuitable: if no reader has rows enough for a batch.
-    """
-    opened = epochs(data, batch_size, seed, workers)
-    for epoch in itertools.count():
-        found = False
-        for batch in opened(epoch):
-            if len(batch) == batch_size:
-                found = True
-                yield batch
-        if not found:
-            raise Unsuitable(
-                f"{data.extent.rows} rows, shared out among {workers} processes, give none the {batch_size} of a batch"
-            )
-
-
-def epochs(data: Dataset, batch_size: int, seed: int, workers: int) -> Callable[[int], Iterator[torch.Tensor]]:
-    """Opens the data, and gives the batches of an epoch by its number.
-
-    Args:
-        workers: processes of torch's ``DataLoader`` that read, each a share of the windows and with all that reading
-            wants; 0: this process does. They start anew with each epoch, as is the ``DataLoader``'s own way, and run
-            under the allocator that the measuring had chosen then. Their batches come in another order than those of
-            one process.
-    """
-    if workers == 0:
-        opened = data.opened()
-        return lambda epoch: data.batches(batch_size, seed, epoch, opened)
-    from torch.utils.data import DataLoader
-
-    from membench.data.loading import Batches
-
-    def batches(epoch: int) -> Iterator[torch.Tensor]:
-        source = Batches(data, batch_size, seed, epoch)
-        try:
-            yield from DataLoader(source, batch_size=None, num_workers=workers, multiprocessing_context="fork")
-        except (Damaged, MemoryError) as error:
-            raise type(error)(_said_by_worker(error)) from None
-        except Exception as error:
-            raise RuntimeError(_said_by_worker(error)) from None
-
-    return batches
-
-
-def _said_by_worker(error: Exception) -> str:
-    """What an error says: from a worker it stands at the end of the traceback that came with it."""
-    last = str(error).strip().rpartition("\n")[2]
-    return last.partition(": ")[2] if isinstance(error, Damaged) else last
-
-
-def frame_rows(storage: Storage, extent: Extent) -> int:
-    """Rows of a frame: a power of two, as those of a block are, so that a block is so many whole frames."""
-    return min(block_rows(extent.length), power_of_two(storage.frame_tokens // extent.length))

@@ -16,7 +16,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from xxhash import xxh3_64_intdigest
 
-from membench.data.dataset import frame_rows
+from membench.data.order import frame_rows
 from membench.plugins.storage import Buffer, Damaged, Extent, Storage
 
 _NAME, _VERSION = "index.json", 3

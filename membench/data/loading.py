@@ -9,13 +9,13 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 if TYPE_CHECKING:
-    from membench.data.dataset import Dataset
+    from membench.plugins import TrainingData
 
 
 class Batches(IterableDataset[torch.Tensor]):
     """The batches of an epoch; each process opens the data by itself and reads its own share of the windows."""
 
-    def __init__(self, data: Dataset, batch_size: int, seed: int, epoch: int) -> None:
+    def __init__(self, data: TrainingData, batch_size: int, seed: int, epoch: int) -> None:
         self._data, self._batch_size, self._seed, self._epoch = data, batch_size, seed, epoch
 
     def __iter__(self) -> Iterator[torch.Tensor]:

@@ -14,7 +14,7 @@ from membench.plugins import storage
 if TYPE_CHECKING:
     import numpy
 
-    from membench.plugins.storage import Extent
+    from membench.plugins.storage import Extent, Storage
 
 
 class Window(NamedTuple):
@@ -32,6 +32,11 @@ def block_rows(length: int) -> int:
 def power_of_two(most: int) -> int:
     """The largest that is no more than ``most``, and at least 1."""
     return 1 << max(0, most.bit_length() - 1)
+
+
+def frame_rows(kept: Storage, extent: Extent) -> int:
+    """Rows of a frame: a power of two, as those of a block are, so that a block is so many whole frames."""
+    return min(block_rows(extent.length), power_of_two(kept.frame_tokens // extent.length))
 
 
 def windows(extent: Extent, frame_rows: int, blocks_at_once: int, seed: int, epoch: int) -> Iterator[Window]:

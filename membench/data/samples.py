@@ -1,6 +1,6 @@
-"""Labelled samples: where they come from, and what training draws from.
+"""Labelled samples: their sources, and how they are stored.
 
-A batch is one tensor (samples, features + 1), float32: features between 0 and 1, and in the last column the class. So
+A batch is one tensor (samples, features + 1), float32: features between 0 and 1, and the class in the last column. So
 whatever splits or moves the rows of a batch keeps a sample and its class together.
 """
 
@@ -13,7 +13,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import numpy
@@ -21,24 +21,6 @@ if TYPE_CHECKING:
 
     Features = numpy.ndarray[tuple[int, int], numpy.dtype[numpy.uint8]]
     Classes = numpy.ndarray[tuple[int], numpy.dtype[numpy.uint8]]
-
-
-class Samples(Protocol):
-    """What training draws its batches from."""
-
-    @property
-    def width(self) -> int:
-        """Features of a sample."""
-
-    @property
-    def classes(self) -> int: ...
-
-    @property
-    def kept_bytes(self) -> int:
-        """Of all that has to be kept for drawing."""
-
-    def batches(self, size: int, seed: int) -> Iterator[torch.Tensor]:
-        """Batches without end; see the module."""
 
 
 @dataclass(frozen=True)

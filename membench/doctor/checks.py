@@ -24,7 +24,7 @@ from membench.host import procfs
 from membench.host.nvml import gpus
 from membench.records.record import Record
 from membench.running.session import run, silent
-from membench.suite.suite import load_suite
+from membench.suite.loading import load_suite
 from membench.units import format_bytes, format_percent, format_seconds
 
 _MIB = 2**20

@@ -1,32 +1,16 @@
-"""The plug-in contract: what models, techniques, workloads and quality metrics derive from.
+"""The plug-in contract: the base classes of models, techniques, workloads and quality metrics.
 
-The registry that finds plug-ins, and the checks that a class keeps the contract, are modules of this package.
+Plug-in authors import from here. The registry that finds plug-ins, and the checks that a class keeps the contract, are
+modules of this package.
 """
 
-from membench.plugins.contract import (
-    CONTRACT_CLASSES,
-    ByteCount,
-    Context,
-    Corpus,
-    DoesNotFit,
-    HeldOut,
-    LayerWise,
-    Model,
-    Options,
-    QualityMetric,
-    Setting,
-    Shape,
-    Step,
-    Technique,
-    Tokens,
-    TrainingStep,
-    Unsuitable,
-    Workload,
-    given_back,
-    output_head,
-    replaced,
-    stepping,
-)
+from membench.plugins.contract import Context, Model, Setting, Shape, Technique, Workload, stepping
+from membench.plugins.layer_wise import LayerWise, output_head, replaced
+from membench.plugins.options import ByteCount, DoesNotFit, Options, Unsuitable, given_back
+from membench.plugins.quality_metric import HeldOut, QualityMetric
+from membench.plugins.training import Corpus, Samples, Step, Tokens, TrainingData, TrainingStep
+
+CONTRACT_CLASSES: tuple[type[Options], ...] = (Options, Technique, LayerWise, Model, Workload, QualityMetric)
 
 __all__ = [
     "CONTRACT_CLASSES",
@@ -39,11 +23,13 @@ __all__ = [
     "Model",
     "Options",
     "QualityMetric",
+    "Samples",
     "Setting",
     "Shape",
     "Step",
     "Technique",
     "Tokens",
+    "TrainingData",
     "TrainingStep",
     "Unsuitable",
     "Workload",

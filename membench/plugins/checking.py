@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from membench.errors import nearest
-from membench.plugins.contract import CONTRACT_CLASSES, Options
-from membench.plugins.contract_screen import CONTRACT_VERSION
+from membench.plugins import CONTRACT_CLASSES
+from membench.plugins.options import CONTRACT_VERSION, Options
 from membench.records.validation import shown
 
 _ALIKE = 0.75

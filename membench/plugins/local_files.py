@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from membench.errors import PluginError, place_in, summary
-from membench.plugins.contract import Options, QualityMetric
+from membench.plugins import Options, QualityMetric
 from membench.protocol.case import PluginFile
 from membench.records.names import checked_name
 from membench.records.validation import shown

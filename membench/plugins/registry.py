@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from membench.errors import PluginError, did_you_mean, summary
-from membench.plugins import checking, local_files
-from membench.plugins.contract import Model, Options, QualityMetric, Technique, Workload
+from membench.plugins import Model, Options, QualityMetric, Technique, Workload, checking, local_files
 from membench.plugins.distributions import distribution, normalised, same_spelling
 from membench.protocol.case import REFERENCE, PluginFile
 from membench.records.validation import problem, shown

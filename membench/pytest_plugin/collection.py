@@ -119,7 +119,7 @@ class SuiteFile(pytest.File):
 
     def _suites(self) -> list[Suite]:
         from membench.errors import MembenchError
-        from membench.suite.suite import load_suite, suites_in
+        from membench.suite.loading import load_suite, suites_in
 
         path = Path(os.path.relpath(self.path))
         try:
@@ -260,7 +260,7 @@ class CaseItem(pytest.Item):
         if self.config.pluginmanager.hasplugin("benchmark"):
             from membench.pytest_plugin import timing
 
-            timing.of_case(self, records)
+            timing.of_case(self, self.funcargs, " · ".join(self.case.group), records)
         outcome.settle(self, records, wrong)
 
     def _worse(self, records: Sequence[Record]) -> list[str]:

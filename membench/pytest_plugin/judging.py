@@ -16,10 +16,11 @@ from membench.pytest_plugin.sharing import FUNCTIONS, Sharing, own_name
 from membench.records.metrics import Metric
 from membench.records.record import Record
 from membench.regression import baselines, sources
+from membench.regression.judging import judge
 from membench.regression.machines import kind
 from membench.regression.measured import Measured, of_records
 from membench.regression.timing import LEAST_REPEATS
-from membench.regression.verdict import Judgement, Pair, judge
+from membench.regression.verdict import Judgement, Pair
 from membench.suite.tolerances import Tolerance, Tolerances, parse_fail
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from membench.pytest_plugin.collection import CaseItem
     from membench.records.record import Record
 
 
@@ -91,8 +90,13 @@ def _membench_timing(_membench_clock: Clock | None, benchmark: Any) -> Timing | 
     return None if _membench_clock is None else Timing(benchmark, _membench_clock)
 
 
-def of_case(item: CaseItem, records: Sequence[Record]) -> None:
-    """Tell pytest-benchmark the steps of a case of a suite, all repeats together."""
+def of_case(item: pytest.Item, arguments: dict[str, Any], group: str, records: Sequence[Record]) -> None:
+    """Give pytest-benchmark the steps of a suite's case, all repeats together.
+
+    Args:
+        arguments: the item's fixtures by name; pytest-benchmark looks there for its own.
+        group: the group of benchmarks that the case belongs to.
+    """
     from pytest_benchmark.fixture import BenchmarkFixture
     from pytest_benchmark.utils import NameWrapper
 
@@ -108,9 +112,9 @@ def of_case(item: CaseItem, records: Sequence[Record]) -> None:
         logger=session.logger,
         warner=item.warn,
         disabled=session.disabled,
-        **{**session.options, "timer": timer, "group": " · ".join(item.case.group)},
+        **{**session.options, "timer": timer, "group": group},
     )
-    item.funcargs["benchmark"] = benchmark
+    arguments["benchmark"] = benchmark
     Timing(benchmark, clock).tell(durations_s(records), outcome.figures(records))
 
 

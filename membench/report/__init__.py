@@ -1,0 +1,1 @@
+"""Records shown: tables, the page, plots, exports, and summaries for CI services."""

@@ -10,7 +10,8 @@ from membench.protocol.case import REFERENCE
 from membench.records.comparison import NO_DIVERGENCE, QUALITY, Comparison, Group
 from membench.records.metrics import METRIC_OF_FIELD
 from membench.records.record import Record
-from membench.report.text import said_of, signed
+from membench.report.cells import signed
+from membench.report.outcomes import said_of
 from membench.units import format_bytes, format_divergence, format_number, format_percent, format_seconds
 
 _NEEDED = ("peak_footprint_bytes", "load_peak_live_bytes", "apply_peak_live_bytes", "store_peak_live_bytes",

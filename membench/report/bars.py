@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from membench.records.comparison import Comparison, Group
 from membench.records.metrics import METRIC_OF_FIELD, Metric
+from membench.report.cells import bound_of, figure, signed
 from membench.report.drawing import Bars, Series, listed
 from membench.report.pareto import drawn, left_out_of
-from membench.report.text import bound_of, figure, signed
 from membench.units import byte_unit, format_bytes
 
 

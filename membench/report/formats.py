@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from membench.records.run_file import Run
-from membench.report import latex, markdown, summary, text
+from membench.report import flat, latex, markdown, savings, summary, text
 
 FORMATS = {"html": ".html", "md": ".md", "csv": ".csv", "json": ".json", "latex": ".tex"}
 """Each with the ending of its files."""
@@ -24,14 +24,14 @@ def report(runs: Sequence[Run], form: str) -> str:
 
             return page(runs)
         case "csv" | "json":
-            return text.written([row for run in runs for row in _rows(run, len(runs) > 1)], form)
+            return flat.written([row for run in runs for row in _rows(run, len(runs) > 1)], form)
         case "latex":
             return "\n\n".join(part for run in runs for part in _latex(run))
     return "\n\n".join(part for run in runs for part in _markdown(run))
 
 
 def _rows(run: Run, is_one_of_several: bool) -> Iterator[dict[str, Any]]:
-    for row in text.flat_rows(run.records):
+    for row in flat.flat_rows(run.records):
         yield {"run": run.header.get("run"), **row} if is_one_of_several else row
 
 
@@ -44,7 +44,7 @@ def _markdown(run: Run) -> Iterator[str]:
         yield summary.HOW_TO_READ
     if run.records:
         yield text.comparison(run.records, "github")
-    said = [*text.remarks(run.records), *text.verdicts(run.records)]
+    said = [*text.remarks(run.records), *savings.verdicts(run.records)]
     if said:
         yield markdown.fenced(said, "text")
     language = "toml" if run.header.get("suite_tables") is None else ""
@@ -56,6 +56,6 @@ def _latex(run: Run) -> Iterator[str]:
     yield latex.escaped(summary.overview(run))
     if run.records:
         yield text.comparison(run.records, "latex")
-    said = [*map(str, summary.highlights(run.records)), *text.remarks(run.records), *text.verdicts(run.records)]
+    said = [*map(str, summary.highlights(run.records)), *text.remarks(run.records), *savings.verdicts(run.records)]
     if said:
         yield "\n".join([r"\begin{itemize}", *(rf"\item {latex.escaped(line)}" for line in said), r"\end{itemize}"])

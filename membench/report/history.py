@@ -8,9 +8,9 @@ from membench.host.environment import differences
 from membench.records.comparison import Comparison, Group
 from membench.records.metrics import METRIC_OF_FIELD, Metric
 from membench.records.run_file import Run
+from membench.report.cells import signed
 from membench.report.drawing import Lines, Series, listed
 from membench.report.summary import started
-from membench.report.text import signed
 from membench.units import byte_unit, format_percent
 
 _FOLLOWED = ("peak_live_bytes", "peak_footprint_bytes", "step_median_s", "bits_per_byte", "accuracy_percent")

@@ -14,7 +14,7 @@ import tabulate
 from membench.records.metrics import METRIC_OF_FIELD, Metric
 from membench.records.record import Record, metrics_in
 from membench.regression.noise import Noise
-from membench.report.text import in_cell
+from membench.report.cells import in_cell
 from membench.suite.tolerances import DEFAULTS
 
 _WATCHED = frozenset(tolerance.metric.name for tolerance in DEFAULTS)

@@ -21,7 +21,7 @@ from membench.records.comparison import Comparison, Group
 from membench.records.metrics import Metric
 from membench.records.record import Record, metrics_in
 from membench.records.run_file import Run
-from membench.report import bars, history, pareto, summary, text, timeline
+from membench.report import bars, cells, history, outcomes, pareto, savings, summary, text, timeline
 from membench.units import format_bytes, format_ratio, format_seconds
 
 _FOLDER = Path(__file__).parent
@@ -108,7 +108,7 @@ def _told(run: Run) -> dict[str, Any]:
     return {
         "overview": summary.overview(run),
         "highlights": summary.highlights(run.records),
-        "verdicts": text.verdicts(run.records),
+        "verdicts": savings.verdicts(run.records),
         "remarks": text.remarks(run.records),
         "name": run.header.get("run"),
         "suite": run.header.get("suite"),
@@ -202,12 +202,12 @@ class _Shown:
     def _row(self, case: int, number: int, technique: str, on_front: bool) -> _Row:
         _, label, found, group = self._groups[number]
         repeats = found.repeats(group, technique)
-        status = text.status_of(repeats)
+        status = outcomes.status_of(repeats)
         together = found.interaction(group, technique, "peak_live_bytes") if "+" in technique else None
         said = dict.fromkeys(
             line
             for record in repeats
-            for line in (record.broken_limits if record.status == "ok" else text.said_of(record)[:1])
+            for line in (record.broken_limits if record.status == "ok" else outcomes.said_of(record)[:1])
         )
         return _Row(
             case, number, label, group[0], technique, group[1], group[2], status, _MARKS.get(status.split(",")[0], "✗"),
@@ -219,7 +219,7 @@ class _Shown:
         value = found.value(group, technique, metric.field)
         reasons = [record.reasons.get(metric.field) for record in found.repeats(group, technique)]
         reason = next((reason for reason in reasons if reason), "") if value is None else ""
-        return _Cell(text.figure(found, group, technique, metric), value, reason)
+        return _Cell(cells.figure(found, group, technique, metric), value, reason)
 
     def choices(self) -> list[tuple[str, str, list[str]]]:
         """Fields to filter by: the attribute of a row, what it is called, and its values."""
@@ -271,13 +271,13 @@ class _Shown:
         for index, metric in enumerate(self._metrics):
             how = _way(repeats, metric.field)
             if how is not None:
-                shown = text.figure(found, group, technique, metric)
+                shown = cells.figure(found, group, technique, metric)
                 figures.append((index, shown, ways.setdefault(how, len(ways))))
         return {
             "group": number,
             "technique": technique,
-            "status": text.status_of(repeats),
-            "said": list(dict.fromkeys(line for record in repeats for line in text.said_of(record))),
+            "status": outcomes.status_of(repeats),
+            "said": list(dict.fromkeys(line for record in repeats for line in outcomes.said_of(record))),
             "output": [line for record in repeats for line in record.output_tail.splitlines()[-20:]],
             "took": format_seconds(sum(record.duration_s for record in repeats)),
             "repeats": len(repeats),

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from membench.protocol.case import REFERENCE
 from membench.records.comparison import NO_DIVERGENCE, Comparison, Group
 from membench.records.metrics import METRIC_OF_FIELD, Metric
+from membench.report.cells import figure, signed
 from membench.report.drawing import Cloud, Point, Tick, listed
-from membench.report.text import figure, signed
 from membench.units import byte_unit
 
 _MOST_DRAWN = 60

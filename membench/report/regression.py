@@ -10,7 +10,8 @@ from membench.errors import one_line
 from membench.records.metrics import Metric, metrics_with
 from membench.regression.measured import Measured
 from membench.regression.verdict import Change, Judgement, Pair
-from membench.report.text import in_cell, written
+from membench.report.cells import in_cell
+from membench.report.flat import written
 from membench.suite.gates import Outcome
 from membench.units import format_ratio
 

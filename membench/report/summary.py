@@ -12,7 +12,8 @@ from membench.records.comparison import NO_DIVERGENCE, QUALITY, SAME_ACCURACY, C
 from membench.records.metrics import METRIC_OF_FIELD
 from membench.records.record import Record
 from membench.records.run_file import Run
-from membench.report.text import Ratio, bound_of_ratio, is_coarse, ratios_of, signed
+from membench.report.cells import bound_of_ratio, is_coarse, signed
+from membench.report.savings import Ratio, ratios_of
 from membench.units import format_bytes, format_divergence, format_percent
 
 _NEAR = 0.1

@@ -12,16 +12,12 @@ from typing import Any
 
 from membench.errors import PluginError, SuiteError, did_you_mean, one_line
 from membench.plugins import Options, QualityMetric, Technique, local_files, registry
-from membench.plugins import contract_screen as contract
 from membench.protocol.case import PluginFile
 from membench.suite import lookup
-from membench.suite.suite import description
+from membench.suite.loading import description
 
 KINDS = ("models", "techniques", "workloads", "metrics", "suites")
 """What can be listed by itself, in the order in which all of it is."""
-
-CONTRACT = "contract"
-"""What a plug-in is can be printed under this name."""
 
 _TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
 _BOUNDS = {
@@ -46,11 +42,6 @@ def overview(kinds: tuple[str, ...] = KINDS) -> Iterator[str]:
     if broken:
         yield "plug-in files"
         yield from _columns([(file.path, f"broken: {error}") for file, error in broken])
-
-
-def contract_text() -> Iterator[str]:
-    """The contract of plug-ins, as it is written."""
-    yield from Path(contract.__file__).read_text(encoding="utf-8").splitlines()
 
 
 def _files_here() -> tuple[list[PluginFile], list[tuple[PluginFile, str]]]:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from membench import plugins
 from membench.data import corpus, sources, tokens
-from membench.data.dataset import Dataset, endless
+from membench.data.dataset import Dataset
+from membench.data.epochs import endless
 from membench.data.layouts import Integers
 from membench.data.samples import StoredSamples
 from membench.data.shards import Shards
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from membench.data.samples import Samples
     from membench.plugins.storage import Ids
 
 
@@ -219,7 +219,7 @@ class Assembly:
         self.context.facts.update(data.facts() | self.context.facts)
         return dataclasses.replace(self, context=dataclasses.replace(self.context, data=data))
 
-    def _store_samples(self, samples: Samples) -> Assembly:
+    def _store_samples(self, samples: plugins.Samples) -> Assembly:
         if isinstance(samples, StoredSamples):
             samples = samples.copied()  # those that were read before the baseline are the harness's
         for technique in self.techniques:

@@ -1,0 +1,1 @@
+"""Models: architectures built from a configuration, pretrained ones, and small trained ones."""

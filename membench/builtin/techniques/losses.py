@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from membench.builtin.layers import cross_entropy
+from membench.builtin.techniques import cross_entropy
 from membench.builtin.techniques.activations import OffloadActivations
 from membench.plugins import Context, Setting, Technique, TrainingStep, Unsuitable, output_head
 

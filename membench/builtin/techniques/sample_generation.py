@@ -8,8 +8,8 @@ from pydantic import Field
 
 from membench import units
 from membench.builtin.models.classifier import seed_of
-from membench.data.samples import Samples, StoredSamples
-from membench.plugins import ByteCount, Context, Setting, Technique, Unsuitable, Workload
+from membench.data.samples import StoredSamples
+from membench.plugins import ByteCount, Context, Samples, Setting, Technique, Unsuitable, Workload
 
 if TYPE_CHECKING:
     import numpy

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from membench.builtin.workloads.reading import ReadsCorpus
-from membench.data.dataset import epochs
+from membench.data.epochs import epochs
 from membench.plugins import Context, Step, Technique, Tokens
 
 if TYPE_CHECKING:

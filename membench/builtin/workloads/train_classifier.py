@@ -11,8 +11,7 @@ from pydantic import Field
 from membench.builtin.models.classifier import Classifier, seed_of
 from membench.builtin.workloads import training
 from membench.data import samples
-from membench.data.samples import Samples
-from membench.plugins import Context, Step, Technique, Tokens, Unsuitable, Workload, stepping
+from membench.plugins import Context, Samples, Step, Technique, Tokens, Unsuitable, Workload, stepping
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,91 @@
+"""Cells of tables: a value with its bound, its standard error and its ratio; names and headings."""
+
+from __future__ import annotations
+
+import html
+
+from membench.errors import one_line
+from membench.protocol.case import REFERENCE
+from membench.records.comparison import Comparison, Group
+from membench.records.metrics import Metric
+from membench.report import latex, markdown
+from membench.units import format_ratio
+
+# A figure is marked as approximate if its source may be off by more than this share of it.
+_COARSE = 0.05
+SIGNS = {"at most": "≤", "at least": "≥"}
+_REVERSED = {"≤": "≥", "≥": "≤"}
+
+
+def is_coarse(found: Comparison, group: Group, technique: str, metric: Metric) -> bool:
+    """Whether the source of a value may be off by more than a twentieth of it."""
+    value = found.value(group, technique, metric.field)
+    return value is not None and found.resolution(group, technique, metric.field) > _COARSE * abs(value)
+
+
+def figure(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
+    """Format a value as a table shows it: with its bound, its standard error and its ratio to the reference."""
+    if found.value(group, technique, metric.field) is None:
+        return "–"
+    shown = signed(found, group, technique, metric)
+    if technique == REFERENCE or not metric.has_ratio:
+        return shown
+    return f"{shown} {change(found, group, technique, metric, REFERENCE)}".rstrip()
+
+
+def signed(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
+    """Format a value with its bound and its standard error; a dash if it is not known."""
+    value = found.value(group, technique, metric.field)
+    if value is None:
+        return "–"
+    shown = metric.format(value)
+    if metric.field == "lost_bits_per_byte":
+        error = found.value(group, technique, "lost_bits_per_byte_standard_error")
+        shown += "" if error is None else f" ±{error:.4f}"
+    return f"{sign(found, group, technique, metric)}{shown}"
+
+
+def change(found: Comparison, group: Group, technique: str, metric: Metric, base: str) -> str:
+    """Format a metric against that of another case: the ratio, or the difference if a ratio has no meaning."""
+    if metric.has_ratio:
+        ratio = found.ratio(group, technique, metric.field, base)
+        return "" if ratio is None else bound_of_ratio(found, group, technique, metric, base) + format_ratio(ratio)
+    difference = found.difference(group, technique, metric.field, base)
+    if difference is None or metric.field.endswith("standard_error"):
+        return ""
+    return f"{'-' if difference < 0 else '+'}{metric.format(abs(difference)).removeprefix('+')}"
+
+
+def sign(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
+    """Return the sign before a value that is a bound or approximate."""
+    return bound_of(found, group, technique, metric) or ("~" if is_coarse(found, group, technique, metric) else "")
+
+
+def bound_of(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
+    """Return ``≤`` or ``≥`` if only a bound of a value is known, else nothing."""
+    bounds = {record.obtained.get(metric.field, {}).get("bound") for record in found.repeats(group, technique)}
+    return next((sign for bound, sign in SIGNS.items() if bound in bounds), "")
+
+
+def bound_of_ratio(found: Comparison, group: Group, technique: str, metric: Metric, base: str) -> str:
+    """Return the sign of a ratio of which a value is a bound; ``~`` if the two bounds say nothing together."""
+    own, of = bound_of(found, group, technique, metric), bound_of(found, group, base, metric)
+    reversed_of = _REVERSED.get(of, "")
+    if own and reversed_of and own != reversed_of:
+        return "~"
+    return own or reversed_of
+
+
+def heading(title: str, form: str) -> str:
+    """Format the title of a table."""
+    match form:
+        case "latex":
+            return f"\\subsection*{{{latex.escaped(title)}}}"
+        case "html":
+            return f"<h3>{html.escape(one_line(title))}</h3>"
+    return in_cell(title, form)
+
+
+def in_cell(name: str, form: str) -> str:
+    """Escape a name for a table. tabulate itself escapes for LaTeX and HTML."""
+    return markdown.escaped(name) if form == "github" else one_line(name)

@@ -1,0 +1,97 @@
+"""The phases of each case as a table."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import tabulate
+
+from membench.errors import one_line
+from membench.protocol.readings import PartReading, PhaseReading
+from membench.records.record import Record
+from membench.report.cells import SIGNS, heading, in_cell
+from membench.report.flat import written
+from membench.units import format_bytes, format_seconds
+
+_PHASE_TITLES = {
+    "duration_s": "time",
+    "live_peak_bytes": "live peak",
+    "live_held_bytes": "live held",
+    "footprint_peak_bytes": "footprint peak",
+    "gpu_peak_bytes": "GPU peak",
+    "file_pages_bytes": "file pages",
+}
+
+
+def phases(records: Sequence[Record], form: str = "simple") -> str:
+    """Format time and memory of each phase of each case, and of its parts; sizes above the worker's baseline.
+
+    For reading: a table per case, without columns that are unknown. As ``csv`` and ``json``: one flat table in bytes
+    and seconds.
+    """
+    if form in ("csv", "json"):
+        return written([row for record in records for row in _phase_rows(record)], form)
+    tables = []
+    for record in records:
+        rows = list(_phase_rows(record))
+        formats = {field: format_seconds if field == "duration_s" else format_bytes for field in _PHASE_TITLES}
+        known = [field for field in _PHASE_TITLES if any(row[field] is not None for row in rows)]
+        shown = [
+            {
+                "phase": in_cell(f"· {row['part']}" if row["part"] else row["phase"], form),
+                "allocator": in_cell(row["allocator"], form),
+                **{_PHASE_TITLES[field]: _or_blank(row, field, formats[field]) for field in known},
+            }
+            for row in rows
+        ]
+        table = tabulate.tabulate(shown, headers="keys", tablefmt=form, disable_numparse=True)
+        tables.append("\n\n".join(filter(None, [heading(f"{record.id} · {record.status}", form), table])))
+    return "\n\n".join(tables)
+
+
+def _or_blank(row: Mapping[str, Any], field: str, show: Callable[[float], str]) -> str:
+    """Format a value; a dash if a phase lacks it, blank if a part does: their memory is read in one phase only."""
+    if row[field] is None:
+        return "" if row["part"] else "–"
+    bound = row["bound"] if field == "footprint_peak_bytes" else None
+    return f"{SIGNS.get(str(bound), '')}{show(row[field])}"
+
+
+def _phase_rows(record: Record) -> Iterator[dict[str, Any]]:
+    """Yield a row per phase and a row per part of it; ``None`` is not known."""
+    for process in record.processes:
+        for phase in process.phases:
+            rows: list[tuple[str | None, PhaseReading | PartReading]] = [(None, phase), *phase.parts.items()]
+            for part, entry in rows:
+                row = {
+                    "duration_s": _duration_s(entry),
+                    "live_peak_bytes": entry.live_peak_bytes,
+                    "live_held_bytes": entry.live_held_bytes,
+                    "footprint_peak_bytes": entry.peak_footprint_bytes,
+                    "gpu_peak_bytes": _gpu_peak_seen(entry),
+                    "file_pages_bytes": entry.file_end_bytes,
+                }
+                # The meter's own entry for what runs between parts says nothing that is shown here.
+                if part is None or any(value is not None for value in row.values()):
+                    yield {"case": record.id, "repeat": record.repeat, "status": record.status,
+                           "role": one_line(process.role), "rank": process.rank,
+                           "phase": one_line(phase.name), "part": None if part is None else one_line(part),
+                           "allocator": one_line(phase.allocator), **row,
+                           "bound": phase.bound if part is None else None}  # fmt: skip
+
+
+def _duration_s(entry: PhaseReading | PartReading) -> float | None:
+    """Duration of a phase, or of a part of a step at the median."""
+    if isinstance(entry, PhaseReading):
+        return entry.duration_s
+    return statistics.median(entry.durations_s) if entry.durations_s else None
+
+
+def _gpu_peak_seen(entry: PhaseReading | PartReading) -> int | None:
+    """What NVML saw from outside, for a process whose own counters were not read: those are in its live peak."""
+    if isinstance(entry, PartReading) or entry.reads_gpu_itself:
+        return None
+    seen = entry.gpu_process_peak_bytes
+    return entry.gpu_used_peak_bytes if seen is None else seen
