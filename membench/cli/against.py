@@ -60,8 +60,7 @@ def run(arguments: argparse.Namespace, suite: Suite) -> int:
     from rich.console import Console
 
     from membench.cli.progress import Display
-    from membench.comparing import against_commit
-    from membench.comparing.checking import MORE_REPEATS
+    from membench.comparing import against_commit, suspects
     from membench.regression.measured import of_run
     from membench.regression.verdict import judge
     from membench.report import case_outcomes, regression
@@ -88,11 +87,10 @@ def run(arguments: argparse.Namespace, suite: Suite) -> int:
             base, head = (of_run(side, name) for side, name in zip(sides, names, strict=True))
             return judge(base, head, tolerances, in_turn=True)
 
-        sides = both.measure(rounds)
-        judgement = judged(sides)
-        if judgement.suspects:
-            sides = both.measure(MORE_REPEATS, judgement.suspects)
-            judgement = judged(sides)
+        # Both sides' files keep earlier rounds, so what is measured again holds these, too.
+        sides, judgement = suspects.confirm(
+            both.measure(rounds), judged, measure_again=lambda _, ids, repeats: both.measure(repeats, ids)
+        )
     print_judgements([judgement], arguments.format)
     held = rules.held(suite.gates, sides.head.records)
     held.tell_of_gates(arguments.format)
