@@ -8,14 +8,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from membench.cli.output import RESULTS, Verbs, beside
+from membench.cli.output import RESULTS, Verbs, add_format, beside
 from membench.errors import EXIT_CASES_FAILED, EXIT_OK, CannotCompare, MembenchError
 
 if TYPE_CHECKING:
     from membench import Suite
     from membench.regression.measured import Measured
-
-_FORMATS = ("simple", "github", "csv", "json")
 
 
 def add(verbs: Verbs) -> None:
@@ -28,7 +26,7 @@ def add(verbs: Verbs) -> None:
     calibrate.add_argument("-k", dest="expression", help="only cases whose id fits, such as 'int8 and not train'")
     calibrate.add_argument("--device", action="append", help="in place of the suite's devices: cpu, cuda, cuda:0")
     calibrate.add_argument("--output", type=Path, default=RESULTS, help="folder of the run's file and of baselines")
-    calibrate.add_argument("--format", choices=_FORMATS, default=_FORMATS[0])
+    add_format(calibrate)
     calibrate.set_defaults(do=_calibrate)
 
 

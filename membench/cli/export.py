@@ -7,13 +7,12 @@ from pathlib import Path
 
 from membench.cli.output import RESULTS, Verbs
 from membench.errors import EXIT_OK
-
-_FORMATS = ("benchmark-action", "bencher")
+from membench.report.formats import EXPORTS
 
 
 def add(verbs: Verbs) -> None:
     export = verbs.add_parser("export", help="a run's figures for services that keep a history of them")
-    export.add_argument("format", choices=_FORMATS, help="github-action-benchmark's or Bencher's JSON")
+    export.add_argument("format", choices=tuple(EXPORTS), help="github-action-benchmark's or Bencher's JSON")
     export.add_argument("run", nargs="?", type=Path, help="the newest if none is named")
     export.add_argument("--output", type=Path, default=RESULTS, help="folder to look for the newest run in")
     export.set_defaults(do=_export)
@@ -21,8 +20,7 @@ def add(verbs: Verbs) -> None:
 
 def _export(arguments: argparse.Namespace) -> int:
     import membench
-    from membench.report import services
 
     run = membench.read_run(arguments.run or membench.newest_run(arguments.output))
-    print(services.FORMATS[arguments.format](run.records))
+    print(EXPORTS[arguments.format](run.records))
     return EXIT_OK

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from membench.cli import ci, rules, script
-from membench.cli.output import RESULTS, Verbs, beside
+from membench.cli.output import RESULTS, Verbs, add_format, beside
 from membench.errors import EXIT_CANNOT_COMPARE, EXIT_CASES_FAILED, EXIT_OK, CannotCompare, MembenchError, one_line
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from membench.suite.gates import Gate
     from membench.suite.tolerances import Tolerance
 
-_FORMATS = ("simple", "github", "csv", "json", "plain", "grid")
 _WHAT = "a run's or a baseline's file, or the name of one in results"
 
 
@@ -66,7 +65,7 @@ def _add_what_is_common(verb: argparse.ArgumentParser) -> None:
         "--across-machines", action="store_true", help="judge what hangs on the machine although machines differ"
     )
     verb.add_argument("--output", type=Path, default=RESULTS, help="folder of runs and of baselines/")
-    verb.add_argument("--format", choices=_FORMATS, default=_FORMATS[0])
+    add_format(verb)
 
 
 def _add_baseline(verbs: Verbs) -> None:
@@ -80,7 +79,7 @@ def _add_baseline(verbs: Verbs) -> None:
     listing.set_defaults(do=_list)
     show = doing.add_parser("show", help="what a baseline holds")
     show.add_argument("name")
-    show.add_argument("--format", choices=_FORMATS, default=_FORMATS[0])
+    add_format(show)
     show.set_defaults(do=_show)
     remove = doing.add_parser("remove", help="remove a baseline")
     remove.add_argument("name")

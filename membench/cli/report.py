@@ -8,22 +8,19 @@ from pathlib import Path
 
 from membench.cli.output import Verbs, narrowed
 from membench.errors import EXIT_OK, MembenchError, ResultsError
-
-# What membench.report.formats and .files know; here, so that a parser is made without loading them.
-_REPORTS = ("html", "md", "csv", "json", "latex")
-_PLOTS = ("pareto", "memory", "conversion", "breakdown", "timeline", "history")
+from membench.report.formats import DEFAULT_REPORT, PICTURES, REPORTS
 
 
 def add(verbs: Verbs) -> None:
     report = verbs.add_parser("report", help="runs as one page for a browser, or as md, csv, json or latex")
     report.add_argument("run", nargs="+", type=Path)
     report.add_argument("-o", dest="file", type=Path, help="where to; its ending says the format, too")
-    report.add_argument("--format", choices=_REPORTS, help="html if neither this nor the file's ending says")
+    report.add_argument("--format", choices=tuple(REPORTS), help="html if neither this nor the file's ending says")
     report.set_defaults(do=_report)
 
     plot = verbs.add_parser("plot", help="one kind of picture as a PNG or SVG file")
     plot.add_argument("run", nargs="+", type=Path)
-    plot.add_argument("kind", choices=_PLOTS)
+    plot.add_argument("kind", choices=PICTURES)
     plot.add_argument("-o", dest="file", type=Path, required=True, help="the file, which ends in .png or .svg")
     plot.add_argument("-k", dest="expression", help="only cases whose id fits, such as 'int8 and not train'")
     plot.set_defaults(do=_plot)
@@ -31,16 +28,15 @@ def add(verbs: Verbs) -> None:
 
 def _report(arguments: argparse.Namespace) -> int:
     import membench
-    from membench.report import formats
 
     ending = arguments.file.suffix.lower() if arguments.file else ""
-    form = arguments.format or next((form for form, own in formats.FORMATS.items() if own == ending), None)
+    form = arguments.format or next((name for name, one in REPORTS.items() if one.ending == ending), None)
     if form is None and arguments.file:
-        known = ", ".join(formats.FORMATS.values())
+        known = ", ".join(one.ending for one in REPORTS.values())
         raise MembenchError(f"{arguments.file}: its ending says no format; end it in {known}, or give --format")
     if form in (None, "html") and arguments.file is None and sys.stdout.isatty():
         raise MembenchError("a page is for a browser: write it to a file with -o report.html")
-    made = formats.report([membench.read_run(path) for path in arguments.run], form or "html")
+    made = REPORTS[form or DEFAULT_REPORT].write([membench.read_run(path) for path in arguments.run])
     if arguments.file is None:
         print(made)
         return EXIT_OK

@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from membench.cli.output import FOR_MACHINES, beside
+from membench.cli.output import beside
+from membench.report.table_formats import DEFAULT, FORMATS
 
 if TYPE_CHECKING:
     from membench.records.record import Record
@@ -40,7 +41,7 @@ class Rules:
 
         where = beside(form)
         if self.outcomes:
-            table = regression.gates(self.outcomes, "simple" if form in FOR_MACHINES else form)
+            table = regression.gates(self.outcomes, DEFAULT if FORMATS[form].is_for_machines else form)
             print(f"\n{table}\n", file=where)
         for outcome in self.outcomes:
             if not outcome.holds:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from membench.cli import against, ci, rules, script
-from membench.cli.output import EXPLAIN, FORMATS, RESULTS, Verbs, beside, print_run
+from membench.cli.output import EXPLAIN, RESULTS, Verbs, add_format, beside, print_run
 from membench.cli.regression import add_fail
 from membench.errors import EXIT_CASES_FAILED, EXIT_INTERRUPTED, EXIT_OK, MembenchError, ResultsError
+from membench.report.table_formats import DEFAULT
 
 if TYPE_CHECKING:
     from membench import Suite
@@ -29,7 +30,7 @@ def add(verbs: Verbs) -> None:
     run.add_argument("--output", type=Path, default=RESULTS, help="folder of the run's file")
     run.add_argument("--dry-run", action="store_true", help="print the cases and measure nothing")
     run.add_argument("--explain", action="store_true", help=EXPLAIN)
-    run.add_argument("--format", choices=FORMATS, default=FORMATS[0])
+    add_format(run)
     run.add_argument(
         "--against-ref", metavar="GIT_REF",
         help="measure that commit's code and suite, too, in turn with what is here, and fail if something regressed",
@@ -158,6 +159,6 @@ def _command(arguments: argparse.Namespace, suites: Sequence[str], resume: bool)
         words += ["--output", str(arguments.output)]
     if arguments.explain:
         words.append("--explain")
-    if arguments.format != "simple":
+    if arguments.format != DEFAULT:
         words += ["--format", arguments.format]
     return shlex.join(words)

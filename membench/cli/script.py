@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from membench.cli.output import FOR_MACHINES
 from membench.errors import MembenchError, SuiteError
+from membench.report.table_formats import FORMATS
 
 if TYPE_CHECKING:
     from membench import Suite
@@ -122,7 +122,7 @@ def watched(suite: Suite, form: str) -> Iterator[Tell]:
             yield display
         return
     sys.stdout.flush()
-    if form not in FOR_MACHINES:
+    if not FORMATS[form].is_for_machines:
         yield silent
         return
     output = os.dup(1)
@@ -142,5 +142,5 @@ def print_phases(records: Sequence[Any], form: str) -> None:
         record for record in records
         if any(process["role"] == "script" and len(process["phases"]) > 1 for process in record.processes)
     ]  # fmt: skip
-    if marked and form not in FOR_MACHINES:
+    if marked and not FORMATS[form].is_for_machines:
         print(f"{text.phases(marked, form)}\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from membench.cli.output import EXPLAIN, FORMATS, RESULTS, Verbs, narrowed, print_run
+from membench.cli.output import EXPLAIN, RESULTS, Verbs, add_format, narrowed, print_run
 from membench.errors import EXIT_OK
 
 
@@ -16,7 +16,7 @@ def add(verbs: Verbs) -> None:
     show.add_argument("--phases", action="store_true", help="what each phase of each case took")
     show.add_argument("--explain", action="store_true", help=EXPLAIN)
     show.add_argument("-k", dest="expression", help="only cases whose id fits, such as 'int8 and not train'")
-    show.add_argument("--format", choices=FORMATS, default=FORMATS[0])
+    add_format(show)
     show.set_defaults(do=_show)
 
 

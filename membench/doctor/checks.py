@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tabulate
-
 from membench.errors import EXIT_CASES_FAILED, EXIT_OK
 from membench.host import procfs
 from membench.host.nvml import gpus
 from membench.records.record import Record
+from membench.report.table_formats import DEFAULT, FORMATS
 from membench.running.session import run, silent
 from membench.suite.suite import load_suite
 from membench.units import format_bytes, format_percent, format_seconds
@@ -349,10 +348,10 @@ def table(findings: list[Finding], form: str) -> str:
         }
         for finding in findings
     ]
-    return tabulate.tabulate(rows, headers="keys", tablefmt=form, disable_numparse=True)
+    return FORMATS[form].render(rows)
 
 
-def report(*, full: bool, form: str = "simple") -> int:
+def report(*, full: bool, form: str = DEFAULT) -> int:
     """Print the findings; exit code 1 if one is off. What could not be told is not, but stands there as such."""
     findings = known_amounts()
     if full:

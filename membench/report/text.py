@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import html
-import io
-import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
-
-import tabulate
 
 from membench.errors import one_line
 from membench.records.case import REFERENCE
 from membench.records.comparison import Comparison, Group, prefixes
 from membench.records.metrics import METRIC_OF_FIELD, METRICS, Metric
 from membench.records.record import Record
-from membench.report import latex, markdown
+from membench.report.table_formats import DEFAULT, FORMATS, TableFormat
 from membench.units import format_bytes, format_difference, format_divergence, format_ratio, format_seconds
 
 # From here on a technique has changed a metric that is not always shown.
@@ -27,23 +21,24 @@ _DIFFERENT = 0.05
 _COARSE = 0.05
 
 
-def comparison(records: Sequence[Record], form: str = "simple", width: int | None = None) -> str:
+def comparison(records: Sequence[Record], form: str = DEFAULT, width: int | None = None) -> str:
     """A row a case, each figure with its ratio to the reference; under a stack a row for what each member adds.
 
-    For reading: a table for each model, workload and device, with the columns that have a figure there. As ``csv`` and
-    ``json``: one flat table with bytes and seconds, ids and ratios apart.
+    For reading: a table for each model, workload and device, with the columns that have a figure there. In a flat
+    format: one table with bytes and seconds, ids and ratios apart.
 
     Args:
         width: of the terminal in characters; a table that is wider goes on below with its other columns.
     """
-    if form in ("csv", "json"):
-        return written(flat_rows(records), form)
+    style = FORMATS[form]
+    if style.is_flat:
+        return style.render(flat_rows(records))
     found = Comparison(records)
     tables = []
     for group in found.groups:
         rows = list(_rows(found, group, [metric for metric in found.metrics if is_shown(found, group, metric)]))
-        rows = [{**row, "technique": in_cell(row["technique"], form)} for row in rows]
-        tables.append("\n\n".join([_heading(" · ".join(group), form), *_fitting(rows, form, width)]))
+        rows = [{**row, "technique": style.cell(row["technique"])} for row in rows]
+        tables.append("\n\n".join([style.title(" · ".join(group)), *_fitting(rows, style, width)]))
     return "\n\n".join(tables)
 
 
@@ -164,13 +159,13 @@ def bound_of_ratio(found: Comparison, group: Group, technique: str, metric: Metr
     return own or reversed_of
 
 
-def _fitting(rows: list[dict[str, str]], form: str, width: int | None) -> Iterator[str]:
+def _fitting(rows: list[dict[str, str]], style: TableFormat, width: int | None) -> Iterator[str]:
     """The rows as one table, or as several that fit the width, each with the two columns that name the case."""
     naming, left = list(rows[0])[:2], list(rows[0])[2:]
     taken = len(left)
     while True:
         shown = [{column: row[column] for column in (*naming, *left[:taken])} for row in rows]
-        table = tabulate.tabulate(shown, headers="keys", tablefmt=form, disable_numparse=True)
+        table = style.render(shown)
         if width is not None and taken > 1 and max(map(len, table.splitlines())) > width:
             taken -= 1
             continue
@@ -198,42 +193,9 @@ def flat_rows(records: Sequence[Record]) -> list[dict[str, object]]:
     return rows
 
 
-def written(rows: Sequence[Mapping[str, object]], form: str) -> str:
-    """Rows as ``csv`` or ``json``."""
-    if form == "json":
-        return json.dumps(rows, indent=2)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [])
-    writer.writeheader()
-    writer.writerows({key: _harmless(value) for key, value in row.items()} for row in rows)
-    return text.getvalue().rstrip()
-
-
-def _harmless(value: object) -> object:
-    """A cell that no spreadsheet takes for a formula, and no terminal for a command."""
-    if not isinstance(value, str):
-        return value
-    return f"'{one_line(value)}" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else one_line(value)
-
-
-def _heading(title: str, form: str) -> str:
-    """A table's title, as the format writes one."""
-    match form:
-        case "latex":
-            return f"\\subsection*{{{latex.escaped(title)}}}"
-        case "html":
-            return f"<h3>{html.escape(one_line(title))}</h3>"
-    return in_cell(title, form)
-
-
-def in_cell(name: str, form: str) -> str:
-    """A name for a table of tabulate's, which escapes by itself what means something in LaTeX and HTML."""
-    return markdown.escaped(name) if form == "github" else one_line(name)
-
-
-def explanation(records: Sequence[Record], form: str = "simple") -> str:
+def explanation(records: Sequence[Record], form: str = DEFAULT) -> str:
     """Every metric of every case, and of a stack what each member changes: a table a case, a row a metric."""
-    found = Comparison(records)
+    style, found = FORMATS[form], Comparison(records)
     tables = []
     for group in found.groups:
         for technique in found.techniques(group):
@@ -251,7 +213,7 @@ def explanation(records: Sequence[Record], form: str = "simple") -> str:
                     # Against the reference a difference is the figure itself.
                     if before is not None and (metric.has_ratio or before != REFERENCE):
                         shown = f"{shown} {_change(found, group, step, metric, before)}".rstrip()
-                    row[in_cell(step, form)] = shown
+                    row[style.cell(step)] = shown
                 if "+" in technique:
                     together = found.interaction(group, technique, metric.field)
                     row["together"] = "" if together is None else format_ratio(together)
@@ -259,10 +221,9 @@ def explanation(records: Sequence[Record], form: str = "simple") -> str:
             # A median of each part would be of no moment that there was.
             of = " of the first repeat" if any(len(found.repeats(group, step)) > 1 for step in chain) else ""
             for category, sizes in _breakdown(found, group, chain).items():
-                told = {in_cell(step, form): size for step, size in sizes.items()}
-                rows.append({"metric": f"at the peak{of}: {in_cell(category, form)}", **told})
-            table = tabulate.tabulate(rows, headers="keys", tablefmt=form, disable_numparse=True)
-            tables.append("\n\n".join([_heading(found.repeats(group, technique)[0].id, form), table]))
+                told = {style.cell(step): size for step, size in sizes.items()}
+                rows.append({"metric": f"at the peak{of}: {style.cell(category)}", **told})
+            tables.append("\n\n".join([style.title(found.repeats(group, technique)[0].id), style.render(rows)]))
     return "\n\n".join(tables)
 
 
@@ -278,14 +239,15 @@ def _breakdown(found: Comparison, group: Group, chain: Sequence[str]) -> dict[st
     return categories
 
 
-def phases(records: Sequence[Record], form: str = "simple") -> str:
+def phases(records: Sequence[Record], form: str = DEFAULT) -> str:
     """What each phase of each case took, and each part of a step in it; sizes above the worker's baseline.
 
-    For reading: a table a case, without columns of which nothing is known. As ``csv`` and ``json``: one flat table with
-    bytes and seconds.
+    For reading: a table a case, without columns of which nothing is known. In a flat format: one table with bytes and
+    seconds.
     """
-    if form in ("csv", "json"):
-        return written([row for record in records for row in _phase_rows(record)], form)
+    style = FORMATS[form]
+    if style.is_flat:
+        return style.render([row for record in records for row in _phase_rows(record)])
     tables = []
     for record in records:
         rows = list(_phase_rows(record))
@@ -293,14 +255,13 @@ def phases(records: Sequence[Record], form: str = "simple") -> str:
         known = [field for field in _PHASE_TITLES if any(row[field] is not None for row in rows)]
         shown = [
             {
-                "phase": in_cell(f"· {row['part']}" if row["part"] else row["phase"], form),
-                "allocator": in_cell(row["allocator"], form),
+                "phase": style.cell(f"· {row['part']}" if row["part"] else row["phase"]),
+                "allocator": style.cell(row["allocator"]),
                 **{_PHASE_TITLES[field]: _or_blank(row, field, formats[field]) for field in known},
             }
             for row in rows
         ]
-        table = tabulate.tabulate(shown, headers="keys", tablefmt=form, disable_numparse=True)
-        tables.append("\n\n".join(filter(None, [_heading(f"{record.id} · {record.status}", form), table])))
+        tables.append("\n\n".join(filter(None, [style.title(f"{record.id} · {record.status}"), style.render(shown)])))
     return "\n\n".join(tables)
 
 
