@@ -1,4 +1,4 @@
-"""``membench doctor``."""
+"""``membench doctor``: check what can be measured on this machine."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from membench.report.table_formats import FOR_PEOPLE
 
 
 def add(verbs: Verbs) -> None:
-    doctor = verbs.add_parser("doctor", help="prove on known amounts what can be measured on this machine")
-    doctor.add_argument("--full", action="store_true", help="also measure what the harness promises (some minutes)")
+    doctor = verbs.add_parser("doctor", help="check on known amounts what can be measured on this machine")
+    doctor.add_argument("--full", action="store_true", help="also measure the harness's own promises (takes minutes)")
     add_format(doctor, FOR_PEOPLE)
     doctor.set_defaults(do=_doctor)
 

@@ -27,13 +27,13 @@ def add_format(verb: argparse.ArgumentParser, formats: Iterable[str] = FORMATS) 
     verb.add_argument("--format", choices=tuple(formats), default=DEFAULT)
 
 
-def beside(form: str) -> TextIO:
+def remarks_stream(form: str) -> TextIO:
     """Return the stream for remarks: standard error if a program reads the tables, else standard output."""
     return sys.stderr if FORMATS[form].is_for_machines else sys.stdout
 
 
 def print_run(run: Run, form: str, explain: bool) -> None:
-    """Print a run's table, and its remarks where ``beside`` puts them."""
+    """Print a run's table, and its remarks where ``remarks_stream`` says."""
     from membench.report import text
 
     # In a terminal a table must fit; a program behind a pipe and a reader of Markdown expect whole rows.
@@ -44,10 +44,10 @@ def print_run(run: Run, form: str, explain: bool) -> None:
     if not FORMATS[form].is_for_machines:
         print()
     for line in (*text.remarks(run.records), *text.verdicts(run.records), *_nothing(run), f"kept in {run.path}"):
-        print(line, file=beside(form))
+        print(line, file=remarks_stream(form))
 
 
-def narrowed(run: Run, expression: str, *, with_others: bool) -> Run:
+def select_cases(run: Run, expression: str, *, with_others: bool) -> Run:
     """Return a run with only the cases that match an expression.
 
     Args:
