@@ -22,7 +22,7 @@ from membench.records.record import Record
 from membench.regression.judging import judge
 from membench.regression.measured import of_records
 from membench.regression.verdict import Judgement
-from membench.report import case_outcomes, github, junit, regression, services
+from membench.report import case_outcomes, formats, github, junit, regression, services
 from membench.report.case_outcomes import CheckedCase
 from membench.suite.gates import Outcome, parse
 from membench.suite.tolerances import Tolerances
@@ -207,7 +207,7 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(tmp_p
 
 @pytest.mark.parametrize("form", ["bencher", "benchmark-action"])
 def test_an_export_of_a_run_without_figures_is_empty_json(form: str) -> None:
-    assert json.loads(services.FORMATS[form]([_record(status="failed")])) in ({}, [])
+    assert json.loads(formats.EXPORTS[form]([_record(status="failed")])) in ({}, [])
 
 
 def test_a_check_fails_for_what_got_worse_and_not_for_what_was_broken_before() -> None:

@@ -82,7 +82,7 @@ def _rendered(written: str) -> _Read:
 @pytest.mark.parametrize(
     "written",
     [
-        formats.report([_RUN], "md"), text.comparison(_RECORDS, "github"), text.explanation(_RECORDS, "github"),
+        formats.REPORTS["md"].write([_RUN]), text.comparison(_RECORDS, "github"), text.explanation(_RECORDS, "github"),
         phase_table.phases(_RECORDS, "github"),
     ],
     ids=["report", "comparison", "explanation", "phases"],
@@ -94,7 +94,7 @@ def test_in_markdown_they_are_shown_as_they_are_written_and_mean_nothing(written
 
 
 def test_in_a_spreadsheet_none_is_a_formula() -> None:
-    (head, *rows) = csv.reader(io.StringIO(formats.report([_RUN], "csv")))
+    (head, *rows) = csv.reader(io.StringIO(formats.REPORTS["csv"].write([_RUN])))
     assert len(rows) == len(_RECORDS)
     assert {len(row) for row in rows} == {len(head)}
     for row in rows:
@@ -110,11 +110,13 @@ def _is_number(cell: str) -> bool:
 
 
 def test_in_json_they_are_themselves() -> None:
-    assert [row["case"] for row in json.loads(formats.report([_RUN], "json"))] == [one.id for one in _RECORDS]
+    assert [row["case"] for row in json.loads(formats.REPORTS["json"].write([_RUN]))] == [one.id for one in _RECORDS]
 
 
 @pytest.mark.parametrize(
-    "written", [formats.report([_RUN], "latex"), text.comparison(_RECORDS, "latex")], ids=["report", "comparison"]
+    "written",
+    [formats.REPORTS["latex"].write([_RUN]), text.comparison(_RECORDS, "latex")],
+    ids=["report", "comparison"],
 )
 def test_in_latex_none_is_a_command_a_formula_or_a_comment(written: str) -> None:
     plain = re.sub(r"\\[&%$#_{}^]|\\\\", "", written)  # signs that are escaped, and the ends of rows

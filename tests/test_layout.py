@@ -15,8 +15,8 @@ _PACKAGE = Path(__file__).parent.parent / "membench"
 _FILES = sorted(_PACKAGE.rglob("*.py"))
 
 # Imports go downwards only. `builtin` is above `worker`: techniques use how the worker finds a model's weights and
-# breaks memory down, and the worker reaches techniques through the registry, like anyone's plug-ins. `protocol` is below
-# `records`: a record keeps what a worker read as the worker's own types.
+# breaks memory down, and the worker reaches techniques through the registry, like anyone's plug-ins. `protocol` is
+# below `records`: a record keeps what a worker read as the worker's own types.
 _FOLDERS = (
     "__main__", "cli", "pytest_plugin", "doctor", "testing", "__init__", "comparing", "report", "regression", "builtin",
     "running", "worker", "suite", "data", "plugins", "records", "protocol", "host", "errors", "units",

@@ -11,7 +11,7 @@ import pytest
 import membench
 from membench.errors import MembenchError
 from membench.records.comparison import Comparison
-from membench.report import bars, files, history, pareto, timeline
+from membench.report import bars, files, formats, history, pareto, timeline
 from tests import made_up
 
 from .made_up import MIB, record, run
@@ -290,7 +290,7 @@ def test_of_several_repeats_it_says_which_is_drawn() -> None:
     assert picture.caption.endswith("Of several repeats the first is drawn.")
 
 
-@pytest.mark.parametrize("kind", files.KINDS)
+@pytest.mark.parametrize("kind", formats.PICTURES)
 @pytest.mark.parametrize("ending", [".png", ".svg"])
 def test_each_kind_of_picture_is_drawn_to_a_file(kind: str, ending: str, tmp_path: Path) -> None:
     whole = membench.read_run(_KEPT)

@@ -79,3 +79,15 @@ def test_every_technique_stands_in_it() -> None:
 def test_every_example_of_python_compiles() -> None:
     for block in re.findall(r"```python\n(.*?)```", _README, re.DOTALL):
         compile(block, "README.md", "exec")
+
+
+@pytest.mark.parametrize("page", ["README.md", "membench/docs/architecture.md"])
+def test_it_names_every_folder_of_the_package(page: str) -> None:
+    rooms = {path.parent.name for path in (_ROOT / "membench").glob("*/__init__.py")}
+    assert rooms <= set(re.findall(r"\b([a-z_]+)/", (_ROOT / page).read_text()))
+
+
+@pytest.mark.parametrize("page", ["README.md", "membench/docs/architecture.md", ".github/CONTRIBUTING.md"])
+def test_every_link_to_a_file_leads_to_one(page: str) -> None:
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", (_ROOT / page).read_text())
+    assert [link for link in links if not ((_ROOT / page).parent / link).exists()] == []

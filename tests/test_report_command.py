@@ -11,23 +11,54 @@ from pathlib import Path
 import pytest
 
 from membench import cli
-from membench.cli import report as verbs
 from membench.records.run_file import read_run
-from membench.report import files, formats
+from membench.report import formats, table_formats
 
 _RESULTS = Path(__file__).parent.parent / "results"
 _QUICKSTART = str(_RESULTS / "quickstart@2-cores-epyc.jsonl")
 _DATA = str(_RESULTS / "data@2-cores-epyc.jsonl")
 
 
-def test_the_command_line_offers_what_there_is() -> None:
-    assert tuple(formats.FORMATS) == verbs._REPORTS
-    assert files.KINDS == verbs._PLOTS
+def test_the_command_line_offers_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, offered in (
+        (["report", "--help"], formats.REPORTS),
+        (["plot", "--help"], formats.PICTURES),
+        (["export", "--help"], formats.EXPORTS),
+        (["show", "--help"], table_formats.FORMATS),
+        (["compare", "--help"], table_formats.FORMATS),
+        (["doctor", "--help"], table_formats.FOR_PEOPLE),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(words)
+        assert f"{{{','.join(offered)}}}" in "".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("form", [form for form in formats.FORMATS if form != "html"])
+_ROWS = [{"case": "a", "bytes": 1}, {"case": "b", "bytes": 2}]
+
+
+@pytest.mark.parametrize("form", table_formats.FORMATS)
+def test_every_table_format_writes_every_row(form: str) -> None:
+    rows = table_formats.FORMATS[form].render(_ROWS)
+    assert all(text in rows for text in ("case", "bytes", "a", "b", "1", "2"))
+    assert "the title" in table_formats.FORMATS[form].title("the title")
+
+
+def test_a_table_format_is_one_entry(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    tabs = table_formats.TableFormat(
+        lambda rows: "\n".join("\t".join(map(str, row.values())) for row in rows), is_flat=True, is_for_machines=True
+    )
+    monkeypatch.setitem(table_formats.FORMATS, "tabs", tabs)
+    assert cli.main(["show", _QUICKSTART, "--format", "tabs"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("llama-60m/none/forward/cpu\tok\t")
+    assert "kept in" in shown.err
+    assert cli.main(["compare", _QUICKSTART, _QUICKSTART, "--format", "tabs"]) == 0
+    assert capsys.readouterr().out.startswith("llama-60m/none/forward/cpu\t")
+
+
+@pytest.mark.parametrize("form", [form for form in formats.REPORTS if form != "html"])
 def test_the_ending_of_the_file_says_the_format(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / f"report{formats.FORMATS[form]}"
+    path = tmp_path / f"report{formats.REPORTS[form].ending}"
     assert cli.main(["report", _QUICKSTART, "-o", str(path)]) == 0
     assert cli.main(["report", _QUICKSTART, "--format", form]) == 0
     written = path.read_bytes().decode()
@@ -120,5 +151,5 @@ def test_what_is_not_installed_is_named_with_the_command_that_installs_it(
 def test_a_suite_cannot_end_the_block_that_it_stands_in() -> None:
     kept = read_run(_QUICKSTART)
     hostile = dataclasses.replace(kept, header={**kept.header, "suite_text": "# ```\n<img src=x>\n"}, records=())
-    block = formats.report([hostile], "md").split("\n\n")[-1].splitlines()
+    block = formats.REPORTS["md"].write([hostile]).split("\n\n")[-1].splitlines()
     assert block == ["````toml", "# ```", "<img src=x>", "````"]

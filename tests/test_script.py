@@ -414,7 +414,7 @@ def test_marking_a_phase_does_nothing_where_nothing_is_measured_and_imports_next
         "assert not {'torch', 'numpy', 'json', 'pydantic'} & set(sys.modules)"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (ran.stdout, ran.stderr) == ("['membench', 'membench.protocol.marks']\n", "")
+    assert (ran.stdout, ran.stderr) == ("['membench', 'membench.protocol', 'membench.protocol.marks']\n", "")
 
 
 def test_a_decorated_function_returns_what_it_returns_and_may_call_itself() -> None:

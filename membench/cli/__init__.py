@@ -1,4 +1,4 @@
-"""The command line: one verb a file, each only wires."""
+"""The command line. Each verb has a file, which parses its options and calls the packages that do the work."""
 
 from __future__ import annotations
 
@@ -25,14 +25,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; its exit code.
+    """Run a verb and return its exit code.
 
-    0 fine, 1 a case failed, broke a limit or a gate, or regressed, 2 bad input, 3 nothing to compare with, 130
-    interrupted.
+    0: fine; 1: a case failed, broke a limit or a gate, or regressed; 2: bad input; 3: cannot compare; 130: interrupted.
     """
 
     def work() -> int:
-        words, program_arguments = script.divided(sys.argv[1:] if argv is None else argv)
+        words, program_arguments = script.split_arguments(sys.argv[1:] if argv is None else argv)
         arguments = _parser().parse_args(words)
         arguments.program_arguments = program_arguments
         code: int = arguments.do(arguments)

@@ -1,4 +1,4 @@
-"""``membench advise``."""
+"""``membench advise``: name the technique that fits a memory budget."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from membench.errors import EXIT_CASES_FAILED, EXIT_OK, MembenchError, one_line
 
 def add(verbs: Verbs) -> None:
     advise = verbs.add_parser(
-        "advise", help="which measured stack fits a budget and loses least (1 if for any group none does)"
+        "advise", help="name the measured stack that fits a budget and loses least quality (exit code 1 if none fits)"
     )
     advise.add_argument("run", type=Path)
     advise.add_argument("--budget", required=True, help="memory above the worker's baseline, such as 8GiB")
-    advise.add_argument("--max-quality-loss", help="such as 1%%: of bits per byte, or in percentage points of accuracy")
+    advise.add_argument(
+        "--max-quality-loss", help="such as 1%%: a share of bits per byte, or percentage points of accuracy"
+    )
     advise.set_defaults(do=_advise)
 
 

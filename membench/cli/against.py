@@ -1,4 +1,4 @@
-"""``membench run --against-ref``: another commit and what is here, measured in turn and judged."""
+"""``membench run --against-ref``: measure another commit and the current files in turn, and judge the difference."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from membench.cli import ci, rules
-from membench.cli.output import beside
+from membench.cli.output import remarks_stream
 from membench.cli.regression import print_judgements
 from membench.comparing.git import Repository
 from membench.errors import EXIT_CASES_FAILED, MembenchError
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from membench.suite.tolerances import Tolerances
 
 ROUNDS = 5
-"""Time is judged over three repeats or more; five tell it from chance more surely."""
+"""Times are judged from three repeats on; with five, a change is easier to tell from noise."""
 
 
-def lacks(arguments: argparse.Namespace, suite: Suite) -> str | None:
-    """That the other commit has no such suite, if that is so: it is new here, and there is nothing to compare with.
+def missing_suite(arguments: argparse.Namespace, suite: Suite) -> str | None:
+    """Return a message if the other commit lacks the suite, so that there is nothing to compare with; else ``None``.
 
     Raises:
-        MembenchError: if there is no such commit, or what was asked of the comparison makes no sense.
+        MembenchError: if there is no such commit, or the options do not go together.
     """
     if arguments.resume:
         raise MembenchError("--resume goes on with one run; --against-ref measures two in turn, afresh")
@@ -52,7 +52,7 @@ def _tolerances(arguments: argparse.Namespace, suite: Suite) -> Tolerances:
 
 
 def run(arguments: argparse.Namespace, suite: Suite) -> int:
-    """Measure both, print the comparison; the exit code: 0 fine, 1 regressed, 3 not to be compared.
+    """Measure both versions, print the comparison and return the exit code: 0 fine, 1 regressed, 3 cannot compare.
 
     Raises:
         MembenchError: if there is nothing to compare with.
@@ -60,8 +60,7 @@ def run(arguments: argparse.Namespace, suite: Suite) -> int:
     from rich.console import Console
 
     from membench.cli.progress import Display
-    from membench.comparing import against_commit
-    from membench.comparing.checking import MORE_REPEATS
+    from membench.comparing import against_commit, suspects
     from membench.regression.judging import judge
     from membench.regression.measured import of_run
     from membench.report import case_outcomes, regression
@@ -88,16 +87,18 @@ def run(arguments: argparse.Namespace, suite: Suite) -> int:
             base, head = (of_run(side, name) for side, name in zip(sides, names, strict=True))
             return judge(base, head, tolerances, in_turn=True)
 
-        sides = both.measure(rounds)
-        judgement = judged(sides)
-        if judgement.suspects:
-            sides = both.measure(MORE_REPEATS, judgement.suspects)
-            judgement = judged(sides)
+        # Both sides' files keep earlier rounds, so what is measured again holds these, too.
+        sides, judgement = suspects.confirm(
+            both.measure(rounds), judged, measure_again=lambda _, ids, repeats: both.measure(repeats, ids)
+        )
     print_judgements([judgement], arguments.format)
-    held = rules.held(suite.gates, sides.head.records)
-    held.tell_of_gates(arguments.format)
-    held.tell_of_limits(arguments.format)
-    print("kept in {} and {}".format(*(os.path.relpath(side.path) for side in sides)), file=beside(arguments.format))
-    cases = case_outcomes.of_check(judgement, held.records, held.outcomes)
+    checked = rules.check(suite.gates, sides.head.records)
+    checked.print_gates(arguments.format)
+    checked.print_limits(arguments.format)
+    print(
+        "kept in {} and {}".format(*(os.path.relpath(side.path) for side in sides)),
+        file=remarks_stream(arguments.format),
+    )
+    cases = case_outcomes.of_check(judgement, checked.records, checked.outcomes)
     ci.write(arguments, regression.summary(judgement), cases, [regression.table([judgement], "github")])
-    return EXIT_CASES_FAILED if held.are_broken else judgement.exit_code
+    return EXIT_CASES_FAILED if checked.are_broken else judgement.exit_code

@@ -1,4 +1,4 @@
-"""``membench calibrate``."""
+"""``membench calibrate``: measure the noise of this machine."""
 
 from __future__ import annotations
 
@@ -8,27 +8,25 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from membench.cli.output import RESULTS, Verbs, beside
+from membench.cli.output import RESULTS, Verbs, add_format, remarks_stream
 from membench.errors import EXIT_CASES_FAILED, EXIT_OK, CannotCompare, MembenchError
 
 if TYPE_CHECKING:
     from membench import Suite
     from membench.regression.measured import Measured
 
-_FORMATS = ("simple", "github", "csv", "json")
-
 
 def add(verbs: Verbs) -> None:
-    calibrate = verbs.add_parser("calibrate", help="measure how far apart runs of the same code are on this machine")
+    calibrate = verbs.add_parser("calibrate", help="measure how much runs of the same code differ on this machine")
     calibrate.add_argument("suite", help="a suite's name or path")
     calibrate.add_argument(
-        "name", nargs="?", help="of the baseline to keep it with; SUITE@MACHINE-CLASS if none is given"
+        "name", nargs="?", help="name of the baseline to store the noise in (default: SUITE@MACHINE-CLASS)"
     )
-    calibrate.add_argument("--repeats", type=_repeats, default=5, help="how often each case is measured (5)")
-    calibrate.add_argument("-k", dest="expression", help="only cases whose id fits, such as 'int8 and not train'")
-    calibrate.add_argument("--device", action="append", help="in place of the suite's devices: cpu, cuda, cuda:0")
-    calibrate.add_argument("--output", type=Path, default=RESULTS, help="folder of the run's file and of baselines")
-    calibrate.add_argument("--format", choices=_FORMATS, default=_FORMATS[0])
+    calibrate.add_argument("--repeats", type=_repeats, default=5, help="how often to measure each case (default: 5)")
+    calibrate.add_argument("-k", dest="expression", help="only cases whose id matches, such as 'int8 and not train'")
+    calibrate.add_argument("--device", action="append", help="device to use instead of the suite's: cpu, cuda, cuda:0")
+    calibrate.add_argument("--output", type=Path, default=RESULTS, help="folder for the run's file and for baselines")
+    add_format(calibrate)
     calibrate.set_defaults(do=_calibrate)
 
 
@@ -60,8 +58,8 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     noise = Noise.of_records(run.records)
     print(report.table(run.records, noise, arguments.format))
     if not noise.spreads:
-        raise MembenchError(f"no case ended well twice, so nothing is known of its noise; see {run.path}")
-    # What other cases showed before stays; of these, what was measured last counts.
+        raise MembenchError(f"no case ended well twice, so no noise can be estimated; see {run.path}")
+    # The noise of other cases is kept; that of these cases is replaced.
     spreads = {**(kept.noise.spreads if kept else {}), **noise.spreads}
     baselines.write(dataclasses.replace(kept or of_run(run), noise=Noise(spreads)), path)
     for line in (
@@ -72,20 +70,21 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         f"kept in {path}" + (", whose figures are as they were" if kept else ", which is a baseline of this code"),
         f"measured in {run.path}",
     ):
-        print(line, file=beside(arguments.format))
+        print(line, file=remarks_stream(arguments.format))
     if arguments.repeats < RUNS_FOR_TIMES:
         print(
-            f"with less than {RUNS_FOR_TIMES} repeats the noise of times stays unknown", file=beside(arguments.format)
+            f"with less than {RUNS_FOR_TIMES} repeats the noise of times stays unknown",
+            file=remarks_stream(arguments.format),
         )
     return EXIT_CASES_FAILED if any(record.status not in ("ok", "skipped") for record in run.records) else EXIT_OK
 
 
 def _baseline(arguments: argparse.Namespace, suite: Suite) -> tuple[Path, Measured | None]:
-    """Where the noise is to be kept, and what lies there already: found before anything is measured.
+    """Return where to store the noise, and the baseline that is stored there already. Called before measuring.
 
     Raises:
-        MembenchError: if it is of another suite, or no baseline.
-        CannotCompare: if it is of a machine whose times are no business of this one's.
+        MembenchError: if that belongs to another suite, or is not a baseline.
+        CannotCompare: if that belongs to a machine whose times cannot be compared with this one's.
     """
     from membench.comparing import checking
     from membench.regression import baselines
@@ -100,5 +99,5 @@ def _baseline(arguments: argparse.Namespace, suite: Suite) -> tuple[Path, Measur
         raise MembenchError(f"{path}: is a baseline of suite '{kept.suite}', not of '{suite.name}'")
     for difference in differences(kept.machine, here.machine):
         if "time" in difference.bars(here.on_gpu):
-            raise CannotCompare(f"{path}: is of another machine ({difference}), whose noise this one's is not")
+            raise CannotCompare(f"{path}: is of another machine ({difference}), whose noise does not apply here")
     return path, kept

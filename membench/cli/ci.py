@@ -1,4 +1,4 @@
-"""What verbs that check something write for CI services, beside their own output."""
+"""Output for CI services: the options of verbs that check something, and the files that they write."""
 
 from __future__ import annotations
 
@@ -18,16 +18,21 @@ if TYPE_CHECKING:
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options that ``write`` reads."""
-    parser.add_argument("--summary", type=Path, metavar="FILE", help="append Markdown to it: $GITHUB_STEP_SUMMARY")
-    parser.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML to it")
+    parser.add_argument(
+        "--summary",
+        type=Path,
+        metavar="FILE",
+        help="append a Markdown summary to this file, such as $GITHUB_STEP_SUMMARY",
+    )
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML to this file")
     parser.add_argument(
         "--annotations", action=argparse.BooleanOptionalAction, default=os.environ.get("GITHUB_ACTIONS") == "true",
-        help="print what failed as GitHub's annotations (by default where GITHUB_ACTIONS is true)",
+        help="print failures as GitHub annotations (default where GITHUB_ACTIONS is true)",
     )  # fmt: skip
 
 
 def write(arguments: argparse.Namespace, heading: str, cases: Sequence[CheckedCase], tables: Sequence[str]) -> None:
-    """Write all that is asked for.
+    """Write the outputs that the options ask for.
 
     Args:
         heading: of the summary.
@@ -40,7 +45,7 @@ def write(arguments: argparse.Namespace, heading: str, cases: Sequence[CheckedCa
 
     if arguments.annotations:
         for line in github.workflow_commands(cases):
-            print(line, file=sys.stderr)  # GitHub looks there, too; what is printed may be read by a machine
+            print(line, file=sys.stderr)  # GitHub reads it too, and a program may read standard output
     if arguments.summary:
         _write(arguments.summary, "a", github.summary(heading, cases, tables))
     if arguments.junit:
@@ -48,29 +53,29 @@ def write(arguments: argparse.Namespace, heading: str, cases: Sequence[CheckedCa
 
 
 @contextlib.contextmanager
-def telling(arguments: argparse.Namespace, verb: str, subject: str) -> Iterator[None]:
-    """Write all that is asked for also if what is done here ends before anything can be judged: then it says why.
+def reporting_errors(arguments: argparse.Namespace, verb: str, subject: str) -> Iterator[None]:
+    """Write the outputs even if the work in this context fails before anything is judged; they then give the reason.
 
     Args:
-        subject: what the verb was given.
+        subject: the verb's arguments.
     """
     try:
         yield
     except (MembenchError, KeyboardInterrupt) as error:
-        with contextlib.suppress(ResultsError):  # that a file cannot be written may be what is wrong
+        with contextlib.suppress(ResultsError):  # the error may be that a file cannot be written
             write(arguments, f"membench {verb} {subject}", [unfinished(subject, str(error) or "interrupted")], [])
         raise
 
 
 def unfinished(subject: str, reason: str) -> CheckedCase:
-    """What stands for all that was not done."""
+    """Make one entry for everything that was not done."""
     from membench.report.case_outcomes import CheckedCase
 
     return CheckedCase(subject, "all that was asked for", "unfinished", (reason,))
 
 
 def refuse_unwritable(arguments: argparse.Namespace) -> None:
-    """Find out before anything is measured whether the files can be written. No empty one is left.
+    """Check before measuring that the files can be written, without leaving an empty one behind.
 
     Raises:
         ResultsError: if one cannot.

@@ -1,16 +1,17 @@
-"""``membench doctor``."""
+"""``membench doctor``: check what can be measured on this machine."""
 
 from __future__ import annotations
 
 import argparse
 
-from membench.cli.output import FORMATS, Verbs
+from membench.cli.output import Verbs, add_format
+from membench.report.table_formats import FOR_PEOPLE
 
 
 def add(verbs: Verbs) -> None:
-    doctor = verbs.add_parser("doctor", help="prove on known amounts what can be measured on this machine")
-    doctor.add_argument("--full", action="store_true", help="also measure what the harness promises (some minutes)")
-    doctor.add_argument("--format", choices=FORMATS[:2], default=FORMATS[0])
+    doctor = verbs.add_parser("doctor", help="check on known amounts what can be measured on this machine")
+    doctor.add_argument("--full", action="store_true", help="also measure the harness's own promises (takes minutes)")
+    add_format(doctor, FOR_PEOPLE)
     doctor.set_defaults(do=_doctor)
 
 

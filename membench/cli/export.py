@@ -1,4 +1,4 @@
-"""``membench export``."""
+"""``membench export``: write figures for services that keep a history."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ from pathlib import Path
 
 from membench.cli.output import RESULTS, Verbs
 from membench.errors import EXIT_OK
-
-_FORMATS = ("benchmark-action", "bencher")
+from membench.report.formats import EXPORTS
 
 
 def add(verbs: Verbs) -> None:
-    export = verbs.add_parser("export", help="a run's figures for services that keep a history of them")
-    export.add_argument("format", choices=_FORMATS, help="github-action-benchmark's or Bencher's JSON")
-    export.add_argument("run", nargs="?", type=Path, help="the newest if none is named")
-    export.add_argument("--output", type=Path, default=RESULTS, help="folder to look for the newest run in")
+    export = verbs.add_parser("export", help="write a run's figures for services that keep their history")
+    export.add_argument("format", choices=tuple(EXPORTS), help="github-action-benchmark's or Bencher's JSON")
+    export.add_argument("run", nargs="?", type=Path, help="a run's file (default: the newest)")
+    export.add_argument("--output", type=Path, default=RESULTS, help="folder of the newest run")
     export.set_defaults(do=_export)
 
 
 def _export(arguments: argparse.Namespace) -> int:
     import membench
-    from membench.report import services
 
     run = membench.read_run(arguments.run or membench.newest_run(arguments.output))
-    print(services.FORMATS[arguments.format](run.records))
+    print(EXPORTS[arguments.format](run.records))
     return EXIT_OK

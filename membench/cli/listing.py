@@ -1,4 +1,4 @@
-"""``membench list``."""
+"""``membench list``: list plug-ins, suites, cases and options."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from membench.errors import EXIT_OK
 
 
 def add(verbs: Verbs) -> None:
-    listing = verbs.add_parser(
-        "list", help="what there is: models, techniques, workloads, metrics, suites, a suite's cases"
-    )
+    listing = verbs.add_parser("list", help="list models, techniques, workloads, metrics, suites, or a suite's cases")
     listing.add_argument(
         "what",
         nargs="?",
         help="models, techniques, workloads, metrics or suites; a suite's name or path, for its cases;"
-        " the name of a model, technique, workload or metric, for its options; contract, for what a plug-in is",
+        " the name of a model, technique, workload or metric, for its options; contract, for the plug-in contract",
     )
     listing.set_defaults(do=_list)
 

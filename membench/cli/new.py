@@ -1,4 +1,4 @@
-"""``membench new``."""
+"""``membench new``: write a package with a new plug-in."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ KINDS = ("technique", "model", "workload", "suite")
 
 
 def add(verbs: Verbs) -> None:
-    new = verbs.add_parser("new", help="write a package with a plug-in of your own, its tests and a suite")
+    new = verbs.add_parser("new", help="write a package with a new plug-in, its tests and a suite")
     new.add_argument("kind", choices=KINDS)
-    new.add_argument("name", help="what suites call it: 'half-linear'; the package is membench-half-linear")
-    new.add_argument("--into", metavar="FOLDER", type=Path, default=Path(), help="where its folder is made (here)")
+    new.add_argument("name", help="its name in suites, such as half-linear; the package is then membench-half-linear")
+    new.add_argument(
+        "--into", metavar="FOLDER", type=Path, default=Path(), help="where to make its folder (default: here)"
+    )
     new.set_defaults(do=_new)
 
 

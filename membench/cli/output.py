@@ -1,4 +1,4 @@
-"""What verbs that print tables share: formats, folders, a run's table with what must be said of it."""
+"""What verbs that print tables share: options, folders, a run's table and the remarks below it."""
 
 from __future__ import annotations
 
@@ -6,48 +6,55 @@ import argparse
 import dataclasses
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, TypeAlias
 
 from membench.errors import MembenchError
+from membench.report.table_formats import DEFAULT, FORMATS
 
 if TYPE_CHECKING:
     from membench import Run
 
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
-FORMATS = ("simple", "github", "csv", "json", "latex", "html", "plain", "grid")
-EXPLAIN = "every metric of every case, member by member of a stack (csv and json hold every metric anyway)"
+EXPLAIN = "every metric of every case, and what each member of a stack changes (csv and json have every metric anyway)"
 RESULTS = Path("results")
-# Whatever reads these must find nothing else in the output.
-FOR_MACHINES = ("csv", "json", "latex", "html")
 
 
-def beside(form: str) -> TextIO:
-    """Where lines for people go, beside a table of this format."""
-    return sys.stderr if form in FOR_MACHINES else sys.stdout
+def add_format(verb: argparse.ArgumentParser, formats: Iterable[str] = FORMATS) -> None:
+    """Add the option that chooses the format of a verb's tables."""
+    verb.add_argument("--format", choices=tuple(formats), default=DEFAULT)
+
+
+def remarks_stream(form: str) -> TextIO:
+    """Return the stream for remarks: standard error if a program reads the tables, else standard output."""
+    return sys.stderr if FORMATS[form].is_for_machines else sys.stdout
 
 
 def print_run(run: Run, form: str, explain: bool) -> None:
-    """Print a run's table, and what must be said of it: beside the output where a machine reads that."""
+    """Print a run's table, and its remarks where ``remarks_stream`` says."""
     from membench.report import savings, text
 
-    # In a terminal a table must fit; whatever reads a pipe or a Markdown table wants whole rows.
-    fits = sys.stdout.isatty() and form in ("simple", "plain", "grid")
+    # In a terminal a table must fit; a program behind a pipe and a reader of Markdown expect whole rows.
+    fits = sys.stdout.isatty() and FORMATS[form].breaks
     print(text.comparison(run.records, form, shutil.get_terminal_size().columns if fits else None))
-    if explain and form not in ("csv", "json"):
+    if explain and not FORMATS[form].is_flat:
         print(f"\n{text.explanation(run.records, form)}")
-    if form not in FOR_MACHINES:
+    if not FORMATS[form].is_for_machines:
         print()
     for line in (*text.remarks(run.records), *savings.verdicts(run.records), *_nothing(run), f"kept in {run.path}"):
-        print(line, file=beside(form))
+        print(line, file=remarks_stream(form))
 
 
-def narrowed(run: Run, expression: str, *, with_others: bool) -> Run:
-    """A run's cases that fit an expression; with those that their ratios are made of, if asked for.
+def select_cases(run: Run, expression: str, *, with_others: bool) -> Run:
+    """Return a run with only the cases that match an expression.
+
+    Args:
+        with_others: also keep the cases that their ratios refer to.
 
     Raises:
-        MembenchError: if none fits.
+        MembenchError: if no case matches.
     """
     from membench.records.comparison import with_compared
     from membench.suite import selection

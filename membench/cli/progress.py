@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: one live line in a terminal, plain lines elsewhere."""
+"""The progress of a run: one live line in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BAR_WIDTH = 20
 
 
 class Display:
-    """Hears a run's events. It draws by itself only when told to, never from a thread beside a measurement."""
+    """Shows a run's events. It draws only while it handles one: a drawing thread would disturb measurements."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -72,7 +72,7 @@ class Display:
             case "record":
                 self._durations_s.append(details["duration_s"])
                 self._print(f"{details['status']:<14} {details['id']}  {format_seconds(details['duration_s'])}")
-        # Nothing is drawn while steps are timed: it would take their cores.
+        # Drawing while steps are timed would take cores from them.
         is_news = event in ("start", "case", "phase", "record")
         if self._is_live and (is_news or (self._phase != "time" and now - self._drawn_at > _REFRESH_S)):
             self._drawn_at = now
@@ -85,8 +85,9 @@ class Display:
         yield Text(self.line(options.max_width), no_wrap=True, overflow="crop")
 
     def line(self, width: int) -> str:
-        """What is shown, in so many characters: if they are few the bar goes first, then the time gone by, then the
-        middle of the case's name.
+        """Return the live line in at most ``width`` characters.
+
+        Where they are few, the bar is left out first, then the elapsed time, then the middle of the case's name.
         """
         now = time.monotonic()
         name = self._doing if self._work or not self._case else self._case
@@ -101,7 +102,7 @@ class Display:
             if self._case:
                 facts.append(self._phase or "starting")
             if self._peak_bytes is not None:
-                # On a GPU this is the lesser part: what the process holds of the machine's own memory.
+                # For a case on a GPU this is the smaller part: memory of the host.
                 of_host = " of host" if self._case and "/cuda" in self._case else ""
                 facts.append(format_bytes(self._peak_bytes) + of_host)
         if total:
@@ -118,7 +119,7 @@ class Display:
         return " · ".join([_shortened(name, max(room, 1)), *facts])
 
     def _left_s(self, now: float) -> float | None:
-        """An estimate from the cases that are done; ``None`` before the first."""
+        """Estimate the remaining time from the finished cases; ``None`` before the first."""
         if not self._durations_s:
             return None
         typical_s = statistics.fmean(self._durations_s)
@@ -127,7 +128,7 @@ class Display:
 
 
 def _shortened(name: str, width: int) -> str:
-    """A name without its middle, in so many characters."""
+    """Leave out the middle of a name that is longer than ``width``."""
     if len(name) <= width:
         return name
     tail = (width - 1) // 2

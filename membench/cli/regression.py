@@ -1,4 +1,4 @@
-"""The verbs that hold a measurement against an earlier one: compare, check, baseline. They only wire."""
+"""``membench compare``, ``membench check`` and ``membench baseline``: compare a measurement with an earlier one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from membench.cli import ci, rules, script
-from membench.cli.output import RESULTS, Verbs, beside
+from membench.cli.output import RESULTS, Verbs, add_format, remarks_stream
 from membench.errors import EXIT_CANNOT_COMPARE, EXIT_CASES_FAILED, EXIT_OK, CannotCompare, MembenchError, one_line
 
 if TYPE_CHECKING:
@@ -21,19 +21,18 @@ if TYPE_CHECKING:
     from membench.suite.gates import Gate
     from membench.suite.tolerances import Tolerance
 
-_FORMATS = ("simple", "github", "csv", "json", "plain", "grid")
 _WHAT = "a run's or a baseline's file, or the name of one in results"
 
 
 def add(verbs: Verbs) -> None:
-    """Add the verbs to a parser of the command line."""
+    """Add the three verbs to the command line's parser."""
     _add_compare(verbs)
     _add_check(verbs)
     _add_baseline(verbs)
 
 
 def _add_compare(verbs: Verbs) -> None:
-    compare = verbs.add_parser("compare", help="measurements beside an earlier one: ratios, and what changed")
+    compare = verbs.add_parser("compare", help="show measurements next to an earlier one: ratios, and what changed")
     compare.add_argument("base", help=_WHAT)
     compare.add_argument("new", nargs="+", help=_WHAT)
     _add_what_is_common(compare)
@@ -41,19 +40,21 @@ def _add_compare(verbs: Verbs) -> None:
 
 
 def _add_check(verbs: Verbs) -> None:
-    check = verbs.add_parser("check", help="compare, and exit with 1 if something regressed, 3 if that cannot be told")
-    check.add_argument("new", help=f"{_WHAT}; or a suite, which is then run, and its suspects are measured again")
-    check.add_argument("--against", metavar="BASE", help="the same; else the baseline of the suite and this machine")
+    check = verbs.add_parser("check", help="compare; exit with 1 if something regressed, 3 if it cannot be compared")
+    check.add_argument("new", help=f"{_WHAT}; or a suite to run, whose suspects are then measured again")
+    check.add_argument(
+        "--against", metavar="BASE", help=f"{_WHAT} (default: the baseline of the suite and this machine)"
+    )
     add_fail(check)
-    check.add_argument("--device", action="append", help="of a suite, in place of its devices")
-    check.add_argument("--update", action="store_true", help="make this the baseline, if nothing regressed")
+    check.add_argument("--device", action="append", help="device to run a suite on, instead of its own devices")
+    check.add_argument("--update", action="store_true", help="if nothing regressed, make this the baseline")
     _add_what_is_common(check)
     ci.add(check)
     check.set_defaults(do=_told)
 
 
 def add_fail(verb: argparse.ArgumentParser, where: str = "") -> None:
-    """Add the option that says how much worse a metric may get."""
+    """Add the option that sets tolerances."""
     verb.add_argument(
         "--fail", action="append", default=[], metavar="[CASES:]METRIC:AMOUNT",
         help=f"{where}how much worse a metric may get: peak_live:2%%, peak_live:16MiB, 'llama-*:time:10%%', time:off",
@@ -61,26 +62,30 @@ def add_fail(verb: argparse.ArgumentParser, where: str = "") -> None:
 
 
 def _add_what_is_common(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("-k", dest="expression", help="only cases whose id fits, such as 'int8 and not train'")
+    verb.add_argument("-k", dest="expression", help="only cases whose id matches, such as 'int8 and not train'")
     verb.add_argument(
-        "--across-machines", action="store_true", help="judge what hangs on the machine although machines differ"
+        "--across-machines",
+        action="store_true",
+        help="judge figures that depend on the machine although machines differ",
     )
     verb.add_argument("--output", type=Path, default=RESULTS, help="folder of runs and of baselines/")
-    verb.add_argument("--format", choices=_FORMATS, default=_FORMATS[0])
+    add_format(verb)
 
 
 def _add_baseline(verbs: Verbs) -> None:
-    baseline = verbs.add_parser("baseline", help="keep, list, show and remove what later runs are held against")
+    baseline = verbs.add_parser(
+        "baseline", help="save, list, show and remove baselines, which later runs are compared with"
+    )
     doing = baseline.add_subparsers(dest="action", required=True)
-    save = doing.add_parser("save", help="keep a run as a baseline")
-    save.add_argument("name", nargs="?", help="SUITE@MACHINE-CLASS if none is given")
-    save.add_argument("--run", help="a run's file or name; the newest if none is given")
+    save = doing.add_parser("save", help="save a run as a baseline")
+    save.add_argument("name", nargs="?", help="default: SUITE@MACHINE-CLASS")
+    save.add_argument("--run", help="a run's file or name (default: the newest)")
     save.set_defaults(do=_save)
-    listing = doing.add_parser("list", help="the baselines there are")
+    listing = doing.add_parser("list", help="list the baselines")
     listing.set_defaults(do=_list)
-    show = doing.add_parser("show", help="what a baseline holds")
+    show = doing.add_parser("show", help="print a baseline's figures")
     show.add_argument("name")
-    show.add_argument("--format", choices=_FORMATS, default=_FORMATS[0])
+    add_format(show)
     show.set_defaults(do=_show)
     remove = doing.add_parser("remove", help="remove a baseline")
     remove.add_argument("name")
@@ -107,7 +112,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _told(arguments: argparse.Namespace) -> int:
-    with ci.telling(arguments, "check", arguments.new):
+    with ci.reporting_errors(arguments, "check", arguments.new):
         return _check(arguments)
 
 
@@ -123,21 +128,24 @@ def _check(arguments: argparse.Namespace) -> int:
         base, judgement, run, gates = _of_suite(arguments)
     else:
         if arguments.device:
-            raise MembenchError("--device is for a suite that is to be run; a run has its devices")
+            raise MembenchError("--device is for suites; a kept run has its devices")
         base, judgement, run, gates = _of_run(arguments)
     print_judgements([judgement], arguments.format)
     is_of_file = run is None or "suite_tables" not in run.header
     if is_kept and is_of_file and any(change.repeats == 1 for change in judgement.regressions):
         what = f"'membench check {judgement.new.suite}'" if judgement.new.suite else "a check of its suite"
         print(
-            f"each was measured once; {what} runs the suite and measures suspects again", file=beside(arguments.format)
+            f"each was measured once; {what} runs the suite and measures suspects again",
+            file=remarks_stream(arguments.format),
         )
-    # A baseline keeps no records: its rules were held against them when it was a run.
-    held = rules.held(gates, run.records if run else (), _keep(arguments.expression) if arguments.expression else None)
-    held.tell_of_gates(arguments.format)
-    held.tell_of_limits(arguments.format)
-    code = EXIT_CASES_FAILED if held.are_broken else judgement.exit_code
-    cases = case_outcomes.of_check(judgement, held.records, held.outcomes)
+    # A baseline has no records: its rules were checked when it was a run.
+    checked = rules.check(
+        gates, run.records if run else (), _keep(arguments.expression) if arguments.expression else None
+    )
+    checked.print_gates(arguments.format)
+    checked.print_limits(arguments.format)
+    code = EXIT_CASES_FAILED if checked.are_broken else judgement.exit_code
+    cases = case_outcomes.of_check(judgement, checked.records, checked.outcomes)
     ci.write(arguments, regression.summary(judgement), cases, [regression.table([judgement], "github")])
     if arguments.update:
         _update(base, judgement, arguments, code)
@@ -145,7 +153,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _of_suite(arguments: argparse.Namespace) -> tuple[Measured, Judgement, Run | None, Sequence[Gate]]:
-    """Run a suite, and measure its suspects again."""
+    """Run a suite and judge it; suspects are measured again."""
     from membench.comparing import checking
     from membench.regression import sources
     from membench.suite import selection
@@ -157,12 +165,12 @@ def _of_suite(arguments: argparse.Namespace) -> tuple[Measured, Judgement, Run |
     keep = _keep(arguments.expression)
     if not suite.select(keep):
         raise selection.fits_nothing(arguments.expression)
-    # All that can be wrong is found before anything is measured.
+    # Report everything that can be wrong before measuring.
     expected = checking.expected(suite)
     base = _only(_base(arguments, expected, sources), keep)
     tolerances = Tolerances(suite.tolerances, asked)
     _refuse_idle(asked, base, expected)
-    with script.watched(suite, arguments.format) as tell:
+    with script.showing_progress(suite, arguments.format) as tell:
         run, judgement = checking.check(
             suite, base, tolerances,
             keep=keep, output=arguments.output, across_machines=arguments.across_machines, tell=tell,
@@ -171,12 +179,12 @@ def _of_suite(arguments: argparse.Namespace) -> tuple[Measured, Judgement, Run |
 
 
 def _kept_pairs(judgement: Judgement, keep: Callable[[str], bool]) -> Any:
-    """Without the references that were measured only for what they are compared with."""
+    """Leave out references that were measured only because the chosen cases are compared with them."""
     return tuple(pair for pair in judgement.pairs if keep(pair.id))
 
 
 def _of_run(arguments: argparse.Namespace) -> tuple[Measured, Judgement, Run | None, Sequence[Gate]]:
-    """Judge a run as it was kept, by the tolerances and gates of the suite that it was made of."""
+    """Judge a kept run by the tolerances and gates of its suite."""
     from membench.regression import sources
     from membench.regression.judging import judge
     from membench.suite.tolerances import Tolerances, parse_fail
@@ -192,7 +200,7 @@ def _of_run(arguments: argparse.Namespace) -> tuple[Measured, Judgement, Run | N
 
 
 def _own_rules(measured: Measured, run: Run | None) -> tuple[Sequence[Tolerance], Sequence[Gate]]:
-    """Tolerances and gates of the suite that a run was made of; a baseline does not know them."""
+    """Return the tolerances and gates of a run's suite; a baseline does not store them."""
     from membench.suite.rules import rules_of
 
     return rules_of(run.header, _own_metrics(measured, run)) if run else ((), ())
@@ -235,11 +243,11 @@ def _only(measured: Measured, keep: Callable[[str], bool]) -> Measured:
 
 
 def print_judgements(judgements: Sequence[Judgement], form: str) -> None:
-    """Print a comparison's table, and what must be said of it: beside the output where a machine reads that."""
+    """Print a comparison's table, and its remarks where ``remarks_stream`` says."""
     from membench.report import regression
 
     print(regression.table(judgements, form))
-    where = beside(form)
+    where = remarks_stream(form)
     print(file=where)
     for judgement in judgements:
         for line in (*regression.remarks(judgement), regression.summary(judgement)):
@@ -247,10 +255,10 @@ def print_judgements(judgements: Sequence[Judgement], form: str) -> None:
 
 
 def _update(base: Measured, judgement: Judgement, arguments: argparse.Namespace, code: int) -> None:
-    """Move the baseline, if all is known to be fine.
+    """Replace the baseline, if everything is known to be fine.
 
     Raises:
-        ResultsError: if cases would stay that are of another machine.
+        ResultsError: if cases from another machine would remain in it.
     """
     from membench.regression import baselines
     from membench.regression.sources import baseline_path
@@ -259,7 +267,7 @@ def _update(base: Measured, judgement: Judgement, arguments: argparse.Namespace,
     path = _baseline_named(named, arguments.output) if named else baseline_path(judgement.new, arguments.output)
     assert path is not None
     if code != EXIT_OK or judgement.undecided:
-        why = "not all of this is fine" if code != EXIT_OK else "whether all of this is fine is not decided"
+        why = "something failed or cannot be compared" if code != EXIT_OK else "some results are undecided"
         print(f"{path} stays as it is: {why}", file=sys.stderr)
         return
     baselines.write_into(judgement.new, path)
@@ -287,10 +295,10 @@ def _save(arguments: argparse.Namespace) -> int:
     path = baselines.path_of(arguments.name or baselines.default_name(measured), folder)
     is_there = path.is_file()
     baselines.write_anew(measured, path)
-    print(f"{path}: {len(measured.cases)} cases of {measured.name}{', in place of what was there' if is_there else ''}")
+    print(f"{path}: {len(measured.cases)} cases of {measured.name}{', replacing the earlier one' if is_there else ''}")
     for case in measured.cases.values():
         if not case.is_measured:
-            print(f"{case.id}: kept as {case.status}; nothing is held against it")
+            print(f"{case.id}: kept as {case.status}; later runs are not compared with it")
     kept = baselines.read(path)
     remedy = (
         f"repeats = {LEAST_REPEATS} in [settings] tells, or 'membench calibrate {kept.suite or 'SUITE'} {path.stem}'"

@@ -1,4 +1,4 @@
-"""``membench report`` and ``membench plot``."""
+"""``membench report`` and ``membench plot``: write reports and pictures."""
 
 from __future__ import annotations
 
@@ -6,41 +6,37 @@ import argparse
 import sys
 from pathlib import Path
 
-from membench.cli.output import Verbs, narrowed
+from membench.cli.output import Verbs, select_cases
 from membench.errors import EXIT_OK, MembenchError, ResultsError
-
-# What membench.report.formats and .files know; here, so that a parser is made without loading them.
-_REPORTS = ("html", "md", "csv", "json", "latex")
-_PLOTS = ("pareto", "memory", "conversion", "breakdown", "timeline", "history")
+from membench.report.formats import DEFAULT_REPORT, PICTURES, REPORTS
 
 
 def add(verbs: Verbs) -> None:
-    report = verbs.add_parser("report", help="runs as one page for a browser, or as md, csv, json or latex")
+    report = verbs.add_parser("report", help="write runs as one page for a browser, or in another format")
     report.add_argument("run", nargs="+", type=Path)
-    report.add_argument("-o", dest="file", type=Path, help="where to; its ending says the format, too")
-    report.add_argument("--format", choices=_REPORTS, help="html if neither this nor the file's ending says")
+    report.add_argument("-o", dest="file", type=Path, help="file to write; its ending chooses the format")
+    report.add_argument("--format", choices=tuple(REPORTS), help="default: as the file's ending says, else html")
     report.set_defaults(do=_report)
 
-    plot = verbs.add_parser("plot", help="one kind of picture as a PNG or SVG file")
+    plot = verbs.add_parser("plot", help="draw one kind of picture into a PNG or SVG file")
     plot.add_argument("run", nargs="+", type=Path)
-    plot.add_argument("kind", choices=_PLOTS)
-    plot.add_argument("-o", dest="file", type=Path, required=True, help="the file, which ends in .png or .svg")
-    plot.add_argument("-k", dest="expression", help="only cases whose id fits, such as 'int8 and not train'")
+    plot.add_argument("kind", choices=PICTURES)
+    plot.add_argument("-o", dest="file", type=Path, required=True, help="file to write, ending in .png or .svg")
+    plot.add_argument("-k", dest="expression", help="only cases whose id matches, such as 'int8 and not train'")
     plot.set_defaults(do=_plot)
 
 
 def _report(arguments: argparse.Namespace) -> int:
     import membench
-    from membench.report import formats
 
     ending = arguments.file.suffix.lower() if arguments.file else ""
-    form = arguments.format or next((form for form, own in formats.FORMATS.items() if own == ending), None)
+    form = arguments.format or next((name for name, one in REPORTS.items() if one.ending == ending), None)
     if form is None and arguments.file:
-        known = ", ".join(formats.FORMATS.values())
+        known = ", ".join(one.ending for one in REPORTS.values())
         raise MembenchError(f"{arguments.file}: its ending says no format; end it in {known}, or give --format")
     if form in (None, "html") and arguments.file is None and sys.stdout.isatty():
         raise MembenchError("a page is for a browser: write it to a file with -o report.html")
-    made = formats.report([membench.read_run(path) for path in arguments.run], form or "html")
+    made = REPORTS[form or DEFAULT_REPORT].write([membench.read_run(path) for path in arguments.run])
     if arguments.file is None:
         print(made)
         return EXIT_OK
@@ -58,6 +54,6 @@ def _plot(arguments: argparse.Namespace) -> int:
     runs = [membench.read_run(path) for path in arguments.run]
     if arguments.expression:
         others = arguments.kind != "timeline"
-        runs = [narrowed(run, arguments.expression, with_others=others) for run in runs]
+        runs = [select_cases(run, arguments.expression, with_others=others) for run in runs]
     files.draw(runs, arguments.kind, arguments.file)
     return EXIT_OK

@@ -1,4 +1,4 @@
-"""What a suite's own rules, its limits and gates, came to in a run: worked out once, for people, exit code and CI."""
+"""The outcome of a suite's limits and gates in a run, worked out once for tables, the exit code and CI output."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from membench.cli.output import FOR_MACHINES, beside
+from membench.cli.output import remarks_stream
+from membench.report.table_formats import DEFAULT, FORMATS
 
 if TYPE_CHECKING:
     from membench.records.record import Record
@@ -16,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rules:
-    """The rules held against records.
+    """The outcome of limits and gates.
 
     Attributes:
-        records: those that were judged.
-        outcomes: of the gates, in these.
-        left_out: of the gates, in cases that were measured or kept and are not among these.
+        records: the judged records, which know the limits that they break.
+        outcomes: of gates in these records.
+        left_out: outcomes of gates in other records of the run, which were not asked for.
     """
 
     records: Sequence[Record]
@@ -34,13 +35,13 @@ class Rules:
             record.broken_limits for record in self.records
         )
 
-    def tell_of_gates(self, form: str) -> None:
-        """Print a table of the gates' outcomes, and a line for each that does not hold or was not judged."""
+    def print_gates(self, form: str) -> None:
+        """Print a table of the gates' outcomes, and a line for each gate that is broken or was not judged."""
         from membench.report import regression
 
-        where = beside(form)
+        where = remarks_stream(form)
         if self.outcomes:
-            table = regression.gates(self.outcomes, "simple" if form in FOR_MACHINES else form)
+            table = regression.gates(self.outcomes, DEFAULT if FORMATS[form].is_for_machines else form)
             print(f"\n{table}\n", file=where)
         for outcome in self.outcomes:
             if not outcome.holds:
@@ -49,19 +50,19 @@ class Rules:
             cases = [outcome.case_id for outcome in self.left_out if outcome.gate.text == text]
             print(f"not judged, since -k leaves it out: {text} in {', '.join(cases)}", file=where)
 
-    def tell_of_limits(self, form: str) -> None:
-        """Print a line for each limit that is broken."""
+    def print_limits(self, form: str) -> None:
+        """Print a line for each broken limit."""
         for record in self.records:
             for limit in record.broken_limits:
-                print(f"{record.id}: {limit}", file=beside(form))
+                print(f"{record.id}: {limit}", file=remarks_stream(form))
 
 
-def held(gates: Sequence[Gate], records: Sequence[Record], keep: Callable[[str], bool] | None = None) -> Rules:
-    """Hold a suite's rules against the cases that were asked for.
+def check(gates: Sequence[Gate], records: Sequence[Record], keep: Callable[[str], bool] | None = None) -> Rules:
+    """Check a suite's limits and gates in the cases that were asked for.
 
     Args:
-        records: also of the cases that those are compared with.
-        keep: says which case ids were asked for, if not all.
+        records: of these cases and of those that they are compared with.
+        keep: returns whether a case id was asked for; ``None``: all were.
     """
     from membench.suite.gates import outcomes
 
@@ -75,6 +76,6 @@ def held(gates: Sequence[Gate], records: Sequence[Record], keep: Callable[[str],
 
 
 def _is_of_no_figures(outcome: Outcome, ids: Collection[str]) -> bool:
-    """Whether a gate is about cases that were asked for, and about figures that no case has."""
+    """Return whether a gate matches cases that were asked for but names figures that no case has."""
     match = outcome.gate.match
     return outcome.case_id == match and any(fnmatch.fnmatchcase(case_id, match) for case_id in ids)

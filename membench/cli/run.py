@@ -1,4 +1,4 @@
-"""``membench run``."""
+"""``membench run``: measure suites or a program."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from membench.cli import against, ci, rules, script
-from membench.cli.output import EXPLAIN, FORMATS, RESULTS, Verbs, beside, print_run
+from membench.cli.output import EXPLAIN, RESULTS, Verbs, add_format, print_run, remarks_stream
 from membench.cli.regression import add_fail
 from membench.errors import EXIT_CASES_FAILED, EXIT_INTERRUPTED, EXIT_OK, MembenchError, ResultsError
+from membench.report.table_formats import DEFAULT
 
 if TYPE_CHECKING:
     from membench import Suite
@@ -20,22 +21,24 @@ if TYPE_CHECKING:
 
 
 def add(verbs: Verbs) -> None:
-    run = verbs.add_parser("run", help="measure the cases of a suite, or a program, and print a table")
-    run.add_argument("suite", nargs="*", help="a suite's name or path; of a file in Python FILE or FILE::NAME")
+    run = verbs.add_parser("run", help="measure the cases of suites, or a program, and print a table")
+    run.add_argument("suite", nargs="*", help="a suite's name or path; for a Python file, FILE or FILE::NAME")
     script.add(run)
-    run.add_argument("-k", dest="expression", help="only cases whose id fits, such as 'int8 and not train'")
-    run.add_argument("--device", action="append", help="in place of the suite's devices: cpu, cuda, cuda:0")
-    run.add_argument("--resume", action="store_true", help="go on with the newest run of the suite")
-    run.add_argument("--output", type=Path, default=RESULTS, help="folder of the run's file")
-    run.add_argument("--dry-run", action="store_true", help="print the cases and measure nothing")
+    run.add_argument("-k", dest="expression", help="only cases whose id matches, such as 'int8 and not train'")
+    run.add_argument("--device", action="append", help="device to use instead of the suite's: cpu, cuda, cuda:0")
+    run.add_argument("--resume", action="store_true", help="continue the newest run of the suite")
+    run.add_argument("--output", type=Path, default=RESULTS, help="folder for the run's file")
+    run.add_argument("--dry-run", action="store_true", help="print the cases without measuring them")
     run.add_argument("--explain", action="store_true", help=EXPLAIN)
-    run.add_argument("--format", choices=FORMATS, default=FORMATS[0])
+    add_format(run)
     run.add_argument(
         "--against-ref", metavar="GIT_REF",
-        help="measure that commit's code and suite, too, in turn with what is here, and fail if something regressed",
+        help="also measure that commit's code and suite, in turn with the current files; fail if something regressed",
     )  # fmt: skip
     run.add_argument(
-        "--repeats", type=_repeats, help=f"of a program; with --against-ref: rounds of both ({against.ROUNDS})"
+        "--repeats",
+        type=_repeats,
+        help=f"of a program; with --against-ref: rounds of both versions (default: {against.ROUNDS})",
     )
     add_fail(run, "with --against-ref: ")
     ci.add(run)
@@ -49,7 +52,7 @@ def _repeats(text: str) -> int:
 
 
 def _told(arguments: argparse.Namespace) -> int:
-    with ci.telling(arguments, "run", " ".join(arguments.suite)):
+    with ci.reporting_errors(arguments, "run", " ".join(arguments.suite)):
         return _run(arguments)
 
 
@@ -59,7 +62,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     is_script = script.is_asked_for(arguments)
     keep = selection.parse(arguments.expression) if arguments.expression else lambda _: True
-    # What is typed and what it stands for; a suite of which -k leaves nothing is left out.
+    # Suites by the name on the command line; one in which -k matches no case is left out.
     chosen: dict[str, Suite] = {}
     if is_script:
         named = {arguments.script or arguments.module: script.suite(arguments)}
@@ -81,12 +84,12 @@ def _run(arguments: argparse.Namespace) -> int:
         if len(chosen) > 1:
             raise MembenchError("--against-ref compares one suite; name one")
         ((name, suite),) = chosen.items()
-        alone = against.lacks(arguments, suite)
+        alone = against.missing_suite(arguments, suite)
         if alone is None:
             return against.run(arguments, suite)
         if arguments.repeats:
             chosen[name] = suite.with_repeats(arguments.repeats)
-        print(alone, file=beside(arguments.format))
+        print(alone, file=remarks_stream(arguments.format))
     elif not is_script and (arguments.repeats or arguments.fail):
         raise MembenchError(f"--{'repeats' if arguments.repeats else 'fail'} belongs to --against-ref GIT_REF")
     from membench.report import case_outcomes, markdown, text
@@ -97,7 +100,7 @@ def _run(arguments: argparse.Namespace) -> int:
     tables = [markdown.escaped(alone)] if alone else []
     try:
         for suite, resume in zip(chosen.values(), resumed, strict=True):
-            with script.watched(suite, arguments.format) as hear:
+            with script.showing_progress(suite, arguments.format) as hear:
 
                 def tell(event: str, details: Mapping[str, Any], hear: Tell = hear) -> None:
                     nonlocal has_begun, kept_in
@@ -108,12 +111,12 @@ def _run(arguments: argparse.Namespace) -> int:
                 run = membench.run(suite, keep=keep, output=arguments.output, resume=resume, tell=tell)
             script.print_phases(run.records, arguments.format)
             print_run(run, arguments.format, arguments.explain)
-            held = rules.held(suite.gates, run.records)
-            held.tell_of_gates(arguments.format)  # of limits the table's remarks tell
-            if held.are_broken or any(record.status not in ("ok", "skipped") for record in run.records):
+            checked = rules.check(suite.gates, run.records)
+            checked.print_gates(arguments.format)  # the table's remarks include broken limits
+            if checked.are_broken or any(record.status not in ("ok", "skipped") for record in run.records):
                 code = EXIT_CASES_FAILED
             left, has_begun = left[1:], False
-            cases += case_outcomes.of_records(suite.name, held.records, held.outcomes)
+            cases += case_outcomes.of_records(suite.name, checked.records, checked.outcomes)
             tables.append(text.comparison(run.records, "github"))
     except KeyboardInterrupt:
         if is_script and kept_in:
@@ -130,9 +133,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _resumed(suites: Sequence[Suite], output: Path) -> list[bool | Path]:
-    """The run to go on with of each suite; ``False`` for one that is to be begun.
+    """Return the run that each suite continues; ``False`` for a suite that has not been started.
 
-    A command takes its suites in order: one that it had begun is of a later time than the first.
+    A command runs its suites in order, so only runs that began after the first one's belong to it.
     """
     import membench
 
@@ -144,7 +147,7 @@ def _resumed(suites: Sequence[Suite], output: Path) -> list[bool | Path]:
 
 
 def _command(arguments: argparse.Namespace, suites: Sequence[str], resume: bool) -> str:
-    """The command that does what is left of this one."""
+    """Return the command line that measures what is left."""
     is_on_path = Path(sys.argv[0]).name == "membench"
     words = ["membench"] if is_on_path else [sys.executable, "-m", "membench"]
     words += ["run", *suites]
@@ -158,6 +161,6 @@ def _command(arguments: argparse.Namespace, suites: Sequence[str], resume: bool)
         words += ["--output", str(arguments.output)]
     if arguments.explain:
         words.append("--explain")
-    if arguments.format != "simple":
+    if arguments.format != DEFAULT:
         words += ["--format", arguments.format]
     return shlex.join(words)

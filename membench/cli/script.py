@@ -1,4 +1,4 @@
-"""``membench run --script``: a program of the user's, as it is."""
+"""``membench run --script``: measure a user's program without changing it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from membench.cli.output import FOR_MACHINES
 from membench.errors import MembenchError, SuiteError
+from membench.report.table_formats import FORMATS
 
 if TYPE_CHECKING:
     from membench import Suite
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 
 def add(run: argparse.ArgumentParser) -> None:
-    """Add what names a program, its limits; its arguments stand behind ``--``."""
+    """Add the options that name a program and its limits; its own arguments follow ``--``."""
     run.add_argument(
         "--script", metavar="FILE",
-        help="measure this program as it is, and the phases that it marks with membench.phase; its arguments follow --",
+        help="measure this program, and the phases that it marks with membench.phase; its own arguments follow --",
     )  # fmt: skip
-    run.add_argument("-m", dest="module", metavar="MODULE", help="the same of a module, as python -m runs it")
+    run.add_argument("-m", dest="module", metavar="MODULE", help="like --script, for a module that python -m runs")
     run.add_argument(
         "--limit", action="append", default=[], metavar="METRIC=MOST",
-        help="with --script or -m: what it may take, such as peak_footprint=1GiB; can be given several times",
+        help="with --script or -m: a limit, such as peak_footprint=1GiB; can be given several times",
     )  # fmt: skip
 
 
-def divided(words: Sequence[str]) -> tuple[list[str], list[str] | None]:
-    """A command line in two: membench's own words, and what stands behind ``--`` for the program."""
+def split_arguments(words: Sequence[str]) -> tuple[list[str], list[str] | None]:
+    """Split a command line into membench's own words and those behind ``--``, which are the program's arguments."""
     if words[:1] == ["run"] and "--" in words:
         at = words.index("--")
         return list(words[:at]), list(words[at + 1 :])
@@ -41,10 +41,10 @@ def divided(words: Sequence[str]) -> tuple[list[str], list[str] | None]:
 
 
 def is_asked_for(arguments: argparse.Namespace) -> bool:
-    """Whether a program is to be run.
+    """Return whether the command line names a program.
 
     Raises:
-        MembenchError: if something is only for programs, and none is named.
+        MembenchError: if it names none and has an option that only programs take.
     """
     if arguments.script is not None or arguments.module is not None:
         return True
@@ -58,10 +58,10 @@ def is_asked_for(arguments: argparse.Namespace) -> bool:
 
 
 def suite(arguments: argparse.Namespace) -> Suite:
-    """The suite of one case that a command line asks for.
+    """Make the suite whose one case is the program on the command line.
 
     Raises:
-        MembenchError: if the program cannot be started, or an option does not go with it.
+        MembenchError: if the program cannot be started, or an option does not apply to programs.
     """
     import membench
 
@@ -106,10 +106,10 @@ def _limits(asked: Sequence[str]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def watched(suite: Suite, form: str) -> Iterator[Tell]:
-    """What hears of a suite's run, and shows it: nothing beside a program, which writes to the terminal itself.
+def showing_progress(suite: Suite, form: str) -> Iterator[Tell]:
+    """Show the progress of a suite's run, unless it runs a program, which writes to the terminal itself.
 
-    Where a machine reads our output, what a program prints goes to standard error.
+    If a program reads our output, what the measured program prints goes to standard error.
     """
     from rich.console import Console
 
@@ -117,12 +117,12 @@ def watched(suite: Suite, form: str) -> Iterator[Tell]:
     from membench.running.session import silent
 
     if not suite.runs_program:
-        # The library takes FORCE_COLOR for a terminal, which a log in a file is not.
+        # With FORCE_COLOR the library believes in a terminal even where the output goes into a file.
         with Display(Console(stderr=True, force_terminal=sys.stderr.isatty())) as display:
             yield display
         return
     sys.stdout.flush()
-    if form not in FOR_MACHINES:
+    if not FORMATS[form].is_for_machines:
         yield silent
         return
     output = os.dup(1)
@@ -135,12 +135,12 @@ def watched(suite: Suite, form: str) -> Iterator[Tell]:
 
 
 def print_phases(records: Sequence[Any], form: str) -> None:
-    """Print what each phase took that a program marked."""
+    """Print a table of the phases that a program marked."""
     from membench.report import phase_table
 
     marked = [
         record for record in records
         if any(phase.inside for process in record.processes for phase in process.phases)
     ]  # fmt: skip
-    if marked and form not in FOR_MACHINES:
+    if marked and not FORMATS[form].is_for_machines:
         print(f"{phase_table.phases(marked, form)}\n")

@@ -1,22 +1,22 @@
-"""``membench show``."""
+"""``membench show``: print the table of a run."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from membench.cli.output import EXPLAIN, FORMATS, RESULTS, Verbs, narrowed, print_run
+from membench.cli.output import EXPLAIN, RESULTS, Verbs, add_format, print_run, select_cases
 from membench.errors import EXIT_OK
 
 
 def add(verbs: Verbs) -> None:
-    show = verbs.add_parser("show", help="the table of a run, the newest if none is named")
+    show = verbs.add_parser("show", help="print the table of a run (default: the newest)")
     show.add_argument("run", nargs="?", type=Path)
-    show.add_argument("--output", type=Path, default=RESULTS, help="folder to look for the newest run in")
-    show.add_argument("--phases", action="store_true", help="what each phase of each case took")
+    show.add_argument("--output", type=Path, default=RESULTS, help="folder of the newest run")
+    show.add_argument("--phases", action="store_true", help="print the phases of each case instead")
     show.add_argument("--explain", action="store_true", help=EXPLAIN)
-    show.add_argument("-k", dest="expression", help="only cases whose id fits, such as 'int8 and not train'")
-    show.add_argument("--format", choices=FORMATS, default=FORMATS[0])
+    show.add_argument("-k", dest="expression", help="only cases whose id matches, such as 'int8 and not train'")
+    add_format(show)
     show.set_defaults(do=_show)
 
 
@@ -26,7 +26,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
     run = membench.read_run(arguments.run or membench.newest_run(arguments.output))
     if arguments.expression:
-        run = narrowed(run, arguments.expression, with_others=not arguments.phases)
+        run = select_cases(run, arguments.expression, with_others=not arguments.phases)
     if arguments.phases:
         print(phase_table.phases(run.records, arguments.format))
     else:

@@ -1,1 +1,1 @@
-"""Measure in order to compare: against a baseline, against another commit, against itself."""
+"""Measuring for comparisons: with a baseline, with another commit, or of the same code with itself."""

@@ -1,4 +1,4 @@
-"""Measure another commit and what is checked out in turn, so that what the machine does meanwhile meets both alike."""
+"""Measure another commit and the current files in turn, so that disturbances of the machine affect both alike."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Tell = Callable[[str, Mapping[str, Any]], None]
 
 
 class Sides(NamedTuple):
-    """Of each version what was measured of it."""
+    """The runs of both versions."""
 
     base: Run
     head: Run
 
 
 class Interleaved:
-    """Two versions under way. Use as a context manager."""
+    """Two versions that are being measured in turn. Use as a context manager."""
 
     def __init__(
         self,
@@ -45,15 +45,15 @@ class Interleaved:
         output: Path = Path("results"),
         tell: Tell = silent,
     ) -> None:
-        """Name what is to be compared; nothing is started yet.
+        """Name what to compare; nothing is started yet.
 
         Args:
-            suite: as it is here; the other commit's own file is read there.
-            ref: what git knows a commit by.
-            ids: of the cases to measure, with what they are compared with; ``None``: all.
-            devices: in place of the suite's own.
-            output: the folder of the runs' files: that of what is here, and in ``base`` below it that of the commit.
-            tell: hears what ``run`` of the session tells; ids begin with the side's name.
+            suite: the current suite; the other version reads the file of its own commit.
+            ref: a branch, tag or expression that names the commit for git.
+            ids: of the cases to measure, including those that they are compared with; ``None``: all.
+            devices: to use instead of the suite's own.
+            output: folder for the run of the current files; the commit's run goes into ``base`` below it.
+            tell: receives the events of both sessions; ids begin with the side's name.
 
         Raises:
             GitError: if there is no such commit here.
@@ -67,7 +67,7 @@ class Interleaved:
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Interleaved:
-        """Check the commit out and start both sides.
+        """Check out the commit and start both sides.
 
         Raises:
             MembenchError: if a side lacks the suite or cannot be started.
@@ -78,7 +78,9 @@ class Interleaved:
             there = self._in(tree, here, "this folder")
             path = self._suite.path
             if path is None:
-                raise MembenchError(f"suite '{self._suite.name}' is of no file: the other commit has none like it")
+                raise MembenchError(
+                    f"suite '{self._suite.name}' comes from no file, so the other commit has none to compare with"
+                )
             theirs = self._in(tree, path, f"suite {path}")
             chosen = f"::{self._suite.name}" if path.suffix == ".py" else ""
             order = {"devices": self._devices, "ids": self._ids, "repeats": self._suite.settings.repeats}
@@ -101,7 +103,7 @@ class Interleaved:
         self._open.__exit__(kind, error, at)
 
     def _in(self, tree: WorkTree, path: Path, what: str) -> Path:
-        """A path's counterpart in the other commit; of one outside the repository, itself.
+        """Return a path's counterpart in the other commit; a path outside the repository is its own.
 
         Raises:
             MembenchError: if it is not there.
@@ -112,8 +114,7 @@ class Interleaved:
         return counterpart or path.resolve()
 
     def measure(self, rounds: int, ids: Sequence[str] | None = None) -> Sides:
-        """Measure every case of both sides, or those named, so many times: base and head in turn, in odd rounds head
-        first.
+        """Measure all cases, or those named, in so many rounds: base and head in turn, in odd rounds head first.
 
         Raises:
             MembenchError: if a side is lost; what was measured is kept.
@@ -135,7 +136,7 @@ class Interleaved:
 
 
 class _Side:
-    """A version's own process. Use as a context manager."""
+    """The process that measures one version. Use as a context manager."""
 
     def __init__(self, name: str, folder: Path, paths: Sequence[Path], order: Mapping[str, Any], tell: Tell) -> None:
         self.name, self._folder, self._order, self._tell = name, folder, order, tell
@@ -150,7 +151,7 @@ class _Side:
             [sys.executable, "-m", "membench.comparing.version_process"],
             cwd=self._folder, env=environment, text=True, encoding="utf-8",
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-            start_new_session=True,  # a Ctrl-C in the terminal is for us alone, who pass it on
+            start_new_session=True,  # a Ctrl-C in the terminal reaches this process only, which passes it on
         )  # fmt: skip
         self._send(self._order)
         return self
@@ -171,24 +172,24 @@ class _Side:
         self._errors.close()
 
     def wait_until_ready(self) -> None:
-        """Hear which cases there are.
+        """Wait until the side has loaded its suite and named its cases.
 
         Raises:
-            MembenchError: what the side says of its suite or plug-ins.
+            MembenchError: if the side refuses its suite or plug-ins.
         """
         ready = self._wait_for("ready")
         if ready["path"] is None:
-            raise MembenchError(f"{self.name}: its suite has none of the cases that are to be compared")
+            raise MembenchError(f"{self.name}: its suite has none of the cases to compare")
         self.path, self.ids = Path(ready["path"]), ready["ids"]
 
     def measure(self, case_id: str, repeat: int) -> None:
-        """Let a case be measured, and return when its record is on the disk."""
+        """Have the side measure a case; return when the record is on disk."""
         self._send({"id": case_id, "repeat": repeat})
         self._wait_for("record")
 
     def _send(self, message: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended; what it said of that is still to be read
+        with contextlib.suppress(BrokenPipeError):  # it has ended; its last message can still be read
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
 
@@ -214,18 +215,20 @@ class _Side:
 
 
 def _import_paths(root: Path) -> list[Path]:
-    """What is to stand first on Python's path: folders of the repository that Python imports from here, the repository
-    itself and its ``src`` among them; then what PYTHONPATH names outside it.
+    """Return the folders that come first on the other process's import path.
+
+    These are the folders of the repository that Python imports from here, including the repository itself and its
+    ``src``, then those outside it that PYTHONPATH names.
     """
     entries = [Path(entry or ".").resolve() for entry in sys.path]
     inside = [path for path in (*entries, root, root / "src") if path.is_relative_to(root) and path.is_dir()]
-    # What is installed below it (an environment's own folder) is of no commit.
+    # Packages installed below it, in an environment's folder, belong to no commit.
     own = [path for path in inside if "site-packages" not in path.parts]
     named = [Path(entry).resolve() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     return list(dict.fromkeys([*own, *(path for path in named if not path.is_relative_to(root))]))
 
 
 def _counterparts(tree: WorkTree, paths: Sequence[Path]) -> list[Path]:
-    """The same of the other commit: what it does not have is left out, what is outside the repository stays."""
+    """Return the same folders in the other commit; those it lacks are left out, those outside the repository stay."""
     found = [tree.counterpart(path) or path for path in paths]
     return [path for path in found if path.is_dir()]

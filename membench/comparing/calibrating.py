@@ -1,4 +1,4 @@
-"""Measure the same code again and again: by how much figures of this machine differ although nothing has changed."""
+"""Measure the same code repeatedly, to learn how much figures differ on this machine when nothing has changed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def calibrate(
     output: str | Path = "results",
     tell: Callable[[str, Mapping[str, Any]], None] = silent,
 ) -> Run:
-    """Measure each case so many times, each time out of a new fork server, as runs that are compared are.
+    """Measure each case ``repeats`` times, each time from a new fork server, as in runs that are compared.
 
     Args:
-        tell: hears what ``session.run`` tells.
+        tell: receives the events of ``session.run``.
 
     Raises:
         ResultsError: if the run's file cannot be written.

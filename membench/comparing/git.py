@@ -1,4 +1,4 @@
-"""A commit of the user's repository, checked out into a folder of its own for as long as it is measured."""
+"""A commit of the user's repository, checked out into a temporary folder while it is measured."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _FOLDER = "tree"
 
 
 class GitError(MembenchError):
-    """A repository or a commit that cannot be measured."""
+    """A missing repository, commit or git."""
 
 
 class Repository:
-    """The repository that a folder lies in."""
+    """The git repository that contains a folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Find it.
+        """Find the repository.
 
         Raises:
             GitError: if there is none, or git is not installed or refuses it.
@@ -37,10 +37,10 @@ class Repository:
             raise
 
     def commit(self, ref: str) -> str:
-        """The full id of the commit that a branch, tag or expression names.
+        """Return the full id of the commit that a branch, tag or expression names.
 
         Raises:
-            GitError: if there is none; in a shallow clone, with how to get it.
+            GitError: if there is none; in a shallow clone the message says how to fetch it.
         """
         try:
             return self.git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
@@ -54,7 +54,7 @@ class Repository:
             raise GitError(message) from None
 
     def has(self, commit: str, path: Path) -> bool:
-        """Whether a commit has a file of the repository; one outside it is the same for all commits."""
+        """Return whether a commit contains a file; a file outside the repository is the same for all commits."""
         resolved = path.resolve()
         if not resolved.is_relative_to(self.root):
             return True
@@ -63,18 +63,18 @@ class Repository:
         )
 
     def is_changed(self) -> bool:
-        """Whether files that git follows are not as in the commit that is checked out."""
+        """Return whether tracked files differ from the commit that is checked out."""
         return bool(self.git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no"))
 
     def work_tree(self, commit: str) -> WorkTree:
-        """A commit's files in a folder of their own. Use as a context manager."""
+        """Return a context manager that checks out a commit into a temporary folder."""
         return WorkTree(self, commit)
 
     def git(self, *arguments: str) -> str:
-        """What a command of git prints.
+        """Run git and return what it prints.
 
         Raises:
-            GitError: if it fails: the first line of what it says.
+            GitError: if it fails, with the first line of its message.
         """
         # A hook's or a script's GIT_DIR would lead to another repository.
         clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
@@ -93,18 +93,18 @@ class Repository:
 
 
 class WorkTree:
-    """A folder with the files of a commit; removed at the end, or by the next run if this one is killed."""
+    """A temporary folder with a commit's files. It is removed at the end, or by the next run if this one is killed."""
 
     def __init__(self, repository: Repository, commit: str) -> None:
         self.repository = repository
         self.commit = commit
 
     def __enter__(self) -> WorkTree:
-        """Check the commit out.
+        """Check out the commit.
 
         Raises:
             GitError: if git cannot.
-            MembenchError: if there is no room.
+            MembenchError: if no folder can be made.
         """
         self._scratch = Scratch()
         self.path = (self._scratch.path / _FOLDER).resolve()
@@ -120,12 +120,12 @@ class WorkTree:
         self._remove()
 
     def counterpart(self, path: Path) -> Path | None:
-        """Where a file or folder of the repository lies here, whether or not it is there; ``None`` of one outside."""
+        """Return a path of the repository in this folder, whether or not it exists; ``None`` for a path outside."""
         resolved, root = path.resolve(), self.repository.root
         return self.path / resolved.relative_to(root) if resolved.is_relative_to(root) else None
 
     def _forget_leftovers(self) -> None:
-        """Let git forget those of runs that were killed: their folders are gone. Others' may be so for a while only."""
+        """Make git forget the work trees of killed runs. Those of others stay, even if their folder is missing now."""
         for line in self.repository.git("worktree", "list", "--porcelain").splitlines():
             path = Path(line.removeprefix("worktree "))
             if line.startswith("worktree ") and path.name == _FOLDER and is_scratch(path.parent) and not path.exists():
@@ -136,5 +136,5 @@ class WorkTree:
         self._forget(self.path)
 
     def _forget(self, path: Path) -> None:
-        with contextlib.suppress(GitError):  # what went wrong before is what is to be told
+        with contextlib.suppress(GitError):  # an earlier error matters more
             self.repository.git("worktree", "remove", "--force", str(path))

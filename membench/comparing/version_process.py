@@ -1,8 +1,8 @@
-"""One of two versions that are measured in turn: a process that lives in its version's folder and obeys over a pipe.
+"""The process that measures one of two versions in turn, in its version's folder and on request over a pipe.
 
-The program that compares the two starts it there, with its version's folders first on Python's path. It loads the
-suite as it is there, opens a run's file, tells which cases there are, and measures one whenever it is told to. It reads
-and writes a JSON object a line.
+``against_commit`` starts it there, with its version's folders first on the import path. It loads that version's suite,
+opens a run's file, reports its cases, and measures a case for each request. Requests and reports are JSON, an object a
+line.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> int:
     """Serve until standard input ends."""
     told = os.fdopen(os.dup(1), "w", encoding="utf-8")
     orders = os.fdopen(os.dup(0), encoding="utf-8")
-    # What a user's module prints when it is loaded must not be taken for a message, nor a program read our orders.
+    # A user's module may print when it is loaded, and a program may read its input: keep both off our pipes.
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 
@@ -68,7 +68,7 @@ def _serve(order: Mapping[str, Any], orders: TextIO, tell: Any) -> None:
     cases = {case.id: case for case in chosen}
 
     def tell_but_records(event: str, details: Mapping[str, Any]) -> None:
-        if event != "record":  # that a case is done is told once it is known to be of this version
+        if event != "record":  # a record is reported once it is known to be of this version
             tell(event, details)
 
     with Session(
@@ -90,10 +90,10 @@ def _serve(order: Mapping[str, Any], orders: TextIO, tell: Any) -> None:
 
 
 def _refuse_foreign_code(suite: Suite, other: Path, own: Path) -> None:
-    """Hold that no plug-in comes out of the folder of the other version; what else is imported, workers look at.
+    """Refuse plug-ins from the other version's folder. Workers check everything else that they import.
 
     Raises:
-        ForeignCode: if one does: its name, and where it is.
+        ForeignCode: if there is one, with its name and place.
     """
     for case in suite.cases:
         for what, file, remedy in _origins(case):
@@ -102,7 +102,7 @@ def _refuse_foreign_code(suite: Suite, other: Path, own: Path) -> None:
 
 
 def _origins(case: Case) -> Iterator[tuple[str, Path, str]]:
-    """What a case is made of, with the file that it is loaded from, and what to do if that is the wrong one."""
+    """Yield the parts of a case: name, the file that it is loaded from, and what to do if that is the wrong one."""
     if case.command:
         return  # its file is named relative to the suite
     for kind, plugin in case.plugins:
@@ -110,7 +110,7 @@ def _origins(case: Case) -> Iterator[tuple[str, Path, str]]:
         remedy = f"name {plugin.file.name} relative to the suite" if plugin.file else ON_PATH
         yield f"{kind} '{plugin.use}'", Path(inspect.getfile(family)), remedy
         for name in _functions(plugin):
-            # Only the package is looked for: to import it may take seconds and much memory.
+            # Find the package without importing it, which may take seconds and much memory.
             found = importlib.util.find_spec(name.partition(":")[0].partition(".")[0])
             if found is not None and found.origin not in (None, "built-in", "frozen"):
                 yield f"'{name}' of {kind} '{plugin.use}'", Path(str(found.origin)), ON_PATH

@@ -1,1 +1,1 @@
-"""Prove on known amounts what can be measured on this machine."""
+"""Checks on known amounts, which prove what can be measured on this machine."""

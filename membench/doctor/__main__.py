@@ -1,4 +1,4 @@
-"""``python -m membench.doctor``: all checks."""
+"""``python -m membench.doctor``: run all checks."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""Proves what can be measured on this machine: known amounts are allocated, and each reading stands beside the truth.
+"""Prove what can be measured on this machine: allocate known amounts and compare each reading with the truth.
 
-``membench doctor`` does that. ``python -m membench.doctor`` goes on to what the harness promises of itself: that a case
-repeats, that training holds what arithmetic says, what the harness and its observing cost.
+``membench doctor`` does that. With ``--full``, or as ``python -m membench.doctor``, it also measures the harness's own
+promises: that results repeat, that training holds what arithmetic says, and what the harness and its observer cost.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tabulate
-
 from membench.errors import EXIT_CASES_FAILED, EXIT_OK
 from membench.host import procfs
 from membench.host.nvml import gpus
 from membench.records.record import Record
+from membench.report.table_formats import DEFAULT, FORMATS
 from membench.running.session import run, silent
 from membench.suite.loading import load_suite
 from membench.units import format_bytes, format_percent, format_seconds
@@ -137,7 +136,7 @@ Verdict = Literal["right", "OFF", "not measured", "too noisy to tell"]
 
 @dataclass(frozen=True)
 class Finding:
-    """A reading beside the truth. ``reading`` is ``None`` where nothing could be measured, and ``note`` says why."""
+    """A reading and the truth. ``reading`` is ``None`` if nothing could be measured, and ``note`` says why."""
 
     what: str
     metric: str
@@ -157,7 +156,7 @@ def _records(text: str, tell: Callable[[str, Mapping[str, Any]], None] = silent)
 
 
 def _amount(record: Record, what: str, name: str, truth_bytes: int, of_bytes: int, allowed_percent: float) -> Finding:
-    """Compare one metric of a record with the truth; the error is a share of ``of_bytes``."""
+    """Compare a metric of a record with the truth; the error is a share of ``of_bytes``."""
     value = record.metrics.get(name)
     allowed = format_percent(allowed_percent)
     if value is None:
@@ -169,7 +168,7 @@ def _amount(record: Record, what: str, name: str, truth_bytes: int, of_bytes: in
 
 
 def known_amounts() -> list[Finding]:
-    """Allocate known amounts through the very harness that runs suites, and compare."""
+    """Allocate known amounts with the same harness that runs suites, and compare."""
     touched, untouched, mapped, burst, child = sorted(_records(_KNOWN), key=lambda r: _ORDER.index(r.id))
     amount = 64 * _MIB
     return [
@@ -202,7 +201,7 @@ def _on_gpu() -> list[Finding]:
 
 
 def promises() -> list[Finding]:
-    """What the harness promises of itself, measured now."""
+    """Measure the harness's own promises."""
     return [_repeats(), _training(), _cost_of_a_case(), _cost_of_observing(), _listing(), _own_memory()]
 
 
@@ -216,7 +215,7 @@ def _unproven(what: str, note: str, verdict: Verdict = "OFF") -> Finding:
 
 
 def _bad_end(records: tuple[Record, ...]) -> str | None:
-    """Why these cases prove nothing, if one of them did not end well."""
+    """Return why these cases prove nothing, if one of them did not end well."""
     return next((f"{r.id} ended as {r.status}: {r.message}" for r in records if r.status != "ok"), None)
 
 
@@ -240,7 +239,7 @@ def _training() -> Finding:
 
 
 def _cost_of_a_case() -> Finding:
-    """What starting, rehearsing, settling and writing take beside the phases, in which the case itself is at work."""
+    """Measure the time outside the phases of a case: starting, rehearsing, settling and writing."""
     what = "what the harness adds to a case after the first"
     records = _records(_SMALL)
     if bad := _bad_end(records):
@@ -253,7 +252,7 @@ def _cost_of_a_case() -> Finding:
 
 
 class _Blinking:
-    """Hears a run's events and keeps the runner from looking in every other window of its phase ``time``."""
+    """Blocks the runner in its event handler in every other window of phase ``time``, so that it does not observe."""
 
     window_s = 0.25
 
@@ -273,9 +272,9 @@ class _Blinking:
 
 
 def _cost_of_observing() -> Finding:
-    """One worker, observed in every other quarter of a second: each such window against its two neighbours.
+    """Observe one worker in every other quarter of a second, and compare each such window with its two neighbours.
 
-    Between two processes steps differ by more than observing costs, by where their pages happened to lie.
+    Comparing two processes would not do: their steps differ by more than observing costs, depending on page placement.
     """
     what = "slowing of timed steps by observing, median of windows"
     records = _records(_TIMED.format(steps=20))
@@ -293,7 +292,7 @@ def _cost_of_observing() -> Finding:
 
 
 def _slowing(what: str, at_s: float, durations_s: Sequence[float], blinking: _Blinking) -> Finding:
-    """How much longer steps take in windows that are observed, of steps that follow each other from ``at_s`` on."""
+    """Compute how much longer steps take in observed windows, from the durations of steps that follow ``at_s``."""
     windows: dict[int, list[float]] = {}
     for duration_s in durations_s:
         window = blinking.window_of(at_s)
@@ -306,7 +305,7 @@ def _slowing(what: str, at_s: float, durations_s: Sequence[float], blinking: _Bl
         for window in typical
         if window % 2 == 0 and {window - 1, window + 1} <= typical.keys()
     )
-    # Between these ranks lies the true median in 95 of 100 such series, whatever the distribution is.
+    # In 95 of 100 such series the true median lies between these ranks, whatever the distribution is.
     middle, reach = (len(percents) - 1) / 2, 0.98 * len(percents) ** 0.5
     if reach > middle:
         return _unproven(what, f"{len(percents)} windows are too few for an interval", "too noisy to tell")
@@ -328,7 +327,7 @@ def _listing() -> Finding:
 
 
 def _own_memory() -> Finding:
-    """This process has been the runner of all the cases above."""
+    """Check the memory of this process, which was the runner of all cases above."""
     what = "the runner's own memory"
     if "torch" in sys.modules:
         return _unproven(what, "torch is imported")
@@ -336,7 +335,7 @@ def _own_memory() -> Finding:
 
 
 def table(findings: list[Finding], form: str) -> str:
-    """The findings, a row each."""
+    """Render the findings as a table, a row each."""
     rows: list[dict[str, Any]] = [
         {
             "what": finding.what,
@@ -350,11 +349,11 @@ def table(findings: list[Finding], form: str) -> str:
         }
         for finding in findings
     ]
-    return tabulate.tabulate(rows, headers="keys", tablefmt=form, disable_numparse=True)
+    return FORMATS[form].render(rows)
 
 
-def report(*, full: bool, form: str = "simple") -> int:
-    """Print the findings; exit code 1 if one is off. What could not be told is not, but stands there as such."""
+def report(*, full: bool, form: str = DEFAULT) -> int:
+    """Print the findings and return the exit code: 1 if one is off. Findings that were not measured do not count."""
     findings = known_amounts()
     if full:
         findings += promises()

@@ -1,1 +1,1 @@
-"""What this machine is and shows: its description, /proc, NVML, scratch folders, a program's signals and exit codes."""
+"""This machine: its description, /proc, NVML, scratch folders, imports, and a program's signals and exit codes."""

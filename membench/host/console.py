@@ -1,4 +1,4 @@
-"""What a program of membench does around its work: encodings, signals, errors to exit codes."""
+"""The frame of every membench program: encodings, signals, and exit codes for errors."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from collections.abc import Callable
 
 from membench.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, MembenchError
 
-# How the signs in our own output are written where the encoding has none.
+# Replacements for signs in our own output that the encoding lacks.
 _PLAIN = {"×": "x", "·": "|", "–": "-", "±": "+-", "µ": "u", "…": "...", "●": "*", "━": "=", "─": "-"}
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(do: Callable[[], int]) -> int:
-    """Do a program's work; its exit code: what ``do`` returns, 2 after a ``MembenchError``, 130 if interrupted."""
-    # A stream that was closed before we began is None: what would go there goes nowhere.
+    """Do a program's work and return its exit code: that of ``do``, of a ``MembenchError``, or 130 if interrupted."""
+    # A stream that was closed before the start is None: discard what is written to it.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, open as long as the program runs
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     codecs.register_error("membench-plain", _plainly)
@@ -37,7 +37,7 @@ def main(do: Callable[[], int]) -> int:
         print("membench: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Whoever read the output has left; what was measured is kept.
+        # The reader of the output has left; what was measured is kept.
         _write_to_nothing()
         return EXIT_OK
     except OSError as error:
@@ -54,7 +54,7 @@ def _interrupt(signal_number: int, frame: object) -> None:
 
 
 def _write_to_nothing() -> None:
-    """Let what is still to be flushed go nowhere."""
+    """Discard output that is still to be flushed."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,4 +1,4 @@
-"""What a figure depends on: machine, versions, commit, threads; and how much memory is left."""
+"""The environment that figures depend on: machine, versions, commit, threads; and how much memory is available."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 _CPU_INFO = Path("/proc/cpuinfo")
 _PACKAGE = Path(__file__).parent.parent
-# What decides which kernels a language model runs through: x86's flags, then ARM's features.
+# They decide which kernels a language model runs: x86's flags, then ARM's features.
 _INSTRUCTIONS = (
     "fma", "f16c", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8",
     "asimddp", "asimdhp", "bf16", "i8mm", "sve", "sve2",
@@ -48,7 +48,7 @@ _SAME_MEMORY = 0.01  # the kernel keeps a little more or less for itself at each
 
 
 def usable_cores() -> int:
-    """Cores this process may use: its affinity, and a container's quota where there is one."""
+    """Count the cores that this process may use, by its affinity and a container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = (_CGROUPS / "cpu.max").read_text().split()
@@ -60,7 +60,7 @@ def usable_cores() -> int:
 
 
 def _cgroup_folders(controller: str) -> list[Path]:
-    """This process's control group and those above it; ``controller`` is '' for version 2."""
+    """Return the folders of this process's control group and those above it; ``controller`` is '' for version 2."""
     for line in _OWN_CGROUPS.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controller in controllers.split(","):
@@ -70,9 +70,9 @@ def _cgroup_folders(controller: str) -> list[Path]:
 
 
 def _left_in_cgroups() -> list[int]:
-    """Bytes left under each memory limit that a container or a service manager has set.
+    """Return the bytes left under each memory limit of a container or a service manager.
 
-    The page cache counts as used there, but the kernel drops it before it refuses memory: it is left, too.
+    The page cache counts as used there, but the kernel drops it before it refuses memory, so it is added.
     """
     left = []
     for controller, limit_name, used_name, prefix in (
@@ -91,15 +91,15 @@ def _left_in_cgroups() -> list[int]:
 
 
 def available_bytes() -> int:
-    """Memory that can still be taken: the machine's, or a container's where that is less."""
+    """Return how much memory can still be taken: of the machine, or of a container if that is less."""
     return min([psutil.virtual_memory().available, *_left_in_cgroups()])
 
 
 def worker_environment(threads: int | None) -> dict[str, str]:
-    """The environment a worker starts in. Passive waiting keeps OpenMP from spinning against other work.
+    """Return the environment of a worker. Passive waiting keeps OpenMP from spinning against other work.
 
     Args:
-        threads: ``None`` of a program, whose environment is its user's own.
+        threads: ``None`` for a script, which gets the user's own environment.
     """
     environment = dict(os.environ)
     if threads is None:
@@ -121,7 +121,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of this package's own checkout; ``None`` where it runs from anywhere else."""
+    """Return the commit of this package's checkout; ``None`` if it is installed elsewhere."""
     root = _PACKAGE.parent
     try:
         if tomllib.loads((root / "pyproject.toml").read_text())["project"]["name"] != "membench":
@@ -146,7 +146,7 @@ def _commit() -> str | None:
 
 
 def _cpu_info() -> dict[str, str]:
-    """What the kernel says of the first core."""
+    """Read what the kernel reports about the first core."""
     try:
         first = _CPU_INFO.read_text().partition("\n\n")[0]
     except OSError:
@@ -155,7 +155,7 @@ def _cpu_info() -> dict[str, str]:
 
 
 def _cpu() -> dict[str, Any]:
-    """What tells processors of one name apart: generation, and the instructions that kernels are chosen by."""
+    """Return what distinguishes processors of one name: generation, and instructions that decide between kernels."""
     info = _cpu_info()
     known = set(info.get("flags", info.get("Features", "")).split())
     return {
@@ -173,11 +173,11 @@ def _gpus() -> list[dict[str, Any]] | str | None:
 
 
 def describe(threads: int | None, *, with_gpus: bool = False) -> dict[str, Any]:
-    """The machine's description that stands in every record.
+    """Describe this machine, as every record does.
 
     Args:
-        threads: ``None`` of a program, which has as many as it takes.
-        with_gpus: whether a case runs on one: ``gpus`` then lists them, or is the reason why none can be seen.
+        threads: ``None`` for a script, which chooses by itself.
+        with_gpus: whether a case runs on a GPU: ``gpus`` then lists them, or is the reason why none can be seen.
     """
     environment = worker_environment(threads)
     return {
@@ -198,15 +198,15 @@ def describe(threads: int | None, *, with_gpus: bool = False) -> dict[str, Any]:
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """In which respects two descriptions are of machines whose figures must not stand in one run: 'cores: 2, now 4'.
+    """List the differences between two machines whose figures must not be mixed in a run: 'cores: 2, now 4'.
 
-    What one of them does not say (GPUs, where no case ran on one) is no difference.
+    What one description lacks (GPUs, if no case ran on one) is not a difference.
     """
     return [f"{name}: {before}, now {now}" for name, before, now in unlike(first, second)]
 
 
 def unlike(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """The same, as (respect, of the first, of the second), by respect: 'cores', 'packages.torch', 'gpus.0.name'."""
+    """List the differences as (name, first value, second value); names are such as 'packages.torch', 'gpus.0.name'."""
     before, now = _respects(first), _respects(second)
     found = []
     for name in sorted(before.keys() & now.keys()):
@@ -217,7 +217,7 @@ def unlike(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[st
 
 
 def _respects(machine: Mapping[str, Any]) -> dict[str, Any]:
-    """What figures depend on, flat, by a readable name."""
+    """Flatten the parts of a description that figures depend on, by a readable name."""
     flat = {name: machine[name] for name in ("architecture", "page_bytes", "processor", "cores", "memory_bytes",
                                                  "python", "threads") if name in machine}  # fmt: skip
     for table in ("cpu", "packages", "variables"):
@@ -225,7 +225,7 @@ def _respects(machine: Mapping[str, Any]) -> dict[str, Any]:
         flat |= {f"{table}.{name}": value for name, value in entries.items()} if isinstance(entries, Mapping) else {}
     gpus = machine.get("gpus")
     if isinstance(gpus, list):
-        # Two cards of one kind are as good as one and the same: their UUIDs do not count.
+        # Two cards of one kind count as the same: UUIDs are left out.
         flat["gpus"] = len(gpus)
         flat |= {f"gpus.{number}.{name}": gpu[name] for number, gpu in enumerate(gpus) if isinstance(gpu, Mapping)
                  for name in ("name", "memory_bytes", "driver") if name in gpu}  # fmt: skip

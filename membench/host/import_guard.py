@@ -1,4 +1,4 @@
-"""Code that comes out of the checkout although another commit is what is measured."""
+"""Refuse modules of the wrong version when two checkouts are measured."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ ON_PATH = "put the folder that it is imported from on PYTHONPATH"
 
 
 class ForeignCode(MembenchError):
-    """What is measured is not of the version that it is measured for."""
+    """Code that belongs to another version than the one that is measured."""
 
     @classmethod
     def of(cls, what: str, other: Path, remedy: str = ON_PATH) -> ForeignCode:
-        """``what``: 'module helpers', that lies in ``other``, the folder of the other version."""
+        """Make the error for ``what``, such as 'module helpers', which lies in the other version's folder."""
         return cls(f"{what} would come out of {other} and not out of the other commit: {remedy}")
 
 
 def refuse_imported(other: Path, own: Path) -> None:
-    """Hold that nothing that this process has imported, by whatever way, is of the other version.
+    """Check that no module that this process has imported belongs to the other version.
 
-    An editable install may lead there by a finder of its own, and what a model imports may do so where it itself does
-    not.
+    The import path alone does not ensure that: an editable install has a finder of its own.
 
     Args:
-        other: the folder of the version that is not measured; ``own``: of that which is.
+        other: the folder of the version that is not measured.
+        own: that of the version that is.
 
     Raises:
-        ForeignCode: if a module is.
+        ForeignCode: if a module does.
     """
     for name, module in sorted(sys.modules.items()):
         file = getattr(module, "__file__", None)
@@ -38,7 +38,7 @@ def refuse_imported(other: Path, own: Path) -> None:
 
 
 def is_foreign(file: Path, other: Path, own: Path) -> bool:
-    """Whether a file lies in the other version's folder, and is no part of an environment that does, too."""
+    """Return whether a file belongs to the other version, and not to an environment that lies in its folder."""
     if "site-packages" in file.parts:
         return False
     resolved = file.resolve()

@@ -1,7 +1,7 @@
-"""What NVML says of GPUs, from outside the measured process. No torch.
+"""Readings of GPUs through NVML, from outside the measured process. No torch.
 
-NVML counts devices by PCI bus and CUDA may count them otherwise or see only some, so a device is found by its UUID,
-which the worker tells once its CUDA context stands.
+NVML numbers devices by PCI bus; CUDA may use another order or see only some. A device is therefore found by its UUID,
+which the worker reports once it has a CUDA context.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class GpuReading:
-    """One look at a device.
+    """One reading of a device.
 
-    ``process_bytes`` is ``None`` where the driver does not show the processes (containers often hide them),
-    ``used_bytes`` where it refuses to say, and ``energy_mj``, counted since the driver was loaded, where the device
-    has no counter. ``refusal`` is what the driver said when it did not tell the used memory.
+    ``process_bytes`` is ``None`` if the driver does not show the processes (containers often hide them), ``used_bytes``
+    if it refuses to report it, and ``energy_mj``, counted since the driver was loaded, if the device has no counter.
+    ``refusal`` is the driver's message if it did not report the used memory.
     """
 
     process_bytes: int | None
@@ -30,8 +30,7 @@ class GpuReading:
 class Gpus:
     """The machine's NVIDIA GPUs. ``nvml`` is the module ``pynvml``.
 
-    A driver may refuse any single question (a lost device, a virtual GPU, missing rights): what it does not answer is
-    ``None``.
+    A driver may refuse any single query (a lost device, a virtual GPU, missing rights): its result is then ``None``.
 
     Raises:
         pynvml.NVMLError: if there is no driver.
@@ -50,8 +49,9 @@ class Gpus:
         return _ask(self._nvml, question, *arguments)
 
     def describe(self) -> list[dict[str, Any]]:
-        """Name, UUID, memory and driver of each device, in the order of the PCI bus; ``refused`` says what of it the
-        driver did not tell, and why.
+        """Return name, UUID, memory and driver of each device, in the order of the PCI bus.
+
+        ``refused`` has the driver's message for each of these that it did not report.
         """
         nvml, devices = self._nvml, []
         driver = self._ask(nvml.nvmlSystemGetDriverVersion)
@@ -69,7 +69,7 @@ class Gpus:
         return devices
 
     def used_bytes(self) -> dict[str, int]:
-        """Used memory by UUID of each device that tells it; before a worker starts, its idle level. Never summed."""
+        """Return used memory by UUID, of devices that report it. Before a worker starts this is the idle level."""
         used = {}
         for handle in self._handles:
             uuid, _ = self._ask(self._nvml.nvmlDeviceGetUUID, handle)
@@ -79,7 +79,7 @@ class Gpus:
         return used
 
     def find(self, uuid: str) -> Gpu | None:
-        """The device, or slice of one (MIG), of this UUID, with or without its prefix."""
+        """Find a device, or a slice of one (MIG), by its UUID, with or without prefix."""
         bare = uuid.removeprefix("GPU-").removeprefix("MIG-")
         for candidate in (f"GPU-{bare}", f"MIG-{bare}"):
             handle, _ = self._ask(self._nvml.nvmlDeviceGetHandleByUUID, candidate)
@@ -88,7 +88,7 @@ class Gpus:
         return None
 
     def of_device(self, device: str) -> Gpu | None:
-        """The device that ``cuda:1`` means to a program: among those it may see, in the order of the PCI bus."""
+        """Find the device that ``cuda:1`` means to a program: among those it may see, in the order of the PCI bus."""
         number = int(device.partition(":")[2] or 0)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if visible is not None:
@@ -113,7 +113,7 @@ class Gpu:
         self.uuid = uuid
 
     def read(self, pids: Collection[int]) -> GpuReading:
-        """What these processes hold on the device together, what is used in all, and the energy counter."""
+        """Read the memory that these processes hold together, the used memory in all, and the energy counter."""
         nvml = self._nvml
         processes, _ = _ask(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, self._handle)
         shown = [int(p.usedGpuMemory) for p in processes or () if p.pid in pids and p.usedGpuMemory is not None]
@@ -128,7 +128,7 @@ class Gpu:
 
 
 def _ask(nvml: Any, question: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
-    """The driver's answer, or ``None`` and what it said instead."""
+    """Return the driver's answer, or ``None`` and its message."""
     try:
         return question(*arguments), None
     except nvml.NVMLError as error:
@@ -136,7 +136,7 @@ def _ask(nvml: Any, question: Callable[..., Any], *arguments: Any) -> tuple[Any,
 
 
 def gpus() -> tuple[Gpus | None, str | None]:
-    """The GPUs, or the reason why none can be seen."""
+    """Return the GPUs, or the reason why none can be seen."""
     import pynvml
 
     try:

@@ -1,4 +1,4 @@
-"""Reading and resetting a process's memory through /proc (Linux). No torch, no state."""
+"""Read and reset a process's memory figures through /proc (Linux). No torch, no state."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Resident:
 
 
 def resident(pid: int | str = "self") -> Resident:
-    """Resident memory from /proc/<pid>/status; shared memory counts as file pages."""
+    """Read resident memory from /proc/<pid>/status; shared memory counts as file pages."""
     found: dict[str, int] = {}
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         key, _, value = line.partition(":")
@@ -36,33 +36,36 @@ def resident(pid: int | str = "self") -> Resident:
 
 @dataclass(frozen=True)
 class Cores:
-    """What this process has had of the machine's cores since it began, in seconds summed over threads.
+    """The use of cores by this process since it began, in seconds summed over threads.
 
     Attributes:
-        waited_s: threads were ready to run and had none; of those threads that there are now.
-        used_s: threads ran, those that have ended, those of descendants and those of sibling ranks included.
+        waited_s: time in which threads were ready to run and had no core; of the threads that exist now.
+        used_s: time in which threads ran, including ended threads, descendants and sibling ranks.
     """
 
     waited_s: float
     used_s: float
 
     def waited_for_others_s(self, earlier: Cores, duration_s: float, cores: int) -> float:
-        """What of the waiting since ``earlier`` others can have caused: no more than the time for which the cores were
-        not this process's own. Threads that wait for one another while all cores are theirs wait for nobody else.
+        """Return how much of the waiting since ``earlier`` other processes can have caused.
+
+        That is no more than the time in which cores were not used by this process: while it has all cores, its threads
+        wait for one another only.
 
         Args:
-            cores: how many it may use.
+            cores: how many this process may use.
         """
-        waited_s = self.waited_s - earlier.waited_s  # a thread that has ended took along what it had waited
+        waited_s = self.waited_s - earlier.waited_s  # the waiting of ended threads is not known
         not_ours_s = cores * duration_s - (self.used_s - earlier.used_s)
         return max(0.0, min(waited_s, not_ours_s))
 
 
 def cores(family: int | None = None) -> Cores | None:
-    """``None``: the kernel does not tell (/proc/<pid>/task/<tid>/schedstat: nanoseconds run, nanoseconds waited).
+    """Read this process's use of cores from /proc/<pid>/task/<tid>/schedstat; ``None`` if the kernel has none.
 
     Args:
-        family: the process whose descendants belong together: what they use, nobody else has. Without one it is this.
+        family: the process whose descendants belong together, so that cores that they use are not lost to strangers.
+            Without one it is this process.
     """
     own = os.getpid()
     try:
@@ -76,7 +79,7 @@ def cores(family: int | None = None) -> Cores | None:
 
 
 def _of_all_threads_ns(pid: int) -> int:
-    """For how long threads of a process ran; 0 once it is gone."""
+    """Return how long the threads of a process ran; 0 if it is gone."""
     try:
         return sum(_schedstat(f"{pid}/task/{task}")[0] for task in os.listdir(f"/proc/{pid}/task"))
     except OSError:
@@ -84,12 +87,13 @@ def _of_all_threads_ns(pid: int) -> int:
 
 
 def _schedstat(what: str) -> tuple[int, int]:
+    """Return (nanoseconds run, nanoseconds waited)."""
     ran, waited, *_ = Path(f"/proc/{what}/schedstat").read_text().split()
     return int(ran), int(waited)
 
 
 def file_mappings() -> list[tuple[int, int]]:
-    """Ranges of this process's addresses that are pages of files: (first, one after the last)."""
+    """Return the address ranges of this process that map files, as (first, one after the last)."""
     found = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         where, _, _, _, inode, *_ = line.split(maxsplit=5)
@@ -100,12 +104,12 @@ def file_mappings() -> list[tuple[int, int]]:
 
 
 def reset_peak(pid: int | str = "self") -> None:
-    """Set the kernel's peak back to what is resident now."""
+    """Reset the kernel's peak to the current resident memory."""
     Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 class Watch:
-    """Looks again and again at one process from outside, at a few microseconds a look: its files stay open.
+    """Repeated readings of one process from outside, at a few microseconds each, because its files stay open.
 
     Raises:
         FileNotFoundError: if there is no such process.
@@ -123,10 +127,10 @@ class Watch:
         os.close(self._loadavg)
 
     def resident(self) -> tuple[int, int]:
-        """(resident, anonymous) bytes.
+        """Return (resident, anonymous) bytes.
 
         Raises:
-            ProcessLookupError: when the process is gone or has given its memory back to end.
+            ProcessLookupError: if the process is gone, or is ending and has no memory any more.
         """
         fields = os.pread(self._statm, 256, 0).split()
         total, shared = int(fields[1]), int(fields[2])
@@ -135,9 +139,9 @@ class Watch:
         return total * _PAGE_BYTES, (total - shared) * _PAGE_BYTES
 
     def descendants(self) -> list[int]:
-        """All descendants that live now.
+        """Return all living descendants.
 
-        Asking costs some 25 µs a thread of the process, so it is done only when a process was born since: the last
+        Looking costs some 25 µs a thread of the process, so it is done only if a process has started since: the last
         field of /proc/loadavg is the newest process id on the machine.
         """
         newest = os.pread(self._loadavg, 256, 0).rsplit(None, 1)[1]
@@ -147,7 +151,7 @@ class Watch:
 
 
 def children(pid: int) -> list[int]:
-    """All descendants of a process that live now."""
+    """Return all living descendants of a process."""
     found: list[int] = []
     try:
         for task in os.listdir(f"/proc/{pid}/task"):
@@ -159,9 +163,9 @@ def children(pid: int) -> list[int]:
 
 
 def waited_for_children(pid: int) -> bool:
-    """Whether a process that has ended, and is not reaped yet, had children that it waited for.
+    """Return whether a process that has ended, and is not reaped yet, had children that it waited for.
 
-    ``False`` if it cannot be told. (/proc/<pid>/stat, fields 11 and 13: page faults of such children.)
+    ``False`` if that is not known. (/proc/<pid>/stat, fields 11 and 13: page faults of such children.)
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -171,7 +175,7 @@ def waited_for_children(pid: int) -> bool:
 
 
 def running(pid: int) -> str | None:
-    """The name of a process that lives; ``None`` of one that has ended, whether or not it is reaped."""
+    """Return the name of a living process; ``None`` if it has ended, reaped or not."""
     try:
         _, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")
     except OSError:
@@ -181,10 +185,10 @@ def running(pid: int) -> str | None:
 
 
 def unique_bytes(pid: int) -> int:
-    """Memory that only this process holds (USS); 0.4 to 4 ms a look.
+    """Return the memory that only this process holds (USS). Takes 0.4 to 4 ms.
 
     Raises:
-        OSError: when the process is gone.
+        OSError: if the process is gone.
     """
     total = 0
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
@@ -194,7 +198,7 @@ def unique_bytes(pid: int) -> int:
 
 
 def oom_kills() -> int | None:
-    """How many processes this machine's kernel has killed for memory since it started."""
+    """Return how many processes the kernel has killed for lack of memory since it started; ``None`` if not known."""
     try:
         for line in Path("/proc/vmstat").read_text().splitlines():
             if line.startswith("oom_kill "):

@@ -1,4 +1,4 @@
-"""The folder for files that a run's workers need for a while, and what runners that died have left of theirs."""
+"""Temporary folders for files that workers exchange, and removal of those that dead runners left behind."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _NAME = re.compile(r"membench-(\d+)-\w+")
 
 
 class Scratch:
-    """A new folder. As long as its maker lives it is locked, so that no other runner takes it for a leftover."""
+    """A temporary folder, locked as long as its runner lives, so that no other runner takes it for a leftover."""
 
     def __init__(self) -> None:
-        """Make the folder, and remove those of runners that are dead.
+        """Make the folder, and remove those of dead runners.
 
         Raises:
             MembenchError: if it cannot be made.
@@ -40,24 +40,24 @@ class Scratch:
 
 
 def is_scratch(folder: Path) -> bool:
-    """Whether a folder, which need not be there any more, is or was one for a runner's scratch."""
+    """Return whether a path is that of a runner's scratch folder, which need not exist any more."""
     return _NAME.fullmatch(folder.name) is not None
 
 
 def share(folder: Path) -> None:
-    """Make a folder that several processes use. As long as one of them lives it is locked, too."""
+    """Make a folder that several processes use; it is locked as long as one of them lives."""
     while True:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # another runner took it for a leftover just now
+        with contextlib.suppress(FileNotFoundError):  # another runner has just taken it for a leftover
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            with contextlib.suppress(OSError):  # where there are no locks
+            with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(descriptor, fcntl.LOCK_SH)
             if os.fstat(descriptor).st_ino == folder.stat().st_ino:
                 return  # the descriptor is held to the end of this process
 
 
 def empty(folder: Path) -> None:
-    """Remove what is in a folder, but not the folder."""
+    """Remove the contents of a folder."""
     with contextlib.suppress(OSError):
         for entry in list(folder.iterdir()):
             if entry.is_dir() and not entry.is_symlink():
@@ -67,10 +67,10 @@ def empty(folder: Path) -> None:
 
 
 def sweep(where: Path) -> None:
-    """Remove scratch folders of this user whose runner, named in them, is dead.
+    """Remove scratch folders of this user whose runner is dead.
 
-    The process id alone does not say so: a container with ids of its own may share the folder, and ids are used again.
-    So the lock must be free, too.
+    The process id in the name is not enough: a container with ids of its own may share the folder, and ids are used
+    again. The lock must be free, too.
     """
     for folder in where.glob("membench-*"):
         named = _NAME.fullmatch(folder.name)
@@ -96,7 +96,7 @@ def _lives(pid: int) -> bool:
 
 
 def _locked(folder: Path) -> int | None:
-    """A descriptor that holds a folder's lock, or ``None`` where another process holds it or there are no locks."""
+    """Lock a folder and return the descriptor that holds the lock; ``None`` if it is locked, or locks do not work."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 
-from membench.comparing.checking import MORE_REPEATS
+from membench.comparing import suspects
 from membench.errors import MembenchError, RuleError, UnknownMetric
 from membench.pytest_plugin import entries
 from membench.pytest_plugin.outcome import MembenchWarning
@@ -94,10 +94,13 @@ class Judge:
         entries.add_comparison(item, records[0].id, base.name, None if alone.cases else list(base.cases))
         if not alone.cases:
             return []  # new since then
-        judgement = judge(alone, new, tolerances)
-        if judgement.suspects:
-            more = [measure_again(len(records) + number) for number in range(MORE_REPEATS)]
-            judgement = judge(alone, of_records([*records, *more], "this run", suite), tolerances)
+        _, judgement = suspects.confirm(
+            records,
+            judge=lambda measured: judge(alone, of_records(measured, "this run", suite), tolerances),
+            measure_again=lambda measured, _, repeats: [
+                *measured, *(measure_again(len(measured) + number) for number in range(repeats)),
+            ],
+        )  # fmt: skip
         for line in _doubts(judgement, suite):
             item.warn(MembenchWarning(line))
         lines = [f"{pair.id}: {pair.broke}" for pair in judgement.broken]

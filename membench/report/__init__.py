@@ -1,1 +1,1 @@
-"""Records shown: tables, the page, plots, exports, and summaries for CI services."""
+"""Tables, the page, pictures, documents and files for CI services. Reads records and judgements; measures nothing."""

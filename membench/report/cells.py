@@ -1,14 +1,10 @@
-"""Cells of tables: a value with its bound, its standard error and its ratio; names and headings."""
+"""Cells of tables: a value with its bound, its standard error and its ratio."""
 
 from __future__ import annotations
 
-import html
-
-from membench.errors import one_line
 from membench.protocol.case import REFERENCE
 from membench.records.comparison import Comparison, Group
 from membench.records.metrics import Metric
-from membench.report import latex, markdown
 from membench.units import format_ratio
 
 # A figure is marked as approximate if its source may be off by more than this share of it.
@@ -74,18 +70,3 @@ def bound_of_ratio(found: Comparison, group: Group, technique: str, metric: Metr
     if own and reversed_of and own != reversed_of:
         return "~"
     return own or reversed_of
-
-
-def heading(title: str, form: str) -> str:
-    """Format the title of a table."""
-    match form:
-        case "latex":
-            return f"\\subsection*{{{latex.escaped(title)}}}"
-        case "html":
-            return f"<h3>{html.escape(one_line(title))}</h3>"
-    return in_cell(title, form)
-
-
-def in_cell(name: str, form: str) -> str:
-    """Escape a name for a table. tabulate itself escapes for LaTeX and HTML."""
-    return markdown.escaped(name) if form == "github" else one_line(name)

@@ -16,7 +16,6 @@ from membench.report.drawing import Bars, Cloud, Lines, Timeline
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-KINDS = ("pareto", "memory", "conversion", "breakdown", "timeline", "history")
 _ENDINGS = (".png", ".svg")
 
 _MOST_PANELS = 12
@@ -31,7 +30,7 @@ Panel = tuple[str, Cloud | Bars | Timeline | Lines]
 
 
 def draw(runs: Sequence[Run], kind: str, path: Path) -> None:
-    """Draw one kind of picture, a panel for each group (or case, for ``timeline``), into a file.
+    """Draw one of ``formats.PICTURES``, a panel for each group (or case, for ``timeline``), into a file.
 
     Raises:
         MembenchError: if the file's ending is none that can be drawn, there is nothing to draw or too much for one

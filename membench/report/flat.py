@@ -1,13 +1,9 @@
-"""One flat table with a row a case, for programs: CSV and JSON, in bytes and seconds."""
+"""One flat table with a row a case, for programs, in bytes and seconds."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from membench.errors import one_line
 from membench.records.comparison import Comparison
 from membench.records.record import Record
 from membench.report.outcomes import said_of, status_of, worst_of
@@ -28,21 +24,3 @@ def flat_rows(records: Sequence[Record]) -> list[dict[str, object]]:
                     row[f"{metric.name}_ratio"] = found.ratio(group, technique, metric.field)
             rows.append(row)
     return rows
-
-
-def written(rows: Sequence[Mapping[str, object]], form: str) -> str:
-    """Format rows as ``csv`` or ``json``."""
-    if form == "json":
-        return json.dumps(rows, indent=2)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [])
-    writer.writeheader()
-    writer.writerows({key: _harmless(value) for key, value in row.items()} for row in rows)
-    return text.getvalue().rstrip()
-
-
-def _harmless(value: object) -> object:
-    """Escape a cell that a spreadsheet would take for a formula, or a terminal for a command."""
-    if not isinstance(value, str):
-        return value
-    return f"'{one_line(value)}" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else one_line(value)

@@ -1,61 +1,79 @@
-"""A report in the formats that are read without a browser's help, or by another program."""
+"""The formats of whole reports and of exports to other services. To add one, add an entry to its table.
+
+What writes a format is imported when it is asked for: the command line needs the names alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-from membench.records.run_file import Run
-from membench.report import flat, latex, markdown, savings, summary, text
-
-FORMATS = {"html": ".html", "md": ".md", "csv": ".csv", "json": ".json", "latex": ".tex"}
-"""Each with the ending of its files."""
+if TYPE_CHECKING:
+    from membench.records.record import Record
+    from membench.records.run_file import Run
 
 
-def report(runs: Sequence[Run], form: str) -> str:
-    """Runs in one of ``FORMATS``.
-
-    Raises:
-        MembenchError: if the libraries that make a page are not installed.
-    """
-    match form:
-        case "html":
-            from membench.report.page import page
-
-            return page(runs)
-        case "csv" | "json":
-            return flat.written([row for run in runs for row in _rows(run, len(runs) > 1)], form)
-        case "latex":
-            return "\n\n".join(part for run in runs for part in _latex(run))
-    return "\n\n".join(part for run in runs for part in _markdown(run))
+class ReportFormat(NamedTuple):
+    ending: str
+    """Of its files: ``-o report.md`` chooses the format."""
+    write: Callable[[Sequence[Run]], str]
 
 
-def _rows(run: Run, is_one_of_several: bool) -> Iterator[dict[str, Any]]:
-    for row in flat.flat_rows(run.records):
-        yield {"run": run.header.get("run"), **row} if is_one_of_several else row
+def _page(runs: Sequence[Run]) -> str:
+    from membench.report.page import page
+
+    return page(runs)
 
 
-def _markdown(run: Run) -> Iterator[str]:
-    yield f"# {markdown.escaped(str(run.header.get('suite')))}"
-    yield markdown.escaped(summary.overview(run))
-    told = summary.highlights(run.records)
-    if told:
-        yield "\n".join(f"- {markdown.escaped(str(line))}" for line in told)
-        yield summary.HOW_TO_READ
-    if run.records:
-        yield text.comparison(run.records, "github")
-    said = [*text.remarks(run.records), *savings.verdicts(run.records)]
-    if said:
-        yield markdown.fenced(said, "text")
-    language = "toml" if run.header.get("suite_tables") is None else ""
-    yield markdown.fenced(str(run.header.get("suite_text", "")).splitlines(), language)
+def _markdown(runs: Sequence[Run]) -> str:
+    from membench.report import documents
+
+    return documents.markdown_document(runs)
 
 
-def _latex(run: Run) -> Iterator[str]:
-    yield f"\\section*{{{latex.escaped(str(run.header.get('suite')))}}}"
-    yield latex.escaped(summary.overview(run))
-    if run.records:
-        yield text.comparison(run.records, "latex")
-    said = [*map(str, summary.highlights(run.records)), *text.remarks(run.records), *savings.verdicts(run.records)]
-    if said:
-        yield "\n".join([r"\begin{itemize}", *(rf"\item {latex.escaped(line)}" for line in said), r"\end{itemize}"])
+def _latex(runs: Sequence[Run]) -> str:
+    from membench.report import documents
+
+    return documents.latex_document(runs)
+
+
+def _table(form: str) -> Callable[[Sequence[Run]], str]:
+    """The figures alone, as a flat table of this format."""
+
+    def write(runs: Sequence[Run]) -> str:
+        from membench.report import documents
+
+        return documents.flat_table(runs, form)
+
+    return write
+
+
+REPORTS: Mapping[str, ReportFormat] = {
+    "html": ReportFormat(".html", _page),
+    "md": ReportFormat(".md", _markdown),
+    "csv": ReportFormat(".csv", _table("csv")),
+    "json": ReportFormat(".json", _table("json")),
+    "latex": ReportFormat(".tex", _latex),
+}
+"""By the name that ``membench report --format`` takes; the first one is the default."""
+
+DEFAULT_REPORT = next(iter(REPORTS))
+
+
+def _benchmark_action(records: Sequence[Record]) -> str:
+    from membench.report import services
+
+    return services.benchmark_action(records)
+
+
+def _bencher(records: Sequence[Record]) -> str:
+    from membench.report import services
+
+    return services.bencher(records)
+
+
+EXPORTS: Mapping[str, Callable[[Sequence[Record]], str]] = {"benchmark-action": _benchmark_action, "bencher": _bencher}
+"""By the name that ``membench export`` takes."""
+
+PICTURES = ("pareto", "memory", "conversion", "breakdown", "timeline", "history")
+"""The kinds of picture that ``membench plot`` draws; ``report.files`` draws them."""

@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import tabulate
-
 from membench.records.metrics import METRIC_OF_FIELD, Metric
 from membench.records.record import Record, metrics_in
 from membench.regression.noise import Noise
-from membench.report.cells import in_cell
+from membench.report.table_formats import DEFAULT, FORMATS
 from membench.suite.tolerances import DEFAULTS
 
 _WATCHED = frozenset(tolerance.metric.name for tolerance in DEFAULTS)
 
 
-def table(records: Sequence[Record], noise: Noise, form: str = "simple") -> str:
+def table(records: Sequence[Record], noise: Noise, form: str = DEFAULT) -> str:
     """A row a case and metric: the median, how far apart repeats were, and below which a difference means nothing.
 
-    For reading: the metrics that are watched without being named. As ``csv`` and ``json``: all, in bytes and seconds.
+    For reading: the metrics that are watched by default. In a flat format: all, in bytes and seconds.
     """
     rows = list(_rows(records, noise))
-    if form == "json":
-        return json.dumps(rows, indent=2)
-    if form == "csv":
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]) if rows else [])
-        writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue().rstrip()
-    shown = [{"case": in_cell(row["case"], form), **_shown(row)} for row in rows if row["metric"] in _WATCHED]
-    return tabulate.tabulate(shown, headers="keys", tablefmt=form, disable_numparse=True)
+    style = FORMATS[form]
+    if style.is_flat:
+        return style.render(rows)
+    shown = [{"case": style.cell(row["case"]), **_shown(row)} for row in rows if row["metric"] in _WATCHED]
+    return style.render(shown)
 
 
 def _rows(records: Sequence[Record], noise: Noise) -> Iterator[dict[str, Any]]:

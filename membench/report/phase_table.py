@@ -6,13 +6,11 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import tabulate
-
 from membench.errors import one_line
 from membench.protocol.readings import PartReading, PhaseReading
 from membench.records.record import Record
-from membench.report.cells import SIGNS, heading, in_cell
-from membench.report.flat import written
+from membench.report.cells import SIGNS
+from membench.report.table_formats import DEFAULT, FORMATS
 from membench.units import format_bytes, format_seconds
 
 _PHASE_TITLES = {
@@ -25,14 +23,15 @@ _PHASE_TITLES = {
 }
 
 
-def phases(records: Sequence[Record], form: str = "simple") -> str:
+def phases(records: Sequence[Record], form: str = DEFAULT) -> str:
     """Format time and memory of each phase of each case, and of its parts; sizes above the worker's baseline.
 
-    For reading: a table per case, without columns that are unknown. As ``csv`` and ``json``: one flat table in bytes
-    and seconds.
+    For reading: a table per case, without columns that are unknown. In a flat format: one table in bytes and
+    seconds.
     """
-    if form in ("csv", "json"):
-        return written([row for record in records for row in _phase_rows(record)], form)
+    style = FORMATS[form]
+    if style.is_flat:
+        return style.render([row for record in records for row in _phase_rows(record)])
     tables = []
     for record in records:
         rows = list(_phase_rows(record))
@@ -40,14 +39,13 @@ def phases(records: Sequence[Record], form: str = "simple") -> str:
         known = [field for field in _PHASE_TITLES if any(row[field] is not None for row in rows)]
         shown = [
             {
-                "phase": in_cell(f"· {row['part']}" if row["part"] else row["phase"], form),
-                "allocator": in_cell(row["allocator"], form),
+                "phase": style.cell(f"· {row['part']}" if row["part"] else row["phase"]),
+                "allocator": style.cell(row["allocator"]),
                 **{_PHASE_TITLES[field]: _or_blank(row, field, formats[field]) for field in known},
             }
             for row in rows
         ]
-        table = tabulate.tabulate(shown, headers="keys", tablefmt=form, disable_numparse=True)
-        tables.append("\n\n".join(filter(None, [heading(f"{record.id} · {record.status}", form), table])))
+        tables.append("\n\n".join(filter(None, [style.title(f"{record.id} · {record.status}"), style.render(shown)])))
     return "\n\n".join(tables)
 
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-import tabulate
-
 from membench.errors import one_line
 from membench.records.metrics import Metric, metrics_with
 from membench.regression.measured import Measured
 from membench.regression.verdict import Change, Judgement, Pair
-from membench.report.cells import in_cell
-from membench.report.flat import written
+from membench.report.table_formats import DEFAULT, FORMATS
 from membench.suite.gates import Outcome
 from membench.units import format_ratio
 
@@ -19,20 +16,21 @@ _ALWAYS_SHOWN = ("weights", "peak_live", "time")
 _SAID_BY_TIME = ("tokens_per_s", "read_speed")
 
 
-def table(judgements: Sequence[Judgement], form: str = "simple") -> str:
+def table(judgements: Sequence[Judgement], form: str = DEFAULT) -> str:
     """Figures by case, those of the base first, then a column for each measurement that is held against it.
 
     For reading: weights, live peak and time of each case, and whatever else is watched or shown in tables and changed
-    by more than it may. As ``csv`` and ``json``: every figure, with bytes, seconds, ratios and verdicts apart.
+    by more than it may. In a flat format: every figure, with bytes, seconds, ratios and verdicts apart.
     """
-    if form in ("csv", "json"):
-        return written([row for judgement in judgements for row in _flat(judgement)], form)
+    style = FORMATS[form]
+    if style.is_flat:
+        return style.render([row for judgement in judgements for row in _flat(judgement)])
     rows: list[dict[str, str]] = []
-    titles = [in_cell(title, form) for title in _titles(judgements)]
+    titles = [style.cell(title) for title in _titles(judgements)]
     for case_id in dict.fromkeys(pair.id for judgement in judgements for pair in judgement.pairs):
         pairs = [_pair(judgement, case_id) for judgement in judgements]
-        rows += _rows(in_cell(case_id, form), pairs, titles)
-    return tabulate.tabulate(rows, headers="keys", tablefmt=form, disable_numparse=True)
+        rows += _rows(style.cell(case_id), pairs, titles)
+    return style.render(rows)
 
 
 def remarks(judgement: Judgement) -> list[str]:
@@ -62,44 +60,46 @@ def summary(judgement: Judgement) -> str:
     return one_line(f"{whose}: {said}; {figures} figures of {len(compared)} cases watched")
 
 
-def gates(outcomes: Sequence[Outcome], form: str = "simple") -> str:
+def gates(outcomes: Sequence[Outcome], form: str = DEFAULT) -> str:
     """What each rule came to in each case."""
+    style = FORMATS[form]
     held = {True: "holds", False: "broken", None: "not checked"}
     rows = [
         {
-            "case": in_cell(outcome.case_id, form),
-            "rule": in_cell(outcome.gate.text, form),
+            "case": style.cell(outcome.case_id),
+            "rule": style.cell(outcome.gate.text),
             "outcome": held[outcome.holds],
             "left": outcome.left or "–",
             "right": outcome.right or "–",
         }
         for outcome in outcomes
     ]
-    return tabulate.tabulate(rows, headers="keys", tablefmt=form, disable_numparse=True)
+    return style.render(rows)
 
 
-def figures(measured: Measured, form: str = "simple") -> str:
+def figures(measured: Measured, form: str = DEFAULT) -> str:
     """What a baseline holds: a row a case, the medians over its repeats."""
     cases = measured.cases.values()
     metrics = metrics_with(field for case in cases for field in case.values)
     known = [
         metric for metric in metrics if metric.in_table and any(case.value(metric.field) is not None for case in cases)
     ]
-    if form in ("csv", "json"):
+    style = FORMATS[form]
+    if style.is_flat:
         rows: list[dict[str, object]] = [
             {"case": case.id, "status": case.status, **{metric.field: case.value(metric.field) for metric in metrics}}
             for case in cases
         ]
-        return written(rows, form)
+        return style.render(rows)
     shown = [
         {
-            "case": in_cell(case.id, form),
+            "case": style.cell(case.id),
             "status": case.status,
             **{metric.title: _figure(metric, case.value(metric.field)) for metric in known},
         }
         for case in cases
     ]
-    return tabulate.tabulate(shown, headers="keys", tablefmt=form, disable_numparse=True)
+    return style.render(shown)
 
 
 def _titles(judgements: Sequence[Judgement]) -> list[str]:

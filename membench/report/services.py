@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from membench.records.metrics import Metric, is_own
 from membench.records.record import Record, metrics_in
@@ -40,9 +40,6 @@ def bencher(records: Sequence[Record]) -> str:
             measure |= {"lower_value": min(values), "upper_value": max(values)}
         cases.setdefault(case_id, {})[metric.field.replace("_", "-")] = measure
     return json.dumps(cases, indent=2)
-
-
-FORMATS: Mapping[str, Callable[[Sequence[Record]], str]] = {"benchmark-action": benchmark_action, "bencher": bencher}
 
 
 def _figures(records: Sequence[Record]) -> Iterator[tuple[str, Metric, list[float]]]:

@@ -4,39 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-import tabulate
-
 from membench.errors import one_line
 from membench.protocol.case import REFERENCE
 from membench.records.comparison import Comparison, Group, prefixes
 from membench.records.metrics import METRIC_OF_FIELD, Metric
 from membench.records.record import Record
-from membench.report.cells import bound_of, change, figure, heading, in_cell, is_coarse, sign
-from membench.report.flat import flat_rows, written
+from membench.report.cells import bound_of, change, figure, is_coarse, sign
+from membench.report.flat import flat_rows
 from membench.report.outcomes import said_of, status_of
+from membench.report.table_formats import DEFAULT, FORMATS, TableFormat
 from membench.units import format_bytes, format_ratio
 
 # A technique has changed a metric that is not always shown if its ratio is this far from 1.
 _DIFFERENT = 0.05
 
 
-def comparison(records: Sequence[Record], form: str = "simple", width: int | None = None) -> str:
+def comparison(records: Sequence[Record], form: str = DEFAULT, width: int | None = None) -> str:
     """Format a row per case, each value with its ratio to the reference; below a stack, a row for each member's share.
 
-    For reading: a table for each model, workload and device, with the columns that have values there. As ``csv`` and
-    ``json``: one flat table in bytes and seconds, with ids and ratios in columns of their own.
+    For reading: a table for each model, workload and device, with the columns that have values there. In a flat
+    format: one table in bytes and seconds, with ids and ratios in columns of their own.
 
     Args:
         width: width of the terminal in characters; the columns of a wider table continue in a table below.
     """
-    if form in ("csv", "json"):
-        return written(flat_rows(records), form)
+    style = FORMATS[form]
+    if style.is_flat:
+        return style.render(flat_rows(records))
     found = Comparison(records)
     tables = []
     for group in found.groups:
         rows = list(_rows(found, group, [metric for metric in found.metrics if is_shown(found, group, metric)]))
-        rows = [{**row, "technique": in_cell(row["technique"], form)} for row in rows]
-        tables.append("\n\n".join([heading(" · ".join(group), form), *_fitting(rows, form, width)]))
+        rows = [{**row, "technique": style.cell(row["technique"])} for row in rows]
+        tables.append("\n\n".join([style.title(" · ".join(group)), *_fitting(rows, style, width)]))
     return "\n\n".join(tables)
 
 
@@ -94,13 +94,13 @@ def _marginal_rows(
         yield row
 
 
-def _fitting(rows: list[dict[str, str]], form: str, width: int | None) -> Iterator[str]:
+def _fitting(rows: list[dict[str, str]], style: TableFormat, width: int | None) -> Iterator[str]:
     """Yield the rows as one table, or as several that fit the width, each with the two columns that name the case."""
     naming, left = list(rows[0])[:2], list(rows[0])[2:]
     taken = len(left)
     while True:
         shown = [{column: row[column] for column in (*naming, *left[:taken])} for row in rows]
-        table = tabulate.tabulate(shown, headers="keys", tablefmt=form, disable_numparse=True)
+        table = style.render(shown)
         if width is not None and taken > 1 and max(map(len, table.splitlines())) > width:
             taken -= 1
             continue
@@ -111,9 +111,9 @@ def _fitting(rows: list[dict[str, str]], form: str, width: int | None) -> Iterat
         taken = len(left)
 
 
-def explanation(records: Sequence[Record], form: str = "simple") -> str:
+def explanation(records: Sequence[Record], form: str = DEFAULT) -> str:
     """Format every metric of every case, and what each member of a stack changes, with a table per case."""
-    found = Comparison(records)
+    style, found = FORMATS[form], Comparison(records)
     tables = []
     for group in found.groups:
         for technique in found.techniques(group):
@@ -131,7 +131,7 @@ def explanation(records: Sequence[Record], form: str = "simple") -> str:
                     # The difference to the reference is the value itself.
                     if before is not None and (metric.has_ratio or before != REFERENCE):
                         shown = f"{shown} {change(found, group, step, metric, before)}".rstrip()
-                    row[in_cell(step, form)] = shown
+                    row[style.cell(step)] = shown
                 if "+" in technique:
                     together = found.interaction(group, technique, metric.field)
                     row["together"] = "" if together is None else format_ratio(together)
@@ -139,10 +139,9 @@ def explanation(records: Sequence[Record], form: str = "simple") -> str:
             # Medians of the parts would not add up to any moment that was measured.
             of = " of the first repeat" if any(len(found.repeats(group, step)) > 1 for step in chain) else ""
             for category, sizes in _breakdown(found, group, chain).items():
-                told = {in_cell(step, form): size for step, size in sizes.items()}
-                rows.append({"metric": f"at the peak{of}: {in_cell(category, form)}", **told})
-            table = tabulate.tabulate(rows, headers="keys", tablefmt=form, disable_numparse=True)
-            tables.append("\n\n".join([heading(found.repeats(group, technique)[0].id, form), table]))
+                told = {style.cell(step): size for step, size in sizes.items()}
+                rows.append({"metric": f"at the peak{of}: {style.cell(category)}", **told})
+            tables.append("\n\n".join([style.title(found.repeats(group, technique)[0].id), style.render(rows)]))
     return "\n\n".join(tables)
 
 
