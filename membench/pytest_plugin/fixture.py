@@ -22,15 +22,17 @@ from membench.pytest_plugin import entries, marker, outcome
 from membench.pytest_plugin.readable import ByteSize, Duration
 from membench.pytest_plugin.sharing import FUNCTIONS, Sharing
 from membench.pytest_plugin.timing import durations_s
-from membench.records.amounts import is_duration
 from membench.records.metrics import METRICS
 from membench.records.record import Record
 from membench.running.runner import Call, Runner
 from membench.running.session import run_header, silent
 from membench.suite.schema import Settings
+from membench.units import BYTES, SECONDS, Unit
 
 if TYPE_CHECKING:
     from membench.pytest_plugin.timing import Timing
+
+_READABLE: Mapping[Unit, Callable[[float], Any]] = {BYTES: ByteSize, SECONDS: Duration}
 
 _WORTH_IMPORTING_ONCE = ("numpy", "torch", "transformers")
 """Where test modules have imported them, functions will need them, and each process would import them anew."""
@@ -75,9 +77,8 @@ class Result:
             reason = self.record.reasons.get(metric.field, "a function has no such figure")
             raise MembenchError(f"{name} of {self._name} is not known: {reason}")
         value = statistics.median(values)
-        if metric.field.endswith("_bytes"):
-            return ByteSize(value)
-        return Duration(value) if is_duration(metric) else value
+        readable = _READABLE.get(metric.unit)
+        return readable(value) if readable else value
 
     def __repr__(self) -> str:
         return f"membench({self._name})"

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from membench.errors import ResultsError, did_you_mean
 from membench.records import strict_json
-from membench.records.metrics import METRIC_OF_FIELD, can_be_a_figure, is_own
+from membench.records.metrics import METRICS, can_be_a_figure, known_metric
 from membench.records.names import checked_device, checked_name
 from membench.records.schema import check_machine
 from membench.records.validation import shown
@@ -356,7 +356,7 @@ def _folded(case: MeasuredCase) -> dict[str, Any]:
     return fields
 
 
-_KEPT_SAMPLES = ("step_median_s", "time_to_first_token_s", "decode_tokens_per_s")
+_KEPT_SAMPLES = tuple(metric.field for metric in METRICS if metric.keeps_samples)
 
 
 def _rounded(name: str, values: Any) -> Any:
@@ -365,7 +365,8 @@ def _rounded(name: str, values: Any) -> Any:
         return [_rounded(name, value) for value in values]
     if isinstance(values, int) or not values:
         return values
-    is_time = name.endswith("_s") or (name not in METRIC_OF_FIELD and not is_own(name))
+    metric = known_metric(name)
+    is_time = metric is None or metric.unit.counts in ("seconds", "per second")
     return float(f"{values:.{_DIGITS_OF_TIMES if is_time else _DIGITS}g}")
 
 

@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from membench.errors import EXIT_CANNOT_COMPARE, EXIT_CASES_FAILED, EXIT_OK, one_line
-from membench.records.metrics import Metric, metrics_with
+from membench.records.metric import Dependence, Metric
+from membench.records.metrics import metrics_with
 from membench.regression.attribution import Cause, causes
 from membench.regression.decision import Decision, Verdict, decide, decide_time, timing_of
-from membench.regression.machines import Difference, Kind, differences, kind
+from membench.regression.machines import Difference, differences
 from membench.regression.measured import Measured, MeasuredCase
 from membench.regression.noise import Noise
 from membench.regression.timing import Timing
 from membench.suite.tolerances import Tolerance, Tolerances
-from membench.units import format_bytes
+from membench.units import BYTES, format_bytes
 
 _RESOLUTIONS = 2
 """By how many times its resolution a figure of the kernel's may be off. A resolution is what one core may have counted
@@ -107,11 +108,11 @@ class Change:
             return []
         told = [f"tolerance {self.tolerance.shown}"]
         asked = self.tolerance.allowed(self.base)
-        if kind(self.metric.field) == "time" and self.noise and self.base:
+        if self.metric.depends_on == "time" and self.noise and self.base:
             told.append(f"noise of this machine {self.noise / abs(self.base) * 100:.2g}%")
         elif self.allowed > asked and self.allowed == self.noise:
             told.append(f"noise of this machine {_shown(self.metric, self.noise)}")
-        elif self.allowed > asked and self.metric.field.endswith("_bytes"):
+        elif self.allowed > asked and self.metric.unit is BYTES:
             told.append(f"with the counters' granularity {format_bytes(self.allowed)}")
         if self.p_value is not None:
             told.append(f"p {self.p_value:.2g}")
@@ -205,7 +206,7 @@ class Judgement:
         return tuple(
             change
             for change in self.not_judged
-            if change.was_asked or not (change.barred and kind(change.metric.field) == "time")
+            if change.was_asked or not (change.barred and change.metric.depends_on == "time")
         )
 
     @property
@@ -309,7 +310,7 @@ def judge_case(
     """
     if not base.is_measured or not new.is_measured or (base.status == "ok" and new.status != "ok"):
         return Pair(base.id, base, new, broke=_broke(new) if base.is_measured else None)
-    barred: dict[Kind, Difference] = {}
+    barred: dict[Dependence, Difference] = {}
     for difference in differences:
         for each in difference.bars(base.on_gpu or new.on_gpu):
             barred.setdefault(each, difference)
@@ -334,7 +335,7 @@ def _change(
     metric: Metric,
     tolerances: Tolerances,
     noise: Noise,
-    barred: Mapping[Kind, Difference],
+    barred: Mapping[Dependence, Difference],
 ) -> Change | None:
     field = metric.field
     before, now = base.value(field), new.value(field)
@@ -348,13 +349,13 @@ def _change(
         closest = held[0] if held and before is not None else None
         return Change(base.id, metric, before, now, "not judged", reason=reason, tolerance=closest)
     closest = min(held, key=lambda one: one.allowed(before)) if held else None
-    is_time = kind(field) == "time"
+    is_time = metric.depends_on == "time"
     factor = noise.factor(base.id, field) if is_time else None
     floor = (factor - 1) * abs(before) if factor else 0.0 if is_time else noise.floor(base.id, field)
     allowed = _allowed(metric, before, closest, base, new, 0.0 if is_time else floor)
     timing = timing_of(base, new, metric)
     ratio = now / before if metric.has_ratio and before else None
-    is_barred = barred.get(kind(field))
+    is_barred = barred.get(metric.depends_on)
     if is_barred:
         judged = Decision("not judged", f"the machines differ in {is_barred}")
     elif is_time:
@@ -388,7 +389,7 @@ def _allowed(
     within = metric.same_within if metric.has_ratio else _SAME_WITHOUT_RATIO
     tolerated = max(within * abs(before), _NOTHING) if closest is None else closest.allowed(before)
     off = sum(case.resolution_bytes.get(metric.field, 0) for case in (base, new))
-    smallest = _PAGE_BYTES if metric.field.endswith("_bytes") else 0
+    smallest = _PAGE_BYTES if metric.unit is BYTES else 0
     return max(tolerated + _RESOLUTIONS * off, floor, smallest)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import tabulate
 
-from membench.records.metrics import METRIC_OF_FIELD, Metric
+from membench.records.metric import Metric
+from membench.records.metrics import METRIC_OF_FIELD
 from membench.records.record import Record, metrics_in
 from membench.regression.noise import Noise
 from membench.report.text import in_cell

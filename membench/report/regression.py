@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import tabulate
 
 from membench.errors import one_line
-from membench.records.metrics import Metric, metrics_with
+from membench.records.metric import Metric
+from membench.records.metrics import metrics_with
 from membench.regression.measured import Measured
 from membench.regression.verdict import Change, Judgement, Pair
 from membench.report.text import in_cell, written
@@ -15,7 +16,6 @@ from membench.suite.gates import Outcome
 from membench.units import format_ratio
 
 _ALWAYS_SHOWN = ("weights", "peak_live", "time")
-_SAID_BY_TIME = ("tokens_per_s", "read_speed")
 
 
 def table(judgements: Sequence[Judgement], form: str = "simple") -> str:
@@ -140,7 +140,8 @@ def _is_shown(metric: Metric, changes: Sequence[Change | None]) -> bool:
     known = [change for change in changes if change is not None]
     if metric.name in _ALWAYS_SHOWN:
         return bool(known)
-    of_interest = metric.in_table and metric.name not in _SAID_BY_TIME
+    is_said_by_time = metric.role == "rate" and metric.part == "step"
+    of_interest = metric.in_table and not is_said_by_time
     return any(change.verdict != "same" and (change.is_watched or of_interest) for change in known)
 
 

@@ -15,7 +15,8 @@ import tabulate
 from membench.errors import one_line
 from membench.records.case import REFERENCE
 from membench.records.comparison import Comparison, Group, prefixes
-from membench.records.metrics import METRIC_OF_FIELD, METRICS, Metric
+from membench.records.metric import Metric
+from membench.records.metrics import METRIC_OF_FIELD, METRICS
 from membench.records.record import Record
 from membench.report import latex, markdown
 from membench.units import format_bytes, format_difference, format_divergence, format_ratio, format_seconds
@@ -113,7 +114,7 @@ def _change(found: Comparison, group: Group, technique: str, metric: Metric, bas
         ratio = found.ratio(group, technique, metric.field, base)
         return "" if ratio is None else bound_of_ratio(found, group, technique, metric, base) + format_ratio(ratio)
     difference = found.difference(group, technique, metric.field, base)
-    if difference is None or metric.field.endswith("standard_error"):
+    if difference is None or not metric.has_difference:
         return ""
     return f"{'-' if difference < 0 else '+'}{metric.format(abs(difference)).removeprefix('+')}"
 
@@ -134,8 +135,8 @@ def signed(found: Comparison, group: Group, technique: str, metric: Metric) -> s
     if value is None:
         return "–"
     shown = metric.format(value)
-    if metric.field == "lost_bits_per_byte":
-        error = found.value(group, technique, "lost_bits_per_byte_standard_error")
+    if metric.loss is not None and metric.loss.error_field is not None:
+        error = found.value(group, technique, metric.loss.error_field)
         shown += "" if error is None else f" ±{error:.4f}"
     return f"{_sign(found, group, technique, metric)}{shown}"
 
@@ -481,7 +482,7 @@ def ratios_of(found: Comparison, groups: Sequence[Group], technique: str, metric
             continue
         gains = value < 1 if metric.better == "lower" else value > 1
         bound = bound_of_ratio(found, group, technique, metric, REFERENCE)
-        is_chance = gains and metric.field in _QUALITY and found.value(group, technique, "final_loss_nats") is not None
+        is_chance = gains and metric.gains_by_chance and found.value(group, technique, "final_loss_nats") is not None
         tells = (
             abs(value - 1) > metric.same_within
             and not is_within_resolution(found, group, technique, metric)
@@ -492,9 +493,6 @@ def ratios_of(found: Comparison, groups: Sequence[Group], technique: str, metric
         )
         ratios.append(Ratio(value, gains, tells))
     return ratios
-
-
-_QUALITY = ("bits_per_byte", "final_loss_nats")
 
 
 def _losses_of(found: Comparison, groups: Sequence[Group], technique: str, field: str) -> list[float]:

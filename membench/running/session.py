@@ -15,7 +15,7 @@ from membench.errors import ResultsError
 from membench.host import environment
 from membench.plugins import local_files
 from membench.records.case import Case, PluginFile
-from membench.records.metrics import Metric
+from membench.records.metric import Metric
 from membench.records.record import Record
 from membench.records.run_file import Run, RunFile, find_run, read_run
 from membench.running.runner import Interrupted, Runner

@@ -15,12 +15,11 @@ from typing import Any, Self
 
 from pydantic import ValidationError
 
-from membench import units
 from membench.errors import PluginError, RuleError, SuiteError, did_you_mean, nearest, one_line
 from membench.plugins import local_files
-from membench.records.amounts import amount, wanted
 from membench.records.case import REFERENCE, Case, PluginFile
-from membench.records.metrics import METRICS, METRICS_OF_PROGRAMS, Metric, own_metrics
+from membench.records.metric import Metric
+from membench.records.metrics import METRICS_OF_SCRIPTS, metrics_by_name, own_metrics
 from membench.records.names import checked_device, parts
 from membench.records.validation import problem, shown
 from membench.suite import lookup, python_files
@@ -335,10 +334,10 @@ def _refuse_unknown_of_programs(
     named = [(f"limits.{name}", name) for name in limits]
     named += [(f"regression.{each.metric.name}", each.metric.name) for each in tolerances if each.origin == "suite"]
     named += [(f"gate: rule {shown(gate.text)}", name) for gate in gates for name in sorted(gate.metrics)]
+    known = [metric.name for metric in METRICS_OF_SCRIPTS]
     for where, name in named:
-        if name not in METRICS_OF_PROGRAMS:
-            known = ", ".join(METRICS_OF_PROGRAMS)
-            raise SuiteError(f"{where}: of a script {name} is not known; known: {known}")
+        if name not in known:
+            raise SuiteError(f"{where}: of a script {name} is not known; known: {', '.join(known)}")
     for gate in gates:
         if gate.uses_reference:
             raise SuiteError(f"gate: rule {shown(gate.text)}: a script has no reference; hold it against an amount")
@@ -412,14 +411,14 @@ def _parsed(path: Path, text: str) -> dict[str, Any]:
 
 
 def _limit(key: str, value: Any, own: Sequence[Metric]) -> tuple[str, float]:
-    known = {metric.name: metric for metric in (*METRICS, *own)}
+    known = metrics_by_name(own)
     metric = known.get(key)
     if metric is None:
         raise SuiteError(f"limits.{key}: no such metric; {did_you_mean(key, known)}")
     try:
-        limit = amount(metric, value)
+        limit = metric.unit.amount(value)
     except (ValueError, OverflowError):
-        raise SuiteError(f"limits.{key} = {shown(value)}: write {wanted(metric)}") from None
-    if limit < 0 and metric.format is not units.format_difference and metric not in own:
+        raise SuiteError(f"limits.{key} = {shown(value)}: write {metric.unit.expected}") from None
+    if limit < 0 and metric.signed != "yes":
         raise SuiteError(f"limits.{key} = {shown(value)}: a limit must not be negative")
     return metric.field, limit
