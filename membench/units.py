@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+LARGEST_SIZE = 2**63 - 1
+LEAST_FIGURE, MOST_FIGURE = 1e-100, 1e200
+"""Between these the ratio of any two figures is a number."""
 
 _STEPS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _SECONDS = {"µs": 1e-6, "us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
@@ -124,3 +131,91 @@ def format_ratio(ratio: float) -> str:
     if 0 < ratio < 0.1:
         return f"×{ratio:.2g}" if ratio >= 1e-4 else f"×{ratio:.1e}"
     return f"×{_fixed(ratio, 3)}"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What a figure counts: how fields in this unit end, how people write an amount of it, and how it is printed.
+
+    Attributes:
+        suffix: the end of every metric field in this unit.
+        expected: what a written amount looks like, in words.
+        format: prints an amount.
+        symbol: what services that keep a history of benchmarks call the unit; empty: they are given the metric's title.
+        counts: what it counts, as far as that matters for arithmetic with other figures.
+        parse: reads text with a unit; ``None``: only bare numbers are accepted.
+        largest: above this, nothing can have been measured.
+    """
+
+    suffix: str
+    expected: str
+    format: Callable[[float], str]
+    symbol: str = ""
+    counts: Literal["bytes", "seconds", "per second", "other"] = "other"
+    parse: Callable[[str], float] | None = None
+    largest: float = MOST_FIGURE
+
+    def amount(self, value: Any) -> float:
+        """Read an amount as people write it: '2 GiB', '200 ms', 0.5. Sizes must name their unit, durations may.
+
+        Raises:
+            ValueError: if the value is not an amount of this unit.
+            OverflowError: if the amount is too large for a float.
+        """
+        if isinstance(value, str) and self.parse is not None:
+            return self.parse(value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or self.counts == "bytes" or not math.isfinite(value):
+            raise ValueError
+        return float(value)
+
+    def axis(self, highest: float) -> tuple[str, float]:
+        """The name and the size of the unit for an axis that goes up to ``highest``: ``('ms', 0.001)``."""
+        if self.counts == "bytes":
+            return byte_unit(highest)
+        if self.counts == "seconds":
+            return ("s", 1.0) if highest >= 1 else ("ms", 1e-3)
+        return self.symbol, 1.0
+
+
+def _number_of(unit: str) -> str:
+    return f"a bare number of {unit}"
+
+
+_PLAIN = "a bare number, without a unit"
+
+BYTES = Unit(
+    "_bytes",
+    "a size in B, KiB, MiB, GiB or TiB, such as '2 GiB'",
+    format_bytes,
+    "bytes",
+    "bytes",
+    parse_bytes,
+    LARGEST_SIZE,
+)
+SECONDS = Unit(
+    "_s",
+    "a duration in µs, ms, s, min or h, such as '200 ms'; a bare number is seconds",
+    format_seconds,
+    "s",
+    "seconds",
+    parse_seconds,
+)
+TOKENS_PER_SECOND = Unit("tokens_per_s", _number_of("tokens a second"), format_number, "1/s", "per second")
+MEGABYTES_PER_SECOND = Unit("_mb_per_s", _PLAIN, format_number, "1/s", "per second")
+PERCENT = Unit("_percent", _number_of("percent"), format_percent, "%")
+PERCENT_OF_ALL = replace(PERCENT, format=format_percent_of_all)
+NATS = Unit("_nats", _number_of("nats a token"), format_number, "nats")
+NATS_APART = replace(NATS, format=format_divergence)
+BITS_PER_BYTE = Unit("bits_per_byte", _number_of("bits per byte"), format_number)
+BITS_PER_BYTE_LOST = replace(BITS_PER_BYTE, format=format_difference)
+BITS_PER_BYTE_ERROR = replace(BITS_PER_BYTE, suffix="bits_per_byte_standard_error")
+PER_TOKEN = Unit("_per_token", _PLAIN, format_number)
+RATIO = Unit("_ratio", _PLAIN, format_number)
+JOULES = Unit("_j", _number_of("joules"), format_joules, "J")
+
+
+def custom_unit(name: str) -> Unit:
+    """The unit of a plug-in's metric; ``name`` is what the plug-in calls it, and may be empty."""
+    gap = "" if name in ("", "%") else " "
+    return Unit(name, _PLAIN, lambda value: f"{format_number(value)}{gap}{name}", name)

@@ -14,7 +14,7 @@ from membench.cli.output import RESULTS, Verbs, add_format, remarks_stream
 from membench.errors import EXIT_CANNOT_COMPARE, EXIT_CASES_FAILED, EXIT_OK, CannotCompare, MembenchError, one_line
 
 if TYPE_CHECKING:
-    from membench.records.metrics import Metric
+    from membench.records.metric import Metric
     from membench.records.run_file import Run
     from membench.regression.measured import Measured
     from membench.regression.verdict import Judgement

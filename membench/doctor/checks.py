@@ -20,6 +20,7 @@ from typing import Any, Literal
 from membench.errors import EXIT_CASES_FAILED, EXIT_OK
 from membench.host import procfs
 from membench.host.nvml import gpus
+from membench.records.metrics import METRIC_OF_FIELD
 from membench.records.record import Record
 from membench.report.table_formats import DEFAULT, FORMATS
 from membench.running.session import run, silent
@@ -339,7 +340,7 @@ def table(findings: list[Finding], form: str) -> str:
     rows: list[dict[str, Any]] = [
         {
             "what": finding.what,
-            "metric": finding.metric.removesuffix("_bytes"),
+            "metric": METRIC_OF_FIELD[finding.metric].name if finding.metric else "",
             "reading": finding.reading or "–",
             "truth": finding.truth,
             "error": finding.error,

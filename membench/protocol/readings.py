@@ -13,13 +13,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-LARGEST_SIZE_BYTES = 2**63 - 1
+from membench.units import LARGEST_SIZE
 
 # Strict: a text or a truth value is no number.
 Count = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True)]
-Size = Annotated[int, Field(strict=True, ge=0, le=LARGEST_SIZE_BYTES)]
-SignedSize = Annotated[int, Field(strict=True, ge=-LARGEST_SIZE_BYTES, le=LARGEST_SIZE_BYTES)]
+Size = Annotated[int, Field(strict=True, ge=0, le=LARGEST_SIZE)]
+SignedSize = Annotated[int, Field(strict=True, ge=-LARGEST_SIZE, le=LARGEST_SIZE)]
 """Above a baseline: what was freed since then makes it negative."""
 Seconds = Annotated[float, Field(strict=True, ge=0)]
 Bound = Literal["exact", "at least", "at most"]

@@ -9,7 +9,7 @@ import pickle
 import statistics
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,7 +23,6 @@ from membench.pytest_plugin import entries, executing, marker, outcome
 from membench.pytest_plugin.readable import ByteSize, Duration
 from membench.pytest_plugin.sharing import FUNCTIONS, Sharing
 from membench.pytest_plugin.timing import durations_s
-from membench.records.amounts import is_duration
 from membench.records.encoding import as_json
 from membench.records.metrics import METRICS
 from membench.records.record import Record
@@ -31,9 +30,12 @@ from membench.running.jobs.function import FunctionJob
 from membench.running.needs import Needs
 from membench.running.session import run_header
 from membench.suite.schema import Settings
+from membench.units import BYTES, SECONDS, Unit
 
 if TYPE_CHECKING:
     from membench.pytest_plugin.timing import Timing
+
+_READABLE: Mapping[Unit, Callable[[float], Any]] = {BYTES: ByteSize, SECONDS: Duration}
 
 _WORTH_IMPORTING_ONCE = ("numpy", "torch", "transformers")
 """Where test modules have imported them, functions will need them, and each process would import them anew."""
@@ -78,9 +80,8 @@ class Result:
             reason = self.record.reasons.get(metric.field, "a function has no such figure")
             raise MembenchError(f"{name} of {self._name} is not known: {reason}")
         value = statistics.median(values)
-        if metric.field.endswith("_bytes"):
-            return ByteSize(value)
-        return Duration(value) if is_duration(metric) else value
+        readable = _READABLE.get(metric.unit)
+        return readable(value) if readable else value
 
     def __repr__(self) -> str:
         return f"membench({self._name})"

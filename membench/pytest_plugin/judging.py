@@ -13,11 +13,10 @@ from membench.errors import MembenchError, RuleError, UnknownMetric
 from membench.pytest_plugin import entries
 from membench.pytest_plugin.outcome import MembenchWarning
 from membench.pytest_plugin.sharing import FUNCTIONS, Sharing, own_name
-from membench.records.metrics import Metric
+from membench.records.metric import Metric
 from membench.records.record import Record
 from membench.regression import baselines, sources
 from membench.regression.judging import judge
-from membench.regression.machines import kind
 from membench.regression.measured import Measured, of_records
 from membench.regression.timing import LEAST_REPEATS
 from membench.regression.verdict import Judgement, Pair
@@ -125,7 +124,7 @@ def _too_few_repeats(pair: Pair, base: str, suite: str) -> list[str]:
     lines = []
     for change in pair.changes:
         # Of a machine whose noise is known fewer repeats may say something.
-        if pair.base and change.was_asked and kind(change.metric.field) == "time" and not change.noise:
+        if pair.base and change.was_asked and change.metric.depends_on == "time" and not change.noise:
             repeats = len(pair.base.values.get(change.metric.field, ()))
             if 0 < repeats < LEAST_REPEATS:
                 lines.append(

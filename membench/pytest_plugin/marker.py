@@ -11,7 +11,7 @@ import pytest
 from membench.errors import MembenchError, did_you_mean
 from membench.records.names import checked_device
 from membench.suite.tolerances import DEFAULTS, Tolerance, of_table
-from membench.units import parse_bytes
+from membench.units import BYTES, parse_bytes
 
 FIXTURE = "membench"
 
@@ -42,7 +42,7 @@ def _limit(value: Any) -> int:
 
 
 def _compare(value: Any) -> tuple[Tolerance, ...]:
-    memory = [one.metric.name for one in DEFAULTS if one.metric.field.endswith("_bytes")]
+    memory = [one.metric.name for one in DEFAULTS if one.metric.unit is BYTES]
     try:
         return of_table(dict.fromkeys(memory, value))
     except MembenchError:

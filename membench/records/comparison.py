@@ -9,31 +9,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from membench.protocol.case import REFERENCE
-from membench.records.metrics import METRIC_OF_FIELD, is_own
+from membench.records.metrics import METRIC_OF_FIELD, METRICS
 from membench.records.record import Record, metrics_in
 
 Group = tuple[str, str, str]
 
-_OF_THE_REFERENCE = {"lost_bits_per_byte": 0.0, "kl_nats": 0.0, "top1_agreement_percent": 100.0}
-"""How far the reference is from itself: it has no such figure."""
-
-_LEARNT = (
-    "bits_per_byte", "lost_bits_per_byte", "lost_bits_per_byte_standard_error", "perplexity_per_token", "kl_nats",
-    "top1_agreement_percent",
-)  # fmt: skip
-"""Of a module; where data are only read it has learnt nothing."""
-
-QUALITY = ("accuracy_percent", "lost_bits_per_byte", "kl_nats")
+QUALITY = tuple(metric.field for metric in METRICS if metric.loss)
 """What tells quality, the first that is known before all others."""
 
 CERTAIN = 2
 """Standard errors below which a loss cannot be told from chance."""
-
-SAME_ACCURACY = 0.5
-"""Percent of samples: a handful of those that are held out."""
-
-NO_DIVERGENCE = 1e-6
-"""Of logits in fp32 that are the same but for the order of additions."""
 
 
 class Comparison:
@@ -69,7 +54,7 @@ class Comparison:
 
     def value(self, group: Group, technique: str, field: str) -> float | None:
         """A metric of a case; ``None`` if no repeat has it, and of quality where data are only read."""
-        if (field in _LEARNT or is_own(field)) and self.reads_only(group):
+        if METRIC_OF_FIELD[field].learnt and self.reads_only(group):
             return None
         values = [v for record in self.repeats(group, technique) if (v := record.metrics.get(field)) is not None]
         return statistics.median(values) if values else None
@@ -106,10 +91,10 @@ class Comparison:
 
     def difference(self, group: Group, technique: str, field: str, base: str = REFERENCE) -> float | None:
         """A metric less that of another case."""
+        # The reference has no figure of its own where the metric is a distance from it.
+        of_reference = METRIC_OF_FIELD[field].of_reference
         value, of = (
-            _OF_THE_REFERENCE[field]
-            if name == REFERENCE and field in _OF_THE_REFERENCE
-            else self.value(group, name, field)
+            of_reference if name == REFERENCE and of_reference is not None else self.value(group, name, field)
             for name in (technique, base)
         )
         return None if value is None or of is None else value - of
@@ -153,19 +138,21 @@ class Comparison:
         difference = self.difference(group, technique, field)
         if difference is None:
             return None
-        if METRIC_OF_FIELD[field].better == "higher":
+        metric = METRIC_OF_FIELD[field]
+        if metric.better == "higher":
             difference = -difference
         is_chance = abs(difference) <= self.error(group, technique, field)
-        trains = field == "lost_bits_per_byte" and self.value(group, technique, "final_loss_nats") is not None
+        trains = metric.gains_by_chance and self.value(group, technique, "final_loss_nats") is not None
         return 0.0 if is_chance or (trains and difference < 0) else difference
 
     def error(self, group: Group, technique: str, field: str) -> float:
         """How much of a difference by a metric of quality chance may explain."""
-        if field == "accuracy_percent":
-            return SAME_ACCURACY
-        if field == "kl_nats":
-            return NO_DIVERGENCE
-        return CERTAIN * (self.value(group, technique, f"{field}_standard_error") or 0.0)
+        loss = METRIC_OF_FIELD[field].loss
+        if loss is None:
+            return 0.0
+        if loss.error_field is None:
+            return loss.chance
+        return CERTAIN * (self.value(group, technique, loss.error_field) or 0.0)
 
     def front(self, group: Group) -> set[str]:
         """The techniques that no other one beats: is as good as in all that counts, and better in something.
@@ -197,7 +184,8 @@ class Comparison:
 
     def _score(self, group: Group, technique: str, field: str) -> _Score | None:
         """A figure of which less is better, and how much of a difference to it is none."""
-        if field in _OF_THE_REFERENCE:
+        metric = METRIC_OF_FIELD[field]
+        if metric.of_reference is not None:
             value = self.difference(group, technique, field)
             return None if value is None else _Score(value, self.error(group, technique, field))
         value = self.value(group, technique, field)
@@ -205,10 +193,10 @@ class Comparison:
             return _Score(-(100.0 if value is None else value), 0.0)
         if value is None:
             return None
-        if field == "accuracy_percent":
-            return _Score(-value, self.error(group, technique, field))
-        metric = METRIC_OF_FIELD[field]
-        off = max(metric.same_within * value, self.resolution(group, technique, field))
+        if metric.loss is not None:
+            off = self.error(group, technique, field)
+        else:
+            off = max(metric.same_within * value, self.resolution(group, technique, field))
         return _Score(value if metric.better == "lower" else -value, off)
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from membench.protocol.readings import ProcessReading
-from membench.records.metrics import Metric, metrics_with
+from membench.records.metric import Metric
+from membench.records.metrics import metrics_with
 
 SCHEMA_VERSION = 1
 """History: 1, the first."""

@@ -11,14 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from membench.errors import ResultsError
 from membench.protocol.case import REFERENCE
 from membench.protocol.readings import ProcessReading, Seconds, SignedSize, Size
-from membench.records.metrics import can_be_a_figure, is_own, own_metrics
+from membench.records.metric import is_own
+from membench.records.metrics import can_be_a_figure, known_metric
 from membench.records.names import checked_device, checked_name, checked_plugin, checked_stack, members
 from membench.records.record import SCHEMA_VERSION, Status
 from membench.records.validation import problem, shown
+from membench.units import BYTES
 
 _LONGEST_TEXT = 1000
-# Figures above a baseline, losses and divergences: these may be below zero.
-_SIGNED = ("_live_bytes", "_footprint_bytes", "context_overhead_bytes", "_bits_per_byte", "_nats")
 
 _T = TypeVar("_T", bound=BaseModel)
 
@@ -162,18 +162,19 @@ def check_record(entry: Mapping[str, Any]) -> list[ProcessReading]:
         raise ResultsError("a second header: two runs do not go into one file")
     processes = _check(_Record, entry).processes
     for field, value in entry["metrics"].items():
-        if is_own(field) and not own_metrics([field]):
+        metric = known_metric(field)  # None: of a later version, which knows what its figures can be
+        if is_own(field) and metric is None:
             raise ResultsError(
                 f"metrics.{field}: a plug-in's metric is 'own.NAME.lower' or 'own.NAME.higher', and a unit"
             )
         if value is None:
             continue
-        if value < 0 and not is_own(field) and not field.endswith(_SIGNED):
+        if value < 0 and metric is not None and metric.signed == "no":
             raise ResultsError(f"metrics.{field} = {shown(value)}: must be at least 0")
         if not can_be_a_figure(field, value):
             why = (
                 "no machine has so much"
-                if field.endswith("_bytes") and abs(value) > 1
+                if metric is not None and metric.unit is BYTES and abs(value) > 1
                 else "no figure is of such a size"
             )
             raise ResultsError(f"metrics.{field} = {shown(value)}: {why}")

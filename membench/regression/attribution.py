@@ -7,19 +7,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from membench.records.metrics import Metric
+from membench.records.metric import Metric
+from membench.records.metrics import METRICS
 from membench.regression.measured import MeasuredCase, Modules
 
 _WORTH_TELLING = 0.1
 """Of the whole change: what is less is left out, unless nothing is more."""
 
 _NUMBER_IN_NAME = re.compile(r"(?<![^.])\d+(?![^.])")
-_PEAK_OF_PHASE = {
-    "load_peak_live_bytes": "load", "apply_peak_live_bytes": "apply", "store_peak_live_bytes": "store",
-    "warmup_peak_live_bytes": "warmup",
-}  # fmt: skip
-_CATEGORY = {"optimizer_state_bytes": "optimizer", "activations_bytes": "activations", "cache_bytes": "cache"}
-_PART_OF_PEAK = re.compile(r"(prefill|decode|forward|backward|optimizer)_peak_live_bytes")
+_TIME_OF_PART = {
+    metric.part: metric.field
+    for metric in METRICS
+    if metric.role == "time" and metric.part is not None and metric.part != "step"
+}
 _WORDS = {"optimizer": "optimizer state", "cache": "key-value cache", "other": "temporaries and buffers of libraries"}
 
 
@@ -71,21 +71,18 @@ def causes(metric: Metric, base: MeasuredCase, new: MeasuredCase) -> tuple[Cause
 
 
 def _all_causes(metric: Metric, base: MeasuredCase, new: MeasuredCase) -> list[Cause]:
-    field = metric.field
-    if field in ("weights_bytes", "trained_weights_bytes", "frozen_weights_bytes", "disk_bytes"):
-        return _modules(base, new)
-    if field in _CATEGORY:
-        return _category(_CATEGORY[field], base, new)
-    if field in _PEAK_OF_PHASE:
-        return _phase(_PEAK_OF_PHASE[field], base, new)
-    if part := _PART_OF_PEAK.fullmatch(field):
-        return _at_the_peak(base, new, part[1], part[1])
-    if field == "peak_live_bytes":
+    if metric.category is not None:
+        return _modules(base, new) if metric.category == "weights" else _category(metric.category, base, new)
+    if metric.peak_of is not None and metric.part is not None:
+        return _at_the_peak(base, new, metric.part, metric.part)
+    if metric.peak_of == "run":
         return _at_the_peak(base, new, base.peak_part, new.peak_part) or _of_a_step(base, new)
-    if field == "held_live_bytes":
+    if metric.peak_of is not None:
+        return _phase(metric.peak_of, base, new)
+    if metric.field == "held_live_bytes":
         return _held(base, new)
-    if field in ("step_median_s", "tokens_per_s", "step_p95_s"):
-        return _parts_of_a_step(base, new, in_seconds=field != "tokens_per_s")
+    if metric.part == "step" or metric.field == "step_p95_s":  # the slowest steps have the same parts
+        return _parts_of_a_step(base, new, in_seconds=metric.role == "time")
     return []
 
 
@@ -202,9 +199,9 @@ def _phase(phase: str, base: MeasuredCase, new: MeasuredCase) -> list[Cause]:
 
 def _parts_of_a_step(base: MeasuredCase, new: MeasuredCase, in_seconds: bool) -> list[Cause]:
     """The parts of a step whose median duration changed; of tokens a second they go the other way."""
-    fields = {"forward_s": "forward", "backward_s": "backward", "optimizer_s": "optimizer",
-              "time_to_first_token_s": "prefill"}  # fmt: skip
-    found = {part: change for field, part in fields.items() if (change := _difference(field, base, new)) is not None}
+    found = {
+        part: change for part, field in _TIME_OF_PART.items() if (change := _difference(field, base, new)) is not None
+    }
     whole = _difference("step_median_s", base, new)
     if "prefill" in found and whole is not None:
         found["decode"] = whole - found["prefill"]

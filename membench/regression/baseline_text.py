@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from membench.errors import ResultsError
 from membench.records import strict_json
-from membench.records.metrics import METRIC_OF_FIELD, is_own
+from membench.records.metrics import METRICS, known_metric
 from membench.records.validation import shown
 from membench.regression.baseline_checks import refuse_impossible
 from membench.regression.measured import Measured, MeasuredCase
@@ -23,7 +23,7 @@ time is taken as a share of it."""
 _DIGITS_OF_TIMES = 4
 _DIGITS = 7
 _WIDTH = 110
-_KEPT_SAMPLES = ("step_median_s", "time_to_first_token_s", "decode_tokens_per_s")
+_KEPT_SAMPLES = tuple(metric.field for metric in METRICS if metric.keeps_samples)
 
 
 def encoded(measured: Measured) -> str:
@@ -66,7 +66,8 @@ def _rounded(name: str, values: Any) -> Any:
         return [_rounded(name, value) for value in values]
     if isinstance(values, int) or not values:
         return values
-    is_time = name.endswith("_s") or (name not in METRIC_OF_FIELD and not is_own(name))
+    metric = known_metric(name)
+    is_time = metric is None or metric.unit.counts in ("seconds", "per second")
     return float(f"{values:.{_DIGITS_OF_TIMES if is_time else _DIGITS}g}")
 
 

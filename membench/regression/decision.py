@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from membench.records.metrics import Metric
+from membench.records.metric import Metric
 from membench.regression.bounds import proven
-from membench.regression.machines import kind
-from membench.regression.measured import OF_STEPS, Measured, MeasuredCase
+from membench.regression.measured import Measured, MeasuredCase
 from membench.regression.timing import LEAST_REPEATS, Timing, compare
 
 Verdict = Literal["regressed", "undecided", "not judged", "worse", "better", "same"]
@@ -124,7 +123,7 @@ def _doubt(timing: Timing, noise: float | None) -> Decision:
 
 def timing_of(base: MeasuredCase, new: MeasuredCase, metric: Metric) -> Timing | None:
     """A time against the earlier one, from its samples; a rate as what one of it takes."""
-    if kind(metric.field) != "time":
+    if metric.depends_on != "time":
         return None
     sides: list[list[list[float]]] = []
     for case in (base, new):
@@ -142,7 +141,7 @@ def timing_of(base: MeasuredCase, new: MeasuredCase, metric: Metric) -> Timing |
 
 def _is_of_waiting(metric: Metric, base: MeasuredCase, new: MeasuredCase, by: float, noise: float | None) -> bool:
     """Whether steps took no longer than is tolerated, were it not that others had the cores."""
-    if metric.field not in OF_STEPS or not new.waited_s:
+    if metric.part != "step" or not new.waited_s:
         return False
     if not base.samples.get("step_median_s") or not new.samples.get("step_median_s"):
         return False

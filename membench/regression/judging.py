@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from membench.records.metrics import Metric, metrics_with
+from membench.records.metric import Dependence, Metric
+from membench.records.metrics import metrics_with
 from membench.regression.attribution import causes
 from membench.regression.decision import Decision, decide, decide_time, timing_of
-from membench.regression.machines import Difference, Kind, differences, kind
+from membench.regression.machines import Difference, differences
 from membench.regression.measured import Measured, MeasuredCase
 from membench.regression.noise import Noise
 from membench.regression.timing import Timing
 from membench.regression.verdict import Change, Judgement, Pair
 from membench.suite.tolerances import Tolerance, Tolerances
+from membench.units import BYTES
 
 _RESOLUTIONS = 2
 """How many resolutions a value of the kernel's counters may be off. A resolution is what one core may hold back at one
@@ -66,7 +68,7 @@ def judge_case(
     """
     if not base.is_measured or not new.is_measured or (base.status == "ok" and new.status != "ok"):
         return Pair(base.id, base, new, broke=_broke(new) if base.is_measured else None)
-    barred: dict[Kind, Difference] = {}
+    barred: dict[Dependence, Difference] = {}
     for difference in differences:
         for each in difference.bars(base.on_gpu or new.on_gpu):
             barred.setdefault(each, difference)
@@ -91,7 +93,7 @@ def _change(
     metric: Metric,
     tolerances: Tolerances,
     noise: Noise,
-    barred: Mapping[Kind, Difference],
+    barred: Mapping[Dependence, Difference],
 ) -> Change | None:
     field = metric.field
     before, now = base.value(field), new.value(field)
@@ -105,13 +107,13 @@ def _change(
         closest = held[0] if held and before is not None else None
         return Change(base.id, metric, before, now, "not judged", reason=reason, tolerance=closest)
     closest = min(held, key=lambda one: one.allowed(before)) if held else None
-    is_time = kind(field) == "time"
+    is_time = metric.depends_on == "time"
     factor = noise.factor(base.id, field) if is_time else None
     floor = (factor - 1) * abs(before) if factor else 0.0 if is_time else noise.floor(base.id, field)
     allowed = _allowed(metric, before, closest, base, new, 0.0 if is_time else floor)
     timing = timing_of(base, new, metric)
     ratio = now / before if metric.has_ratio and before else None
-    is_barred = barred.get(kind(field))
+    is_barred = barred.get(metric.depends_on)
     if is_barred:
         judged = Decision("not judged", f"the machines differ in {is_barred}")
     elif is_time:
@@ -145,7 +147,7 @@ def _allowed(
     within = metric.same_within if metric.has_ratio else _SAME_WITHOUT_RATIO
     tolerated = max(within * abs(before), _NOTHING) if closest is None else closest.allowed(before)
     off = sum(case.resolution_bytes.get(metric.field, 0) for case in (base, new))
-    smallest = _PAGE_BYTES if metric.field.endswith("_bytes") else 0
+    smallest = _PAGE_BYTES if metric.unit is BYTES else 0
     return max(tolerated + _RESOLUTIONS * off, floor, smallest)
 
 

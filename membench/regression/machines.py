@@ -1,25 +1,21 @@
-"""In what two machines differ, and what of the figures that touches."""
+"""How two machines differ, and which figures depend on that."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from membench.host import environment
-from membench.records.metrics import METRIC_OF_FIELD, is_own
+from membench.records.metric import Dependence
 
-Kind = Literal["counted", "live", "footprint", "time"]
-"""What a figure hangs on. ``counted``: bytes of storages and files, on no machine. ``live`` and ``footprint``: also on
-what decides which kernels run and how much they take for themselves. ``time``: on everything."""
+_NOTHING: frozenset[Dependence] = frozenset()
+_TIME: frozenset[Dependence] = frozenset({"time"})
+_MEMORY: frozenset[Dependence] = frozenset({"live", "footprint", "time"})
+_FOOTPRINT: frozenset[Dependence] = frozenset({"footprint", "time"})
 
-_NOTHING: frozenset[Kind] = frozenset()
-_TIME: frozenset[Kind] = frozenset({"time"})
-_MEMORY: frozenset[Kind] = frozenset({"live", "footprint", "time"})
-_FOOTPRINT: frozenset[Kind] = frozenset({"footprint", "time"})
-
-_OF_A_CPU_CASE: Mapping[str, frozenset[Kind]] = {
+_OF_A_CPU_CASE: Mapping[str, frozenset[Dependence]] = {
     # Each thread takes buffers of its own; which kernels run, and what they pack, goes by the instructions there are.
     "threads": _MEMORY,
     "cpu.instructions": _MEMORY,
@@ -42,7 +38,7 @@ _OF_A_CPU_CASE: Mapping[str, frozenset[Kind]] = {
 }
 """What bars which figures of a case that runs on a processor: whatever cards there are is nothing to it."""
 
-_OF_A_GPU_CASE: Mapping[str, frozenset[Kind]] = {
+_OF_A_GPU_CASE: Mapping[str, frozenset[Dependence]] = {
     **_OF_A_CPU_CASE,
     # Live memory is the card's own.
     "threads": _TIME,
@@ -52,14 +48,7 @@ _OF_A_GPU_CASE: Mapping[str, frozenset[Kind]] = {
     "variables.PYTORCH_CUDA_ALLOC_CONF": _MEMORY,
     "gpus": _MEMORY,
 }
-_OF_A_CARD: Mapping[str, frozenset[Kind]] = {"name": _MEMORY, "memory_bytes": _NOTHING, "driver": _FOOTPRINT}
-
-_COUNTED = (
-    "weights", "trained_weights", "frozen_weights", "optimizer_state", "cache", "activations", "disk", "data",
-    "compression_ratio", "corpus_kept", "padding",
-)  # fmt: skip
-_OF_THE_MODEL = ("final_loss", "accuracy", "bits_per_byte", "quality_loss", "quality_loss_error", "perplexity", "kl",
-                 "top1_agreement")  # fmt: skip
+_OF_A_CARD: Mapping[str, frozenset[Dependence]] = {"name": _MEMORY, "memory_bytes": _NOTHING, "driver": _FOOTPRINT}
 
 
 @dataclass(frozen=True)
@@ -74,8 +63,8 @@ class Difference:
         """``cores: 2, now 4``."""
         return f"{self.respect}: {self.base}, now {self.new}"
 
-    def bars(self, on_gpu: bool) -> frozenset[Kind]:
-        """The kinds of figures that cannot be compared for it.
+    def bars(self, on_gpu: bool) -> frozenset[Dependence]:
+        """The kinds of figures, by what they depend on, that cannot be compared because of it.
 
         Versions bar nothing: what they change is what one wants to know.
 
@@ -93,17 +82,6 @@ def differences(base: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[Differ
     if base.get("system") != new.get("system"):
         found.insert(0, Difference("system", base.get("system"), new.get("system")))
     return tuple(found)
-
-
-def kind(field: str) -> Kind:
-    """What a metric hangs on."""
-    metric = METRIC_OF_FIELD[field]
-    if metric.name in _COUNTED or metric.name in _OF_THE_MODEL or is_own(field):
-        return "counted"
-    if field.endswith("_bytes"):
-        is_taken = any(word in metric.name for word in ("footprint", "reserved", "overhead", "children"))
-        return "footprint" if is_taken else "live"
-    return "time"
 
 
 _OF_NO_USE = re.compile(

@@ -13,30 +13,23 @@ from pydantic import ConfigDict
 
 from membench.errors import ResultsError, summary
 from membench.protocol.readings import ProcessReading
-from membench.records.metrics import METRIC_OF_FIELD, own_metrics
+from membench.records.metrics import METRICS, PEAK_OF_PHASE, known_metric
 from membench.records.record import Record, Status
 from membench.records.run_file import Run
-from membench.regression.machines import kind
 from membench.regression.noise import Noise
 
 _AS_WRITTEN = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _MEASURED_TO_THE_END = ("ok", "diverged")
 _FROM_BAD_TO_WORSE = ("ok", "skipped", "diverged", "failed", "timeout", "out-of-memory", "crashed")
 
-_PART_OF_METRIC = {
-    "time_to_first_token_s": "prefill", "decode_tokens_per_s": "decode",
-    "forward_s": "forward", "backward_s": "backward", "optimizer_s": "optimizer",
-}  # fmt: skip
-"""Metrics that are the median of a part's durations, or what is done a step over it."""
+_MEDIANS = tuple(metric for metric in METRICS if metric.part and metric.role in ("time", "rate"))
+"""Metrics that are the median of the durations of a step or of a part of it, or what is done in a step over it."""
 
-_TOLD_BY_PHASE = ("load", "apply", "store", "warmup")
-"""Phases whose peaks are metrics, and of which what is held afterwards tells where the peak comes from."""
+_TOLD_BY_PHASE = tuple(phase for phase in PEAK_OF_PHASE if phase != "run")
+"""Phases of which what is held afterwards tells where their peak comes from; of a step its parts tell that."""
 
 _LEAST_S, _MOST_S = 1e-9, 2.0**63
 """Of a step's duration: no clock tells less."""
-
-OF_STEPS = ("step_median_s", "tokens_per_s", "read_mb_per_s")
-"""Metrics that are the median of the steps' durations, or what is done a step over it."""
 
 
 @dataclass(frozen=True)
@@ -176,8 +169,8 @@ def of_records(records: Sequence[Record], name: str, suite: str = "") -> Measure
 
 def _untimed(case: MeasuredCase) -> dict[str, Sequence[float]]:
     """What is no time: repeats of one run are too much alike to tell how far apart runs are."""
-    known = (name for name in case.values if own_metrics([name]) or name in METRIC_OF_FIELD)
-    return {name: case.values[name] for name in known if kind(name) != "time"}
+    known = {name: metric for name in case.values if (metric := known_metric(name)) is not None}
+    return {name: case.values[name] for name, metric in known.items() if metric.depends_on != "time"}
 
 
 def _case(case_id: str, repeats: Sequence[Record]) -> MeasuredCase:
@@ -254,17 +247,15 @@ def _samples(measured: Sequence[Record]) -> dict[str, list[list[float]]]:
         timed = process.phase("time")
         parts = timed.parts if timed else {}
         steps = process.durations_s or ()
-        durations = dict.fromkeys(OF_STEPS, steps)
-        for name, part in _PART_OF_METRIC.items():
-            of_part = parts[part].durations_s if part in parts else ()
-            durations[name] = of_part if len(of_part) == len(steps) else ()
-        for name, seconds in durations.items():
-            value = record.metrics.get(name)
+        for metric in _MEDIANS:
+            of_part = parts[metric.part].durations_s if metric.part and metric.part in parts else ()
+            seconds = steps if metric.part == "step" else of_part if len(of_part) == len(steps) else ()
+            value = record.metrics.get(metric.field)
             if value is not None and seconds and all(map(is_duration_of_a_step, seconds)):
                 middle = statistics.median(seconds)
-                rates = not name.endswith("_s") or name.endswith("_per_s")
-                of_repeat = [value * middle / each for each in seconds] if rates else list(seconds)
-                found.setdefault(name, []).append(of_repeat)
+                is_rate = metric.role == "rate"
+                of_repeat = [value * middle / each for each in seconds] if is_rate else list(seconds)
+                found.setdefault(metric.field, []).append(of_repeat)
     return found
 
 
@@ -282,7 +273,7 @@ def _stands_for(case: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _phases(process: ProcessReading) -> dict[str, dict[str, int]]:
-    found = {}
+    found: dict[str, dict[str, int]] = {}
     for phase in process.phases:
         peak, held = phase.live_peak_bytes, phase.live_held_bytes
         # A user's program may have phases of these names; live memory is not known of it.

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from membench.errors import EXIT_CANNOT_COMPARE, EXIT_CASES_FAILED, EXIT_OK, one_line
-from membench.records.metrics import Metric
+from membench.records.metric import Metric
 from membench.regression.attribution import Cause
 from membench.regression.decision import Verdict
-from membench.regression.machines import Difference, kind
+from membench.regression.machines import Difference
 from membench.regression.measured import Measured, MeasuredCase
 from membench.suite.tolerances import Tolerance
-from membench.units import format_bytes
+from membench.units import BYTES, format_bytes
 
 _MOST_CAUSES = 3
 _MORE_IN_TURN = "to tell such a time from chance, measure more rounds ('--repeats N'), or where less else is done"
@@ -92,11 +92,11 @@ class Change:
             return []
         told = [f"tolerance {self.tolerance.shown}"]
         asked = self.tolerance.allowed(self.base)
-        if kind(self.metric.field) == "time" and self.noise and self.base:
+        if self.metric.depends_on == "time" and self.noise and self.base:
             told.append(f"noise of this machine {self.noise / abs(self.base) * 100:.2g}%")
         elif self.allowed > asked and self.allowed == self.noise:
             told.append(f"noise of this machine {_shown(self.metric, self.noise)}")
-        elif self.allowed > asked and self.metric.field.endswith("_bytes"):
+        elif self.allowed > asked and self.metric.unit is BYTES:
             told.append(f"with the counters' granularity {format_bytes(self.allowed)}")
         if self.p_value is not None:
             told.append(f"p {self.p_value:.2g}")
@@ -191,7 +191,7 @@ class Judgement:
         return tuple(
             change
             for change in self.not_judged
-            if change.was_asked or not (change.barred and kind(change.metric.field) == "time")
+            if change.was_asked or not (change.barred and change.metric.depends_on == "time")
         )
 
     @property

@@ -7,15 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from membench.protocol.case import REFERENCE
-from membench.records.comparison import NO_DIVERGENCE, QUALITY, Comparison, Group
-from membench.records.metrics import METRIC_OF_FIELD
+from membench.records.comparison import Comparison, Group
+from membench.records.metrics import METRIC_OF_FIELD, NO_DIVERGENCE, PEAK_OF_PHASE
 from membench.records.record import Record
 from membench.report.cells import signed
 from membench.report.outcomes import said_of
 from membench.units import format_bytes, format_divergence, format_number, format_percent, format_seconds
 
-_NEEDED = ("peak_footprint_bytes", "load_peak_live_bytes", "apply_peak_live_bytes", "store_peak_live_bytes",
-           "warmup_peak_live_bytes", "peak_live_bytes")  # fmt: skip
+_NEEDED = ("peak_footprint_bytes", *(metric.field for metric in PEAK_OF_PHASE.values()))
 """What has to find room at one time or another; a case needs the highest of them."""
 
 _MUST_BE_KNOWN = ("peak_footprint_bytes", "peak_live_bytes")
@@ -247,7 +246,9 @@ def _loss(found: Comparison, group: Group, technique: str) -> _Loss:
     """A loss; one that chance explains is none."""
     if technique == REFERENCE:
         return _Loss("percent", 0.0, 0.0, "it is the reference, and loses nothing")
-    points, bits, divergence = (found.lost(group, technique, field) for field in QUALITY)
+    points, bits, divergence = (
+        found.lost(group, technique, field) for field in ("accuracy_percent", "lost_bits_per_byte", "kl_nats")
+    )
     if points is not None:
         told = f"loses {points:.1f} percentage points of accuracy" if points > 0 else "loses no accuracy beyond chance"
         return _Loss("percent", max(points, 0.0), found.error(group, technique, "accuracy_percent"), told)

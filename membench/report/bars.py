@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from membench.records.comparison import Comparison, Group
-from membench.records.metrics import METRIC_OF_FIELD, Metric
+from membench.records.metric import Metric
+from membench.records.metrics import METRIC_OF_FIELD
 from membench.report.cells import bound_of, figure, signed
 from membench.report.drawing import Bars, Series, listed
 from membench.report.pareto import drawn, left_out_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from membench.protocol.case import REFERENCE
 from membench.records.comparison import Comparison, Group
-from membench.records.metrics import Metric
+from membench.records.metric import Metric
 from membench.units import format_ratio
 
 # A figure is marked as approximate if its source may be off by more than this share of it.
@@ -35,8 +35,8 @@ def signed(found: Comparison, group: Group, technique: str, metric: Metric) -> s
     if value is None:
         return "–"
     shown = metric.format(value)
-    if metric.field == "lost_bits_per_byte":
-        error = found.value(group, technique, "lost_bits_per_byte_standard_error")
+    if metric.loss is not None and metric.loss.error_field is not None:
+        error = found.value(group, technique, metric.loss.error_field)
         shown += "" if error is None else f" ±{error:.4f}"
     return f"{sign(found, group, technique, metric)}{shown}"
 
@@ -47,7 +47,7 @@ def change(found: Comparison, group: Group, technique: str, metric: Metric, base
         ratio = found.ratio(group, technique, metric.field, base)
         return "" if ratio is None else bound_of_ratio(found, group, technique, metric, base) + format_ratio(ratio)
     difference = found.difference(group, technique, metric.field, base)
-    if difference is None or metric.field.endswith("standard_error"):
+    if difference is None or not metric.has_difference:
         return ""
     return f"{'-' if difference < 0 else '+'}{metric.format(abs(difference)).removeprefix('+')}"
 

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 from membench.host.environment import differences
 from membench.records.comparison import Comparison, Group
-from membench.records.metrics import METRIC_OF_FIELD, Metric
+from membench.records.metric import Metric
+from membench.records.metrics import METRIC_OF_FIELD
 from membench.records.run_file import Run
 from membench.report.cells import signed
 from membench.report.drawing import Lines, Series, listed
 from membench.report.summary import started
-from membench.units import byte_unit, format_percent
+from membench.units import format_percent
 
 _FOLLOWED = ("peak_live_bytes", "peak_footprint_bytes", "step_median_s", "bits_per_byte", "accuracy_percent")
 
@@ -42,7 +43,7 @@ def _lines(runs: Sequence[tuple[Run, Comparison]], group: Group, metric: Metric)
     labels = _labels([run for run, _ in runs])
     techniques = dict.fromkeys(technique for _, found in runs for technique in found.techniques(group))
     values = {name: [found.value(group, name, metric.field) for _, found in runs] for name in techniques}
-    unit, step = _unit(metric, max((v for column in values.values() for v in column if v is not None), default=0.0))
+    unit, step = metric.unit.axis(max((v for column in values.values() for v in column if v is not None), default=0.0))
     series = tuple(
         Series(name, tuple(None if value is None else value / step for value in column),
                tuple(signed(found, group, name, metric) for _, found in runs))
@@ -87,11 +88,3 @@ def _labels(runs: Sequence[Run]) -> tuple[str, ...]:
 def _commit(run: Run) -> str:
     commit = (run.header.get("machine") or {}).get("commit")
     return f"({commit})" if commit else "(commit not known)"
-
-
-def _unit(metric: Metric, highest: float) -> tuple[str, float]:
-    if metric.field.endswith("_bytes"):
-        return byte_unit(highest)
-    if metric.field.endswith("_s"):
-        return ("s", 1.0) if highest >= 1 else ("ms", 1e-3)
-    return ("%", 1.0) if metric.field.endswith("_percent") else ("", 1.0)

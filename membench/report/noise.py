@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from membench.records.metrics import METRIC_OF_FIELD, Metric
+from membench.records.metric import Metric
+from membench.records.metrics import METRIC_OF_FIELD
 from membench.records.record import Record, metrics_in
 from membench.regression.noise import Noise
 from membench.report.table_formats import DEFAULT, FORMATS

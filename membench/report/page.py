@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from membench.errors import MembenchError, one_line
 from membench.records.comparison import Comparison, Group
-from membench.records.metrics import Metric
+from membench.records.metric import Metric
 from membench.records.record import Record, metrics_in
 from membench.records.run_file import Run
 from membench.report import bars, cells, history, outcomes, pareto, savings, summary, text, timeline

@@ -6,23 +6,16 @@ import math
 from collections.abc import Callable, Sequence
 
 from membench.protocol.case import REFERENCE
-from membench.records.comparison import NO_DIVERGENCE, Comparison, Group
-from membench.records.metrics import METRIC_OF_FIELD, Metric
+from membench.records.comparison import Comparison, Group
+from membench.records.metric import Loss, Metric
+from membench.records.metrics import METRIC_OF_FIELD, NO_DIVERGENCE
 from membench.report.cells import figure, signed
 from membench.report.drawing import Cloud, Point, Tick, listed
 from membench.units import byte_unit
 
 _MOST_DRAWN = 60
 
-_QUALITY_TITLES = {
-    "accuracy_percent": "accuracy lost, percentage points",
-    "lost_bits_per_byte": "lost bits/byte",
-    "kl_nats": "KL from the reference, nats a token",
-}
 _TIMES = (("ms", 1e-3), ("µs", 1e-6), ("ns", 1e-9))
-_AGAINST = {
-    None: "time", "accuracy_percent": "quality", "lost_bits_per_byte": "quality", "kl_nats": "divergence",
-}  # fmt: skip
 
 
 def drawn(found: Comparison, group: Group) -> list[str]:
@@ -76,10 +69,16 @@ def pareto(found: Comparison, group: Group) -> Cloud:
     )
     table = (("technique", *(metric.title for metric in metrics), "Pareto"), *rows)
     caption = _caption_of_cloud(found, group, points, left_out) + left_out_of(found, group)
+    against = _loss(quality).what if quality else "time"
     return Cloud(
-        f"Memory against {_AGAINST[quality]}", caption, x_title, f"live peak, {unit}", ticks, points, _lowest(points),
-        table,
-    )  # fmt: skip
+        f"Memory against {against}", caption, x_title, f"live peak, {unit}", ticks, points, _lowest(points), table
+    )
+
+
+def _loss(quality: str) -> Loss:
+    loss = METRIC_OF_FIELD[quality].loss
+    assert loss is not None, f"{quality} tells no quality"
+    return loss
 
 
 def _is_ok(found: Comparison, group: Group, technique: str) -> bool:
@@ -110,7 +109,7 @@ def _axis(
         if speed == "tokens_per_s":  # of reading, which has no quality
             return f"time of a token, {unit}", (lambda value: value / step), ()
         return f"time of a step, {unit} (quality is not known)", (lambda value: value / step), ()
-    title = _QUALITY_TITLES[quality]
+    title = _loss(quality).axis
     if quality == "accuracy_percent":
         return title, (lambda value: value), ()
     known = [math.log10(value) for value in values if value > 0]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from membench.errors import one_line
-from membench.records.metrics import Metric, metrics_with
+from membench.records.metric import Metric
+from membench.records.metrics import metrics_with
 from membench.regression.measured import Measured
 from membench.regression.verdict import Change, Judgement, Pair
 from membench.report.table_formats import DEFAULT, FORMATS
@@ -13,7 +14,6 @@ from membench.suite.gates import Outcome
 from membench.units import format_ratio
 
 _ALWAYS_SHOWN = ("weights", "peak_live", "time")
-_SAID_BY_TIME = ("tokens_per_s", "read_speed")
 
 
 def table(judgements: Sequence[Judgement], form: str = DEFAULT) -> str:
@@ -141,7 +141,8 @@ def _is_shown(metric: Metric, changes: Sequence[Change | None]) -> bool:
     known = [change for change in changes if change is not None]
     if metric.name in _ALWAYS_SHOWN:
         return bool(known)
-    of_interest = metric.in_table and metric.name not in _SAID_BY_TIME
+    is_said_by_time = metric.role == "rate" and metric.part == "step"
+    of_interest = metric.in_table and not is_said_by_time
     return any(change.verdict != "same" and (change.is_watched or of_interest) for change in known)
 
 

@@ -8,13 +8,12 @@ from typing import NamedTuple
 from membench.errors import one_line
 from membench.protocol.case import REFERENCE
 from membench.records.comparison import Comparison, Group
-from membench.records.metrics import METRICS, Metric
+from membench.records.metric import Metric
+from membench.records.metrics import METRICS
 from membench.records.record import Record
 from membench.report.cells import bound_of_ratio
 from membench.report.text import is_shown
 from membench.units import format_difference, format_divergence, format_ratio
-
-_QUALITY = ("bits_per_byte", "final_loss_nats")
 
 
 def verdicts(records: Sequence[Record]) -> list[str]:
@@ -98,7 +97,7 @@ def ratios_of(found: Comparison, groups: Sequence[Group], technique: str, metric
             continue
         gains = value < 1 if metric.better == "lower" else value > 1
         bound = bound_of_ratio(found, group, technique, metric, REFERENCE)
-        is_chance = gains and metric.field in _QUALITY and found.value(group, technique, "final_loss_nats") is not None
+        is_chance = gains and metric.gains_by_chance and found.value(group, technique, "final_loss_nats") is not None
         tells = (
             abs(value - 1) > metric.same_within
             and not is_within_resolution(found, group, technique, metric)

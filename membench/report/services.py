@@ -6,10 +6,8 @@ import json
 import statistics
 from collections.abc import Iterator, Sequence
 
-from membench.records.metrics import Metric, is_own
+from membench.records.metric import Metric
 from membench.records.record import Record, metrics_in
-
-_UNITS = (("_per_s", "1/s"), ("_bytes", "bytes"), ("_s", "s"), ("_percent", "%"), ("_nats", "nats"), ("_j", "J"))
 
 
 def benchmark_action(records: Sequence[Record]) -> str:
@@ -21,7 +19,7 @@ def benchmark_action(records: Sequence[Record]) -> str:
     for case_id, metric, values in _figures(records):
         if metric.better == "lower":
             middle = statistics.median(values)
-            entry = {"name": f"{case_id} {metric.name}", "unit": _unit(metric), "value": middle}
+            entry = {"name": f"{case_id} {metric.name}", "unit": metric.unit.symbol or metric.title, "value": middle}
             if len(values) > 1:
                 entry["range"] = f"± {max(abs(value - middle) for value in values):g}"
             entries.append({**entry, "extra": f"{metric.meaning}; repeats: {len(values)}"})
@@ -50,10 +48,3 @@ def _figures(records: Sequence[Record]) -> Iterator[tuple[str, Metric, list[floa
             values = [value for record in repeats if (value := record.metrics.get(metric.field)) is not None]
             if values:
                 yield case_id, metric, values
-
-
-def _unit(metric: Metric) -> str:
-    if is_own(metric.field):
-        _, _, _, *unit = metric.field.split(".")
-        return unit[0] if unit else metric.title
-    return next((unit for end, unit in _UNITS if metric.field.endswith(end)), metric.title)

@@ -8,8 +8,8 @@ from datetime import datetime
 from typing import NamedTuple
 
 from membench.protocol.case import REFERENCE
-from membench.records.comparison import NO_DIVERGENCE, QUALITY, SAME_ACCURACY, Comparison, Group
-from membench.records.metrics import METRIC_OF_FIELD
+from membench.records.comparison import QUALITY, Comparison, Group
+from membench.records.metrics import METRIC_OF_FIELD, NO_DIVERGENCE, SAME_ACCURACY
 from membench.records.record import Record
 from membench.records.run_file import Run
 from membench.report.cells import bound_of_ratio, is_coarse, signed
@@ -178,7 +178,9 @@ def _loses_nothing(found: Comparison, group: Group, technique: str) -> bool:
 
 
 def _loss(found: Comparison, group: Group, technique: str) -> str:
-    points, bits, divergence = (found.lost(group, technique, field) for field in QUALITY)
+    points, bits, divergence = (
+        found.lost(group, technique, field) for field in ("accuracy_percent", "lost_bits_per_byte", "kl_nats")
+    )
     if points is not None:
         if not points:
             return f", gets as many of the held-out samples right to within {SAME_ACCURACY} percentage points"

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from membench.errors import one_line
 from membench.protocol.case import REFERENCE
 from membench.records.comparison import Comparison, Group, prefixes
-from membench.records.metrics import METRIC_OF_FIELD, Metric
+from membench.records.metric import Metric
+from membench.records.metrics import METRIC_OF_FIELD
 from membench.records.record import Record
 from membench.report.cells import bound_of, change, figure, is_coarse, sign
 from membench.report.flat import flat_rows

@@ -112,8 +112,13 @@ def _passing_file_pages(reading: MemoryReading, baseline_bytes: int) -> int:
     return 0 if seen is None or looked_at is None else max(0, seen - baseline_bytes - looked_at)
 
 
-def held(found: Figures, run: PhaseReading, memory: WorkerMemory) -> None:
-    """Live memory after a step."""
+def step_memory(found: Figures, run: PhaseReading, memory: WorkerMemory) -> None:
+    """Live memory of a step: its peak, and what is held after it."""
+    live(found, run, "peak_live_bytes", memory)
+    _held(found, run, memory)
+
+
+def _held(found: Figures, run: PhaseReading, memory: WorkerMemory) -> None:
     if memory.on_gpu:
         found.know("held_live_bytes", told(run.cuda_held_allocated_bytes), "torch.cuda.memory_allocated")
     elif memory.pinned:

@@ -16,7 +16,7 @@ from membench.host import environment
 from membench.plugins import local_files
 from membench.protocol.case import Case, PluginFile
 from membench.protocol.requests import Checkouts
-from membench.records.metrics import Metric
+from membench.records.metric import Metric
 from membench.records.record import Record
 from membench.records.run_file import Run, RunFile, find_run, read_run
 from membench.running.executors.executor import Opener

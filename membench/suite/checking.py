@@ -8,12 +8,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from membench import units
 from membench.errors import PluginError, RuleError, SuiteError, did_you_mean
 from membench.plugins import local_files
 from membench.protocol.case import PluginFile
-from membench.records.amounts import amount, wanted
-from membench.records.metrics import METRICS, Metric, own_metrics
+from membench.records.metric import Metric
+from membench.records.metrics import metrics_by_name, own_metrics
 from membench.records.validation import problem, shown
 from membench.suite.expansion import cases_of_program, expand
 from membench.suite.rules import refuse_idle_patterns, refuse_unknown_of_programs, rules
@@ -87,14 +86,14 @@ def _plugin_files(names: Sequence[str], folder: Path) -> tuple[PluginFile, ...]:
 
 
 def _limit(key: str, value: Any, own: Sequence[Metric]) -> tuple[str, float]:
-    known = {metric.name: metric for metric in (*METRICS, *own)}
+    known = metrics_by_name(own)
     metric = known.get(key)
     if metric is None:
         raise SuiteError(f"limits.{key}: no such metric; {did_you_mean(key, known)}")
     try:
-        limit = amount(metric, value)
+        limit = metric.unit.amount(value)
     except (ValueError, OverflowError):
-        raise SuiteError(f"limits.{key} = {shown(value)}: write {wanted(metric)}") from None
-    if limit < 0 and metric.format is not units.format_difference and metric not in own:
+        raise SuiteError(f"limits.{key} = {shown(value)}: write {metric.unit.expected}") from None
+    if limit < 0 and metric.signed != "yes":
         raise SuiteError(f"limits.{key} = {shown(value)}: a limit must not be negative")
     return metric.field, limit

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from membench.errors import PluginError, SuiteError, did_you_mean, summary
 from membench.plugins import Setting, registry
 from membench.protocol.case import REFERENCE, Case, Plugin, PluginFile
-from membench.records.metrics import METRICS, own_field, own_metrics
+from membench.records.metric import own_field
+from membench.records.metrics import METRICS, own_metrics
 from membench.records.names import checked_name, members, parts
 from membench.records.validation import shown
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from membench.errors import RuleError, did_you_mean
 from membench.protocol.case import REFERENCE
-from membench.records.amounts import is_duration
-from membench.records.metrics import METRICS, Metric
+from membench.records.metric import Metric
+from membench.records.metrics import metrics_by_name
 from membench.records.record import Record
 from membench.records.validation import shown
 from membench.units import format_bytes, format_number, format_seconds, parse_bytes, parse_seconds
@@ -22,7 +22,6 @@ from membench.units import format_bytes, format_number, format_seconds, parse_by
 _LONGEST_RULE = 400
 _DEEPEST = 20
 _REFERENCE = "reference"
-_NAMED = {metric.name: metric for metric in METRICS}
 _COMPARISONS: Mapping[str, Callable[[float, float], bool]] = {
     "<=": operator.le, "<": operator.lt, ">=": operator.ge, ">": operator.gt,
 }  # fmt: skip
@@ -48,6 +47,7 @@ class _Unit(NamedTuple):
 
 
 _NUMBER, _SIZE, _DURATION = _Unit(), _Unit(bytes=1), _Unit(seconds=1)
+_UNIT_OF_WHAT_IS_COUNTED = {"bytes": _SIZE, "seconds": _DURATION}
 
 
 class _Unknown(Exception):
@@ -158,7 +158,7 @@ class _Parser:
 
     def __init__(self, text: str, own: Sequence[Metric]) -> None:
         self._text = text
-        self._named = {**_NAMED, **{metric.name: metric for metric in own}}
+        self._named = metrics_by_name(own)
         self._tokens = list(_tokens(text))
         self._at = 0
         self._depth = 0
@@ -263,7 +263,7 @@ class _Parser:
         if metric is None:
             raise self._wrong(token, f"no metric is named '{name}'; {did_you_mean(name, [*self._named, _REFERENCE])}")
         found = metric
-        unit = _SIZE if metric.field.endswith("_bytes") else _DURATION if is_duration(metric) else _NUMBER
+        unit = _UNIT_OF_WHAT_IS_COUNTED.get(metric.unit.counts, _NUMBER)
         return _Side(lambda lookup: lookup(of_reference, found), unit, of_reference, frozenset({found.name}))
 
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from membench.errors import RuleError, SuiteError, did_you_mean
-from membench.records.metrics import METRICS_OF_PROGRAMS, Metric
+from membench.records.metric import Metric
+from membench.records.metrics import METRICS_OF_SCRIPTS
 from membench.records.validation import shown
 from membench.suite.gates import Gate
 from membench.suite.gates import of_table as gates_of_table
@@ -56,10 +57,10 @@ def refuse_unknown_of_programs(
     named = [(f"limits.{name}", name) for name in limits]
     named += [(f"regression.{each.metric.name}", each.metric.name) for each in tolerances if each.origin == "suite"]
     named += [(f"gate: rule {shown(gate.text)}", name) for gate in gates for name in sorted(gate.metrics)]
+    known = [metric.name for metric in METRICS_OF_SCRIPTS]
     for where, name in named:
-        if name not in METRICS_OF_PROGRAMS:
-            known = ", ".join(METRICS_OF_PROGRAMS)
-            raise SuiteError(f"{where}: of a script {name} is not known; known: {known}")
+        if name not in known:
+            raise SuiteError(f"{where}: of a script {name} is not known; known: {', '.join(known)}")
     for gate in gates:
         if gate.uses_reference:
             raise SuiteError(f"gate: rule {shown(gate.text)}: a script has no reference; hold it against an amount")

@@ -12,7 +12,8 @@ from typing import Any, Self
 
 from membench.errors import SuiteError
 from membench.protocol.case import REFERENCE, Case, PluginFile
-from membench.records.metrics import Metric, own_metrics
+from membench.records.metric import Metric
+from membench.records.metrics import own_metrics
 from membench.records.names import parts
 from membench.records.validation import shown
 from membench.suite import python_files, toml_files

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from membench.errors import RuleError, UnknownMetric, did_you_mean
-from membench.records.amounts import amount, wanted
-from membench.records.metrics import METRICS, Metric
+from membench.records.metric import Metric
+from membench.records.metrics import METRICS, metrics_by_name
 from membench.records.validation import shown
 
 Origin = Literal["default", "suite", "command line"]
@@ -27,7 +27,7 @@ class Tolerance:
     """How much worse one metric may get in the cases that a pattern fits.
 
     Attributes:
-        metric: which, as in ``record.METRICS``.
+        metric: its row in the table of metrics.
         amount: a share of the base's figure (0.02 for '2%'), or an amount in the unit of ``metric.field``; infinite
             for 'off'.
         is_relative: which of the two.
@@ -58,18 +58,10 @@ class Tolerance:
         return f"{'' if self.match == _EVERY else f'{self.match}:'}{self.metric.name}:{self.shown}"
 
 
-_REPEATING_WITHIN_ONE_PERCENT = (
-    "weights", "trained_weights", "frozen_weights", "optimizer_state", "cache", "activations", "disk", "data",
-    "peak_live", "held_live", "load_peak_live", "apply_peak_live", "store_peak_live",
-)  # fmt: skip
-
-_NAMED: Mapping[str, Metric] = {metric.name: metric for metric in METRICS}
-
-DEFAULTS: tuple[Tolerance, ...] = (
-    *(Tolerance(_NAMED[name], 0.01, is_relative=True) for name in _REPEATING_WITHIN_ONE_PERCENT),
-    Tolerance(_NAMED["time"], 0.10, is_relative=True),
+DEFAULTS: tuple[Tolerance, ...] = tuple(
+    Tolerance(metric, metric.tolerance, is_relative=True) for metric in METRICS if metric.tolerance is not None
 )
-"""What fails where nobody says otherwise: memory that repeats within 1 %, and time by more than 10 %."""
+"""What is watched where nobody says otherwise."""
 
 
 def parse_fail(text: str, own: Sequence[Metric] = ()) -> Tolerance:
@@ -123,7 +115,7 @@ def _of_metrics(where: str, table: Mapping[str, Any], match: str, own: Sequence[
 
 
 def _tolerance(name: str, value: Any, match: str, origin: Origin, own: Sequence[Metric]) -> Tolerance:
-    named = {**_NAMED, **{metric.name: metric for metric in own}}
+    named = metrics_by_name(own)
     metric = named.get(name)
     if metric is None:
         raise UnknownMetric(f"no metric is named {shown(name)}; {did_you_mean(name, named)}")
@@ -132,14 +124,14 @@ def _tolerance(name: str, value: Any, match: str, origin: Origin, own: Sequence[
         return Tolerance(metric, math.inf, is_relative=True, match=match, origin=origin)
     if share := _SHARE.fullmatch(text):
         if not metric.has_ratio:
-            raise RuleError(f"a share of it has no meaning; write {wanted(metric)}")
+            raise RuleError(f"a share of it has no meaning; write {metric.unit.expected}")
         return Tolerance(metric, float(share[1]) / 100, is_relative=True, match=match, origin=origin)
     number = _NUMBER.fullmatch(text)
     try:
-        absolute = amount(metric, float(number[1]) if number else value)
+        absolute = metric.unit.amount(float(number[1]) if number else value)
     except (ValueError, OverflowError):
         percent = "a share such as '2%', or " if metric.has_ratio else ""
-        raise RuleError(f"write {percent}{wanted(metric)}, or 'off'") from None
+        raise RuleError(f"write {percent}{metric.unit.expected}, or 'off'") from None
     if absolute < 0:
         raise RuleError("how much worse it may get must not be negative")
     return Tolerance(metric, absolute, is_relative=False, match=match, origin=origin)

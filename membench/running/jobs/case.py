@@ -149,8 +149,7 @@ def _memory(
 ) -> None:
     """Memory and durations of phases, and what stages found out."""
     load, apply, run, time = (deriving.phase_of(process, name) for name in ("load", "apply", "run", "time"))
-    deriving.live(found, run, "peak_live_bytes", memory)
-    deriving.held(found, run, memory)
+    deriving.step_memory(found, run, memory)
     deriving.live(found, load, "load_peak_live_bytes", memory)
     deriving.live(found, apply, "apply_peak_live_bytes", memory)
     found.know("apply_s", apply.duration_s, "monotonic clock, under the pinned allocator")

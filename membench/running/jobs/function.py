@@ -59,8 +59,7 @@ class FunctionJob(RunnableJob):
             return found
         memory = WorkerMemory(readings.on_gpu, result.pinned, process.baseline or Baseline())
         run, time = deriving.phase_of(process, "run"), deriving.phase_of(process, "time")
-        deriving.live(found, run, "peak_live_bytes", memory)
-        deriving.held(found, run, memory)
+        deriving.step_memory(found, run, memory)
         deriving.warmup(found, deriving.phase_of(process, "warmup"), memory)
         deriving.footprint(found, run, time, memory, readings.interval_s)
         deriving.children(found, process.phases, readings.interval_s)
