@@ -63,6 +63,10 @@ def test_a_held_tensor_of_64_mib_is_seen_within_half_a_percent(records: dict[str
     assert records["block/none"].metrics["held_live_bytes"] == pytest.approx(64 * MIB, rel=0.005)
 
 
+def test_a_burst_of_300_mib_over_64_mib_that_stay_is_a_ratio_of_them(records: dict[str, Record]) -> None:
+    assert records["block/none"].metrics["peak_over_held_ratio"] == pytest.approx((64 + 300) / 64, rel=0.01)
+
+
 def test_weights_are_counted_to_the_byte(records: dict[str, Record]) -> None:
     assert records["block/none"].metrics["weights_bytes"] == 64 * MIB
     assert records["block/bf16"].metrics["weights_bytes"] == 32 * MIB
@@ -125,6 +129,8 @@ def test_peaks_of_parent_and_child_that_lie_apart_are_not_added(tmp_path: Path) 
     how = record.obtained["peak_live_bytes"]
     assert (how["bound"], how["children"]) == ("at least", True)
     assert how["at_most_bytes"] == pytest.approx(265 * MIB, rel=0.02)
+    assert record.metrics["peak_over_held_ratio"] is None
+    assert "children are in the peak" in record.reasons["peak_over_held_ratio"]
 
 
 def test_looking_takes_a_tenth_of_a_core_at_most_while_steps_are_timed(

@@ -216,6 +216,7 @@ def test_live_memory_on_a_gpu_is_what_torch_allocated() -> None:
     found = _gpu_case()
     assert found.metrics["peak_live_bytes"] == 100 * MIB
     assert found.metrics["held_live_bytes"] == 80 * MIB
+    assert found.metrics["peak_over_held_ratio"] == 1.25
 
 
 def test_the_context_is_what_the_process_holds_beyond_torchs_reserve() -> None:

@@ -53,6 +53,7 @@ def test_a_function_is_measured_whatever_kind_it_is_of(inner: pytest.Pytester) -
         assert "31 MiB" < result.peak_footprint < "34 MiB"
         assert "10 us" < result.time < "10 s"
         assert (result.peak_live - result.held_live) < 2**20
+        assert 1 <= result.peak_over_held < 1.05
 
     def test_lambda_of_what_is_let_go(membench):
         result = membench(lambda: len(block(twice(16))))

@@ -132,6 +132,7 @@ def test_the_record_says_what_is_known_and_why_the_rest_is_not(trained: Ran) -> 
     assert record.metrics["step_median_s"] == pytest.approx(phases_of(record)["script"]["duration_s"], abs=0.5)
     assert record.metrics["peak_live_bytes"] is None
     assert "keeps its own allocator" in record.reasons["peak_live_bytes"]
+    assert "peak_over_held_ratio" not in record.metrics
     assert record.obtained["peak_footprint_bytes"]["bound"] == "exact"
     assert record.machine["threads"] is None
 

@@ -113,9 +113,10 @@ def _passing_file_pages(reading: MemoryReading, baseline_bytes: int) -> int:
 
 
 def step_memory(found: Figures, run: PhaseReading, memory: WorkerMemory) -> None:
-    """Live memory of a step: its peak, and what is held after it."""
+    """Live memory of a step: its peak, what is held after it, and the ratio of the two."""
     live(found, run, "peak_live_bytes", memory)
     _held(found, run, memory)
+    _peak_over_held(found)
 
 
 def _held(found: Figures, run: PhaseReading, memory: WorkerMemory) -> None:
@@ -126,6 +127,23 @@ def _held(found: Figures, run: PhaseReading, memory: WorkerMemory) -> None:
                    resolution_bytes=resolution_bytes(), children=False)  # fmt: skip
     else:
         found.miss("held_live_bytes", _NOT_PINNED)
+
+
+def _peak_over_held(found: Figures) -> None:
+    """Derive how many times over a step needs, at its peak, what is held after it."""
+    name = "peak_over_held_ratio"
+    for part in ("peak_live_bytes", "held_live_bytes"):
+        if found.metrics[part] is None:
+            found.miss(name, found.reasons[part])
+            return
+    peak_bytes, held_bytes = found.metrics["peak_live_bytes"] or 0, found.metrics["held_live_bytes"] or 0
+    how = found.obtained["peak_live_bytes"]
+    if how.get("children"):
+        found.miss(name, "children are in the peak, and what they hold after a step is not known")
+    elif held_bytes <= found.obtained["held_live_bytes"].get("resolution_bytes", 0):
+        found.miss(name, "what is held after a step is nothing, or too little to be told from nothing")
+    else:
+        found.know(name, peak_bytes / held_bytes, "live peak over live held", how["bound"])
 
 
 def warmup(found: Figures, phase: PhaseReading, memory: WorkerMemory) -> None:
