@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from membench.host import scratch
+from membench.host.device import Device
 
 FUNCTIONS = "pytest"
 """What stands for the suite's name in the file of what functions of tests took."""
@@ -119,7 +120,8 @@ class Sharing:
 
     def gpu(self, devices: Sequence[str]) -> Gpu:
         """The GPU of this worker, if there are several and the devices leave it open which (``cuda``)."""
-        if self.worker is None or "cuda" not in devices or any(device.startswith("cuda:") for device in devices):
+        named = [device for device in map(Device.parse, devices) if device.on_gpu]
+        if self.worker is None or not named or any(device.index is not None for device in named):
             return Gpu({}, nullcontext())
         return self.gpu_among(_visible_gpus())
 

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ConfigDict
 
 from membench.errors import ResultsError, summary
+from membench.host.device import Device
 from membench.protocol.readings import ProcessReading
 from membench.records.metrics import METRICS, PEAK_OF_PHASE, known_metric
 from membench.records.record import Record, Status
@@ -89,7 +90,7 @@ class MeasuredCase:
 
     @property
     def on_gpu(self) -> bool:
-        return self.device.startswith("cuda")
+        return Device.parse(self.device).on_gpu
 
     @property
     def is_measured(self) -> bool:

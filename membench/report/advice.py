@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
+from membench.host.device import Device
 from membench.protocol.case import REFERENCE
 from membench.records.comparison import Comparison, Group
 from membench.records.metrics import METRIC_OF_FIELD, NO_DIVERGENCE, PEAK_OF_PHASE
@@ -117,8 +118,8 @@ def lines(records: Sequence[Record], given: Sequence[Advice]) -> Iterator[str]:
 def _on_top(records: Sequence[Record]) -> str:
     """What is not in the figures, and what of a GPU is."""
     said = []
-    on_cpu = [record for record in records if record.case["device"] == "cpu" and not _includes_interpreter(record)]
-    if any(record.case["device"] == "cpu" and _includes_interpreter(record) for record in records):
+    on_cpu = [record for record in records if not _on_gpu(record) and not _includes_interpreter(record)]
+    if any(not _on_gpu(record) and _includes_interpreter(record) for record in records):
         said.append("Of a program its interpreter and libraries are in it.")
     if on_cpu:
         taken = [
@@ -127,7 +128,7 @@ def _on_top(records: Sequence[Record]) -> str:
         ]  # fmt: skip
         amount = f": up to {format_bytes(max(taken))} in this run" if taken else ""
         said.append(f"What the interpreter and its libraries take comes on top{amount}.")
-    if any(record.case["device"] != "cpu" for record in records):
+    if any(_on_gpu(record) for record in records):
         said.append("Of cases on a GPU it is the GPU's own memory, the CUDA context in the footprint.")
     return " ".join(said)
 
@@ -197,6 +198,10 @@ def _unfit(found: Comparison, group: Group, technique: str) -> str | None:
                 reason = record.reasons.get(field) or "the record does not say why"
                 return f"its {METRIC_OF_FIELD[field].title} is not known: {reason}"
     return None
+
+
+def _on_gpu(record: Record) -> bool:
+    return Device.parse(record.case["device"]).on_gpu
 
 
 def _includes_interpreter(record: Record) -> bool:

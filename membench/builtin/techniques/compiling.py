@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from membench.builtin.techniques.optimizers import missing_compiler
+from membench.host.device import Device
 from membench.plugins import Context, Setting, Technique
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Compile(Technique):
     acts_on: ClassVar[str] = "time, activations"
 
     def refuse(self, setting: Setting) -> str | None:
-        if setting.device.startswith("cuda") and importlib.util.find_spec("triton") is None:
+        if Device.parse(setting.device).on_gpu and importlib.util.find_spec("triton") is None:
             return "torch.compile wants triton for a GPU, and it is not installed"
         return missing_compiler(setting.device)
 

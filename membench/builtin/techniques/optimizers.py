@@ -11,6 +11,7 @@ from pydantic import Field
 
 from membench.builtin.techniques.master_weights import adamw_with_master_weights
 from membench.builtin.techniques.precision import Bf16
+from membench.host.device import Device
 from membench.plugins import Context, Setting, Technique, Unsuitable
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class AdamWFp8(_TorchaoAdamW):
     def make(self, parameters: list[nn.Parameter], learning_rate: float, context: Context) -> torch.optim.Optimizer:
         import torch
 
-        if context.device.startswith("cuda"):
+        if Device.parse(context.device).on_gpu:
             capability = torch.cuda.get_device_capability(context.device)
             if capability < (8, 9):
                 raise Unsuitable(f"float8 wants compute capability 8.9; this GPU has {capability[0]}.{capability[1]}")
@@ -183,7 +184,7 @@ class SgdMomentum(OptimizerTechnique):
 
 def missing_compiler(device: str) -> str | None:
     """Why torch.compile cannot make kernels for a device here: C++ for a CPU, a launcher in C for a GPU."""
-    if device.startswith("cuda"):
+    if Device.parse(device).on_gpu:
         wanted, language = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"], "C"
     else:
         default = "clang++" if sys.platform == "darwin" else "g++"

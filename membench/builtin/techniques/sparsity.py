@@ -10,6 +10,7 @@ from pydantic import Field
 
 from membench.builtin.techniques.pruning import Pruning, is_linear, is_transposed, plain_weight
 from membench.builtin.techniques.quantizer import as_linear
+from membench.host.device import Device
 from membench.plugins import Context, Setting, Unsuitable, output_head, replaced
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ class SemiStructured(_Unstructured):
     devices: ClassVar[tuple[str, ...]] = ("cuda",)
 
     def refuse(self, setting: Setting) -> str | None:
-        if not setting.device.startswith("cuda"):
+        if not Device.parse(setting.device).on_gpu:
             return "2:4 sparse kernels need a CUDA device of capability 8.0 or more; a CPU has none"
         if setting.workload.trains:
             return "2:4 sparse weights are multiplied here, not trained"
