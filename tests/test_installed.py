@@ -11,7 +11,7 @@ from tests.fresh_environment import FreshEnvironment
 def test_the_wheel_has_pages_templates_and_the_tutorial(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"membench/report/page.{ending}" for ending in ("html", "css", "js")} <= names
-    assert {"membench/docs/plugins.md", "membench/templates/any/pyproject.toml.txt"} <= names
+    assert {"membench/docs/plugins.md", "membench/testing/templates/any/pyproject.toml.txt"} <= names
 
 
 def test_the_wheel_runs_a_suite_by_name_outside_the_checkout(fresh: FreshEnvironment, tmp_path: Path) -> None:
