@@ -10,7 +10,7 @@ import pytest
 
 # A pytest that runs inside a test's process has Python forget the modules it imported; half of a pair that knows each
 # other's classes must not be among them.
-import membench.suite  # noqa: F401
+import membench.suite.loading  # noqa: F401
 from tests import fresh_environment
 from tests.fresh_environment import FreshEnvironment
 
