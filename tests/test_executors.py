@@ -44,8 +44,8 @@ class _Elsewhere:
         node = {"system": f"node {len(self.jobs)}", "cores": 64}
         return dataclasses.replace(self._here.measure(job), machine=node)
 
-    def begin_afresh(self) -> None:
-        self._here.begin_afresh()
+    def restart(self) -> None:
+        self._here.restart()
 
     def __enter__(self) -> _Elsewhere:
         self._here.__enter__()
