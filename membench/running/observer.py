@@ -99,7 +99,7 @@ class Observer:
             self._watch.close()
             self._watch = None
 
-    def look(self) -> Sample | None:
+    def sample(self) -> Sample | None:
         """Take a sample of the process and its descendants; return ``None`` once the process has ended."""
         if self._watch is None:
             return None
@@ -130,13 +130,13 @@ class Observer:
     def begin_phase(self) -> None:
         """Take a sample and start collecting values for a phase."""
         self._seen = Observed()
-        self.look()
+        self.sample()
         self._seen.began_s = time.monotonic() - self._began
         self._energy_mj = self._reading.energy_mj if self._reading else None
 
     def end_phase(self) -> Observed:
         """Take a sample and return the values collected since the phase began."""
-        self.look()
+        self.sample()
         assert self._seen is not None
         seen, self._seen = self._seen, None
         seen.ended_s = time.monotonic() - self._began

@@ -254,7 +254,7 @@ class RunningJob:
         began = time.monotonic()
         if began < next_sample_at_s:
             return next_sample_at_s
-        samples = [rank.observer.look() for rank in self.ranks if rank not in self._ended]
+        samples = [rank.observer.sample() for rank in self.ranks if rank not in self._ended]
         if seen := [sample.held_bytes for sample in samples if sample is not None]:
             self._tell("memory", {"bytes": sum(seen)})
         if any(rank.phase == "time" for rank in self.ranks):
