@@ -1,4 +1,4 @@
-"""What a session asks of an executor, whoever it is: a record for each job, and the machine that it was measured on."""
+"""The interface between session and executor: a record of each job, with the machine it was measured on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from membench.running.session import run
 
 _SUITE = """\
 [suite]
-name = "elsewhere"
+name = "remote"
 [matrix]
 model = ["block"]
 technique = ["none", "bf16"]
@@ -29,45 +29,45 @@ measured_steps = 1
 """
 
 
-class _Elsewhere:
-    """Measures here, and says of each record that it is of another machine."""
+class _RemoteExecutor:
+    """Measures on this machine, and labels each record with another machine."""
 
     def __init__(self, needs: Needs, tell: Tell) -> None:
-        self.machine: Mapping[str, Any] = {"system": "elsewhere", "cores": 64}
-        self.needs, self._here = needs, LocalExecutor(needs, tell)
+        self.machine: Mapping[str, Any] = {"system": "remote", "cores": 64}
+        self.needs, self._local = needs, LocalExecutor(needs, tell)
         self.jobs: list[str] = []
         self.is_closed = False
-        OPENED.append(self)
+        _OPENED.append(self)
 
     def measure(self, job: RunnableJob) -> Record:
         self.jobs.append(job.id)
         node = {"system": f"node {len(self.jobs)}", "cores": 64}
-        return dataclasses.replace(self._here.measure(job), machine=node)
+        return dataclasses.replace(self._local.measure(job), machine=node)
 
-    def begin_afresh(self) -> None:
-        self._here.begin_afresh()
+    def restart(self) -> None:
+        self._local.restart()
 
-    def __enter__(self) -> _Elsewhere:
-        self._here.__enter__()
+    def __enter__(self) -> _RemoteExecutor:
+        self._local.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.is_closed = True
-        self._here.__exit__(kind, error, at)
+        self._local.__exit__(kind, error, at)
 
 
-OPENED: list[_Elsewhere] = []
+_OPENED: list[_RemoteExecutor] = []
 
 
-def test_a_run_is_of_the_machine_that_its_executor_names_and_each_record_of_its_own(tmp_path: Path) -> None:
-    path = tmp_path / "elsewhere.toml"
+def test_the_header_and_each_record_name_the_machine_of_the_executor(tmp_path: Path) -> None:
+    path = tmp_path / "remote.toml"
     path.write_text(_SUITE)
-    OPENED.clear()
-    kept = run(membench.load_suite(path), output=tmp_path / "results", executor=_Elsewhere)
-    (executor,) = OPENED
-    assert kept.header["machine"] == {"system": "elsewhere", "cores": 64}
-    assert [record.machine["system"] for record in kept.records] == ["node 1", "node 2"]
-    assert [record.status for record in kept.records] == ["ok", "ok"]
+    _OPENED.clear()
+    measured = run(membench.load_suite(path), output=tmp_path / "results", executor=_RemoteExecutor)
+    (executor,) = _OPENED
+    assert measured.header["machine"] == {"system": "remote", "cores": 64}
+    assert [record.machine["system"] for record in measured.records] == ["node 1", "node 2"]
+    assert [record.status for record in measured.records] == ["ok", "ok"]
     assert executor.jobs == ["block/none/known-burst/cpu", "block/bf16/known-burst/cpu"]
     assert executor.is_closed
     assert str(executor.needs.devices[0]) == "cpu"

@@ -136,13 +136,13 @@ def test_peaks_of_parent_and_child_that_lie_apart_are_not_added(tmp_path: Path) 
 def test_looking_takes_a_tenth_of_a_core_at_most_while_steps_are_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    look_s, look = 0.05, Observer.look
+    look_s, look = 0.05, Observer.sample
 
     def slowly(observer: Observer) -> Sample | None:
         time.sleep(look_s)
         return look(observer)
 
-    monkeypatch.setattr(Observer, "look", slowly)
+    monkeypatch.setattr(Observer, "sample", slowly)
     path = tmp_path / "suite.toml"
     path.write_text(
         '[suite]\nname = "timed"\n[matrix]\nmodel = ["block"]\ntechnique = ["none"]\nworkload = ["known-burst"]\n'

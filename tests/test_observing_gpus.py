@@ -110,7 +110,7 @@ def _observed(nvml: FakeNvml, uuid: str = "bb") -> dict[str, Any]:
         for process in shown:
             if process.usedGpuMemory is not None:
                 process.usedGpuMemory = now
-        observer.look()
+        observer.sample()
     if nvml.energy_mj is not None:
         nvml.energy_mj += 2500
     return vars(observer.end_phase())
@@ -183,7 +183,7 @@ def test_a_device_that_refuses_its_memory_only_once_keeps_what_was_seen() -> Non
     assert observer.use_gpu("bb") is None
     observer.begin_phase()
     nvml.used["GPU-bb"] += 7 * MIB
-    observer.look()
+    observer.sample()
     nvml.refused = ("nvmlDeviceGetMemoryInfo",)
     seen = vars(observer.end_phase())
     assert (seen["gpu_used_peak_bytes"], seen["gpu_used_end_bytes"]) == (7 * MIB, None)
@@ -286,7 +286,7 @@ def _program(nvml: FakeNvml) -> tuple[list[PhaseReading], Figures]:
         nvml.used["GPU-bb"] = (300 + mib) * MIB
         for process in nvml.processes.get("GPU-bb", []):
             process.usedGpuMemory = mib * MIB
-        observer.look()
+        observer.sample()
 
     marked.enter("train")
     take(1024)

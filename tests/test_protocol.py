@@ -1,4 +1,4 @@
-"""What crosses the borders: written and read again it is the same, and what is no message is refused."""
+"""The encoding of messages, requests, orders and devices: round trips, and errors for invalid input."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _RESULT = messages.Result(
     ],
     ids=lambda message: message.event,
 )  # fmt: skip
-def test_a_message_is_read_as_it_was_said(message: messages.Message) -> None:
+def test_a_message_survives_a_round_trip(message: messages.Message) -> None:
     line = messages.encode(message)
     assert line.count(b"\n") == 1
     assert messages.decode(line) == message
@@ -50,7 +50,7 @@ def test_a_message_is_read_as_it_was_said(message: messages.Message) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        b"", b"no JSON", b"[]", b"3", b'{"event": "unheard of"}', b'{"event": []}', b'{"phase": "run"}',
+        b"", b"no JSON", b"[]", b"3", b'{"event": "unknown"}', b'{"event": []}', b'{"phase": "run"}',
         b'{"event": "begin", "phase": 3}', b'{"event": "end", "reading": {"name": "run"}}',
         b'{"event": "end", "reading": {"name": "run", "allocator": "pinned", "peak_live_bytes": "7"}}',
         b'{"event": "end", "reading": {"name": "run", "allocator": "pinned", "held_live_bytes": 1e300}}',
@@ -58,7 +58,7 @@ def test_a_message_is_read_as_it_was_said(message: messages.Message) -> None:
         b'{"event": "result", "result": {"pinned": true, "durations_s": [NaN]}}', b"[" * 100_000,
     ],
 )  # fmt: skip
-def test_what_is_no_message_is_refused_in_one_line(line: bytes) -> None:
+def test_an_invalid_message_is_an_error_of_one_line(line: bytes) -> None:
     with pytest.raises(messages.BrokenMessage) as caught:
         messages.decode(line)
     assert "\n" not in str(caught.value)
@@ -78,12 +78,12 @@ def test_what_is_no_message_is_refused_in_one_line(line: bytes) -> None:
     ],
     ids=lambda work: work.what,
 )  # fmt: skip
-def test_a_request_is_read_as_it_was_made(work: Any) -> None:
+def test_a_request_survives_a_round_trip(work: Any) -> None:
     request = requests.Request(work, requests.Rank("cuda:1", 4, 1, 2), "scratch")
     assert requests.decode_json(json.dumps(requests.encode(request)).encode()) == request
 
 
-def test_orders_and_answers_of_the_fork_server_are_read_as_they_were_given() -> None:
+def test_orders_and_answers_of_the_fork_server_survive_a_round_trip() -> None:
     for order in (forking.StartWorker({"a": 1}, 0, "fork"), forking.StartProgram(["true"], 0, 0.5), forking.Kill()):
         assert forking.decode_order(forking.encode_order(order)) == order
     for answer in (forking.Ready(), forking.Started(7), forking.WorkerEnded(7, 9, 1.0, 2, 3, True, ["sleep"])):
@@ -94,19 +94,19 @@ def test_orders_and_answers_of_the_fork_server_are_read_as_they_were_given() -> 
     ("text", "kind", "index", "count"),
     [("cpu", "cpu", None, 1), ("cuda", "cuda", None, 1), ("cuda:12", "cuda", 12, 1), ("8xcuda", "cuda", None, 8)],
 )
-def test_a_device_is_a_kind_an_index_and_a_count(text: str, kind: str, index: int | None, count: int) -> None:
+def test_a_device_is_parsed_into_kind_index_and_count(text: str, kind: str, index: int | None, count: int) -> None:
     device = Device.parse(text)
     assert (device.kind, device.index, device.count, str(device)) == (kind, index, count, text)
     assert len(device.ranks) == count
 
 
-def test_the_ranks_of_several_gpus_have_one_each() -> None:
+def test_each_rank_of_a_job_on_several_gpus_has_its_own() -> None:
     assert list(map(str, Device.parse("2xcuda").ranks)) == ["cuda:0", "cuda:1"]
     assert list(map(str, Device.parse("2xcpu").ranks)) == ["cpu", "cpu"]
     assert list(map(str, Device.parse("cuda").ranks)) == ["cuda"]
 
 
 @pytest.mark.parametrize("text", ["", "gpu", "cuda:", "cuda:01", "cpu:0", "0xcpu", "2xcuda:1", "2 x cpu", "cuda:1000"])
-def test_what_is_no_device_is_refused(text: str) -> None:
+def test_an_invalid_device_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="write cpu, cuda or cuda:0"):
         Device.parse(text)

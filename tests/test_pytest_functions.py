@@ -418,7 +418,7 @@ def test_what_workers_share_is_no_leftover_while_one_of_them_lives(tmp_path: Pat
         "import sys, datetime, pathlib; from membench.pytest_plugin.sharing import Sharing\n"
         f"folder = pathlib.Path({str(folder)!r})\n"
         "sharing = Sharing(folder, folder, datetime.datetime.now(), True, 0, 1)\n"
-        "sharing.passing('x').touch(); print('there', flush=True); sys.stdin.read()"
+        "sharing.new_file('x').touch(); print('there', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
         assert worker.stdout is not None

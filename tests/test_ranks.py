@@ -1,4 +1,4 @@
-"""A job on several ranks: phases begin together, the ranks end together, and all that they read is kept."""
+"""Jobs on several ranks: common phase boundaries, common end, and readings of every rank in the record."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ def executor(tmp_path: Path) -> Iterator[LocalExecutor]:
 
 
 def _job(folder: Path, function: Callable[[], Any], **settings: Any) -> FunctionJob:
-    given = pickling.as_bytes((function, (), {}), by_value=[sys.modules[__name__]])
-    here = {"path": sys.path, "folder": str(folder), "environment": environment.worker_environment(1), "call": given}
-    (folder / "call").write_bytes(pickle.dumps(here))
+    call = pickling.as_bytes((function, (), {}), by_value=[sys.modules[__name__]])
+    request = {"path": sys.path, "folder": str(folder), "environment": environment.worker_environment(1), "call": call}
+    (folder / "call").write_bytes(pickle.dumps(request))
     return FunctionJob(
         id="f", repeat=0, device=_DEVICE, model="file", workload="test", pickled=folder / "call",
         raised=folder / "raised", settings=Settings.model_validate({"measured_steps": 2, **settings}),
     )  # fmt: skip
 
 
-def test_each_rank_is_read_by_itself_and_phases_begin_together(executor: LocalExecutor, tmp_path: Path) -> None:
-    def hold() -> bytearray:
-        # Each rank makes a folder of its name: the second is slower by half a second.
-        is_second = not _made(tmp_path / "first")
+def test_each_rank_has_its_own_readings_and_phases_begin_together(executor: LocalExecutor, tmp_path: Path) -> None:
+    def allocate() -> bytearray:
+        # The rank that does not create the folder is slower by half a second.
+        is_second = not _create(tmp_path / "first")
         time.sleep(0.5 if is_second else 0.0)
         return bytearray(32 * _MIB)
 
-    record = executor.measure(_job(tmp_path, hold))
+    record = executor.measure(_job(tmp_path, allocate))
     assert (record.status, record.message) == ("ok", None)
     assert [(process.rank, process.device) for process in record.processes] == [(0, "cpu"), (1, "cpu")]
     assert len({process.pid for process in record.processes}) == 2
@@ -60,13 +60,14 @@ def test_each_rank_is_read_by_itself_and_phases_begin_together(executor: LocalEx
     assert first is not None
     assert second is not None
     assert first.began_s == pytest.approx(second.began_s, abs=0.2)
-    # What both hold at one moment is in the timeline of the job.
+    # The timeline of the job contains the sum over both ranks.
     assert max(record.timeline["anonymous_bytes"]) > max(
         process.baseline.anonymous_bytes for process in record.processes if process.baseline
     )
 
 
-def _made(folder: Path) -> bool:
+def _create(folder: Path) -> bool:
+    """Create a folder; return whether it did not exist."""
     try:
         folder.mkdir()
     except FileExistsError:
@@ -74,23 +75,23 @@ def _made(folder: Path) -> bool:
     return True
 
 
-def test_if_one_rank_dies_the_others_are_ended_and_it_is_named(executor: LocalExecutor, tmp_path: Path) -> None:
-    def die() -> None:
-        if _made(tmp_path / "dead"):
+def test_a_crash_of_one_rank_kills_the_others_and_the_message_names_it(executor: LocalExecutor, tmp_path: Path) -> None:
+    def crash() -> None:
+        if _create(tmp_path / "crashed"):
             os.abort()
         time.sleep(600)
 
-    began = time.monotonic()
-    record = executor.measure(_job(tmp_path, die))
-    assert time.monotonic() - began < 60
+    started_s = time.monotonic()
+    record = executor.measure(_job(tmp_path, crash))
+    assert time.monotonic() - started_s < 60
     assert record.status == "crashed"
     assert record.message in ("rank 0: killed by SIGABRT", "rank 1: killed by SIGABRT")
     assert len(record.processes) == 2
-    # Nothing of them is left, and the next job begins as if nothing had happened.
+    # No process is left, and the next job is not affected.
     assert executor.measure(_job(tmp_path, int)).status == "ok"
 
 
-def test_ranks_that_take_too_long_are_ended_together(executor: LocalExecutor, tmp_path: Path) -> None:
+def test_a_timeout_kills_all_ranks(executor: LocalExecutor, tmp_path: Path) -> None:
     record = executor.measure(_job(tmp_path, lambda: time.sleep(600), timeout_s=2))
     assert record.status == "timeout"
     assert record.message in ("rank 0: not done after 2 s", "rank 1: not done after 2 s")

@@ -185,7 +185,7 @@ def test_a_long_case_loses_resolution_and_never_its_peak(looks: int) -> None:
     observer.close()
     observer._watch = _Scripted(lambda look: 10**9 if look == peak_at else look)
     for _ in range(looks):
-        observer.look()
+        observer.sample()
     timeline = kept.columns()
     assert min(looks, 1000) <= len(timeline["at_s"]) <= 2000
     assert {len(column) for column in timeline.values()} == {len(timeline["at_s"])}

@@ -1,1 +1,1 @@
-"""What the runner and a measured process say to each other, and the marks of phases in a user's program."""
+"""The protocol between the runner and measured processes, and the marks of phases in a user's program."""

@@ -1,4 +1,4 @@
-"""A case and the plug-ins that it is made of, with names as the suite wrote them."""
+"""Cases and the plug-ins they consist of, under the names used in the suite."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 REFERENCE = "none"
-"""The technique whose case every ratio is against."""
+"""The technique of reference cases, to which all ratios refer."""
 
 
 @dataclass(frozen=True)
 class PluginFile:
-    """A file of a suite's own plug-ins: its name in the suite, where it is, and what it was when the suite was read."""
+    """A file of local plug-ins: its name in the suite, its path, and its fingerprint when the suite was read."""
 
     name: str
     path: str
@@ -21,7 +21,7 @@ class PluginFile:
 
 @dataclass(frozen=True)
 class Plugin:
-    """A plug-in named by a suite: what to look up, with which options, and in which file if it is not installed."""
+    """A plug-in named by a suite: its registered name, its options, and its file if it is not installed."""
 
     use: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -29,12 +29,13 @@ class Plugin:
 
     @property
     def files(self) -> tuple[PluginFile, ...]:
+        """Its file, if it is a local plug-in, else nothing."""
         return () if self.file is None else (self.file,)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure, with names as the suite wrote them and what they stand for."""
+    """A case of a suite: the names used in the suite, and the plug-ins they refer to."""
 
     model: str
     technique: str
@@ -44,13 +45,13 @@ class Case:
     technique_plugins: tuple[Plugin, ...]
     workload_plugin: Plugin
     metric_plugins: Mapping[str, Plugin] = field(default_factory=dict)
-    """By field, the quality metrics that are plug-ins."""
+    """Quality metrics that are plug-ins, by metric field."""
     command: tuple[str, ...] | None = None
-    """Of a user's program: how it is started, its arguments included."""
+    """The command of a user's program with its arguments; ``None`` for other cases."""
 
     @property
     def plugins(self) -> tuple[tuple[str, Plugin], ...]:
-        """All that it is made of, each with its kind."""
+        """All plug-ins of the case, each with its kind."""
         return (
             ("model", self.model_plugin),
             *(("technique", plugin) for plugin in self.technique_plugins),
@@ -60,8 +61,10 @@ class Case:
 
     @property
     def id(self) -> str:
+        """The id of the case: ``model/technique/workload/device``."""
         return f"{self.model}/{self.technique}/{self.workload}/{self.device}"
 
     @property
     def group(self) -> tuple[str, str, str]:
+        """Model, workload and device: cases that share them have the same reference."""
         return (self.model, self.workload, self.device)

@@ -1,6 +1,7 @@
-"""What the runner and the fork server say to each other, a packet a message.
+"""Messages between the runner and the fork server, one per packet.
 
-The fork server imports this before anything else: it stays small, so that what a user's program is forked from does.
+The fork server imports this module first. Its imports must stay small: user programs are forked from that process, and
+its memory is a lower bound of the peak that the kernel reports for them.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 @dataclass(frozen=True)
 class StartWorker:
-    """Start one worker of a job; its pipe and its output come with the packet as file descriptors.
+    """Order to start one worker of a job; its pipe and its output are sent with the packet as file descriptors.
 
     Attributes:
-        request: what the worker is to do, as ``protocol.requests`` encodes it; the fork server adds its scratch folder.
-        rank: which of the job's workers it is.
-        isolation: ``fork`` from what is imported already, or ``spawn`` an interpreter of its own.
+        request: the worker's request as encoded by ``protocol.requests``; the fork server adds the scratch folder.
+        rank: the rank of the worker in its job.
+        isolation: ``fork`` from the process with the preloaded modules, or ``spawn`` a new interpreter.
     """
 
     order: ClassVar[str] = "worker"
@@ -30,10 +31,12 @@ class StartWorker:
 
 @dataclass(frozen=True)
 class StartProgram:
-    """Start a user's program; with the packet come its pipe, its standard error, its standard input and output.
+    """Order to start a user's program.
+
+    Its pipe, standard error, standard input and standard output are sent with the packet as file descriptors.
 
     Attributes:
-        grace_s: how long processes that outlive it may take to end by themselves, before they are killed and named.
+        grace_s: seconds that processes which outlive it have to end by themselves, before they are killed.
     """
 
     order: ClassVar[str] = "program"
@@ -44,7 +47,7 @@ class StartProgram:
 
 @dataclass(frozen=True)
 class Kill:
-    """Kill all workers, with their descendants."""
+    """Order to kill all workers and their descendants."""
 
     order: ClassVar[str] = "kill"
 
@@ -54,14 +57,14 @@ Order: TypeAlias = StartWorker | StartProgram | Kill
 
 @dataclass(frozen=True)
 class Ready:
-    """All is imported: workers can be started."""
+    """Answer: all imports are done, and workers can be started."""
 
     answer: ClassVar[str] = "ready"
 
 
 @dataclass(frozen=True)
 class Started:
-    """A worker was started."""
+    """Answer: a worker was started."""
 
     answer: ClassVar[str] = "started"
     pid: int
@@ -69,16 +72,16 @@ class Started:
 
 @dataclass(frozen=True)
 class WorkerEnded:
-    """How a worker ended.
+    """Answer: a worker ended.
 
     Attributes:
-        status: as ``os.waitpid`` returns it.
-        at_s: when, by the monotonic clock.
-        peak_bytes: the kernel's peak since it was last reset: of the worker, of what it was forked from, or of a child
-            that it waited for, whichever is the highest.
-        forked_from_bytes: at most so much of that was there before a program was started.
-        had_children: whether it waited for one.
-        left: the names of processes that outlived it for longer than the grace that they had, and were killed.
+        status: the exit status as returned by ``os.waitpid``.
+        at_s: the time of its end, by the monotonic clock.
+        peak_bytes: the kernel's peak since the last reset: the maximum of the worker, of the process it was forked
+            from, and of the children that it waited for.
+        forked_from_bytes: the upper bound of the memory of the process that a program was forked from.
+        had_children: whether it waited for child processes.
+        left: names of the processes that outlived its grace period and were killed.
     """
 
     answer: ClassVar[str] = "ended"
@@ -98,22 +101,22 @@ _ANSWERS: Mapping[str, type[Answer]] = {each.answer: each for each in (Ready, St
 
 
 def encode_order(order: Order) -> bytes:
-    """An order as a packet."""
+    """Encode an order as a packet."""
     return json.dumps({"order": order.order, **asdict(order)}).encode()
 
 
 def decode_order(packet: bytes) -> Order:
-    """The order in a packet, which the runner of the same version encoded."""
-    said = json.loads(packet)
-    return _ORDERS[said.pop("order")](**said)
+    """Decode the order in a packet from a runner of the same version."""
+    fields = json.loads(packet)
+    return _ORDERS[fields.pop("order")](**fields)
 
 
 def encode_answer(answer: Answer) -> bytes:
-    """An answer as a packet."""
+    """Encode an answer as a packet."""
     return json.dumps({"answer": answer.answer, **asdict(answer)}).encode()
 
 
 def decode_answer(packet: bytes) -> Answer:
-    """The answer in a packet, which the fork server of the same version encoded."""
-    said = json.loads(packet)
-    return _ANSWERS[said.pop("answer")](**said)
+    """Decode the answer in a packet from a fork server of the same version."""
+    fields = json.loads(packet)
+    return _ANSWERS[fields.pop("answer")](**fields)

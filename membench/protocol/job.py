@@ -1,4 +1,4 @@
-"""A job: what is measured, as it is handed to an executor."""
+"""The job: the unit of work of an executor."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from membench.host.device import Device
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One thing to measure once. Its kinds are in ``running.jobs``.
+    """A case, function or script to measure once. The kinds of jobs are in ``running.jobs``.
 
     Attributes:
-        id: of its record.
-        repeat: which repetition, from 0.
-        device: on which it runs, with one process (rank) on each where there are several.
-        limits: by metric field, which its figures must keep.
+        id: the id of its record.
+        repeat: the number of the repeat, from 0.
+        device: the device it runs on; for several devices, one process (rank) runs on each.
+        limits: the limit of each limited metric, by metric field.
     """
 
     id: str

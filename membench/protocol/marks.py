@@ -1,4 +1,4 @@
-"""Marks of phases in a user's own program, for whoever measures it: ``membench run --script``."""
+"""Marks of phases in a user's program, for ``membench run --script``."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ if TYPE_CHECKING:
     from typing import Self
 
 CHANNEL_VARIABLE = "MEMBENCH_PHASES"
-"""Of the environment: the id of the process that may mark phases, and the socket on which it does: '1234:5'."""
+"""The environment variable with the id of the process that may mark phases, and its socket's descriptor: '1234:5'."""
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _NOT_DONE_WHEN_CALLED = 0x20 | 0x80 | 0x200  # code flags of generators, coroutines and asynchronous generators
 
 
 class phase(contextlib.ContextDecorator):
-    """A phase of this program: ``with membench.phase("load"):``, or ``@membench.phase("load")`` above a function.
+    """Mark a phase of this program: ``with membench.phase("load"):``, or ``@membench.phase("load")`` above a function.
 
-    ``membench run --script`` measures each phase that the program marks. Phases may lie in each other, ``train`` and
-    in it ``step`` being ``train.step``, and come again: then the durations are added up, and the peak is the highest.
-    Only the process that membench started marks phases, in any of its threads; its children do not.
+    ``membench run --script`` measures each marked phase. Phases may be nested: ``step`` inside ``train`` is reported as
+    ``train.step``. They may repeat: durations are added, and the peak is the maximum. Only the process that membench
+    started marks phases, in any of its threads; its child processes do not.
 
-    Where nothing is measured it does nothing.
+    Without ``membench run --script`` a mark has no effect.
 
     Raises:
-        TypeError: if the name is no text, or what is decorated does its work after the call (coroutines, generators).
+        TypeError: if the name is not a string, or the decorated function is a coroutine or a generator, which does its
+            work after the call.
     """
 
     def __init__(self, name: str) -> None:
@@ -54,7 +55,7 @@ class phase(contextlib.ContextDecorator):
 
 
 class _Channel:
-    """Tells of phases, and waits each time until what was read from outside falls on the boundary."""
+    """The socket to the runner; each mark waits until the runner has read the memory at the boundary."""
 
     def __init__(self, pid: int, descriptor: int) -> None:
         self._pid, self._descriptor = pid, descriptor
@@ -63,31 +64,33 @@ class _Channel:
         os.set_inheritable(descriptor, False)
 
     def enter(self, name: str) -> None:
+        """Send that a phase begins in the current context."""
         names = (*self._names.get(), name)
         self._names.set(names)
-        self._tell(names, event="enter")
+        self._send(names, event="enter")
 
     def leave(self, raised: str | None) -> None:
+        """Send that the innermost phase ends; ``raised`` is the type of the exception that ended it."""
         names = self._names.get()
         self._names.set(names[:-1])
-        self._tell(names, event="leave", raised=raised)
+        self._send(names, event="leave", raised=raised)
 
-    def _tell(self, names: tuple[str, ...], **message: str | None) -> None:
-        if os.getpid() != self._pid:  # a fork of the program
+    def _send(self, names: tuple[str, ...], **message: str | None) -> None:
+        if os.getpid() != self._pid:  # in a forked child of the program
             return
         import json
 
         left = json.dumps({**message, "phase": ".".join(names)}).encode() + b"\n"
-        with self._lock, contextlib.suppress(OSError):  # whoever measured has gone
+        with self._lock, contextlib.suppress(OSError):  # the runner has ended
             while left:
                 left = left[os.write(self._descriptor, left) :]
             os.read(self._descriptor, 16)
 
 
-def _opened() -> _Channel | None:
+def _open_channel() -> _Channel | None:
     pid, _, descriptor = os.environ.get(CHANNEL_VARIABLE, "").partition(":")
-    # A child has another id: what it has under that descriptor is something else.
+    # A child process has another id; the descriptor may refer to another file there.
     return _Channel(os.getpid(), int(descriptor)) if pid == str(os.getpid()) else None
 
 
-_CHANNEL = _opened()
+_CHANNEL = _open_channel()

@@ -1,6 +1,6 @@
-"""What a worker says to the runner, a line of JSON a message, encoded and decoded here.
+"""Messages of a worker to the runner, one line of JSON each, and their encoding.
 
-Boundaries of phases are acknowledged by the runner; nothing else is answered.
+The runner acknowledges the boundaries of phases and answers no other message.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from membench.protocol.readings import (
 )
 
 ACKNOWLEDGED = b"go\n"
-"""The runner's answer at a boundary of a phase."""
+"""The runner's answer at the boundary of a phase."""
 
 _LONGEST_QUOTE = 80
 
 
 class BrokenMessage(MembenchError):
-    """What came over a worker's pipe is not what a worker says."""
+    """Data from a worker's pipe is not a valid message, or a message is missing or out of place."""
 
 
 @dataclass(frozen=True)
 class PhaseBegins(Reading):
-    """A phase of a worker begins once the runner has acknowledged it."""
+    """A phase of a worker begins as soon as the runner has acknowledged this message."""
 
     event: ClassVar[str] = "begin"
     phase: str
@@ -49,7 +49,7 @@ class PhaseBegins(Reading):
 
 @dataclass(frozen=True)
 class PhaseEnds(Reading):
-    """A phase has ended: what the worker's own meter read."""
+    """A phase has ended, with the readings of the worker's meter."""
 
     event: ClassVar[str] = "end"
     reading: PhaseReading
@@ -57,7 +57,7 @@ class PhaseEnds(Reading):
 
 @dataclass(frozen=True)
 class MarkEntered(Reading):
-    """A user's program enters a phase that it marks."""
+    """A user's program enters a marked phase."""
 
     event: ClassVar[str] = "enter"
     phase: str
@@ -65,7 +65,7 @@ class MarkEntered(Reading):
 
 @dataclass(frozen=True)
 class MarkLeft(Reading):
-    """A user's program leaves a phase; ``raised`` is the kind of exception that took it out."""
+    """A user's program leaves a marked phase; ``raised`` is the type of the exception that ended it, if any."""
 
     event: ClassVar[str] = "leave"
     phase: str
@@ -74,7 +74,7 @@ class MarkLeft(Reading):
 
 @dataclass(frozen=True)
 class BaselineTaken(Reading):
-    """The worker is ready: figures count from here."""
+    """The worker has measured its baseline, to which its memory readings refer."""
 
     event: ClassVar[str] = "baseline"
     baseline: Baseline
@@ -82,7 +82,7 @@ class BaselineTaken(Reading):
 
 @dataclass(frozen=True)
 class GpuFound(Reading):
-    """Which GPU the worker runs on, so that the runner can find it in NVML, where devices have another order."""
+    """The GPU that the worker runs on; the runner finds it in NVML by UUID, because NVML orders devices differently."""
 
     event: ClassVar[str] = "device"
     gpu: GpuReading
@@ -90,7 +90,7 @@ class GpuFound(Reading):
 
 @dataclass(frozen=True)
 class Fact(Reading):
-    """A figure that a stage found out, and how it was obtained."""
+    """A value that a stage reported, and its source."""
 
     value: Number
     source: str
@@ -98,7 +98,7 @@ class Fact(Reading):
 
 @dataclass(frozen=True)
 class CustomFigure(Reading):
-    """The value of a plug-in's quality metric, or the reason why it is not known."""
+    """The value of a plug-in's quality metric, or the reason why it is unknown."""
 
     value: Number | None = None
     reason: str | None = None
@@ -106,19 +106,19 @@ class CustomFigure(Reading):
 
 @dataclass(frozen=True, kw_only=True)
 class Result(Reading):
-    """What a worker knows in the end besides its phases.
+    """The results of a worker besides its phases.
 
     Attributes:
-        pinned: whether the C library's allocator could be pinned, so that resident memory is live memory.
-        is_trained: whether the model's held-out loss means something.
-        tokens_per_step: in a step, padding left out; ``None``: its steps have no tokens.
-        epoch_bytes: packed bytes that a step reads, where a step reads an epoch.
-        decoded_tokens: new tokens of a step's part ``decode``.
-        disk_format: what wrote the checkpoint; where there is none, why not.
-        facts: by metric field, what a stage found out.
-        custom_figures: by metric field, of quality metrics that are plug-ins.
-        remarks, notes: as the record has them.
-        exit_code, had_children: of a script: how it ended by itself, and whether it waited for children.
+        pinned: whether the C library's allocator was pinned, which makes resident memory equal to live memory.
+        is_trained: whether the model is trained, which makes its held-out loss meaningful.
+        tokens_per_step: tokens per step without padding; ``None`` if steps have no tokens.
+        epoch_bytes: packed bytes that a step reads, if a step reads an epoch.
+        decoded_tokens: tokens that a step generates in its part ``decode``.
+        disk_format: the format of the checkpoint; without a checkpoint, the reason.
+        facts: values reported by stages, by metric field.
+        custom_figures: values of quality metrics that are plug-ins, by metric field.
+        remarks, notes: the same fields of the record.
+        exit_code, had_children: for a script, its exit code and whether it waited for child processes.
     """
 
     pinned: StrictBool
@@ -149,7 +149,7 @@ class Result(Reading):
 
 @dataclass(frozen=True)
 class ResultSoFar(Reading):
-    """What is known by now; said again before whatever may still fail, and the last one counts."""
+    """The results so far. A worker sends them again before each stage that may fail; the last message counts."""
 
     event: ClassVar[str] = "result"
     result: Result
@@ -157,7 +157,7 @@ class ResultSoFar(Reading):
 
 @dataclass(frozen=True)
 class EndedBadly(Reading):
-    """The job did not go through: its status, and in which phase if that is not the current one."""
+    """The job failed: its status, and the phase if that is not the current one."""
 
     event: ClassVar[str] = "status"
     status: str
@@ -167,14 +167,14 @@ class EndedBadly(Reading):
 
 @dataclass(frozen=True)
 class Done(Reading):
-    """All that was asked for is done."""
+    """The worker has completed its request."""
 
     event: ClassVar[str] = "done"
 
 
 @dataclass(frozen=True)
 class Progress(Reading):
-    """How far something is that is done once, such as the training of a model."""
+    """The progress of a preparation, such as the training of a model."""
 
     event: ClassVar[str] = "progress"
     done: Count
@@ -196,7 +196,7 @@ _TYPES: Mapping[str, type[Message]] = {
 
 
 def encode(message: Message) -> bytes:
-    """A message as a line of text."""
+    """Encode a message as a line of JSON."""
     return json.dumps({"event": message.event, **plain(message)}).encode() + b"\n"
 
 
@@ -206,15 +206,15 @@ def _adapter(event: str) -> TypeAdapter[Message]:
 
 
 def decode(line: bytes) -> Message:
-    """The message in a line, checked.
+    """Decode and validate the message in a line.
 
     Raises:
-        BrokenMessage: if it is none.
+        BrokenMessage: if the line is not a valid message.
     """
     try:
-        said = json.loads(line)
-        event = said.pop("event")
-        return _adapter(event).validate_python(said)
+        fields = json.loads(line)
+        event = fields.pop("event")
+        return _adapter(event).validate_python(fields)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError):
         quoted: Any = one_line(line[:_LONGEST_QUOTE].decode(errors="replace"))
         raise BrokenMessage(f"what came over the worker's pipe is no message of a worker: {quoted}") from None

@@ -1,4 +1,4 @@
-"""Functions as bytes, for a process that did not define them."""
+"""Pickling of functions for a process that did not define them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import cloudpickle
 
 
 def as_bytes(value: Any, by_value: Iterable[types.ModuleType]) -> bytes:
-    """What ``pickle`` can read anywhere the same libraries are: functions, lambdas and local ones, too.
+    """Pickle a value, including lambdas and local functions, for any process with the same libraries.
 
     Args:
-        by_value: modules that cannot be imported there: what is defined in them is sent as it is. What is defined in
-            others is sent by its name.
+        by_value: modules that the other process cannot import: their functions and classes are pickled by value, all
+            others by name.
 
     Raises:
-        Exception: of whatever kind, if something in it cannot be sent.
+        Exception: of any type, if the value cannot be pickled.
     """
     known = cloudpickle.list_registry_pickle_by_value()
     modules = {
@@ -38,15 +38,15 @@ def as_bytes(value: Any, by_value: Iterable[types.ModuleType]) -> bytes:
             cloudpickle.unregister_pickle_by_value(module)
 
 
-def _reduced(code: types.CodeType) -> tuple[Any, ...]:
-    return _code, (*cloudpickle.Pickler.dispatch_table[types.CodeType](code)[:2], code.co_filename)
+def _reduce_code(code: types.CodeType) -> tuple[Any, ...]:
+    return _restore_code, (*cloudpickle.Pickler.dispatch_table[types.CodeType](code)[:2], code.co_filename)
 
 
-def _code(make: Callable[..., types.CodeType], arguments: tuple[Any, ...], file: str) -> types.CodeType:
+def _restore_code(make: Callable[..., types.CodeType], arguments: tuple[Any, ...], file: str) -> types.CodeType:
     return make(*arguments).replace(co_filename=file)
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """Keeps the names of source files, which the library leaves out: a traceback without them helps nobody."""
+    """Keeps the names of source files, which cloudpickle drops; tracebacks need them."""
 
-    dispatch_table: ClassVar[Any] = cloudpickle.Pickler.dispatch_table.new_child({types.CodeType: _reduced})
+    dispatch_table: ClassVar[Any] = cloudpickle.Pickler.dispatch_table.new_child({types.CodeType: _reduce_code})

@@ -1,7 +1,7 @@
-"""What is read of a measured process: a reading a part, a phase and a process (rank).
+"""Readings of a measured process: of a part of a step, of a phase, and of the process (rank).
 
-The worker's meter makes them, the observer completes a phase with what it saw from outside, the record keeps them, and
-the schema of runs' files checks these same types. A figure that was not read is ``None``.
+The worker's meter creates them, the observer completes phases with its samples, and the record stores them. The schema
+of run files validates the same types. A value that was not read is ``None``.
 """
 
 from __future__ import annotations
@@ -15,32 +15,33 @@ from pydantic import ConfigDict, Field
 
 from membench.units import LARGEST_SIZE
 
-# Strict: a text or a truth value is no number.
+# Strict: strings and booleans are not accepted as numbers.
 Count = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True)]
 Size = Annotated[int, Field(strict=True, ge=0, le=LARGEST_SIZE)]
 SignedSize = Annotated[int, Field(strict=True, ge=-LARGEST_SIZE, le=LARGEST_SIZE)]
-"""Above a baseline: what was freed since then makes it negative."""
+"""Bytes above a baseline; negative if memory of the baseline was freed."""
 Seconds = Annotated[float, Field(strict=True, ge=0)]
 Bound = Literal["exact", "at least", "at most"]
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Checked when it is decoded; a later version may add keys, which are left out here."""
+    """Base class of readings, validated when decoded; keys added by later versions are ignored."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
 class Baseline(Reading):
-    """Resident memory of a worker before anything of the job: peaks count from there."""
+    """Resident memory of a worker before the job; readings are relative to it."""
 
     anonymous_bytes: Size = 0
     file_bytes: Size = 0
 
     @property
     def resident_bytes(self) -> int:
+        """Anonymous and file pages together."""
         return self.anonymous_bytes + self.file_bytes
 
 
@@ -60,11 +61,11 @@ class MemoryReading(Reading):
     """Memory between two boundaries, in bytes above the worker's baseline.
 
     Attributes:
-        peak_live_bytes: the kernel's peak less the file pages at the two ends: at most so much was live.
-        peak_live_at_least_bytes: the other end of that bracket.
-        file_most_bytes: file pages, the higher of the two ends.
+        peak_live_bytes: upper bound of the live peak: the kernel's peak less the smaller count of file pages.
+        peak_live_at_least_bytes: lower bound of the live peak.
+        file_most_bytes: the maximum of the file pages at the two boundaries.
         peak_footprint_bytes: the kernel's peak of all pages.
-        cuda_peak_allocated_bytes: torch's own peak since the boundary; the other ``cuda_`` figures likewise.
+        cuda_peak_allocated_bytes: torch's peak since the first boundary; likewise the other ``cuda_`` fields.
     """
 
     peak_live_bytes: SignedSize | None = None
@@ -81,7 +82,7 @@ class MemoryReading(Reading):
 
     @property
     def live_peak_bytes(self) -> int | None:
-        """The live peak where the work was done: on the GPU, if there was one."""
+        """The live peak on the GPU if torch's counters were read, else in the process."""
         return self.cuda_peak_allocated_bytes if self.reads_gpu_itself else self.peak_live_bytes
 
     @property
@@ -91,13 +92,13 @@ class MemoryReading(Reading):
 
     @property
     def live_held_bytes(self) -> int | None:
-        """Live memory at the end, where the work was done."""
+        """Live memory at the end: on the GPU if torch's counters were read, else in the process."""
         return self.cuda_held_allocated_bytes if self.reads_gpu_itself else self.held_live_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartReading(MemoryReading):
-    """A part of a step, such as ``forward``: how long it took each time, and its memory where that was read."""
+    """A part of a step, such as ``forward``: the duration of each pass, and its memory if it was read."""
 
     durations_s: Sequence[Seconds] = ()
 
@@ -107,17 +108,17 @@ class PhaseReading(MemoryReading):
     """A phase of a job.
 
     Attributes:
-        allocator: ``pinned`` (freed memory goes back at once) or ``default`` (as a user's process has it).
-        steps: that ran in it, warm-ups included.
-        inside: the phase that this one lies in, where phases are nested.
-        passes: how often a script went through it.
-        bound: what ``peak_footprint_bytes`` is, where that is not exact.
-        own_peak_bytes: of a script alone, where its children are in ``peak_footprint_bytes``.
-        began_s: since the worker started; ``ended_s`` likewise.
-        samples: how often the observer looked; what it saw is the highest of these looks.
-        family_rss_bytes: resident in the process and its children at one moment; ``None``: there were no children.
-        gpu_used_peak_bytes: of the whole device, above its idle level.
-        gpu_unknown: why NVML shows nothing.
+        allocator: ``pinned`` (freed memory is returned at once) or ``default`` (as in a user's process).
+        steps: the number of steps in the phase, warm-up steps included.
+        inside: the enclosing phase, if phases are nested.
+        passes: how often a script entered the phase.
+        bound: the kind of bound that ``peak_footprint_bytes`` is, if it is not exact.
+        own_peak_bytes: the peak of a script alone, if ``peak_footprint_bytes`` includes its children.
+        began_s: the begin in seconds since the worker started; likewise ``ended_s``.
+        samples: the number of the observer's samples; its values are maxima over them.
+        family_rss_bytes: the peak of the resident memory of process and children together; ``None`` without children.
+        gpu_used_peak_bytes: the used memory of the whole device above its idle level.
+        gpu_unknown: the reason why NVML reports nothing.
     """
 
     name: str
@@ -147,7 +148,7 @@ class PhaseReading(MemoryReading):
 
 @dataclass(frozen=True)
 class ModulesReading(Reading):
-    """Layers of a model that are alike, and the bytes of their weights."""
+    """Layers of a model with the same structure, and the bytes of their weights."""
 
     modules: str
     count: Annotated[int, Field(strict=True, ge=1)]
@@ -156,15 +157,15 @@ class ModulesReading(Reading):
 
 @dataclass(frozen=True, kw_only=True)
 class QualityReading(Reading):
-    """Held-out loss of each piece of text, and how far the logits are from the reference's.
+    """Held-out loss of each piece of text, and the divergence of the logits from the reference's.
 
     Attributes:
-        nats: of each piece; ``None`` where it is not finite.
-        tokens: predicted in each piece.
-        bytes: of each piece's text; ``None`` where the tokenizer cannot tell.
-        reference_nats: of each piece, by the reference's logits; ``None``: there are none to compare with.
-        kl_nats: mean over tokens of the divergence from the reference's distribution.
-        unknown: why nothing could be compared with the reference.
+        nats: the loss of each piece; ``None`` if it is not finite.
+        tokens: the number of predicted tokens of each piece.
+        bytes: the size of each piece's text; ``None`` if the tokenizer does not provide it.
+        reference_nats: the loss of each piece under the reference's logits; ``None`` without a reference.
+        kl_nats: KL divergence from the reference's distribution, as the mean over tokens.
+        unknown: the reason why no comparison with the reference was possible.
     """
 
     nats: Sequence[Number | None] = ()
@@ -177,25 +178,25 @@ class QualityReading(Reading):
 
     @property
     def is_compared(self) -> bool:
-        """Whether the reference's logits were asked for: then what is not known of them has a reason."""
-        asked = (self.reference_nats, self.kl_nats, self.top1_agreement_percent, self.unknown)
-        return any(each is not None for each in asked)
+        """Whether a comparison with the reference was requested: values that are missing then have a reason."""
+        fields = (self.reference_nats, self.kl_nats, self.top1_agreement_percent, self.unknown)
+        return any(each is not None for each in fields)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessReading(Reading):
-    """All that was read of one process (rank) of a job.
+    """All readings of one process (rank) of a job.
 
     Attributes:
-        role: ``worker``, or ``script`` for a user's own program.
-        durations_s: of each timed step; ``waited_s``: for how long its threads waited meanwhile for cores that others
-            had, all together.
+        role: ``worker``, or ``script`` for a user's program.
+        durations_s: the duration of each timed step.
+        waited_s: per timed step, the time that all its threads together waited for cores used by other processes.
         corpus: a digest of the training text.
-        losses_nats: of each training step; ``None`` where it is not finite.
-        modules_bytes: what the weights are made of, the largest first.
-        breakdown_bytes: by part of a step and category, what held live memory at the part's highest moment.
-        peak_part: the part with the highest live peak.
-        exit_code: of a script that ended by itself.
+        losses_nats: the loss of each training step; ``None`` if it is not finite.
+        modules_bytes: the sizes of the weights by group of modules, largest first.
+        breakdown_bytes: live memory at the peak of each part of a step, by part and category.
+        peak_part: the part with the largest live peak.
+        exit_code: the exit code of a script that ended by itself.
     """
 
     role: str
@@ -217,19 +218,20 @@ class ProcessReading(Reading):
 
     @property
     def includes_interpreter(self) -> bool:
-        """Whether its figures hold all of the process, with interpreter and libraries: a script has no baseline."""
+        """Whether its memory includes interpreter and libraries: a script has no baseline."""
         return self.role == "script"
 
     def phase(self, name: str) -> PhaseReading | None:
-        """The phase of a name, if the process got there."""
+        """Return the phase with a name, or ``None`` if the process did not complete it."""
         return next((phase for phase in self.phases if phase.name == name), None)
 
 
 def outer_phase(name: str, names: Sequence[str]) -> str | None:
-    """The phase that a marked one lies in.
+    """Return the phase that encloses a marked phase; ``None`` for the whole program.
 
     Args:
-        names: of all phases of the script, the whole first. The name of a phase is the beginning of those in it.
+        names: the names of all phases of the script; the whole program comes first. The name of a phase is a prefix of
+            the names of nested phases.
     """
     if name == names[0]:
         return None
@@ -238,10 +240,10 @@ def outer_phase(name: str, names: Sequence[str]) -> str | None:
 
 
 def plain(value: Any) -> Any:
-    """A reading, or whatever holds readings, as JSON has it; what is ``None`` in a reading is left out."""
+    """Convert readings, or containers of readings, to JSON types; fields that are ``None`` are omitted."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        named = ((each.name, getattr(value, each.name)) for each in dataclasses.fields(value))
-        return {name: plain(of_name) for name, of_name in named if of_name is not None}
+        items = ((each.name, getattr(value, each.name)) for each in dataclasses.fields(value))
+        return {name: plain(each) for name, each in items if each is not None}
     if isinstance(value, Mapping):
         return {key: plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What a worker is asked to do: one request for each kind of job, encoded and decoded here."""
+"""Requests to a worker, one type per kind of job, and their encoding."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from membench.protocol.readings import plain
 
 @dataclass(frozen=True)
 class Rank:
-    """Which of a job's processes a worker is.
+    """The rank of a worker in its job.
 
     Attributes:
-        device: its own, as torch names it.
-        threads: that it may compute with.
+        device: the device of the rank, as torch names it.
+        threads: the number of compute threads.
+        number: the rank, from 0.
+        of: the number of ranks of the job (world size).
     """
 
     device: str
@@ -30,7 +32,7 @@ class Rank:
 
 @dataclass(frozen=True)
 class Steps:
-    """How many steps are timed, and how many run before them."""
+    """The number of warm-up steps and the number of timed steps."""
 
     warmup: int
     measured: int
@@ -38,7 +40,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class ReferenceLogits:
-    """Where the logits of a group's reference are kept, and whether this case is the one that writes them."""
+    """The file of the logits of a group's reference, and whether this case writes it."""
 
     path: str
     is_written_here: bool
@@ -46,7 +48,7 @@ class ReferenceLogits:
 
 @dataclass(frozen=True)
 class Checkouts:
-    """Two versions of the code that is measured, by their folders: ``own`` may be imported, ``other`` must not be."""
+    """The folders of two checkouts: code from ``own`` may be imported, code from ``other`` must not."""
 
     other: str
     own: str
@@ -54,7 +56,7 @@ class Checkouts:
 
 @dataclass(frozen=True)
 class PrepareModel:
-    """Let a model do what it does once, such as training."""
+    """Request to prepare a model once, such as by training it."""
 
     model: Plugin
     what: Literal["prepare"] = "prepare"
@@ -62,12 +64,12 @@ class PrepareModel:
 
 @dataclass(frozen=True)
 class MeasureCase:
-    """Measure a case.
+    """Request to measure a case.
 
     Attributes:
-        members: of the stack, as the suite wrote them; ``techniques`` are what they stand for.
-        metrics: quality metrics that are plug-ins, by field.
-        checkouts: which code may be imported, where another commit's is measured in turn.
+        members: the names of the stack's members in the suite; ``techniques`` are the plug-ins they refer to.
+        metrics: quality metrics that are plug-ins, by metric field.
+        checkouts: the code that may be imported, if another commit is measured alternately.
     """
 
     model: Plugin
@@ -84,10 +86,10 @@ class MeasureCase:
 
 @dataclass(frozen=True)
 class MeasureFunction:
-    """Measure calls of a function.
+    """Request to measure calls of a function.
 
     Attributes:
-        pickled: the file of function, arguments and surroundings, as ``protocol.pickling`` writes it.
+        pickled: the file with the function, its arguments and its environment, as ``protocol.pickling`` writes it.
         raised: the file for an exception that the function raises.
     """
 
@@ -102,7 +104,7 @@ WorkerRequest: TypeAlias = PrepareModel | MeasureCase | MeasureFunction
 
 @dataclass(frozen=True)
 class Request:
-    """What one worker (rank) is asked to do; ``scratch`` is the folder for its files."""
+    """The request to one worker (rank); ``scratch`` is the folder for its files."""
 
     work: WorkerRequest
     rank: Rank
@@ -110,20 +112,24 @@ class Request:
 
 
 def encode(request: Request) -> dict[str, Any]:
-    """A request as JSON has it."""
+    """Encode a request as JSON types."""
     encoded: dict[str, Any] = plain(request)
     return encoded
 
 
-# Made when the fork server imports this, so that no worker has to.
+# Built when the fork server imports this module, which keeps the time and the memory out of workers.
 _REQUEST = TypeAdapter(Request)
 
 
 def decode(encoded: Mapping[str, Any]) -> Request:
-    """The request in what ``encode`` made of it."""
+    """Decode a request that ``encode`` has encoded.
+
+    Raises:
+        ValueError: if it is not a valid request.
+    """
     return _REQUEST.validate_python(encoded)
 
 
 def decode_json(encoded: bytes) -> Request:
-    """The same of its text."""
+    """Decode a request from the text of its JSON."""
     return decode(json.loads(encoded))

@@ -1,7 +1,7 @@
 """membench inside pytest: suites collected as tests, the fixture and the marker ``membench``, options.
 
-pytest loads this module in every run of whoever has membench installed, so it imports next to nothing; what does the
-work is imported where it is used.
+pytest loads this module in every environment with membench installed. It imports almost nothing at load time; modules
+are imported where they are used.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def pytest_configure(config: pytest.Config) -> None:
         " much live memory a function may take at most, how much more than --membench-compare says, where it is"
         " measured, and how often.",
     )
-    # Whether there is pytest-benchmark decides what the fixture depends on, and with it what --benchmark-skip means.
+    # The fixture depends on pytest-benchmark if that is installed, which makes --benchmark-skip apply to it.
     if config.pluginmanager.hasplugin("benchmark"):
         from membench.pytest_plugin import timing
 
@@ -85,11 +85,11 @@ def pytest_configure(config: pytest.Config) -> None:
 class _NoTiming:
     @pytest.fixture
     def _membench_timing(self) -> None:
-        """Nobody else wants to know the times."""
+        """Replace the fixture for pytest-benchmark, which is not installed."""
 
 
 class _Records:
-    """Keeps what tests measure. A worker of xdist keeps nothing: it sends it with its reports."""
+    """Stores the measurements of tests. Workers of xdist do not use it: they send measurements with their reports."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
@@ -101,7 +101,7 @@ class _Records:
             self._comparison = Comparison(config)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        # Where xdist has its workers collect, only what they send tells which metrics there are.
+        # With xdist only the workers collect: here, plug-in metrics are known only from their reports.
         if self._config.getoption("membench_fail"):
             from membench.pytest_plugin import collection
 
@@ -109,7 +109,7 @@ class _Records:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        found = entries.taken_off(report)
+        found = entries.detach(report)
         if found and self._keeper is None:
             from membench.pytest_plugin.keeping import Keeper
 
@@ -117,40 +117,40 @@ class _Records:
         if self._keeper is not None:
             self._keeper.keep(found)
         if self._comparison is not None:
-            self._comparison.hear(found)
+            self._comparison.add(found)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if self._keeper is not None and (code := self._keeper.finish()):
             session.exitstatus = code
         is_looked_at = not self._config.option.collectonly and session.exitstatus != pytest.ExitCode.USAGE_ERROR
-        is_wrong = self._comparison is not None and is_looked_at and self._comparison.finish()
-        if is_wrong and session.exitstatus == pytest.ExitCode.OK:  # else tests say by it that they failed
+        is_usage_error = self._comparison is not None and is_looked_at and self._comparison.finish()
+        if is_usage_error and session.exitstatus == pytest.ExitCode.OK:  # else tests failed already
             session.exitstatus = pytest.ExitCode.USAGE_ERROR
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        for told in (self._keeper, self._comparison):
-            if told is not None:
-                told.summarize(terminalreporter)
+        for source in (self._keeper, self._comparison):
+            if source is not None:
+                source.summarize(terminalreporter)
 
 
 @pytest.fixture
 def membench(request: pytest.FixtureRequest, _membench_timing: Timing | None) -> MembenchFixture:
-    """Measure a function in a process of its own: ``result = membench(function, *args, **kwargs)``.
+    """Measure a function in a separate process: ``result = membench(function, *args, **kwargs)``.
 
     ``result.peak_live``, ``held_live``, ``peak_footprint`` and ``time`` compare with text: ``< "64 MiB"``. The function
-    is called twelve times; what it raises is raised here.
+    is called twelve times; its exceptions are raised here.
     """
     from membench.pytest_plugin.fixture import MembenchFixture
 
     return MembenchFixture(request, _membench_timing)
 
 
-@pytest.hookimpl(trylast=True)  # tests in a file come before the suites in it
+@pytest.hookimpl(trylast=True)  # tests in a file are collected before its suites
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
     if file_path.suffix not in (".toml", ".py"):
         return None
-    if file_path.suffix == ".py" and not parent.session.isinitpath(file_path):  # a Python file is read to look at it
+    if file_path.suffix == ".py" and not parent.session.isinitpath(file_path):  # detection reads the file
         return None
     from membench.pytest_plugin import collection
 
@@ -159,10 +159,10 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """Tell a worker of xdist what all have to agree on."""
+    """Send the shared state of the pytest run to a worker of xdist."""
     from membench.pytest_plugin.sharing import Sharing
 
-    node.workerinput["membench"] = Sharing.of(node.config).told()
+    node.workerinput["membench"] = Sharing.of(node.config).worker_input()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -172,12 +172,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         marker.check(item)
 
 
-# Of the older kind of wrappers: one that pytest does not know would end every run of whoever has an older pytest.
+# An old-style wrapper: with an older pytest, a new-style one would abort every run.
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pluggy.Result[pytest.TestReport], None]:
     report = (yield).get_result()
-    entries.put_on(report, item)
+    entries.attach(report, item)
     where = getattr(item, "skipped_at", None)
     if where is not None and report.skipped and isinstance(report.longrepr, tuple):
-        # Else it would be the line of ours that found out.
+        # Without this, the report would name a line of membench.
         report.longrepr = (str(where), None, report.longrepr[2])  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""A suite as a file of tests: a test a case."""
+"""Collection of suites as test files, with one test per case."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LARGEST_SUITE_BYTES = 2**20
 
 
 def suite_file(path: Path, parent: pytest.Collector) -> SuiteFile | None:
-    """The collector for a file, if it is a suite and asked for: one in Python by its name alone."""
+    """Return the collector for a file if it is a suite to collect; a suite in Python must be named by the user."""
     is_named = parent.session.isinitpath(path)
     if not is_named and not Sharing.of(parent.config).finds_suites:
         return None
@@ -41,9 +41,9 @@ def suite_file(path: Path, parent: pytest.Collector) -> SuiteFile | None:
 
 
 def _makes_suite(path: Path, is_tests: bool) -> bool:
-    """Whether a Python file speaks of membench and calls ``Suite``; it is not run for that.
+    """Whether a Python file mentions membench and calls ``Suite``; the file is not executed.
 
-    In a file of tests, only calls that are made when it is loaded count: functions there make suites for themselves.
+    In a test file only module-level calls count: functions there create suites for their own use.
     """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -54,7 +54,7 @@ def _makes_suite(path: Path, is_tests: bool) -> bool:
     try:
         return not is_tests or _calls_suite(ast.parse(text))
     except (SyntaxError, ValueError, RecursionError):
-        return False  # pytest tells of it
+        return False  # pytest reports the error
 
 
 def _calls_suite(node: ast.AST) -> bool:
@@ -66,7 +66,7 @@ def _calls_suite(node: ast.AST) -> bool:
 
 
 def _is_suite(path: Path, is_named: bool) -> bool:
-    """Whether a file has a table [suite]; one not named must have [matrix] or [script], too, and be TOML."""
+    """Whether a TOML file has a table [suite]; a file not named by the user also needs [matrix] or [script]."""
     import tomllib
 
     try:
@@ -80,34 +80,34 @@ def _is_suite(path: Path, is_named: bool) -> bool:
     try:
         parsed = tomllib.loads(text)
     except (ValueError, RecursionError):
-        # The user meant a suite, and is told what is wrong with it.
+        # The user named the file as a suite: loading it reports the error.
         return is_named and _SUITE_TABLE.search(text) is not None
-    tells_what = isinstance(parsed.get("matrix"), dict) or isinstance(parsed.get("script"), dict)
-    return isinstance(parsed.get("suite"), dict) and (is_named or tells_what)
+    has_content = isinstance(parsed.get("matrix"), dict) or isinstance(parsed.get("script"), dict)
+    return isinstance(parsed.get("suite"), dict) and (is_named or has_content)
 
 
 class SuiteFile(pytest.File):
-    """A suite; it measures cases, and while it does has a fork server."""
+    """A suite. It opens an executor for its first measured case and closes it after the last."""
 
     def __init__(self, *, suite: Suite | None = None, **others: Any) -> None:
-        """``suite``: one of several in a file."""
+        """Create the collector; ``suite`` is one of several suites in a file, else the file is loaded."""
         super().__init__(**others)
-        self._given = suite
+        self._suite = suite
 
     def collect(self) -> Iterator[CaseItem | SuiteFile]:
-        suites = [self._given] if self._given else self._suites()
+        suites = [self._suite] if self._suite else self._suites()
         if len(suites) > 1:
             for suite in suites:
                 nodeid = f"{self.nodeid}::{suite.name}"
                 yield SuiteFile.from_parent(self, path=self.path, name=suite.name, nodeid=nodeid, suite=suite)
             return
         (self.suite,) = suites
-        self._refuse_namesake()
+        self._refuse_duplicate_name()
         for case in self.suite.cases:
             yield CaseItem.from_parent(self, name=case.id, case=case)
 
-    def _refuse_namesake(self) -> None:
-        """A baseline goes by its suite's name: of two suites of one name it could not tell which it is of."""
+    def _refuse_duplicate_name(self) -> None:
+        """Refuse two suites with the same name, because a baseline identifies its suite by name."""
         known = self.config.stash.setdefault(_COLLECTED, {})
         first = known.setdefault(self.suite.name, self.nodeid)
         asked = [name for name in ("save", "compare") if self.config.getoption(f"membench_{name}") is not None]
@@ -137,25 +137,27 @@ class SuiteFile(pytest.File):
 
     @property
     def header(self) -> dict[str, Any]:
-        """Of the file that the suite's records go to."""
+        """The header of the run file for the suite's records."""
         from membench.running.session import header_of
 
         header = header_of(self.suite, Sharing.of(self.config).started)
-        number = self._number()
+        number = self._file_number()
         return header if number == 1 else {**header, "run": f"{header['run']}-{number}"}
 
-    def _number(self) -> int:
-        """Which of those files it is that would have the same name, of suites and of functions; the same for all
-        workers of xdist."""
+    def _file_number(self) -> int:
+        """Return the number of this suite's file among those of the same name; equal in all workers of xdist."""
         files = {item.parent for item in self.session.items if isinstance(item, CaseItem)}
-        namesakes = sorted(file.nodeid for file in files if file.suite.name == self.suite.name)
-        return namesakes.index(self.nodeid) + (2 if self.suite.name == FUNCTIONS else 1)
+        same_name = sorted(file.nodeid for file in files if file.suite.name == self.suite.name)
+        return same_name.index(self.nodeid) + (2 if self.suite.name == FUNCTIONS else 1)
 
     def measure(self, item: CaseItem) -> tuple[list[Record], list[Record]]:
-        """Of an item's case, and of its reference, a record a repeat.
+        """Return the records of an item's case and those of its reference, one per repeat.
 
-        Its reference comes first, because its logits are what others are compared with. Whichever test of whichever
-        worker needs it first measures it; it is not measured again.
+        The reference is measured first, because other cases are compared with its logits. The first test in any worker
+        that needs it measures it; later tests reuse its records.
+
+        Raises:
+            MembenchError: if a case cannot be measured.
         """
         from membench.protocol.case import REFERENCE
 
@@ -165,23 +167,23 @@ class SuiteFile(pytest.File):
         records = self._reference(item, reference)
         if item.case is reference:
             return records, records
-        own = self._measured(item.case, range(self.suite.settings.repeats))
+        own = self._measure(item.case, range(self.suite.settings.repeats))
         self._keep(item, own)
         return own, records
 
     def measure_again(self, item: CaseItem, repeat: int) -> Record:
-        """One more repeat of an item's case."""
-        (record,) = self._measured(item.case, (repeat,))
+        """Measure another repeat of an item's case."""
+        (record,) = self._measure(item.case, (repeat,))
         self._keep(item, [record])
         return record
 
     def _reference(self, item: CaseItem, case: Case) -> list[Record]:
         from membench.records.encoding import as_json, record_of
 
-        def measured() -> list[dict[str, Any]]:
-            return [as_json(each) for each in self._measured(case, range(self.suite.settings.repeats))]
+        def measure_reference() -> list[dict[str, Any]]:
+            return [as_json(each) for each in self._measure(case, range(self.suite.settings.repeats))]
 
-        found, is_new = Sharing.of(self.config).once(f"{self.nodeid}::{case.id}", measured)
+        found, is_new = Sharing.of(self.config).once(f"{self.nodeid}::{case.id}", measure_reference)
         records = [record_of(record) for record in found]
         if is_new:
             self._keep(item, records)
@@ -193,11 +195,11 @@ class SuiteFile(pytest.File):
         for record in records:
             entries.add(item, self.header, as_json(record))
 
-    def _measured(self, case: Case, repeats: Iterable[int]) -> list[Record]:
+    def _measure(self, case: Case, repeats: Iterable[int]) -> list[Record]:
         sharing = Sharing.of(self.config)
-        gpu = sharing.gpu([case.device for case in self._wanted()])
+        gpu = sharing.gpu([case.device for case in self._selected()])
         with gpu.held if Device.parse(case.device).on_gpu else contextlib.nullcontext():
-            executor = self._started(gpu.variables)
+            executor = self._open_executor(gpu.variables)
             return [executor.measure(self._job(case, repeat)) for repeat in repeats]
 
     def _job(self, case: Case, repeat: int) -> RunnableJob:
@@ -205,20 +207,20 @@ class SuiteFile(pytest.File):
 
         return job_of(case, repeat, self.suite.settings, self.suite.limits)
 
-    def _wanted(self) -> tuple[Case, ...]:
-        """The cases that were not deselected, and those that they need."""
+    def _selected(self) -> tuple[Case, ...]:
+        """Return the selected cases and the references they need."""
         ids = {item.case.id for item in self.session.items if isinstance(item, CaseItem) and item.parent is self}
         return self.suite.select(lambda id: id in ids)
 
-    def _started(self, variables: dict[str, str]) -> Executor:
+    def _open_executor(self, variables: dict[str, str]) -> Executor:
         from membench.pytest_plugin import executing
         from membench.running.needs import Needs
         from membench.running.session import references, run_path
 
         if self._executor is None:
-            kept_at = references(run_path(Sharing.of(self.config).output, self.header))
-            needs = Needs.of([self._job(case, 0) for case in self._wanted()], kept_at, variables)
-            self._executor = executing.opened(self.config, needs)
+            references_folder = references(run_path(Sharing.of(self.config).output, self.header))
+            needs = Needs.of([self._job(case, 0) for case in self._selected()], references_folder, variables)
+            self._executor = executing.open_executor(self.config, needs)
         return self._executor
 
 
@@ -226,7 +228,7 @@ _COLLECTED = pytest.StashKey[dict[str, str]]()
 
 
 class CaseItem(pytest.Item):
-    """A case of a suite."""
+    """A case of a suite as a test."""
 
     parent: SuiteFile
 
@@ -237,7 +239,7 @@ class CaseItem(pytest.Item):
         if Device.parse(case.device).on_gpu:
             self.add_marker("gpu")
         if self.config.pluginmanager.hasplugin("benchmark"):
-            # By these it knows what a benchmark is, for --benchmark-skip and --benchmark-only, and finds it.
+            # pytest-benchmark recognizes benchmarks by these, for --benchmark-skip and --benchmark-only.
             self.fixturenames = ["benchmark"]
             self.funcargs: dict[str, Any] = {}
 
@@ -250,9 +252,9 @@ class CaseItem(pytest.Item):
 
         try:
             records, reference = self.parent.measure(self)
-            wrong = [
+            failures = [
                 *outcome.broken_gates(self, self.parent.suite.gates, records, reference),
-                *self._worse(records),
+                *self._regressions(records),
             ]
         except MembenchError as error:
             raise pytest.fail.Exception(f"membench: {error}", pytrace=False) from None
@@ -260,11 +262,11 @@ class CaseItem(pytest.Item):
         if self.config.pluginmanager.hasplugin("benchmark"):
             from membench.pytest_plugin import timing
 
-            timing.of_case(self, self.funcargs, " · ".join(self.case.group), records)
-        outcome.settle(self, records, wrong)
+            timing.add_case(self, self.funcargs, " · ".join(self.case.group), records)
+        outcome.settle(self, records, failures)
 
-    def _worse(self, records: Sequence[Record]) -> list[str]:
-        """What is worse than before."""
+    def _regressions(self, records: Sequence[Record]) -> list[str]:
+        """Return messages for regressions against the baseline."""
         if self.config.getoption("membench_compare") is None or any(record.status != "ok" for record in records):
             return []
         from membench.pytest_plugin.judging import Judge
@@ -272,7 +274,7 @@ class CaseItem(pytest.Item):
         judge = Judge.of(self.config)
         assert judge is not None
         suite = self.parent.suite
-        return judge.complaints(
+        return judge.failures(
             self,
             suite.name,
             records,
@@ -283,10 +285,10 @@ class CaseItem(pytest.Item):
 
 
 def refuse_unknown_metrics(session: pytest.Session) -> None:
-    """Look at ``--membench-fail`` once it is known which suites there are, and with that which metrics.
+    """Check the metrics in ``--membench-fail``, once suites with their own metrics are collected.
 
     Raises:
-        pytest.UsageError: in one line.
+        pytest.UsageError: if a metric is unknown.
     """
     from membench.errors import MembenchError
     from membench.pytest_plugin import judging

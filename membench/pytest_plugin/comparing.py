@@ -1,4 +1,4 @@
-"""What of a whole pytest run was compared: a comparison of nothing, or a tolerance that watches nothing, is no pass."""
+"""Checks of ``--membench-compare`` over a pytest run: an empty comparison or an unused tolerance must not pass."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from membench.errors import RuleError, UnknownMetric
-from membench.pytest_plugin.judging import asked, refuse_unknown
+from membench.pytest_plugin.judging import command_line_tolerances, refuse_unknown
 from membench.records.metrics import METRIC_OF_FIELD
 from membench.suite.tolerances import Tolerances
 
@@ -16,21 +16,21 @@ _MOST_NAMED = 10
 
 
 class Comparison:
-    """Hears what every test compared, in the process that all reports come to."""
+    """The comparisons of all tests, collected in the process that receives all reports."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
         self._own_fields: dict[str, None] = {}
-        """Of metrics of plug-ins."""
+        """Fields of metrics that are plug-ins."""
         self._measured: dict[str, None] = {}
         self._bases_with_cases: set[str] = set()
         self._new: dict[str, dict[str, None]] = {}
-        """By base the cases that it does not have."""
+        """Cases that a base does not contain, by base."""
         self._known: dict[str, Sequence[str]] = {}
-        self._said: list[str] = []
+        self._messages: list[str] = []
 
-    def hear(self, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Hear what a report says."""
+    def add(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Add the entries of a report."""
         for entry in entries:
             if "record" in entry:
                 self._measured[entry["record"]["id"]] = None
@@ -42,39 +42,40 @@ class Comparison:
                 self._known[entry["base"]] = entry["known"]
 
     def finish(self) -> bool:
-        """Work out what was asked for in vain; whether that makes the options wrong."""
+        """Find cases and tolerances without effect; return whether they make the options wrong."""
         if not self._measured:
-            self._said.append("nothing was compared: no test measured anything")
+            self._messages.append("nothing was compared: no test measured anything")
             return bool(self._config.getoption("membench_fail"))
         if not self._bases_with_cases and not self._new:
-            self._said.append("nothing was compared: no case ended well")
+            self._messages.append("nothing was compared: no case ended well")
         for base, cases in self._new.items():
             if base in self._bases_with_cases:
-                self._said.append(f"not in {base}, so held against nothing: {_named(cases)}")
+                self._messages.append(f"not in {base}, so held against nothing: {_listed(cases)}")
             else:
-                self._said.append(
-                    f"nothing was compared: {base} has none of what was measured ({_named(cases)});"
-                    f" it has {_named(self._known[base])}"
+                self._messages.append(
+                    f"nothing was compared: {base} has none of what was measured ({_listed(cases)});"
+                    f" it has {_listed(self._known[base])}"
                 )
         is_wrong = not self._new.keys() <= self._bases_with_cases
         own = [METRIC_OF_FIELD[field] for field in self._own_fields]
         try:
             refuse_unknown(self._config, own)
-            Tolerances(command_line=asked(self._config, own)).refuse_idle(self._measured)
+            Tolerances(command_line=command_line_tolerances(self._config, own)).refuse_idle(self._measured)
         except UnknownMetric as error:
-            self._said.append(str(error))
+            self._messages.append(str(error))
             is_wrong = True
         except RuleError as error:
-            self._said.append(f"--membench-fail: {error}")
+            self._messages.append(f"--membench-fail: {error}")
             is_wrong = True
         return is_wrong
 
     def summarize(self, terminal: Any) -> None:
-        for line in self._said:
+        """Print the findings of ``finish``."""
+        for line in self._messages:
             terminal.write_line(f"membench: {line}")
 
 
-def _named(cases: Sequence[str] | Mapping[str, None]) -> str:
+def _listed(cases: Sequence[str] | Mapping[str, None]) -> str:
     names = list(cases)
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     return ", ".join(names[:_MOST_NAMED]) + more

@@ -1,4 +1,4 @@
-"""What a test measured, on its way into a run's file: from the test to its report, and with that to the controller."""
+"""Transport of measurements from a test through its report to the controller, which writes the run's file."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ _ATTRIBUTE = "_membench"
 
 
 def add(item: pytest.Item, header: dict[str, Any], record: dict[str, Any]) -> None:
-    """Give a test's next report a record, and the header of the run that it belongs to; both of what JSON knows."""
+    """Add a record and the header of its run to a test's next report; both consist of JSON types."""
     item.stash.setdefault(_MEASURED, []).append({"header": header, "record": record})
 
 
 def add_comparison(item: pytest.Item, case_id: str, base: str, known: list[str] | None) -> None:
-    """Give a test's next report what a case was held against.
+    """Add the base of a comparison to a test's next report.
 
     Args:
         base: the name of the baseline or run.
-        known: the cases that it has, where this one is not among them.
+        known: the cases of the base if ``case_id`` is not among them, else ``None``.
     """
     item.stash.setdefault(_MEASURED, []).append({"compared": case_id, "base": base, "known": known})
 
 
-def put_on(report: pytest.TestReport, item: pytest.Item) -> None:
-    """Put what a test has measured since its last report on this one."""
+def attach(report: pytest.TestReport, item: pytest.Item) -> None:
+    """Attach a test's measurements since its last report to this report."""
     measured = item.stash.get(_MEASURED, None)
     if measured:
-        # As text: xdist sends attributes of reports, but not every kind of value.
+        # As text, because xdist cannot send attributes of all types.
         setattr(report, _ATTRIBUTE, json.dumps(measured))
         del item.stash[_MEASURED]
 
 
-def taken_off(report: pytest.TestReport) -> list[dict[str, Any]]:
-    """What ``put_on`` has put on a report; other plug-ins need not see it."""
+def detach(report: pytest.TestReport) -> list[dict[str, Any]]:
+    """Remove the measurements from a report and return them; other plug-ins do not see them."""
     text = vars(report).pop(_ATTRIBUTE, None)
     found: list[dict[str, Any]] = json.loads(text) if text else []
     return found

@@ -1,4 +1,4 @@
-"""Where the jobs of a pytest run are measured."""
+"""The executor of a pytest run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from membench.running.needs import Needs
 from membench.running.session import silent
 
 
-def opened(config: pytest.Config, needs: Needs) -> Executor:
-    """An executor on this machine, which takes turns with those of xdist's other workers."""
+def open_executor(config: pytest.Config, needs: Needs) -> Executor:
+    """Open an executor on this machine that is coordinated with those of other workers of xdist."""
     return LocalExecutor(needs, silent, Sharing.of(config).turn())

@@ -1,4 +1,4 @@
-"""The fixture ``membench``: a function of the user's, measured in a process of its own."""
+"""The fixture ``membench``: measures a user's function in a separate process."""
 
 from __future__ import annotations
 
@@ -37,21 +37,25 @@ if TYPE_CHECKING:
 
 _READABLE: Mapping[Unit, Callable[[float], Any]] = {BYTES: ByteSize, SECONDS: Duration}
 
-_WORTH_IMPORTING_ONCE = ("numpy", "torch", "transformers")
-"""Where test modules have imported them, functions will need them, and each process would import them anew."""
+_PRELOADED_IF_USED = ("numpy", "torch", "transformers")
+"""Modules to preload if test modules have imported them: functions need them, and each process would import them."""
 
 
 class Result:
-    """What a function took. Each metric of a record is an attribute; sizes and durations compare with text.
+    """The measurements of a function. Each metric of a record is an attribute; sizes and durations compare with text.
 
     Attributes:
-        record: all that was measured, with how each figure was obtained; of several repeats, in the first.
-        records: that of each repeat. Figures are medians over them.
-        peak_live: most memory in use at once during a call, above what was there before the first.
-        held_live: memory still in use after a call, what it returned included.
-        peak_footprint: most memory taken from the machine during a call under the default allocator.
-        held_footprint: memory still taken from the machine after one.
+        record: the record of the first repeat, with the source of each figure.
+        records: the records of all repeats. Figures are medians over them.
+        peak_live: peak of live memory during a call, above the memory in use before the first call.
+        held_live: live memory after a call, its return value included.
+        peak_footprint: peak of memory taken from the machine during a call under the default allocator.
+        held_footprint: memory taken from the machine after a call.
         time: median duration of a call.
+
+    Raises:
+        AttributeError: for a metric that does not exist.
+        MembenchError: for a metric whose value is unknown.
     """
 
     record: Record
@@ -69,7 +73,7 @@ class Result:
 
     def __getattr__(self, name: str) -> Any:
         __tracebackhide__ = True
-        if name.startswith("_") or name in ("record", "records"):  # asked for by whoever copies a result
+        if name.startswith("_") or name in ("record", "records"):  # looked up when a result is copied
             raise AttributeError(name)
         metric = next((metric for metric in METRICS if metric.name == name), None)
         if metric is None:
@@ -94,75 +98,75 @@ class MembenchFixture:
         self._request = request
         self._item: pytest.Item = request.node
         self._timing = timing
-        self._demands = marker.demands(self._item)
+        self._options = marker.options_of(self._item)
         self._count = 0
 
     def __call__(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Result:
-        """Call a function with these arguments, twelve times, in a process of its own, and say what it took.
+        """Call a function with arguments twelve times in a separate process, and return its measurements.
 
-        With ``repeats`` in the test's marker all that is done so many times, each time in a new process.
+        ``repeats`` in the test's marker repeats the measurement, each time in a new process.
 
-        The function may be a lambda or a local one. What it and its arguments hold is in no figure. Module, class and
-        closure come along by value: what it changes in them is not seen here.
+        The function may be a lambda or a local function. Memory already held by the function and its arguments is
+        excluded. The module, class and closure of the function are copied: its changes to them have no effect here.
 
         Raises:
-            Exception: whatever the function raises, with its traceback as a note. The test fails if the process
-                dies, or takes longer than ten minutes.
+            Exception: the exception of the function, with its traceback as a note. The test fails if the process dies
+                or takes longer than ten minutes.
         """
         __tracebackhide__ = True
         name = getattr(function, "__qualname__", None) or type(function).__name__
         if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
             _fail(f"'{name}' does nothing when it is called; give membench a function that goes through it to its end")
         self._count += 1
-        records, worse = self._measured(function, args, kwargs, name)
+        records, regressions = self._measure(function, args, kwargs, name)
         if records[-1].status == "skipped":
             pytest.skip(str(records[-1].message))
-        wrong = [*(line for record in records for line in outcome.complaints(record)), *worse]
-        if wrong:
+        failures = [*(line for record in records for line in outcome.failures(record)), *regressions]
+        if failures:
             outcome.add_output(self._item, records)
-            _fail("\n".join(dict.fromkeys(wrong)))
+            _fail("\n".join(dict.fromkeys(failures)))
         return Result(records, name)
 
-    def _measured(
+    def _measure(
         self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], name: str
     ) -> tuple[list[Record], list[str]]:
-        """A record a repeat, up to one that did not end well, and what is worse in them than before."""
+        """Return the records of all repeats, up to the first failed one, and messages for regressions."""
         __tracebackhide__ = True
-        sharing, device = Sharing.of(self._item.config), self._demands.device
-        pickled, raised = sharing.passing("call"), sharing.passing("raised")
-        caller = _Caller.of(self._item.config, device)
-        limits = {} if self._demands.limit_bytes is None else {"peak_live_bytes": self._demands.limit_bytes}
+        sharing, device = Sharing.of(self._item.config), self._options.device
+        pickled, raised = sharing.new_file("call"), sharing.new_file("raised")
+        executor = _FunctionExecutor.of(self._item.config, device)
+        limits = {} if self._options.limit_bytes is None else {"peak_live_bytes": self._options.limit_bytes}
         try:
-            given = pickling.as_bytes((function, args, kwargs), by_value=self._of_tests())
+            call = pickling.as_bytes((function, args, kwargs), by_value=self._modules_by_value())
         except Exception as error:
             what = f"'{name}' or an argument cannot be sent to a process of its own: {summary(error)}"
             raise pytest.fail.Exception(what) from None
-        here = {"path": sys.path, "folder": str(Path.cwd()), "environment": caller.environment(), "call": given}
-        pickled.write_bytes(pickle.dumps(here))
+        request = {"path": sys.path, "folder": str(Path.cwd()), "environment": executor.environment(), "call": call}
+        pickled.write_bytes(pickle.dumps(request))
         try:
             job = FunctionJob(
                 **self._names(),
                 repeat=0,
                 device=Device.parse(device),
                 limits=limits,
-                settings=caller.settings,
+                settings=executor.settings,
                 pickled=pickled,
                 raised=raised,
             )
             records: list[Record] = []
-            while len(records) < self._demands.repeats and all(record.status == "ok" for record in records):
-                records.append(caller.measure(job, len(records)))
+            while len(records) < self._options.repeats and all(record.status == "ok" for record in records):
+                records.append(executor.measure(job, len(records)))
                 self._keep(records[-1])
-            self._tell(records)
+            self._report(records)
             if raised.exists():
-                raise _raised(raised)
-            return records, self._worse(records, lambda repeat: caller.measure(job, repeat))
+                raise _load_exception(raised)
+            return records, self._regressions(records, lambda repeat: executor.measure(job, repeat))
         finally:
             pickled.unlink(missing_ok=True)
             raised.unlink(missing_ok=True)
 
-    def _of_tests(self) -> list[types.ModuleType]:
-        """Modules that a process of its own could not import, because pytest does that in ways of its own."""
+    def _modules_by_value(self) -> list[types.ModuleType]:
+        """Return the modules that only pytest can import: they are pickled by value."""
         plugins = self._item.config.pluginmanager.get_plugins()
         conftests = [plugin for plugin in plugins if isinstance(plugin, types.ModuleType) and _is_conftest(plugin)]
         return [self._request.module, *conftests]
@@ -176,13 +180,13 @@ class MembenchFixture:
             "workload": f"{test}{again}",
         }
 
-    def _worse(self, records: Sequence[Record], measure: Callable[[int], Record]) -> list[str]:
+    def _regressions(self, records: Sequence[Record], measure: Callable[[int], Record]) -> list[str]:
         __tracebackhide__ = True
         if self._item.config.getoption("membench_compare") is None or records[-1].status != "ok":
             return []
         from membench.pytest_plugin.judging import Judge
 
-        def again(repeat: int) -> Record:
+        def measure_again(repeat: int) -> Record:
             more = measure(repeat)
             self._keep(more)
             return more
@@ -190,30 +194,30 @@ class MembenchFixture:
         try:
             judge = Judge.of(self._item.config)
             assert judge is not None
-            return judge.complaints(self._item, FUNCTIONS, records, self._demands.tolerances, again)
+            return judge.failures(self._item, FUNCTIONS, records, self._options.tolerances, measure_again)
         except MembenchError as error:
             raise pytest.fail.Exception(f"membench: {error}") from None
 
     def _keep(self, record: Record) -> None:
-        # Of no devices: other tests of the same file's may be on others.
+        # Without devices: other tests of the same file may use other devices.
         header = run_header(FUNCTIONS, "", [], Sharing.of(self._item.config).started)
         entries.add(self._item, header, as_json(record))
 
-    def _tell(self, records: Sequence[Record]) -> None:
-        """Tell others what the test's report and pytest-benchmark are to show."""
+    def _report(self, records: Sequence[Record]) -> None:
+        """Add figures to the test's report and to pytest-benchmark."""
         outcome.add_figures(self._item, records, "" if self._count == 1 else f"{self._count}.")
         if self._timing is not None:
-            self._timing.tell(durations_s(records), outcome.figures(records))
+            self._timing.add(durations_s(records), outcome.figures(records))
 
 
-class _Caller:
-    """What all functions of a pytest run that are on one device are measured with."""
+class _FunctionExecutor:
+    """The executor and the settings for all functions of a pytest run on one device."""
 
     def __init__(self, config: pytest.Config, device: str) -> None:
         sharing = Sharing.of(config)
         self.settings = Settings.model_validate({})
         self._gpu = sharing.gpu([device])
-        known = [name for name in _WORTH_IMPORTING_ONCE if name in sys.modules]
+        known = [name for name in _PRELOADED_IF_USED if name in sys.modules]
         needs = Needs(
             (Device.parse(device),),
             environment.usable_cores(),
@@ -221,38 +225,40 @@ class _Caller:
             ("membench.protocol.pickling", "membench.worker.main", *known),
             self._gpu.variables,
         )
-        self._executor = executing.opened(config, needs)
+        self._executor = executing.open_executor(config, needs)
         config.add_cleanup(lambda: self._executor.__exit__(None, None, None))
 
     @classmethod
-    def of(cls, config: pytest.Config, device: str) -> _Caller:
-        callers = config.stash.setdefault(_CALLERS, {})
-        if device not in callers:
-            callers[device] = cls(config, device)
-        return callers[device]
+    def of(cls, config: pytest.Config, device: str) -> _FunctionExecutor:
+        """Return the executor for a device, created on first use."""
+        executors = config.stash.setdefault(_EXECUTORS, {})
+        if device not in executors:
+            executors[device] = cls(config, device)
+        return executors[device]
 
     def environment(self) -> dict[str, str]:
-        """The test's environment now, with what the harness sets in it."""
+        """Return the test's current environment with the variables set by the harness."""
         threads = environment.usable_cores()
         return {**environment.worker_environment(threads), **self._gpu.variables}
 
     def measure(self, job: FunctionJob, repeat: int) -> Record:
+        """Measure a repeat of a job."""
         with self._gpu.held:
             return self._executor.measure(dataclasses.replace(job, repeat=repeat))
 
 
-_CALLERS = pytest.StashKey[dict[str, _Caller]]()
+_EXECUTORS = pytest.StashKey[dict[str, _FunctionExecutor]]()
 
 
 def _is_conftest(module: types.ModuleType) -> bool:
     return Path(getattr(module, "__file__", None) or "").name == "conftest.py"
 
 
-def _raised(path: Path) -> BaseException:
-    """The exception that a function raised in its process, with its traceback there as a note."""
+def _load_exception(path: Path) -> BaseException:
+    """Load the exception that a function raised in its process, with its traceback as a note."""
     pickled, text = pickle.loads(path.read_bytes())
     error: Any = None
-    with contextlib.suppress(Exception):  # it could not be sent, or cannot be made again from what was
+    with contextlib.suppress(Exception):  # it could not be pickled, or cannot be unpickled
         error = pickle.loads(pickled)
     if not isinstance(error, BaseException):
         error = MembenchError(text.strip().rpartition("\n")[2])

@@ -1,4 +1,4 @@
-"""Holds what tests measure against an earlier measurement: ``--membench-compare`` and ``--membench-fail``."""
+"""Comparison of tests with an earlier measurement: ``--membench-compare`` and ``--membench-fail``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from membench.comparing import suspects
 from membench.errors import MembenchError, RuleError, UnknownMetric
 from membench.pytest_plugin import entries
 from membench.pytest_plugin.outcome import MembenchWarning
-from membench.pytest_plugin.sharing import FUNCTIONS, Sharing, own_name
+from membench.pytest_plugin.sharing import FUNCTIONS, Sharing, suite_baseline_name
 from membench.records.metric import Metric
 from membench.records.record import Record
 from membench.regression import baselines, sources
@@ -24,25 +24,25 @@ from membench.suite.tolerances import Tolerance, Tolerances, parse_fail
 
 
 class Judge:
-    """Judges one case at a time against what ``--membench-compare`` names."""
+    """Compares one case at a time with the measurement that ``--membench-compare`` names."""
 
     def __init__(self, config: pytest.Config) -> None:
         """Read the options.
 
         Raises:
-            MembenchError: if one of them is wrong, in one line.
+            MembenchError: if an option is wrong.
         """
         self._results = Sharing.of(config).output
         self._name: str = config.getoption("membench_compare")
         self._config = config
-        asked(config)
+        command_line_tolerances(config)
         self._bases: dict[str, Measured] = {}
-        if self._name and not any(name.startswith(f"{self._name}-") for name in self._kept()):
+        if self._name and not any(name.startswith(f"{self._name}-") for name in self._baseline_names()):
             sources.load(self._name, self._results)
 
     @classmethod
     def of(cls, config: pytest.Config) -> Judge | None:
-        """The judge of a pytest run, if there is to be one."""
+        """Return the judge of a pytest run; ``None`` without ``--membench-compare``."""
         if config.getoption("membench_compare") is None:
             return None
         judge = config.stash.get(_JUDGE, None)
@@ -50,65 +50,65 @@ class Judge:
             judge = config.stash[_JUDGE] = cls(config)
         return judge
 
-    def _kept(self) -> list[str]:
+    def _baseline_names(self) -> list[str]:
         return baselines.names(self._results / baselines.FOLDER.name)
 
     def _base(self, new: Measured) -> Measured:
-        """What a suite is held against: its own part of the baseline named, else that; or the suite's own baseline."""
+        """Return the base for a suite: its part of the named baseline, that baseline itself, or the suite's own."""
         if new.suite not in self._bases:
             if self._name:
-                own = own_name(self._name, new.suite)
-                name = own if own in self._kept() else self._name
+                own = suite_baseline_name(self._name, new.suite)
+                name = own if own in self._baseline_names() else self._name
                 self._bases[new.suite] = sources.load(name, self._results)
             else:
                 self._bases[new.suite] = sources.baseline_for(new, self._results)
         return self._bases[new.suite]
 
-    def complaints(
+    def failures(
         self,
         item: pytest.Item,
         suite: str,
         records: Sequence[Record],
-        demanded: Sequence[Tolerance],
+        own_tolerances: Sequence[Tolerance],
         measure_again: Callable[[int], Record],
-        own: Sequence[Metric] = (),
+        own_metrics: Sequence[Metric] = (),
     ) -> list[str]:
-        """What is worse than before in one case, a line each; of what cannot be told the test is warned.
+        """Return a message for each regression of a case; undecided results become warnings of the test.
 
         Args:
-            item: the test that measured it.
-            suite: whose case it is.
-            records: of its repeats.
-            demanded: tolerances of the suite or the test.
-            measure_again: measures one more repeat of this number: what looks worse is not called so before.
-            own: metrics of the suite's plug-ins.
+            item: the test that measured the case.
+            suite: the name of the case's suite.
+            records: the records of its repeats.
+            own_tolerances: tolerances of the suite or the test.
+            measure_again: measures another repeat of the given number; a suspected regression must be confirmed by it.
+            own_metrics: metrics of the suite's plug-ins.
 
         Raises:
             MembenchError: if there is nothing to compare with.
         """
-        tolerances = Tolerances(suite=demanded, command_line=asked(self._config, own))
+        tolerances = Tolerances(suite=own_tolerances, command_line=command_line_tolerances(self._config, own_metrics))
         new = of_records(records, "this run", suite)
         base = self._base(new)
-        alone = dataclasses.replace(base, cases={id: case for id, case in base.cases.items() if id == records[0].id})
-        entries.add_comparison(item, records[0].id, base.name, None if alone.cases else list(base.cases))
-        if not alone.cases:
-            return []  # new since then
+        own_base = dataclasses.replace(base, cases={id: case for id, case in base.cases.items() if id == records[0].id})
+        entries.add_comparison(item, records[0].id, base.name, None if own_base.cases else list(base.cases))
+        if not own_base.cases:
+            return []  # a new case
         _, judgement = suspects.confirm(
             records,
-            judge=lambda measured: judge(alone, of_records(measured, "this run", suite), tolerances),
+            judge=lambda measured: judge(own_base, of_records(measured, "this run", suite), tolerances),
             measure_again=lambda measured, _, repeats: [
                 *measured, *(measure_again(len(measured) + number) for number in range(repeats)),
             ],
         )  # fmt: skip
-        for line in _doubts(judgement, suite):
+        for line in _warnings(judgement, suite):
             item.warn(MembenchWarning(line))
         lines = [f"{pair.id}: {pair.broke}" for pair in judgement.broken]
         lines += [f"regressed since {base.name}: {change.sentence()}" for change in judgement.regressions]
         return lines + [f"cannot be compared with {base.name}: {change.sentence()}" for change in judgement.blocked]
 
 
-def _doubts(judgement: Judgement, suite: str) -> list[str]:
-    """What fails nothing and is not known to be fine either."""
+def _warnings(judgement: Judgement, suite: str) -> list[str]:
+    """Return warnings for results that neither fail nor pass."""
     base = judgement.base
     lines = [f"undecided since {base.name}: {change.sentence()}" for change in judgement.undecided]
     lines += [
@@ -120,10 +120,10 @@ def _doubts(judgement: Judgement, suite: str) -> list[str]:
 
 
 def _too_few_repeats(pair: Pair, base: str, suite: str) -> list[str]:
-    """Times that were asked for by name, and that no verdict can come of."""
+    """Return warnings for times with a requested tolerance that have too few repeats for a verdict."""
     lines = []
     for change in pair.changes:
-        # Of a machine whose noise is known fewer repeats may say something.
+        # With a known noise of the machine, fewer repeats may suffice.
         if pair.base and change.was_asked and change.metric.depends_on == "time" and not change.noise:
             repeats = len(pair.base.values.get(change.metric.field, ()))
             if 0 < repeats < LEAST_REPEATS:
@@ -135,47 +135,47 @@ def _too_few_repeats(pair: Pair, base: str, suite: str) -> list[str]:
 
 
 def how_to_repeat(suite: str) -> str:
-    """How a user gets enough repeats."""
+    """Return advice on how to measure enough repeats."""
     if suite == FUNCTIONS:
         return f"mark the test with @pytest.mark.membench(repeats={LEAST_REPEATS})"
     return f"write 'repeats = {LEAST_REPEATS}' under [settings]"
 
 
-def asked(config: pytest.Config, own: Sequence[Metric] = ()) -> list[Tolerance]:
-    """What ``--membench-fail`` says of metrics that are known here.
+def command_line_tolerances(config: pytest.Config, own: Sequence[Metric] = ()) -> list[Tolerance]:
+    """Return the tolerances of ``--membench-fail`` for known metrics.
 
     Args:
-        own: metrics of the plug-ins of the suite that is meant; those of others are not known.
+        own: metrics of the suite's plug-ins; tolerances for metrics of other suites are skipped.
 
     Raises:
-        RuleError: if anything else of it cannot be understood.
+        RuleError: if a tolerance is invalid for another reason.
     """
     found = []
     for text in config.getoption("membench_fail"):
         with contextlib.suppress(UnknownMetric):
-            found.append(_parsed(text, own))
+            found.append(_parse(text, own))
     return found
 
 
 def refuse_unknown(config: pytest.Config, own: Iterable[Metric]) -> None:
-    """Of a metric that no suite has nothing could be too much.
+    """Refuse a tolerance on a metric that no suite has, because it would never fail.
 
     Args:
-        own: metrics of the plug-ins of all suites that there are.
+        own: metrics of the plug-ins of all suites.
 
     Raises:
-        UnknownMetric: with the nearest right name.
+        UnknownMetric: with the most similar name.
     """
     known = tuple(dict.fromkeys(own))
     for text in config.getoption("membench_fail"):
-        _parsed(text, known)
+        _parse(text, known)
 
 
-def _parsed(text: str, own: Sequence[Metric]) -> Tolerance:
+def _parse(text: str, own: Sequence[Metric]) -> Tolerance:
     try:
         return parse_fail(text, own)
     except RuleError as error:
-        # The command line of membench calls the same --fail.
+        # The error names the option --fail of membench's own command line.
         raise type(error)(f"--membench-{str(error).removeprefix('--')}") from None
 
 
@@ -183,10 +183,10 @@ _JUDGE = pytest.StashKey[Judge]()
 
 
 def check_options(config: pytest.Config) -> None:
-    """Look at the options before anything is measured.
+    """Check the options before anything is measured.
 
     Raises:
-        pytest.UsageError: in one line.
+        pytest.UsageError: if an option is wrong.
     """
     try:
         if config.getoption("membench_save"):

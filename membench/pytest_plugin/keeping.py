@@ -1,4 +1,4 @@
-"""Keeps records in runs' files as ``membench run`` does: a file a suite, and one for the functions of test modules."""
+"""Storage of records in run files, as for ``membench run``: one per suite, and one for functions of test modules."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from membench.running.session import run_path
 
 
 @dataclasses.dataclass
-class _Kept:
-    """A file under way.
+class _OpenRun:
+    """An open run file.
 
     Attributes:
-        repeats: how many there are of each case.
-        last: with which repeat of a case its last attempt began: whoever runs failed tests again counts that one.
+        repeats: the number of repeats of each case.
+        last: the first repeat of the last attempt of each case: only the last attempt counts if a plug-in reruns tests.
     """
 
     file: RunFile
@@ -33,6 +33,7 @@ class _Kept:
     last: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def append(self, record: dict[str, Any]) -> None:
+        """Append a record as the next repeat of its case."""
         case_id = record["id"]
         if record["repeat"] == 0:
             self.last[case_id] = self.repeats[case_id]
@@ -40,53 +41,53 @@ class _Kept:
         self.repeats[case_id] += 1
 
     def read(self) -> Run:
-        """What counts of it."""
+        """Read the run, with only the last attempt of each case."""
         run = read_run(self.file.path)
         counting = (record for record in run.records if record.repeat >= self.last.get(record.id, 0))
         return dataclasses.replace(run, records=tuple(counting))
 
 
 class Keeper:
-    """Writes the files of a pytest run; each record is on the disk before the next test starts."""
+    """Writes the run files of a pytest run; each record is on disk before the next test starts."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._output = Sharing.of(config).output
         self._save_as: str | None = config.getoption("membench_save")
-        self._said: list[str] = []
-        self._kept: dict[Path, _Kept] = {}
+        self._messages: list[str] = []
+        self._runs: dict[Path, _OpenRun] = {}
         self._open = contextlib.ExitStack()
         config.add_cleanup(self._open.close)
 
     def keep(self, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Keep records. If that cannot be done pytest ends here, with exit code 2 and one line."""
+        """Write records. If that fails, pytest exits with code 2 and one line."""
         try:
             for entry in entries:
                 if "record" in entry:
                     path = run_path(self._output, entry["header"])
-                    if path not in self._kept:
+                    if path not in self._runs:
                         header = {**entry["header"], "machine": entry["record"]["machine"]}
-                        self._kept[path] = _Kept(self._open.enter_context(RunFile.create(path, header)))
-                    self._kept[path].append(entry["record"])
+                        self._runs[path] = _OpenRun(self._open.enter_context(RunFile.create(path, header)))
+                    self._runs[path].append(entry["record"])
         except MembenchError as error:
             pytest.exit(f"membench: {error}", returncode=error.exit_code)
 
     def finish(self) -> int:
-        """Close the files, and save them as baselines if that was asked for; the exit code if it could not be done."""
+        """Close the files, and save baselines if requested; return 0, or the exit code if saving failed."""
         self._open.close()
         if self._save_as is None:
             return 0
         try:
-            self._said += saving.save([kept.read() for kept in self._kept.values()], self._save_as, self._output)
+            self._messages += saving.save([each.read() for each in self._runs.values()], self._save_as, self._output)
         except MembenchError as error:
-            self._said.append(f"not saved as a baseline: {error}")
+            self._messages.append(f"not saved as a baseline: {error}")
             return error.exit_code
         return 0
 
     def summarize(self, terminal: Any) -> None:
-        """Say where the records are."""
-        for path, kept in self._kept.items():
-            count = kept.repeats.total()
+        """Print where records and baselines were written."""
+        for path, run_file in self._runs.items():
+            count = run_file.repeats.total()
             records = "record" if count == 1 else "records"
             terminal.write_line(f"membench: {count} {records} kept in {saving.shown_path(path)}")
-        for line in self._said:
+        for line in self._messages:
             terminal.write_line(f"membench: {line}")

@@ -1,4 +1,4 @@
-"""What ``@pytest.mark.membench(...)`` asks of a test."""
+"""Options of the marker ``@pytest.mark.membench(...)``."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _MOST_REPEATS = 100
 
 
 @dataclass(frozen=True)
-class Demands:
-    """What the markers of a test, its class and its module ask for; the nearest one has its way.
+class MarkerOptions:
+    """The combined options of the markers of a test, its class and its module; the nearest takes precedence.
 
     Attributes:
-        limit_bytes: how much live memory a measured function may take at most.
-        tolerances: how much more than before it may take.
-        device: where it is measured: ``cpu``, ``cuda`` or ``cuda:0``.
-        repeats: how often it is measured, each time in a process of its own.
+        limit_bytes: the limit of the live peak of a measured function.
+        tolerances: the accepted increase compared with a baseline.
+        device: the device to measure on: ``cpu``, ``cuda`` or ``cuda:0``.
+        repeats: the number of measurements, each in a separate process.
     """
 
     limit_bytes: int | None = None
@@ -69,14 +69,14 @@ _KEYS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
 }
 
 
-def demands(item: pytest.Item) -> Demands:
-    """What is asked of a test.
+def options_of(item: pytest.Item) -> MarkerOptions:
+    """Return the options of a test's markers.
 
     Raises:
-        MembenchError: for an unknown key or a value that does not fit, in one line.
+        MembenchError: if a key is unknown or a value is invalid.
     """
     found: dict[str, Any] = {}
-    for mark in item.iter_markers(FIXTURE):  # the nearest comes first
+    for mark in item.iter_markers(FIXTURE):  # nearest first
         if mark.args:
             raise _wrong(mark, "it takes no values without a name; known: " + ", ".join(_KEYS))
         for key, value in mark.kwargs.items():
@@ -87,13 +87,13 @@ def demands(item: pytest.Item) -> Demands:
                 found.setdefault(name, checked(value))
             except ValueError as error:
                 raise _wrong(mark, f"{key} = {value!r}: {error}") from None
-    return Demands(**found)
+    return MarkerOptions(**found)
 
 
 def check(item: pytest.Item) -> None:
-    """Fail a test whose own marker is wrong, or would ask for something of nobody."""
+    """Fail a test whose marker is wrong, or that has a marker but does not use the fixture."""
     try:
-        demands(item)
+        options_of(item)
         is_own = any(mark.name == FIXTURE for mark in item.own_markers)
         if is_own and FIXTURE not in getattr(item, "fixturenames", ()):
             raise MembenchError(

@@ -1,4 +1,4 @@
-"""What records mean for the test that they are of."""
+"""Test outcomes from records: failures, warnings and reported figures."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from membench.suite.gates import Gate, outcomes
 
 
 class MembenchWarning(pytest.PytestWarning):
-    """Something about a case that is no failure: a technique that changed nothing, a limit that was not checked."""
+    """A remark on a case that is not a failure, such as an ineffective technique or an unchecked limit."""
 
 
 def figures(records: Sequence[Record]) -> Mapping[str, float]:
-    """What is known of a case, by metric field: medians over its repeats."""
+    """Return the known figures of a case by metric field, as medians over its repeats."""
     found, first = Comparison(records), records[0]
     values = {metric.field: found.value(first.group, first.technique, metric.field) for metric in found.metrics}
     return {field: value for field, value in values.items() if value is not None}
 
 
 def add_figures(item: pytest.Item, records: Sequence[Record], prefix: str = "") -> None:
-    """Add figures to what is told of a test, in JUnit's XML for one."""
+    """Add figures to the properties of a test, which appear in JUnit XML."""
     for field, value in figures(records).items():
         item.user_properties.append((f"{prefix}{field}", value))
 
 
-def settle(item: pytest.Item, records: Sequence[Record], also_wrong: Sequence[str]) -> None:
-    """End the test of a case as its records say: return, skip, or fail with what went wrong."""
-    wrong = [*(text for record in records for text in complaints(record)), *also_wrong]
+def settle(item: pytest.Item, records: Sequence[Record], more_failures: Sequence[str]) -> None:
+    """Set the outcome of a case's test from its records: return, skip, or fail with messages."""
+    messages = [*(text for record in records for text in failures(record)), *more_failures]
     for record in records:
         for remark in record.remarks:
             item.warn(MembenchWarning(f"{record.id}: {remark}"))
-    if wrong:
+    if messages:
         add_output(item, records)
-        raise pytest.fail.Exception("\n".join(dict.fromkeys(wrong)), pytrace=False)
+        raise pytest.fail.Exception("\n".join(dict.fromkeys(messages)), pytrace=False)
     skipped = next((record for record in records if record.status == "skipped"), None)
     if skipped is not None:
         raise pytest.skip.Exception(str(skipped.message))
@@ -45,7 +45,7 @@ def settle(item: pytest.Item, records: Sequence[Record], also_wrong: Sequence[st
 def broken_gates(
     item: pytest.Item, gates: Sequence[Gate], records: Sequence[Record], reference: Sequence[Record]
 ) -> list[str]:
-    """The gates that a case breaks, a line each; of those that nothing could be held against it is warned."""
+    """Return a line for each gate that a case breaks; gates that cannot be checked become warnings."""
     if any(record.status != "ok" for record in records):
         return []
     of_case = records if records is reference else [*reference, *records]
@@ -60,8 +60,8 @@ def broken_gates(
     return lines
 
 
-def complaints(record: Record) -> list[str]:
-    """Why a record fails its test, a line each; none where it does not."""
+def failures(record: Record) -> list[str]:
+    """Return the reasons why a record fails its test, one line each."""
     if record.status == "skipped":
         return []
     lines = []
@@ -72,7 +72,7 @@ def complaints(record: Record) -> list[str]:
 
 
 def add_output(item: pytest.Item, records: Sequence[Record]) -> None:
-    """Show the end of what measured processes printed in the report of a test."""
+    """Add the tail of the measured processes' output to the report of a test."""
     for record in records:
         if record.output_tail:
             item.add_report_section("call", f"output of {record.id}", record.output_tail)

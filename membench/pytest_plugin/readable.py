@@ -1,4 +1,4 @@
-"""Sizes and durations that compare with what people write: ``peak < "64 MiB"``, ``time < "20 ms"``."""
+"""Sizes and durations that compare with text: ``peak < "64 MiB"``, ``time < "20 ms"``."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from membench.units import format_bytes, format_seconds, parse_bytes, parse_seco
 
 
 class _Readable:
-    """Makes of a kind of number one whose comparisons take text with a unit, and which is shown as such text."""
+    """Mixin for numbers that compare with text with a unit and are formatted as such text."""
 
-    def _parsed(self, text: str) -> float:
+    def _parse(self, text: str) -> float:
         raise NotImplementedError
 
     def _number(self, other: Any) -> Any:
-        return self._parsed(other) if isinstance(other, str) else other
+        return self._parse(other) if isinstance(other, str) else other
 
     def __lt__(self, other: Any) -> bool:
         return super().__lt__(self._number(other))  # type: ignore[misc, no-any-return]
@@ -39,13 +39,13 @@ class _Readable:
 
 
 class ByteSize(_Readable, int):
-    """Whole bytes.
+    """A size in bytes.
 
     Raises:
-        ValueError: on comparison with text that is no size: units are B, KiB, MiB, GiB and TiB (1024-based).
+        ValueError: on comparison with text that is not a valid size; units are B, KiB, MiB, GiB and TiB (1024-based).
     """
 
-    def _parsed(self, text: str) -> int:
+    def _parse(self, text: str) -> int:
         return parse_bytes(text)
 
     def __repr__(self) -> str:
@@ -53,13 +53,13 @@ class ByteSize(_Readable, int):
 
 
 class Duration(_Readable, float):
-    """Seconds.
+    """A duration in seconds.
 
     Raises:
-        ValueError: on comparison with text that is no duration: units are µs (or us), ms, s, min and h.
+        ValueError: on comparison with text that is not a valid duration; units are µs (or us), ms, s, min and h.
     """
 
-    def _parsed(self, text: str) -> float:
+    def _parse(self, text: str) -> float:
         return parse_seconds(text)
 
     def __repr__(self) -> str:

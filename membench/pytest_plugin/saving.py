@@ -1,4 +1,4 @@
-"""``--membench-save``: what a pytest run measured becomes baselines, beside what these hold of other tests."""
+"""``--membench-save``: saves the measurements of a pytest run in baselines, and keeps their other cases."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from membench.pytest_plugin.judging import how_to_repeat
-from membench.pytest_plugin.sharing import own_name
+from membench.pytest_plugin.sharing import suite_baseline_name
 from membench.records.run_file import Run
 from membench.regression import baselines
 from membench.regression.decision import said_of_few_times
@@ -14,15 +14,15 @@ from membench.regression.measured import Measured, of_run
 
 
 def save(runs: Sequence[Run], name: str, results: Path) -> list[str]:
-    """Save runs, and say so in a line or two each.
+    """Save runs as baselines, and return one or two lines on each.
 
-    ``-k``, ``-x`` and ``--lf`` take nothing out of a baseline.
+    Cases of a baseline that were not measured stay: ``-k``, ``-x`` and ``--lf`` remove nothing.
 
     Args:
-        name: as it was asked for; empty: each suite's own for this class of machines.
+        name: the requested name; if empty, each suite's default name for this class of machines.
 
     Raises:
-        ResultsError: if one cannot be written, or would be of two machines.
+        ResultsError: if a baseline cannot be written or would mix two machines.
     """
     lines = []
     folder = results / baselines.FOLDER.name
@@ -34,17 +34,17 @@ def save(runs: Sequence[Run], name: str, results: Path) -> list[str]:
         baseline, stay = baselines.write_into(measured, path)
         beside = f", beside {_cases(stay)} as before" if stay else ""
         lines.append(f"saved as baseline {path}: {_cases(len(new))} as measured now{beside}")
-        if said := said_of_few_times(baseline, new, f"to have them judged {how_to_repeat(measured.suite)}"):
-            lines.append(said)
+        if note := said_of_few_times(baseline, new, f"to have them judged {how_to_repeat(measured.suite)}"):
+            lines.append(note)
     return lines
 
 
 def _name(measured: Measured, name: str, runs: int, folder: Path) -> str:
-    """The baseline of this name that is the suite's own: where there are several suites each has its part.
+    """Return the name of a suite's baseline: with several suites, each has a part with its own name.
 
-    A part is told by its name; what was saved of one suite alone stays its baseline when others come.
+    A baseline that was saved for one suite alone keeps its name when other suites are added.
     """
-    own, kept = own_name(name, measured.suite), baselines.names(folder)
+    own, kept = suite_baseline_name(name, measured.suite), baselines.names(folder)
     if own in kept:
         return own
     if name in kept:
@@ -57,5 +57,5 @@ def _cases(count: int) -> str:
 
 
 def shown_path(path: Path) -> Path:
-    """A path as short as it can be."""
+    """Return a path relative to the current folder if it is inside, else unchanged."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

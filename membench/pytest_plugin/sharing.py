@@ -1,4 +1,4 @@
-"""What the processes of one pytest run agree on, and how those of them that measure keep out of each other's way."""
+"""State shared by the processes of a pytest run, and the coordination of their measurements."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from membench.host import scratch
 from membench.host.device import Device
 
 FUNCTIONS = "pytest"
-"""What stands for the suite's name in the file of what functions of tests took."""
+"""The suite name in the run file of measured functions."""
 
 _OUTPUT = "results"
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """What a process of a pytest run knows of the others.
+    """The state shared by all processes of a pytest run.
 
     Attributes:
-        folder: for locks and results that are shared; it is made once it is needed.
-        output: the folder of the runs' files.
-        started: when the pytest run began: a part of the names of its runs' files.
-        finds_suites: whether directories are searched for suites: only where the user named one. Whoever types nothing
-            but ``pytest`` wants tests, and not hours of measuring.
-        worker: the number of a worker of xdist; ``None`` where there are none.
-        workers: how many there are.
+        folder: the folder for locks and shared results, created on first use.
+        output: the folder of the run files.
+        started: the start of the pytest run, which is part of the names of its run files.
+        finds_suites: whether directories are searched for suites, which requires that the user names one: a plain
+            ``pytest`` must not start hours of measurements.
+        worker: the number of this worker of xdist; ``None`` without xdist.
+        workers: the number of workers.
     """
 
     folder: Path
@@ -51,35 +51,35 @@ class Sharing:
 
     @classmethod
     def of(cls, config: pytest.Config) -> Sharing:
-        """What a process knows, from the beginning of its pytest run on."""
+        """Return the shared state of a pytest run, created on first use."""
         known = config.stash.get(_SHARING, None)
         if known is None:
-            told = getattr(config, "workerinput", None)
-            known = config.stash[_SHARING] = cls._begun(config) if told is None else cls._heard(told)
+            received = getattr(config, "workerinput", None)
+            known = config.stash[_SHARING] = cls._new(config) if received is None else cls._from_worker_input(received)
         return known
 
     @classmethod
-    def _begun(cls, config: pytest.Config) -> Sharing:
-        # Named so that what is left of a run that was killed is swept away by the next.
+    def _new(cls, config: pytest.Config) -> Sharing:
+        # The name lets the next run remove the folder of a run that was killed.
         folder = Path(tempfile.gettempdir()) / f"membench-{os.getpid()}-pytest_{uuid.uuid4().hex}"
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
         finds_suites = config.args_source is not pytest.Config.ArgsSource.INVOCATION_DIR
         return cls(folder, config.invocation_params.dir / _OUTPUT, datetime.now(UTC), finds_suites)
 
     @classmethod
-    def _heard(cls, told: dict[str, Any]) -> Sharing:
-        own = told["membench"]
+    def _from_worker_input(cls, received: dict[str, Any]) -> Sharing:
+        own = received["membench"]
         return cls(
             Path(own["folder"]),
             Path(own["output"]),
             datetime.fromisoformat(own["started"]),
             own["finds_suites"],
-            int(told["workerid"].removeprefix("gw")),
-            told["workercount"],
+            int(received["workerid"].removeprefix("gw")),
+            received["workercount"],
         )
 
-    def told(self) -> dict[str, Any]:
-        """For a worker of xdist, of types that can be sent."""
+    def worker_input(self) -> dict[str, Any]:
+        """Return the state for a worker of xdist, as types that can be sent."""
         return {
             "folder": str(self.folder),
             "output": str(self.output),
@@ -91,18 +91,18 @@ class Sharing:
         _share(self.folder)
         return self.folder / name
 
-    def passing(self, name: str) -> Path:
-        """A file for something that is passed to a measured process."""
+    def new_file(self, name: str) -> Path:
+        """Return the path of a new file, for data passed to a measured process."""
         return self._file(f"{name}-{uuid.uuid4().hex}")
 
     def lock(self, name: str) -> AbstractContextManager[Any]:
-        """Held by one process of the pytest run at a time."""
+        """Return a lock that excludes all other processes of the pytest run."""
         import filelock
 
         return filelock.FileLock(self._file(f"{_digest(name)}.lock"))
 
     def once(self, name: str, make: Callable[[], list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], bool]:
-        """What the first process that asks for a name makes; and whether this one has made it just now."""
+        """Return the shared result for a name, and whether this call made it; only the first process calls ``make``."""
         with self.lock(name):
             kept = self._file(f"{_digest(name)}.json")
             if kept.exists():
@@ -115,18 +115,18 @@ class Sharing:
             return made, True
 
     def turn(self) -> Turns | None:
-        """By which workers of xdist take turns; ``None`` where there are no others."""
+        """Return the coordination with other workers of xdist; ``None`` without xdist."""
         return None if self.worker is None else _turns(self._file("door"), self._file("floor"))
 
     def gpu(self, devices: Sequence[str]) -> Gpu:
-        """The GPU of this worker, if there are several and the devices leave it open which (``cuda``)."""
+        """Return the GPU assigned to this worker, if the devices do not name one (``cuda`` without an index)."""
         named = [device for device in map(Device.parse, devices) if device.on_gpu]
         if self.worker is None or not named or any(device.index is not None for device in named):
             return Gpu({}, nullcontext())
         return self.gpu_among(_visible_gpus())
 
     def gpu_among(self, gpus: Sequence[str]) -> Gpu:
-        """The GPU of this worker out of those that there are; workers that have the same one take turns."""
+        """Return the GPU assigned to this worker among ``gpus``; workers with the same GPU exclude each other."""
         if self.worker is None or not gpus:
             return Gpu({}, nullcontext())
         own = gpus[self.worker % len(gpus)]
@@ -139,17 +139,17 @@ _SHARING = pytest.StashKey[Sharing]()
 
 @dataclass(frozen=True)
 class Gpu:
-    """Which GPU measured processes see, as environment variables, and what to hold while one of them has it."""
+    """The environment variables that select a GPU for measured processes, and the lock to hold while one runs."""
 
     variables: dict[str, str]
     held: AbstractContextManager[Any]
 
 
 class Turns:
-    """``membench.running.runner.Turn`` among processes, by two locks that the kernel gives back when their holder dies.
+    """A ``membench.running.running_job.Turn`` among processes, by two file locks that the kernel releases at exit.
 
-    Those who share the floor come in by the door. Who wants to be alone holds the door until the others have left the
-    floor, so that no new ones keep it waiting for ever.
+    A process takes the lock ``door`` to acquire ``floor``. One that waits to run exclusively keeps ``door`` meanwhile;
+    otherwise new shared holders of ``floor`` could make it wait forever.
     """
 
     def __init__(self, door: Path, floor: Path) -> None:
@@ -178,15 +178,15 @@ class Turns:
         self._shares = False
 
 
-# A process holds the folder once.
+# Cached: a process must lock the shared folder only once.
 _share = functools.cache(scratch.share)
 
-# A process has one place in the queue, whichever of its runners is at work.
+# Cached: all runners of a process share one turn.
 _turns = functools.cache(Turns)
 
 
-def own_name(name: str, suite: str) -> str:
-    """What a suite's baseline is called where a pytest run of several is saved under one name."""
+def suite_baseline_name(name: str, suite: str) -> str:
+    """Return the name of a suite's baseline if a pytest run of several suites is saved under one name."""
     return f"{name}-{suite}"
 
 
@@ -195,7 +195,7 @@ def _digest(name: str) -> str:
 
 
 def _visible_gpus() -> list[str]:
-    """As CUDA is told of them: those that the user left visible, else all, by UUID."""
+    """Return the GPUs in ``CUDA_VISIBLE_DEVICES``, else the UUIDs of all GPUs."""
     if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in named.split(",") if name]
     from membench.host.nvml import gpus

@@ -1,7 +1,7 @@
-"""Times of steps through pytest-benchmark, so that its tables, files and comparisons have them. A plug-in of pytest's.
+"""A pytest plug-in that passes durations of steps to pytest-benchmark, for its tables, files and comparisons.
 
-The steps are over when pytest-benchmark hears of them: its timer is a clock that goes by what the measured process's
-own clock has shown, so nothing of the way there and back is in the times.
+The steps have ended before pytest-benchmark runs. Its timer is a clock that replays the durations measured in the other
+process, which excludes all communication from the times.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 class Clock:
-    """Shows durations that were measured elsewhere: ``step`` takes as long as the next one of them."""
+    """A clock that replays measured durations: each ``step`` advances it by the next one."""
 
-    __name__ = "membench_worker_clock"  # as pytest-benchmark writes its timer's name
+    __name__ = "membench_worker_clock"  # the timer's name in the output of pytest-benchmark
 
     def __init__(self) -> None:
         self._now_s = 0.0
@@ -29,14 +29,17 @@ class Clock:
     def __call__(self) -> float:
         return self._now_s
 
-    def take(self, durations_s: Sequence[float]) -> None:
+    def load(self, durations_s: Sequence[float]) -> None:
+        """Set the durations to replay, in seconds."""
         self._left_s = list(durations_s)
 
     def reset(self) -> None:
+        """Set the time to 0."""
         self._now_s = 0.0
 
     def step(self) -> None:
-        # A profiler asks for steps that there are no more of.
+        """Advance by the next duration."""
+        # A profiler calls more steps than were measured.
         self._now_s += self._left_s.pop(0) if self._left_s else 0.0
 
 
@@ -45,24 +48,24 @@ class _NothingTimed(Exception):
 
 
 class Timing:
-    """A benchmark of pytest-benchmark and the clock that is its timer."""
+    """A benchmark of pytest-benchmark, with the clock as its timer."""
 
     def __init__(self, benchmark: Any, clock: Clock) -> None:
         self._benchmark = benchmark
         self._clock = clock
-        self._is_told = False
+        self._is_added = False
 
-    def tell(self, durations_s: Sequence[float], facts: Mapping[str, Any]) -> None:
-        """Tell it the durations of steps, and what else is known; only the first time counts: a test has one row."""
-        if self._is_told:
+    def add(self, durations_s: Sequence[float], facts: Mapping[str, Any]) -> None:
+        """Add the durations of steps and other facts; only the first call counts, because a test has one row."""
+        if self._is_added:
             return
-        self._is_told = True
+        self._is_added = True
         self._benchmark.extra_info.update(facts)
         if durations_s:
-            self._clock.take(durations_s)
+            self._clock.load(durations_s)
             self._benchmark.pedantic(self._clock.step, setup=self._clock.reset, rounds=len(durations_s))
         else:
-            # It marks a benchmark whose function raises as failed, and leaves it out of its files.
+            # pytest-benchmark marks a benchmark that raises as failed and leaves it out of its files.
             with contextlib.suppress(_NothingTimed):
                 self._benchmark.pedantic(_raise)
 
@@ -73,9 +76,9 @@ def _raise() -> None:
 
 @pytest.fixture
 def _membench_clock(request: pytest.FixtureRequest) -> Clock | None:
-    """The timer of the benchmark that the test's fixture ``membench`` uses; it has to be known before that is made."""
+    """Return the timer for the benchmark of the fixture ``membench``; it must exist before the benchmark."""
     if "benchmark" in inspect.signature(request.function).parameters:
-        return None  # the test has a use of its own for its benchmark
+        return None  # the test uses its benchmark itself
     clock = Clock()
     marker = request.node.get_closest_marker("benchmark")
     request.node.add_marker(
@@ -86,15 +89,15 @@ def _membench_clock(request: pytest.FixtureRequest) -> Clock | None:
 
 @pytest.fixture
 def _membench_timing(_membench_clock: Clock | None, benchmark: Any) -> Timing | None:
-    """Tells pytest-benchmark the times that the fixture ``membench`` measured."""
+    """Pass the durations that the fixture ``membench`` measures to pytest-benchmark."""
     return None if _membench_clock is None else Timing(benchmark, _membench_clock)
 
 
-def of_case(item: pytest.Item, arguments: dict[str, Any], group: str, records: Sequence[Record]) -> None:
-    """Give pytest-benchmark the steps of a suite's case, all repeats together.
+def add_case(item: pytest.Item, arguments: dict[str, Any], group: str, records: Sequence[Record]) -> None:
+    """Pass the durations of a suite's case to pytest-benchmark, all repeats together.
 
     Args:
-        arguments: the item's fixtures by name; pytest-benchmark looks there for its own.
+        arguments: the item's fixtures by name, where pytest-benchmark looks for its own.
         group: the group of benchmarks that the case belongs to.
     """
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -105,7 +108,7 @@ def of_case(item: pytest.Item, arguments: dict[str, Any], group: str, records: S
     session = item.config._benchmarksession  # type: ignore[attr-defined]
     clock = Clock()
     timer = NameWrapper(clock)  # type: ignore[no-untyped-call]
-    # As its own fixture makes it, which only functions can have.
+    # Created as its fixture does, which is available to test functions only.
     benchmark = BenchmarkFixture(  # type: ignore[no-untyped-call]
         item,
         add_stats=session.benchmarks.append,
@@ -115,11 +118,11 @@ def of_case(item: pytest.Item, arguments: dict[str, Any], group: str, records: S
         **{**session.options, "timer": timer, "group": group},
     )
     arguments["benchmark"] = benchmark
-    Timing(benchmark, clock).tell(durations_s(records), outcome.figures(records))
+    Timing(benchmark, clock).add(durations_s(records), outcome.figures(records))
 
 
 def durations_s(records: Sequence[Record]) -> list[float]:
-    """The steps that were timed; none unless every repeat has come to its end."""
+    """Return the durations of all timed steps; none if a repeat did not complete."""
     if any(record.status not in ("ok", "diverged") for record in records):
         return []
     return [each for record in records for each in record.processes[0].durations_s or ()]

@@ -1,1 +1,1 @@
-"""The runner's side: sessions, the fork client, the observer, and metrics derived from what was read."""
+"""Running jobs from the parent process: sessions, executors, the runner, the observer, deriving metrics."""

@@ -1,4 +1,4 @@
-"""Metrics that follow from a worker's phases, whatever kind of job it worked on."""
+"""Derivation of metrics from the readings of a job; shared by all kinds of jobs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _NOT_PINNED = "the C library's malloc cannot be pinned: only glibc's can"
 
 @dataclass(frozen=True)
 class JobReadings:
-    """What was read of a job, for whoever works out its metrics.
+    """The readings of a job, from which its metrics are derived.
 
     Attributes:
         on_gpu: whether its ranks ran on CUDA devices.
-        interval_s: between the observer's samples.
-        processes: of each rank.
-        results: what each rank said at its end; ``None`` of one that did not get there.
+        interval_s: seconds between two samples of the observer.
+        processes: the reading of each rank.
+        results: the result of each rank; ``None`` for a rank that did not reach its end.
     """
 
     status: Status
@@ -36,10 +36,10 @@ class JobReadings:
 
 @dataclass(frozen=True)
 class WorkerMemory:
-    """How the figures of a worker's memory are to be read.
+    """The context for interpreting a worker's memory readings.
 
     Attributes:
-        pinned: whether its allocator gave freed memory back at once, so that resident memory is live memory.
+        pinned: whether its allocator returned freed memory at once, which makes resident memory equal to live memory.
     """
 
     on_gpu: bool
@@ -48,10 +48,10 @@ class WorkerMemory:
 
 
 def phase_of(process: ProcessReading, name: str) -> PhaseReading:
-    """A phase that a worker must have gone through, since it came to its end.
+    """Return a phase of a worker that reached its end.
 
     Raises:
-        BrokenMessage: if it did not say so.
+        BrokenMessage: if the worker did not report the phase.
     """
     found = process.phase(name)
     if found is None:
@@ -62,11 +62,11 @@ def phase_of(process: ProcessReading, name: str) -> PhaseReading:
 _N = TypeVar("_N", int, float)
 
 
-def told(value: _N | None) -> _N:
-    """A figure that a worker must have read, since it came to its end.
+def require(value: _N | None) -> _N:
+    """Return a value that a worker must report before its end.
 
     Raises:
-        BrokenMessage: if it did not say so.
+        BrokenMessage: if the value is missing.
     """
     if value is None:
         raise BrokenMessage("a worker came to its end without saying all that it read")
@@ -74,14 +74,14 @@ def told(value: _N | None) -> _N:
 
 
 def live(found: Figures, reading: MemoryReading, name: str, memory: WorkerMemory) -> None:
-    """The live peak of a phase or of a part of a step."""
+    """Add the live peak of a phase or of a part of a step."""
     if memory.on_gpu:
-        found.know(name, told(reading.cuda_peak_allocated_bytes), "torch.cuda.max_memory_allocated")
+        found.add(name, require(reading.cuda_peak_allocated_bytes), "torch.cuda.max_memory_allocated")
         return
     if not memory.pinned:
-        found.miss(name, _NOT_PINNED)
+        found.add_unknown(name, _NOT_PINNED)
         return
-    peak_bytes = told(reading.peak_live_bytes)
+    peak_bytes = require(reading.peak_live_bytes)
     together = reading.family_anonymous_bytes if isinstance(reading, PhaseReading) else None
     how = _with_children(reading, peak_bytes, together, memory.baseline.anonymous_bytes)
     at_least = max(
@@ -89,15 +89,15 @@ def live(found: Figures, reading: MemoryReading, name: str, memory: WorkerMemory
     )
     if not how["children"] and peak_bytes - at_least > _WIDE_BRACKET * max(peak_bytes, 1):
         how |= {"bound": "at most", "at_least_bytes": at_least}
-    found.know(name, source="kernel's peak (VmHWM) less file pages, under the pinned allocator",
-               resolution_bytes=resolution_bytes(), **how)  # fmt: skip
+    found.add(name, source="kernel's peak (VmHWM) less file pages, under the pinned allocator",
+              resolution_bytes=resolution_bytes(), **how)  # fmt: skip
 
 
 def _with_children(reading: MemoryReading, own_bytes: int, seen: int | None, baseline_bytes: int) -> dict[str, Any]:
-    """A peak with what children held, and how it must be labelled.
+    """Return a peak that includes child processes, with its label.
 
-    The worker's own peak is exact. With its children it was seen in samples only: the highest of both is a lower bound
-    of the highest sum.
+    The worker's own peak is exact. The sum with its children is only sampled, and the maximum of the two is a lower
+    bound of the true peak of the sum.
     """
     if seen is None or not isinstance(reading, PhaseReading):
         return {"value": own_bytes, "bound": "exact", "children": False}
@@ -106,14 +106,14 @@ def _with_children(reading: MemoryReading, own_bytes: int, seen: int | None, bas
 
 
 def _passing_file_pages(reading: MemoryReading, baseline_bytes: int) -> int:
-    """File pages that came and went between the looks of a phase, as far as samples saw them."""
+    """Return the sampled file pages in excess of those at the two ends of a phase."""
     seen = reading.file_peak_bytes if isinstance(reading, PhaseReading) else None
     looked_at = reading.file_most_bytes
     return 0 if seen is None or looked_at is None else max(0, seen - baseline_bytes - looked_at)
 
 
 def step_memory(found: Figures, run: PhaseReading, memory: WorkerMemory) -> None:
-    """Live memory of a step: its peak, what is held after it, and the ratio of the two."""
+    """Add the live memory of a step: its peak, the live memory held after it, and the ratio of the two."""
     live(found, run, "peak_live_bytes", memory)
     _held(found, run, memory)
     _peak_over_held(found)
@@ -121,59 +121,58 @@ def step_memory(found: Figures, run: PhaseReading, memory: WorkerMemory) -> None
 
 def _held(found: Figures, run: PhaseReading, memory: WorkerMemory) -> None:
     if memory.on_gpu:
-        found.know("held_live_bytes", told(run.cuda_held_allocated_bytes), "torch.cuda.memory_allocated")
+        found.add("held_live_bytes", require(run.cuda_held_allocated_bytes), "torch.cuda.memory_allocated")
     elif memory.pinned:
-        found.know("held_live_bytes", told(run.held_live_bytes), "RssAnon after collecting and trimming",
-                   resolution_bytes=resolution_bytes(), children=False)  # fmt: skip
+        found.add("held_live_bytes", require(run.held_live_bytes), "RssAnon after collecting and trimming",
+                  resolution_bytes=resolution_bytes(), children=False)  # fmt: skip
     else:
-        found.miss("held_live_bytes", _NOT_PINNED)
+        found.add_unknown("held_live_bytes", _NOT_PINNED)
 
 
 def _peak_over_held(found: Figures) -> None:
-    """Derive how many times over a step needs, at its peak, what is held after it."""
+    """Add the ratio of the live peak of a step to the live memory held after it."""
     name = "peak_over_held_ratio"
     for part in ("peak_live_bytes", "held_live_bytes"):
         if found.metrics[part] is None:
-            found.miss(name, found.reasons[part])
+            found.add_unknown(name, found.reasons[part])
             return
     peak_bytes, held_bytes = found.metrics["peak_live_bytes"] or 0, found.metrics["held_live_bytes"] or 0
     how = found.obtained["peak_live_bytes"]
     if how.get("children"):
-        found.miss(name, "children are in the peak, and what they hold after a step is not known")
+        found.add_unknown(name, "children are in the peak, and what they hold after a step is not known")
     elif held_bytes <= found.obtained["held_live_bytes"].get("resolution_bytes", 0):
-        found.miss(name, "what is held after a step is nothing, or too little to be told from nothing")
+        found.add_unknown(name, "what is held after a step is nothing, or too little to be told from nothing")
     else:
-        found.know(name, peak_bytes / held_bytes, "live peak over live held", how["bound"])
+        found.add(name, peak_bytes / held_bytes, "live peak over live held", how["bound"])
 
 
 def warmup(found: Figures, phase: PhaseReading, memory: WorkerMemory) -> None:
-    """The first step: its live peak and its duration."""
+    """Add the live peak and the duration of the first step."""
     live(found, phase, "warmup_peak_live_bytes", memory)
-    found.know("warmup_s", phase.duration_s, "monotonic clock, under the pinned allocator")
+    found.add("warmup_s", phase.duration_s, "monotonic clock, under the pinned allocator")
 
 
 def footprint(found: Figures, run: PhaseReading, time: PhaseReading, memory: WorkerMemory, interval_s: float) -> None:
-    """What the machine gave up while steps were timed."""
+    """Add the footprint during the timed steps."""
     if memory.on_gpu:
         _gpu_footprint(found, run, time, interval_s)
         return
     baseline_bytes = memory.baseline.resident_bytes
-    how = _with_children(time, told(time.peak_footprint_bytes), time.family_rss_bytes, baseline_bytes)
-    found.know("peak_footprint_bytes", source="kernel's peak (VmHWM), under the default allocator",
-               resolution_bytes=resolution_bytes(), **how)  # fmt: skip
-    found.know("held_footprint_bytes", told(time.held_footprint_bytes), "RSS after collecting and trimming",
-               resolution_bytes=resolution_bytes(), children=False)  # fmt: skip
+    how = _with_children(time, require(time.peak_footprint_bytes), time.family_rss_bytes, baseline_bytes)
+    found.add("peak_footprint_bytes", source="kernel's peak (VmHWM), under the default allocator",
+              resolution_bytes=resolution_bytes(), **how)  # fmt: skip
+    found.add("held_footprint_bytes", require(time.held_footprint_bytes), "RSS after collecting and trimming",
+              resolution_bytes=resolution_bytes(), children=False)  # fmt: skip
 
 
 def _gpu_footprint(found: Figures, run: PhaseReading, time: PhaseReading, interval_s: float) -> None:
-    """NVML's figure of the process where it can be believed, else the device's use above its idle level."""
-    found.know("peak_reserved_bytes", told(time.cuda_peak_reserved_bytes), "torch.cuda.max_memory_reserved")
+    """Add the footprint on a GPU: by process if NVML's value is plausible, else by device above its idle level."""
+    found.add("peak_reserved_bytes", require(time.cuda_peak_reserved_bytes), "torch.cuda.max_memory_reserved")
     process, used = time.gpu_process_peak_bytes, time.gpu_used_peak_bytes
     peak: int | None
     held: int | None
     end: int | None
-    # A container has process ids of its own: what NVML shows under ours may be another's. Ours cannot hold less than
-    # torch reserved.
+    # Inside a container, NVML may list another process under our id. A value below torch's reserved memory is wrong.
     if process is not None and time.gpu_process_end_bytes is not None and (
         time.gpu_process_end_bytes >= (time.cuda_held_reserved_bytes or 0)
     ):  # fmt: skip
@@ -195,56 +194,56 @@ def _gpu_footprint(found: Figures, run: PhaseReading, time: PhaseReading, interv
     )
     for name, value, how, otherwise in known:
         if value is None:
-            found.miss(name, time.gpu_unknown or (neither if peak is None else otherwise))
+            found.add_unknown(name, time.gpu_unknown or (neither if peak is None else otherwise))
         else:
-            found.know(name, value, **how)
+            found.add(name, value, **how)
     if time.gpu_energy_j is None:
-        found.miss("energy_j", time.gpu_unknown or "the device has no energy counter")
+        found.add_unknown("energy_j", time.gpu_unknown or "the device has no energy counter")
     else:
         energy_j = time.gpu_energy_j / (time.steps or 1)
-        found.know("energy_j", energy_j, "NVML's counter over the phase time, whole device")
+        found.add("energy_j", energy_j, "NVML's counter over the phase time, whole device")
 
 
 def children(found: Figures, phases: Sequence[PhaseReading], interval_s: float) -> None:
-    """What child processes held, at most in any phase."""
+    """Add the peak memory of child processes over all phases."""
     held = [phase.children_peak_bytes for phase in phases if phase.children_peak_bytes]
     if held:
-        found.know("children_peak_bytes", max(held), "pages of children alone (USS), sampled", "at least",
-                   interval_s=interval_s)  # fmt: skip
+        found.add("children_peak_bytes", max(held), "pages of children alone (USS), sampled", "at least",
+                  interval_s=interval_s)  # fmt: skip
 
 
 def times(found: Figures, result: Result, time: PhaseReading, *, on_gpu: bool) -> None:
-    """Durations of steps and of their parts, and what is done in a second of them."""
+    """Add durations of steps and of their parts, and the throughput."""
     source = "monotonic clock, " + ("after a synchronize" if on_gpu else "under the default allocator")
     durations = result.durations_s
     median = statistics.median(durations)
-    found.know("step_median_s", median, source)
+    found.add("step_median_s", median, source)
     if result.tokens_per_step is not None:
-        found.know("tokens_per_s", result.tokens_per_step / median, source)
+        found.add("tokens_per_s", result.tokens_per_step / median, source)
     if result.epoch_bytes:
-        found.know("read_mb_per_s", result.epoch_bytes / 1e6 / median, source)
+        found.add("read_mb_per_s", result.epoch_bytes / 1e6 / median, source)
     if len(durations) < 2:
         for name in ("step_p95_s", "step_spread_percent"):
-            found.miss(name, "one step has no spread: settings.measured_steps is 1")
+            found.add_unknown(name, "one step has no spread: settings.measured_steps is 1")
     else:
-        found.know("step_p95_s", statistics.quantiles(durations, n=20, method="inclusive")[-1], source)
+        found.add("step_p95_s", statistics.quantiles(durations, n=20, method="inclusive")[-1], source)
         low, _, high = statistics.quantiles(durations, n=4, method="inclusive")
-        found.know("step_spread_percent", (high - low) / median * 100, source)
+        found.add("step_spread_percent", (high - low) / median * 100, source)
     parts = {
         name: statistics.median(_by_step(part.durations_s, len(durations)))
         for name, part in time.parts.items()
         if part.durations_s
     }
     if "prefill" in parts:
-        found.know("time_to_first_token_s", parts["prefill"], source)
+        found.add("time_to_first_token_s", parts["prefill"], source)
     if "decode" in parts:
-        found.know("decode_tokens_per_s", told(result.decoded_tokens) / parts["decode"], source)
+        found.add("decode_tokens_per_s", require(result.decoded_tokens) / parts["decode"], source)
     for part in ("forward", "backward", "optimizer"):
         if part in parts:
-            found.know(f"{part}_s", parts[part], source)
+            found.add(f"{part}_s", parts[part], source)
 
 
 def _by_step(durations_s: Sequence[float], steps: int) -> list[float]:
-    """How long a part took in each step: a step of several micro-batches goes through its parts several times."""
+    """Return the seconds that a part took in each step; with micro-batches, a part runs several times per step."""
     times = max(1, len(durations_s) // steps)
     return [sum(durations_s[first : first + times]) for first in range(0, len(durations_s), times)]

@@ -1,4 +1,4 @@
-"""The runner's end of the fork server: starts workers, kills them, hears how they ended."""
+"""Client of the fork server: starts and kills workers, and receives their exit statuses."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _A = TypeVar("_A", bound=forking.Answer)
 
 
 class ForkServerLost(MembenchError):
-    """The fork server is gone."""
+    """The fork server ended or did not answer."""
 
 
 class ForkServer:
-    """A fork server and the socket to it. It starts importing at once; ``wait_until_ready`` waits for it.
+    """A fork server and the socket to it. Imports start at once; ``wait_until_ready`` waits for them.
 
     Raises:
         MembenchError: if there is no room for the workers' files.
@@ -42,14 +42,15 @@ class ForkServer:
     """
 
     def __init__(self, preload: Sequence[str], threads: int | None, variables: Mapping[str, str] | None = None) -> None:
-        """Start it.
+        """Start the fork server.
 
         Args:
-            threads: of a worker; ``None`` leaves the environment as it is.
-            variables: of the environment, for workers alone.
+            preload: modules that the fork server imports.
+            threads: number of threads of a worker; ``None`` leaves the environment as it is.
+            variables: environment variables that are set for workers only.
         """
         self._scratch = Scratch()
-        # Packets, so that two messages never run together.
+        # Packets keep two messages apart.
         self._socket, child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115, closed with the server
         try:
@@ -59,7 +60,7 @@ class ForkServer:
                 stdout=subprocess.DEVNULL,
                 stderr=self._errors,
                 env={**environment.worker_environment(threads), **(variables or {})},
-                start_new_session=True,  # a Ctrl-C in the terminal is for the runner alone
+                start_new_session=True,  # Ctrl-C in the terminal must reach only the runner
             )
         except OSError as error:
             self._socket.close()
@@ -69,32 +70,35 @@ class ForkServer:
         finally:
             child.close()
         self._ready = False
-        self._have_ended: collections.deque[forking.WorkerEnded] = collections.deque()
+        self._ended_early: collections.deque[forking.WorkerEnded] = collections.deque()
 
     def wait_until_ready(self) -> None:
-        """Return once workers can be started.
+        """Wait until workers can be started.
 
         Raises:
-            ForkServerLost: if the fork server cannot start, with the last line it wrote.
+            ForkServerLost: if the fork server cannot start, with the last line of its standard error.
         """
         if not self._ready:
             self._answer(forking.Ready, _START_TIMEOUT_S)
             self._ready = True
 
     def fileno(self) -> int:
-        """For ``select``: readable when a worker has ended; ``ended`` may have more than it shows."""
+        """Return the descriptor for ``select``: readable when a worker has ended.
+
+        ``next_ended`` may return workers for which the descriptor is no longer readable.
+        """
         return self._socket.fileno()
 
-    def _answer(self, wanted: type[_A], timeout_s: float) -> _A:
-        """The next answer of a kind; a worker's end that comes before it is kept for ``ended``."""
+    def _answer(self, expected: type[_A], timeout_s: float) -> _A:
+        """Return the next answer of a type. Ends of workers received before it are kept for ``next_ended``."""
         while True:
-            answer = self._received(timeout_s)
-            if isinstance(answer, wanted):
+            answer = self._receive(timeout_s)
+            if isinstance(answer, expected):
                 return answer
             if isinstance(answer, forking.WorkerEnded):
-                self._have_ended.append(answer)
+                self._ended_early.append(answer)
 
-    def _received(self, timeout_s: float) -> forking.Answer:
+    def _receive(self, timeout_s: float) -> forking.Answer:
         self._socket.settimeout(timeout_s)
         try:
             data = self._socket.recv(_LARGEST_MESSAGE_BYTES)
@@ -109,10 +113,13 @@ class ForkServer:
         return forking.decode_answer(data)
 
     def start(self, order: forking.StartWorker | forking.StartProgram, descriptors: Sequence[int]) -> int:
-        """Start a worker; its process id.
+        """Start a worker and return its process id.
 
         Args:
-            descriptors: of its pipe and its output; of a program also its standard input and output.
+            descriptors: those of its pipe and its output; for a program, also of its standard input and output.
+
+        Raises:
+            ForkServerLost: if the fork server is gone.
         """
         try:
             socket.send_fds(self._socket, [forking.encode_order(order)], list(descriptors))
@@ -120,10 +127,10 @@ class ForkServer:
             raise ForkServerLost(f"the fork server is gone: {error.strerror}") from None
         return self._answer(forking.Started, _ANSWER_TIMEOUT_S).pid
 
-    def ended(self, *, wait: bool) -> forking.WorkerEnded | None:
-        """How the next worker ended; ``None``: none has, and it is not to be waited for."""
-        if self._have_ended:
-            return self._have_ended.popleft()
+    def next_ended(self, *, wait: bool) -> forking.WorkerEnded | None:
+        """Return how the next worker ended; ``None`` if none has ended and ``wait`` is false."""
+        if self._ended_early:
+            return self._ended_early.popleft()
         return self._answer(forking.WorkerEnded, _ANSWER_TIMEOUT_S) if wait else None
 
     def kill(self) -> None:
@@ -132,15 +139,15 @@ class ForkServer:
             self._socket.sendall(forking.encode_order(forking.Kill()))
 
     def close(self) -> None:
-        """End the fork server, and with it whatever still runs; remove the workers' files."""
+        """End the fork server and all processes it started, and remove the workers' files."""
         self._socket.close()
         pid = self._process.pid
-        # It is not reaped before the end: as long as its id is taken, no other process can get it.
+        # The process is reaped last: until then the kernel does not reuse its id.
         with open(os.pidfd_open(pid), "rb", buffering=0) as ended:
-            # One that is still importing hears nothing, and has nothing to put away.
+            # A server that is still importing does not read the socket and has nothing to clean up.
             if not select.select([ended], [], [], _END_TIMEOUT_S if self._ready else 0)[0]:
                 _kill(pid)
-        # A fork server that was killed has left its workers' children behind.
+        # A killed fork server leaves the children of its workers behind.
         deadline = time.monotonic() + _END_TIMEOUT_S
         while (left := _in_session(pid)) and time.monotonic() < deadline:
             for member in left:
@@ -157,7 +164,7 @@ def _kill(pid: int) -> None:
 
 
 def _in_session(leader: int) -> list[int]:
-    """The living processes of a leader's session or process group."""
+    """Return the ids of the living processes in a leader's session or process group."""
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):

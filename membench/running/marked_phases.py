@@ -1,4 +1,4 @@
-"""The phases that a user's program marks, measured from outside, and the whole that they lie in."""
+"""Phases marked by a user's program, measured from outside, and the phase of the whole program."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import time
 from membench.errors import one_line
 from membench.host import procfs
 from membench.protocol.readings import PhaseReading, outer_phase
-from membench.running.observer import Observer, Seen
+from membench.running.observer import Observed, Observer
 
 WHOLE = "script"
-"""The phase that a program is in from its start to its end."""
+"""The name of the phase that lasts from the start of a program to its end."""
 
 MOST_PHASES = 200
 _LONGEST_NAME = 100
@@ -21,16 +21,16 @@ _LAST = ("ended_s", "gpu_process_end_bytes", "gpu_used_end_bytes", "gpu_unknown"
 
 @dataclasses.dataclass
 class _Entry:
-    """A phase so far: what was seen in its stretches, and its peak by the kernel."""
+    """The accumulated readings of a phase: samples of the observer and the kernel's peak."""
 
     name: str
     duration_s: float = 0.0
     passes: int = 0
     peak_footprint_bytes: int | None = None
-    seen: Seen | None = None
+    seen: Observed | None = None
 
-    def take_up(self, seen: Seen, peak_bytes: int | None) -> None:
-        """Add a stretch that lies in the phase."""
+    def add(self, seen: Observed, peak_bytes: int | None) -> None:
+        """Add the readings of an interval in which the phase was active."""
         if peak_bytes is not None:
             self.peak_footprint_bytes = max(peak_bytes, self.peak_footprint_bytes or 0)
         if self.seen is None:
@@ -44,8 +44,8 @@ class _Entry:
                 setattr(self.seen, name, before + value if name in _SUMMED else max(before, value))
 
     def reading(self, inside: str | None, least_bytes: int) -> PhaseReading:
-        """The phase with the peak of the whole tree: of program and children together a bound, since it was sampled."""
-        seen = self.seen or Seen()
+        """Return the phase with the peak of the program and its children; with children a sampled bound."""
+        seen = self.seen or Observed()
         own, together = self.peak_footprint_bytes, seen.family_rss_bytes
         found = seen.complete(
             PhaseReading(
@@ -61,10 +61,10 @@ class _Entry:
 
 
 class MarkedPhases:
-    """Hears at which moments a program enters and leaves phases, and divides by them what is seen of it.
+    """The phases of a program, tracked by the moments at which it enters and leaves them.
 
-    Between two such moments lies a stretch, of which the kernel knows the peak; a phase's is the highest of its
-    stretches. What children held is seen in samples only.
+    Between two such moments lies an interval, for which the kernel reports an exact peak. The peak of a phase is the
+    maximum over its intervals. The memory of child processes is only sampled.
     """
 
     def __init__(self, pid: int, observer: Observer) -> None:
@@ -79,19 +79,19 @@ class MarkedPhases:
         self._begin(WHOLE)
 
     def enter(self, name: str) -> str:
-        """The program enters a phase; its name as it is kept."""
-        self._end_stretch()
+        """Record that the program enters a phase, and return the name under which it is stored."""
+        self._end_interval()
         self._raised = None
-        name = _kept(name)
+        name = _stored_name(name)
         self._observer.begin_phase()
         self._begin(name)
         return name
 
     def leave(self, name: str, raised: str | None) -> None:
-        """The program leaves a phase; ``raised`` is what kind of exception takes it out."""
+        """Record that the program leaves a phase; ``raised`` is the type of the exception, if one ended the phase."""
         at_s = time.monotonic()
-        self._end_stretch()
-        name = _kept(name)
+        self._end_interval()
+        name = _stored_name(name)
         self._leave(name, at_s)
         if raised is None:
             self._raised = None
@@ -99,25 +99,30 @@ class MarkedPhases:
             self._raised = (name, raised)
         self._observer.begin_phase()
 
-    def ended_in(self, said: str) -> str:
-        """The phase that the program ended in; ``said`` are its last words, which name what it ended of."""
+    def ended_in(self, last_line: str) -> str:
+        """Return the phase in which the program ended.
+
+        Args:
+            last_line: the last line of its standard error, which names the exception that ended it.
+        """
         if len(self._open) > 1:
             return next(reversed(self._open))
         name, raised = self._raised or (WHOLE, "")
-        return name if raised in said else WHOLE
+        return name if raised in last_line else WHOLE
 
     def end(self, at_s: float, peak_bytes: int, least_bytes: int) -> list[PhaseReading]:
-        """The program has ended: its phases, in the order in which they were first entered, the whole first.
+        """End all phases and return them in the order of first entry; the whole program comes first.
 
         Args:
-            at_s: when, by the monotonic clock.
-            peak_bytes: of its last stretch; a lower one than ``least_bytes`` is told as up to that.
+            at_s: the end of the program, by the monotonic clock.
+            peak_bytes: the kernel's peak in the last interval.
+            least_bytes: the smallest peak that is reported as exact; a lower one is reported as "at most".
         """
-        self._spread(self._observer.end_phase(), peak_bytes)
+        self._distribute(self._observer.end_phase(), peak_bytes)
         for name in list(self._open):
             self._open[name] = 1
             self._leave(name, at_s)
-        if not self._knows_peaks:  # never reset, the last is that of the whole
+        if not self._knows_peaks:  # without resets, the last peak is that of the whole program
             for name, entry in self._entries.items():
                 entry.peak_footprint_bytes = peak_bytes if name == WHOLE else None
         names = list(self._entries)
@@ -140,22 +145,22 @@ class MarkedPhases:
             self._entries[name].duration_s += max(0.0, at_s - self._entered_at.pop(name))
             self._entries[name].passes += 1
 
-    def _end_stretch(self) -> None:
+    def _end_interval(self) -> None:
         peak_bytes = None
         try:
             peak_bytes = procfs.resident(self._pid).peak_bytes
             procfs.reset_peak(self._pid)
-        except (KeyError, FileNotFoundError, ProcessLookupError):  # it is just ending
+        except (KeyError, FileNotFoundError, ProcessLookupError):  # the process is ending
             pass
-        except OSError:  # the kernel does not let us
+        except OSError:  # the kernel denies the reset
             self._knows_peaks = False
-        self._spread(self._observer.end_phase(), peak_bytes)
+        self._distribute(self._observer.end_phase(), peak_bytes)
 
-    def _spread(self, seen: Seen, peak_bytes: int | None) -> None:
-        """Put what was seen in a stretch into the phases that it lies in."""
+    def _distribute(self, seen: Observed, peak_bytes: int | None) -> None:
+        """Add the readings of an interval to all phases that are active in it."""
         for name in self._open:
-            self._entries[name].take_up(seen, peak_bytes)
+            self._entries[name].add(seen, peak_bytes)
 
 
-def _kept(name: str) -> str:
+def _stored_name(name: str) -> str:
     return one_line(name)[:_LONGEST_NAME] or "unnamed"

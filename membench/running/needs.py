@@ -1,4 +1,4 @@
-"""What a run needs of whatever runs its jobs."""
+"""Requirements of a run on its executor."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from membench.running.jobs.kind import RunnableJob
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run needs of an executor.
+    """Requirements of a run on its executor.
 
     Attributes:
-        devices: on which its jobs run.
-        threads: that a worker computes with; ``None`` leaves that to what is measured.
-        references: the folder that goes with the run, for the logits of reference cases.
-        preload: modules that are imported once, so that no job pays for them.
-        variables: of the environment, for measured processes alone.
+        devices: the devices that its jobs run on.
+        threads: compute threads of a worker; ``None`` leaves the number to the measured program.
+        references: the folder of the run for the logits of reference cases.
+        preload: modules that the fork server imports once, which keeps the import time out of every job.
+        variables: environment variables that are set for measured processes only.
     """
 
     devices: tuple[Device, ...]
@@ -32,9 +32,9 @@ class Needs:
     def of(
         cls, jobs: Iterable[RunnableJob], references: Path, variables: Mapping[str, str] | None = None
     ) -> Needs:  # fmt: skip
-        """What these jobs need together."""
+        """Return the combined requirements of jobs."""
         known = list(jobs)
-        # An interpreter of its own imports for itself.
+        # A spawned interpreter imports its modules itself: preloading does not help it.
         modules = {module for job in known if job.settings.isolation == "fork" for module in job.modules}
         return cls(
             tuple(dict.fromkeys(job.device for job in known)),
@@ -46,4 +46,5 @@ class Needs:
 
     @property
     def on_gpu(self) -> bool:
+        """Whether any job runs on a CUDA device."""
         return any(device.on_gpu for device in self.devices)

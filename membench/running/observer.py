@@ -1,4 +1,4 @@
-"""Outside the worker: what a phase's ends and samples show of its memory, its GPU and its children."""
+"""Sampling a measured process from outside: its memory, its GPU and its child processes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from membench.running.timeline import Sample, Timeline
 
 
 @dataclass
-class Seen:
-    """What samples saw since a phase began, by the names that ``PhaseReading`` has for it."""
+class Observed:
+    """The maxima of the samples since a phase began, by field of ``PhaseReading``."""
 
     samples: int = 0
     file_peak_bytes: int | None = None
@@ -31,21 +31,21 @@ class Seen:
     gpu_used_end_bytes: int | None = None
     gpu_unknown: str | None = None
 
-    def raise_to(self, sample: Sample) -> None:
-        """Take a sample up, where it is higher than those before."""
+    def add(self, sample: Sample) -> None:
+        """Add a sample: raise each maximum that it exceeds."""
         self.samples += 1
         self.file_peak_bytes = _most(self.file_peak_bytes, sample.resident_bytes - sample.anonymous_bytes)
         self.children_peak_bytes = _most(self.children_peak_bytes, sample.children_bytes)
         self.gpu_process_peak_bytes = _most(self.gpu_process_peak_bytes, sample.gpu_process_bytes)
         self.gpu_used_peak_bytes = _most(self.gpu_used_peak_bytes, sample.gpu_used_bytes)
         if sample.children_bytes:
-            # At one moment: peaks of parent and child that lie apart must not be added.
+            # Sums are taken per sample: peaks of parent and child at different moments must not be added.
             self.family_rss_bytes = _most(self.family_rss_bytes, sample.held_bytes)
             together = sample.anonymous_bytes + sample.children_bytes
             self.family_anonymous_bytes = _most(self.family_anonymous_bytes, together)
 
     def complete(self, reading: PhaseReading) -> PhaseReading:
-        """A phase as the worker read it, with what was seen from outside."""
+        """Return a worker's reading of a phase completed with these values."""
         return dataclasses.replace(reading, **vars(self))
 
 
@@ -54,22 +54,22 @@ def _most(a: int | None, b: int | None) -> int | None:
 
 
 class Observer:
-    """Samples a process and its descendants. Seconds count from its start."""
+    """Samples a process and its descendants. Times are seconds since the observer was created."""
 
     def __init__(
         self, pid: int, gpus: Gpus | None, idle_bytes: Mapping[str, int], timeline: Timeline, rank: int = 0
     ) -> None:
-        """Make ready to look.
+        """Open the process for sampling.
 
         Args:
-            idle_bytes: used memory of each GPU, by UUID, before the process touched one.
-            timeline: of the job, which keeps the samples.
-            rank: which of the job's processes this is.
+            idle_bytes: used memory of each GPU, by UUID, before the process used one.
+            timeline: the job's timeline, which stores the samples.
+            rank: the rank of the process in its job.
         """
         self.pid, self._timeline, self._rank = pid, timeline, rank
         try:
             self._watch: procfs.Watch | None = procfs.Watch(pid)
-        except FileNotFoundError:  # it has ended already
+        except FileNotFoundError:  # the process has ended already
             self._watch = None
         self._gpus = gpus
         self._idle_bytes = idle_bytes
@@ -77,30 +77,30 @@ class Observer:
         self._began = time.monotonic()
         self._reading: GpuReading | None = None
         self._energy_mj: int | None = None
-        self._seen: Seen | None = None
+        self._seen: Observed | None = None
 
     def use_gpu(self, uuid: str) -> str | None:
-        """Look at this device from now on; the reason if it cannot be found."""
+        """Include a GPU in the samples from now on; return the reason if it is not found."""
         if self._gpus is None:
             return "NVML is not available"
         self._gpu = self._gpus.find(uuid)
         return None if self._gpu else f"NVML knows no device with the UUID {uuid}"
 
     def use_gpu_of(self, device: str) -> str | None:
-        """Look at the device that ``cuda:1`` means to a program; the reason if it cannot be found."""
+        """Include the GPU that a program sees as ``device`` (``cuda:1``); return the reason if it is not found."""
         if self._gpus is None:
             return "NVML is not available"
         self._gpu = self._gpus.of_device(device)
         return None if self._gpu else f"NVML knows no {device}"
 
     def close(self) -> None:
-        """Look no more; what was seen can still be asked for."""
+        """Stop sampling; collected values stay available."""
         if self._watch:
             self._watch.close()
             self._watch = None
 
-    def look(self) -> Sample | None:
-        """Take a sample of what the process and its children hold now; ``None`` once it has ended."""
+    def sample(self) -> Sample | None:
+        """Take a sample of the process and its descendants; return ``None`` once the process has ended."""
         if self._watch is None:
             return None
         try:
@@ -119,7 +119,7 @@ class Observer:
         used = self._above_idle(self._reading.used_bytes) if self._reading else None
         sample = Sample(time.monotonic() - self._began, resident, anonymous, children, process, used)
         if self._seen:
-            self._seen.raise_to(sample)
+            self._seen.add(sample)
         self._timeline.add(self._rank, sample)
         return sample
 
@@ -128,15 +128,15 @@ class Observer:
         return None if idle is None or used_bytes is None else max(0, used_bytes - idle)
 
     def begin_phase(self) -> None:
-        """A phase begins: look, and collect what is seen from here on."""
-        self._seen = Seen()
-        self.look()
+        """Take a sample and start collecting values for a phase."""
+        self._seen = Observed()
+        self.sample()
         self._seen.began_s = time.monotonic() - self._began
         self._energy_mj = self._reading.energy_mj if self._reading else None
 
-    def end_phase(self) -> Seen:
-        """A phase ended: look, and return what was seen since it began."""
-        self.look()
+    def end_phase(self) -> Observed:
+        """Take a sample and return the values collected since the phase began."""
+        self.sample()
         assert self._seen is not None
         seen, self._seen = self._seen, None
         seen.ended_s = time.monotonic() - self._began

@@ -1,4 +1,4 @@
-"""How a user's program ended, in a status and in words."""
+"""Status and remarks for the end of a user's program."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ _OUT_OF_MEMORY = re.compile(r"([\w.]*\.)?(MemoryError|OutOfMemoryError)\b|.*can(
 
 
 def last_line(tail: bytes) -> str:
-    """The last line that says something, of what a program wrote to its standard error."""
+    """Return the last line that is not empty of a program's standard error."""
     lines = [line.strip() for line in re.split(r"[\r\n]", tail.decode(errors="replace"))]
     return next((line[:_LONGEST_LINE] for line in reversed(lines) if line), "")
 
 
-def judged(status: int, said: str) -> tuple[Status, str] | None:
-    """What a program that ended by itself came to; ``None`` if it ended well or a signal ended it.
+def outcome(status: int, line: str) -> tuple[Status, str] | None:
+    """Return status and message of a program that failed by itself; ``None`` if it succeeded or a signal ended it.
 
     Args:
-        status: as ``os.waitpid`` says it.
-        said: its last line.
+        status: the exit status as returned by ``os.waitpid``.
+        line: the last line of its standard error.
     """
     code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 0
     if code == 0:
         return None
-    return ("out-of-memory" if _OUT_OF_MEMORY.match(said) else "failed"), f"ended with exit code {code}"
+    return ("out-of-memory" if _OUT_OF_MEMORY.match(line) else "failed"), f"ended with exit code {code}"
 
 
-def told_of(left: Sequence[str]) -> list[str]:
-    """What is to be said of processes that outlived their program."""
+def leftover_remarks(left: Sequence[str]) -> list[str]:
+    """Return a remark on processes that outlived their program."""
     if not left:
         return []
     what = "a process" if len(left) == 1 else f"{len(left)} processes"

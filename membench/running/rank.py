@@ -1,4 +1,4 @@
-"""One process (rank) of a job under way: what it says and prints, and what is known of it so far."""
+"""One process (rank) of a running job: its messages, its output and the readings so far."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ from membench.records.record import Status
 from membench.running.observer import Observer
 
 Tell = Callable[[str, Mapping[str, Any]], None]
+"""Callback for the events of a run: name and details, as ``session.run`` lists them."""
 
 _TAIL_BYTES = 4096
 
 
 class Rank:
-    """A worker, as it is when it measures cases and functions; other kinds of jobs derive from it."""
+    """A worker that measures cases or functions; other kinds of jobs subclass it."""
 
     role: ClassVar[str] = "worker"
-    is_heard_to_the_end: ClassVar[bool] = False
-    """Whether what it prints is read until the last process that may print has closed it."""
-    survives_interrupts: ClassVar[bool] = False
-    """Whether its record is kept where the user interrupts it."""
+    reads_output_to_end: ClassVar[bool] = False
+    """Whether output is read until the last process that may print has closed it."""
+    keeps_record_on_interrupt: ClassVar[bool] = False
+    """Whether its record is kept if the user interrupts the job."""
 
     def __init__(self, number: int, device: Device, tell: Tell) -> None:
         self.number, self.device, self._tell = number, device, tell
@@ -57,28 +58,29 @@ class Rank:
 
     @property
     def observer(self) -> Observer:
+        """The observer of the process, once it has been started."""
         assert self._observer is not None, "it has been started"
         return self._observer
 
-    def started(self, observer: Observer, no_gpus: str | None, at_s: float) -> None:
-        """It runs, and is observed.
+    def on_start(self, observer: Observer, no_gpus: str | None, at_s: float) -> None:
+        """Attach the observer of the started process.
 
         Args:
-            no_gpus: why NVML cannot be asked, if that is so.
-            at_s: when it was asked for, by the monotonic clock.
+            no_gpus: the reason if NVML is not available.
+            at_s: the time of the start request, by the monotonic clock.
         """
         self.pid, self._observer, self._no_gpus, self.started_at_s = observer.pid, observer, no_gpus, at_s
 
     def close(self) -> None:
-        """Observe it no more."""
+        """Stop observing the process."""
         if self._observer:
             self._observer.close()
 
-    def hear(self, message: Message) -> None:
-        """Take up what it said.
+    def handle(self, message: Message) -> None:
+        """Process a message of the worker.
 
         Raises:
-            BrokenMessage: if no worker of this kind says so.
+            BrokenMessage: if this kind of worker does not send such a message.
         """
         match message:
             case PhaseBegins():
@@ -109,23 +111,23 @@ class Rank:
             case _:
                 raise BrokenMessage(f"a worker marks no phases of its own: '{message.phase}'")
 
-    def print_out(self, data: bytes) -> None:
-        """Take up what it printed."""
+    def add_output(self, data: bytes) -> None:
+        """Keep the tail of what the process printed."""
         self.tail = (self.tail + data)[-_TAIL_BYTES:]
 
     def interrupt(self) -> None:
-        """The user interrupted it."""
+        """Record that the user interrupted the job."""
         self.is_interrupted = True
 
-    def ended(self, ended: WorkerEnded) -> None:
-        """It is gone, whatever became of it; ``judge`` settles its status."""
+    def on_end(self, ended: WorkerEnded) -> None:
+        """Process the end of the process; ``RunningJob.settle_status`` sets a status that is still missing."""
 
-    def last_words(self) -> str:
-        """What it printed last, where that explains how it ended."""
+    def last_line(self) -> str:
+        """Return its last line of output if that explains how it ended, else an empty string."""
         return ""
 
     def reading(self) -> ProcessReading:
-        """All that was read of it, for the record."""
+        """Return all readings of the process for the record."""
         result = self.result or Result(pinned=False)
         known = self.result is not None
         return ProcessReading(

@@ -1,4 +1,4 @@
-"""The logits of reference cases, kept for the cases of their group that are compared with them."""
+"""Storage of reference logits for the cases that are compared with them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from membench.protocol.requests import ReferenceLogits
 
 
 class References:
-    """A folder of logits, a file a group."""
+    """A folder of logits with one file per group of cases."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def of(self, case: Case) -> ReferenceLogits:
-        """Where a case finds the logits of its group's reference, or leaves its own if it is that."""
+        """Return the file of the logits of a case's reference, and whether the case itself writes it."""
         model, workload, device = case.group
-        # A colon has no place in names of files on every disk; '@' and ',' have none in the names of plug-ins.
+        # Some file systems allow no colon in file names; '@' and ',' do not occur in the names of plug-ins.
         name = ",".join((model.replace(":", "@"), workload.replace(":", "@"), device.replace(":", "")))
         return ReferenceLogits(str(self._folder / f"{name}.npy"), case.technique == REFERENCE)

@@ -1,4 +1,4 @@
-"""Runs jobs one after the other, each in processes of its own, and turns whatever happens into records."""
+"""Runs jobs one after the other, each in separate processes, and returns a record of each."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from membench.records.metrics import METRIC_OF_FIELD
 from membench.records.record import Record
 from membench.running.deriving import JobReadings
 from membench.running.figures import Figures
-from membench.running.following import Following, Turn, memory_ran_out
 from membench.running.fork_client import ForkServer, ForkServerLost
 from membench.running.jobs.kind import RunnableJob
 from membench.running.jobs.preparing import PreparingJob
 from membench.running.needs import Needs
 from membench.running.rank import Tell
 from membench.running.references import References
+from membench.running.running_job import RunningJob, Turn, kernel_killed_for_memory
 
 _PREPARE_TIMEOUT_S = 1800
 
 
 class Interrupted(KeyboardInterrupt):
-    """A program was interrupted; what had been measured of it is in the record."""
+    """A program was interrupted; ``record`` holds the measurements up to then."""
 
     def __init__(self, record: Record) -> None:
         super().__init__()
@@ -39,11 +39,11 @@ class Runner:
     """Runs jobs on this machine with one fork server. Use as a context manager."""
 
     def __init__(self, needs: Needs, machine: Mapping[str, Any], tell: Tell, turn: Turn | None = None) -> None:
-        """Make ready; nothing is started before the first job.
+        """Prepare the runner; no process is started before the first job.
 
         Args:
-            machine: the description that records get.
-            turn: asked before a job begins and around what is timed, if others measure on this machine.
+            machine: the machine description for records.
+            turn: coordinates jobs and timed phases with other runners on this machine.
         """
         self._needs, self._machine, self._tell, self._turn = needs, machine, tell, turn
         self._references = References(needs.references)
@@ -55,10 +55,10 @@ class Runner:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.begin_afresh()
+        self.restart()
 
-    def begin_afresh(self) -> None:
-        """End the fork server: the next job comes out of a new one, as that of another run does."""
+    def restart(self) -> None:
+        """End the fork server; the next job starts a new one, like the first job of a run."""
         if self._server:
             self._server.close()
             self._server = None
@@ -70,26 +70,26 @@ class Runner:
         return self._server
 
     def measure(self, job: RunnableJob) -> Record:
-        """Measure a job; always a record, whatever becomes of its processes.
+        """Measure a job and return its record, even if the job fails.
 
         Raises:
-            Interrupted: if a user's program was, with its record.
+            Interrupted: if a user's program was interrupted; it holds the record.
         """
-        not_ready = self._not_ready(job)
+        failure = self._prepare(job)
         began, started_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
-        if not_ready is None:
-            followed = self._followed(job, job.settings.timeout_s)
+        if failure is None:
+            finished = self._run(job, job.settings.timeout_s)
         else:
-            followed = Following(job, None, self._tell)
-            for rank in followed.ranks:
-                rank.status, rank.message = "failed", not_ready
-        record = self._record(job, followed, started_at, time.monotonic() - began - followed.waited_s)
-        if any(rank.is_interrupted for rank in followed.ranks):
+            finished = RunningJob(job, None, self._tell)
+            for rank in finished.ranks:
+                rank.status, rank.message = "failed", failure
+        record = self._record(job, finished, started_at, time.monotonic() - began - finished.waited_s)
+        if any(rank.is_interrupted for rank in finished.ranks):
             raise Interrupted(record)
         return record
 
-    def _not_ready(self, job: RunnableJob) -> str | None:
-        """Let a job's model do what it does once, before its first job; the reason if that failed."""
+    def _prepare(self, job: RunnableJob) -> str | None:
+        """Prepare a job's model before its first job; return the reason if that failed."""
         model = job.preparation
         if model is None:
             return None
@@ -98,48 +98,48 @@ class Runner:
             preparing = PreparingJob(
                 id=name, repeat=0, device=Device("cpu"), settings=job.settings, model=model
             )  # fmt: skip
-            rank = self._followed(preparing, _PREPARE_TIMEOUT_S).decisive
+            rank = self._run(preparing, _PREPARE_TIMEOUT_S).deciding_rank
             ended_badly = f"preparing the model ended as {rank.status}: {rank.message}"
             self._prepared[name] = None if rank.status == "ok" else ended_badly
         return self._prepared[name]
 
-    def _followed(self, job: RunnableJob, timeout_s: float) -> Following:
-        """Start a job's ranks and follow them to their end."""
-        with Following(job, self._turn, self._tell) as following:
-            following.take_turn()
+    def _run(self, job: RunnableJob, timeout_s: float) -> RunningJob:
+        """Start the ranks of a job and run them to their end."""
+        with RunningJob(job, self._turn, self._tell) as running:
+            running.wait_for_turn()
             oom_kills_before = procfs.oom_kills()
             try:
-                following.start(self._ready_server(), self._gpus, self._no_gpus, self._references)
-                following.to_the_end(timeout_s)
-                following.judge(timeout_s, oom_kills_before)
+                running.start(self._ready_server(), self._gpus, self._no_gpus, self._references)
+                running.run_to_end(timeout_s)
+                running.settle_status(timeout_s, oom_kills_before)
             except ForkServerLost as error:
-                # Something killed the fork server, the kernel for want of memory perhaps: the next gets a new one.
-                self.begin_afresh()
-                for rank in following.ranks:
-                    rank.status = "out-of-memory" if memory_ran_out(oom_kills_before) else "crashed"
+                # The fork server was killed, perhaps by the kernel for lack of memory: the next job starts a new one.
+                self.restart()
+                for rank in running.ranks:
+                    rank.status = "out-of-memory" if kernel_killed_for_memory(oom_kills_before) else "crashed"
                     rank.message = str(error)
-        return following
+        return running
 
-    def _record(self, job: RunnableJob, followed: Following, started_at: str, duration_s: float) -> Record:
-        decisive = followed.decisive
-        assert decisive.status is not None
-        status, message = decisive.status, decisive.message
-        processes = tuple(rank.reading() for rank in followed.ranks)
-        results = tuple(rank.result for rank in followed.ranks)
+    def _record(self, job: RunnableJob, finished: RunningJob, started_at: str, duration_s: float) -> Record:
+        deciding = finished.deciding_rank
+        assert deciding.status is not None
+        status, message = deciding.status, deciding.message
+        processes = tuple(rank.reading() for rank in finished.ranks)
+        results = tuple(rank.result for rank in finished.ranks)
         interval_s = job.settings.sampling_interval_s
         try:
             found = job.derive(JobReadings(status, job.device.on_gpu, interval_s, processes, results))
-        except BrokenMessage as error:  # it says that it is done, and has not said what it read
+        except BrokenMessage as error:  # the worker reported its end without its readings
             found, status, message = Figures(), "failed", str(error)
-        if message and len(followed.ranks) > 1:
-            message = f"rank {decisive.number}: {message}"
-        first = followed.ranks[0].result
+        if message and len(finished.ranks) > 1:
+            message = f"rank {deciding.number}: {message}"
+        first = finished.ranks[0].result
         return Record(
             case=job.names,
             id=job.id,
             repeat=job.repeat,
             status=status,
-            ended_in=decisive.phase,
+            ended_in=deciding.phase,
             message=message,
             started_at=started_at,
             duration_s=round(duration_s, 4),
@@ -150,15 +150,15 @@ class Runner:
             remarks=(*(first.remarks if first else ()), *_unchecked_limits(found, status, job.limits)),
             notes=tuple(first.notes if first else ()),
             broken_limits=_broken_limits(found, job.limits),
-            timeline=followed.timeline.columns(),
-            output_tail="" if status in ("ok", "skipped") else decisive.tail.decode(errors="replace"),
+            timeline=finished.timeline.columns(),
+            output_tail="" if status in ("ok", "skipped") else deciding.tail.decode(errors="replace"),
             machine=self._machine,
             settings=job.settings.model_dump(),
         )
 
 
 def _unchecked_limits(found: Figures, status: str, limits: Mapping[str, float]) -> list[str]:
-    """A limit that nothing was held against must not look kept."""
+    """Return remarks on limits that could not be checked: these must not look as if they were kept."""
     if status != "ok":
         return []
     return [
@@ -174,6 +174,6 @@ def _broken_limits(found: Figures, limits: Mapping[str, float]) -> tuple[str, ..
     for name, limit in limits.items():
         value, metric = found.metrics.get(name), METRIC_OF_FIELD[name]
         if value is not None and (value > limit if metric.better == "lower" else value < limit):
-            side = "over" if metric.better == "lower" else "under"
-            broken.append(f"{metric.name} {metric.format(value)} is {side} its limit of {metric.format(limit)}")
+            direction = "over" if metric.better == "lower" else "under"
+            broken.append(f"{metric.name} {metric.format(value)} is {direction} its limit of {metric.format(limit)}")
     return tuple(broken)

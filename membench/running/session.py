@@ -1,4 +1,4 @@
-"""A whole run: the cases of a suite, in order, into one file."""
+"""Runs of a suite: measuring its cases and writing their records to a file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from membench.suite.suite import Suite
 
 
 def silent(event: str, details: Mapping[str, Any]) -> None:
-    """Hears a run's events and says nothing."""
+    """Ignore the events of a run."""
     del event, details
 
 
@@ -46,28 +46,28 @@ def run(
     """Run a suite's cases and keep a record of each.
 
     Args:
-        suite: what ``load_suite`` returned.
-        keep: says which case ids to run; the references that they need are kept too.
+        suite: a suite as returned by ``load_suite``.
+        keep: returns whether to run the case with an id; required references are always run.
         output: the folder for the run's file.
-        resume: go on with a run: the newest of this suite in that folder, or the one whose file is given.
-        tell: hears what happens, as a name and details. It is called between two looks at the measured process, so it
-            should be quick:
+        resume: continue a run: the newest of this suite in ``output``, or the run in the given file.
+        tell: called with the name and the details of each event. It runs between two samples of the measured process
+            and should return quickly:
 
             ========  ==========================================================================================
-            start     ``path`` of the run's file, ``of``: how many cases are to be measured
+            start     ``path`` of the run's file, ``of``: the number of cases to measure
             case      ``id``, ``number`` (from 1), ``of``: a case begins
-            progress  ``what``, ``done``, ``total``: a model is made ready, once, before its first case
-            baseline  ``bytes`` resident in the worker before anything of the case; figures count from there
-            phase     ``phase``: one begins
+            progress  ``what``, ``done``, ``total``: a model is prepared once before its first case
+            baseline  ``bytes`` resident in the worker before the case; its memory figures exclude them
+            phase     ``phase``: a phase begins
             memory    ``bytes`` resident in the worker and its children now, the baseline included
-            record    ``id``, ``status``, ``duration_s``: a case has ended and its record is on the disk
+            record    ``id``, ``status``, ``duration_s``: a case has ended and its record is on disk
             ========  ==========================================================================================
 
-        executor: opens what runs the cases; without one they run on this machine.
+        executor: opens the executor that runs the cases; by default, this machine.
 
     Raises:
-        ResultsError: if there is nothing to resume, the suite, its devices or the machine have changed since, or the
-            run's file cannot be written; the records written before are kept.
+        ResultsError: if there is no run to resume; if the suite, its devices or the machine have changed since; or if
+            the run's file cannot be written. Records written before are kept.
     """
     cases = suite.select(keep)
     with Session(suite, cases, Path(output), resume=resume, tell=tell, executor=executor) as session:
@@ -78,7 +78,7 @@ def run(
 
 
 class Session:
-    """A run under way: its file is open, its executor ready. Use as a context manager."""
+    """An open run with its file and its executor. Use as a context manager."""
 
     def __init__(
         self,
@@ -92,27 +92,27 @@ class Session:
         code: Mapping[str, Any] | None = None,
         checkouts: Checkouts | None = None,
     ) -> None:
-        """Open the run's file; ``run`` says what the arguments are.
+        """Open the run's file and its executor; see ``run`` for the other arguments.
 
         Args:
-            cases: all that may be measured.
-            code: which commit of what is under test it is, for the header of a new run.
-            checkouts: whose code must not be measured and whose is.
+            cases: all cases that may be measured.
+            code: the commit of the code under test, for the header of a new run.
+            checkouts: the checkout to measure, and the one whose code must not be imported.
 
         Raises:
-            ResultsError: as ``run`` does.
+            ResultsError: as for ``run``.
         """
         self._suite, self._tell, self._checkouts = suite, tell, checkouts
-        going_on = _to_go_on_with(suite, output, resume)
+        resumed = _run_to_resume(suite, output, resume)
         header = header_of(suite, datetime.now(UTC))
-        self.path = going_on or run_path(output, header)
+        self.path = resumed or run_path(output, header)
         jobs = [self._job(case, 0) for case in cases]
         self._executor = executor(Needs.of(jobs, references(self.path)), tell)
         try:
             machine = self._executor.machine
-            if going_on:
-                _refuse_what_differs(going_on, suite, machine)
-                self._file = RunFile.reopen(going_on)
+            if resumed:
+                _check_resumable(resumed, suite, machine)
+                self._file = RunFile.reopen(resumed)
             else:
                 self._file = RunFile.create(
                     self.path, {**header, "machine": machine, **({"code": code} if code else {})}
@@ -136,22 +136,27 @@ class Session:
         return job_of(case, repeat, self._suite.settings, self._suite.limits, self._checkouts)
 
     def measure_all(self, todo: Sequence[tuple[Case, int]], *, afresh: bool = False) -> None:
-        """Measure cases, each with the number of its repeat, one after the other.
+        """Measure cases in order, each with the number of its repeat.
 
         Args:
-            afresh: whether each repeat begins as another run would, with a fork server of its own.
+            afresh: whether the executor is restarted before each repeat, as for a separate run.
         """
         self._tell("start", {"path": str(self.path), "of": len(todo)})
         begun: int | None = None
         for number, (case, repeat) in enumerate(todo, 1):
             if afresh and repeat != begun:
                 begun = repeat
-                self._executor.begin_afresh()
+                self._executor.restart()
             self._tell("case", {"id": case.id, "number": number, "of": len(todo)})
             self.measure(case, repeat)
 
     def measure(self, case: Case, repeat: int) -> Record:
-        """Measure a case and keep its record."""
+        """Measure a case, write its record and return it.
+
+        Raises:
+            Interrupted: if a user's program was interrupted; its record is written.
+            ResultsError: if the record cannot be written.
+        """
         try:
             record = self._executor.measure(self._job(case, repeat))
         except Interrupted as interrupted:
@@ -170,14 +175,14 @@ def measure_again(
     tell: Tell = silent,
     executor: Opener = LocalExecutor,
 ) -> Run:
-    """Add repeats of some cases to a run, made here by the same code.
+    """Add repeats of some cases to a run that was measured on this machine with the same code.
 
     Args:
-        path: of the run's file.
-        times: how many more repeats of each.
+        path: the run's file.
+        times: the number of additional repeats per case.
 
     Raises:
-        ResultsError: as ``run``.
+        ResultsError: as for ``run``.
     """
     cases = tuple(case for case in suite.cases if case.id in case_ids)
     with Session(suite, cases, path.parent, resume=path, tell=tell, executor=executor) as session:
@@ -187,25 +192,25 @@ def measure_again(
 
 
 def resumable(suite: Suite, output: str | Path, since: str = "") -> Path | None:
-    """The newest run of a suite in a folder, begun at ``since`` (ISO, UTC) or later; ``None`` if there is none.
+    """Return the newest run of a suite in a folder, started at ``since`` (ISO, UTC) or later; ``None`` without one.
 
     Raises:
-        ResultsError: if what would be measured now does not belong into it.
+        ResultsError: if the suite, its devices or the machine differ from those of the run.
     """
     found = find_run(Path(output), suite.name, since)
     if found is not None:
-        _refuse_what_differs(found, suite, machine_of(suite))
+        _check_resumable(found, suite, machine_of(suite))
     return found
 
 
 def machine_of(suite: Suite) -> dict[str, Any]:
-    """The description of this machine that stands in the records of a suite."""
+    """Return the description of this machine for the records of a suite."""
     jobs = [job_of(case, 0, suite.settings) for case in suite.cases]
     return machine_here(jobs[0].threads, [job.device for job in jobs])
 
 
-def _to_go_on_with(suite: Suite, folder: Path, resume: bool | Path) -> Path | None:
-    """The run to go on with; ``None`` for a new one."""
+def _run_to_resume(suite: Suite, folder: Path, resume: bool | Path) -> Path | None:
+    """Return the file of the run to resume; ``None`` for a new run."""
     path = find_run(folder, suite.name) if resume is True else resume or None
     if resume and path is None:
         raise ResultsError(f"{folder}: no run of suite '{suite.name}' there to go on with")
@@ -213,7 +218,7 @@ def _to_go_on_with(suite: Suite, folder: Path, resume: bool | Path) -> Path | No
 
 
 def header_of(suite: Suite, started: datetime) -> dict[str, Any]:
-    """What a run's file says of a run of this suite, the machine aside."""
+    """Return the header of a run of a suite, without the machine."""
     header = run_header(suite.name, suite.text, _devices(suite), started, suite.plugin_files, suite.own_metrics)
     if suite.tables is None:
         return header
@@ -228,13 +233,13 @@ def run_header(
     files: Sequence[PluginFile] = (),
     metrics: Sequence[Metric] = (),
 ) -> dict[str, Any]:
-    """What a run's file says of the run, the machine aside.
+    """Return the header of a run's file, without the machine.
 
     Args:
-        name: of the suite.
-        text: the suite as it is written.
-        files: the suite's own plug-ins, of which fingerprints are kept.
-        metrics: those of plug-ins.
+        name: the name of the suite.
+        text: the text of the suite.
+        files: the suite's local plug-ins; their fingerprints are stored.
+        metrics: the metrics of plug-ins.
     """
     own: dict[str, Any] = {"plugin_files": local_files.fingerprints(files)} if files else {}
     own |= {"own_metrics": [metric.field for metric in metrics]} if metrics else {}
@@ -250,16 +255,21 @@ def run_header(
 
 
 def run_path(folder: Path, header: Mapping[str, Any]) -> Path:
-    """The file of a run in a folder."""
+    """Return the path of a run's file in a folder."""
     return folder / f"{header['run']}.jsonl"
 
 
 def references(path: Path) -> Path:
-    """The folder of the reference cases' logits that goes with a run's file."""
+    """Return the folder for the reference logits of a run."""
     return path.with_suffix(".references")
 
 
-def _refuse_what_differs(path: Path, suite: Suite, machine: Mapping[str, Any]) -> None:
+def _check_resumable(path: Path, suite: Suite, machine: Mapping[str, Any]) -> None:
+    """Check that new records of a suite on a machine may be added to a run.
+
+    Raises:
+        ResultsError: if the suite, its plug-ins, its devices or the machine differ.
+    """
     header = read_run(path).header
     if header.get("suite") != suite.name or header.get("suite_sha256") != _fingerprint(suite):
         raise ResultsError(
@@ -280,7 +290,7 @@ def _refuse_what_differs(path: Path, suite: Suite, machine: Mapping[str, Any]) -
 
 
 def _fingerprint(suite: Suite) -> str:
-    """Of what is measured: of a suite in Python what it came to, whatever its text does besides."""
+    """Return the fingerprint of a suite: of its tables for a suite in Python, else of its text."""
     return _sha256(suite.text if suite.tables is None else json.dumps(suite.tables, sort_keys=True))
 
 

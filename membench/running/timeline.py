@@ -1,4 +1,4 @@
-"""The memory of a job over time: samples of all its ranks, added up."""
+"""The memory of a job over time: the samples of all its ranks, added."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _MOST_SAMPLES = 2000
 
 @dataclass(frozen=True)
 class Sample:
-    """One look, or the highest of several that were merged; ``None`` where there was nothing to read."""
+    """One sample, or the maximum of several merged samples; ``None`` for values that were not read."""
 
     at_s: float
     resident_bytes: int
@@ -20,39 +20,40 @@ class Sample:
 
     @property
     def held_bytes(self) -> int:
-        """By the process and its children."""
+        """Bytes held by the process and its children."""
         return self.resident_bytes + self.children_bytes
 
 
 class Timeline:
     """The samples of a job.
 
-    At most 2,000 are kept, by merging neighbours into their maximum: a long job loses resolution, never a peak.
+    At most 2,000 samples are kept. Beyond that, neighbours are merged into their maximum: a long job loses time
+    resolution, but never a peak.
     """
 
     def __init__(self) -> None:
-        self._per_sample, self._looks = 1, 0
+        self._per_sample, self._count = 1, 0
         self._pending: Sample | None = None
         self._samples: list[Sample] = []
         self._latest: dict[int, Sample] = {}
 
     def add(self, rank: int, sample: Sample) -> None:
-        """Keep a look at a rank, with what the others held when they were last looked at."""
+        """Add a sample of a rank to the latest samples of the other ranks."""
         self._latest[rank] = sample
-        together = _added([sample, *(each for of, each in self._latest.items() if of != rank)])
-        self._looks += 1
-        self._pending = together if self._pending is None else _higher(self._pending, together)
-        if self._looks % self._per_sample:
+        together = _sum_of([sample, *(each for other, each in self._latest.items() if other != rank)])
+        self._count += 1
+        self._pending = together if self._pending is None else _merged(self._pending, together)
+        if self._count % self._per_sample:
             return
         self._samples.append(self._pending)
         self._pending = None
         if len(self._samples) >= _MOST_SAMPLES:
             self._per_sample *= 2
             odd = self._samples[len(self._samples) // 2 * 2 :]
-            self._samples = [*map(_higher, self._samples[::2], self._samples[1::2]), *odd]
+            self._samples = [*map(_merged, self._samples[::2], self._samples[1::2]), *odd]
 
     def columns(self) -> dict[str, list[float | int | None]]:
-        """The samples as columns; a column of which nothing is known is left out."""
+        """Return the samples as columns, without columns that have no values."""
         samples = self._samples + ([self._pending] if self._pending else [])
         columns: dict[str, list[float | int | None]] = {
             "at_s": [round(sample.at_s, 4) for sample in samples],
@@ -65,8 +66,8 @@ class Timeline:
         return {name: column for name, column in columns.items() if any(value is not None for value in column)}
 
 
-def _added(samples: list[Sample]) -> Sample:
-    """What several ranks hold together; the time is that of the first."""
+def _sum_of(samples: list[Sample]) -> Sample:
+    """Return the sum of the samples of several ranks; the time is that of the first."""
 
     def total(values: list[int | None]) -> int | None:
         known = [value for value in values if value is not None]
@@ -82,8 +83,8 @@ def _added(samples: list[Sample]) -> Sample:
     )
 
 
-def _higher(first: Sample, second: Sample) -> Sample:
-    """Two neighbours as one: the time of the higher, each figure's maximum."""
+def _merged(first: Sample, second: Sample) -> Sample:
+    """Merge two neighbours: the maximum of each value, at the time of the larger resident memory."""
 
     def most(a: int | None, b: int | None) -> int | None:
         return max((value for value in (a, b) if value is not None), default=None)

@@ -1,1 +1,1 @@
-"""Where jobs run: on this machine, or elsewhere by the same interface."""
+"""Executors: run jobs on this machine, or elsewhere through the same interface."""

@@ -1,4 +1,4 @@
-"""What a session asks of whatever runs its jobs: opened with what a run needs, a record for each job, closed."""
+"""The interface of executors: opened with the requirements of a run, measures jobs, closed."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from membench.running.rank import Tell
 
 
 class Executor(Protocol):
-    """Where jobs run. Use as a context manager."""
+    """Runs jobs and returns their records. Use as a context manager."""
 
     @property
     def machine(self) -> Mapping[str, Any]:
-        """The machine that a run is begun on; each record says on which it was measured."""
+        """The machine on which the run starts; each record names the machine it was measured on."""
 
     def measure(self, job: RunnableJob) -> Record:
-        """Measure a job; always a record, whatever becomes of it.
+        """Measure a job and return its record, even if the job fails.
 
         Raises:
-            Interrupted: if a user's program was interrupted, with its record.
+            Interrupted: if a user's program was interrupted; it holds the record.
         """
 
-    def begin_afresh(self) -> None:
-        """Measure what comes as another run would, with nothing left of what was before."""
+    def restart(self) -> None:
+        """Discard all state of previous jobs, as if a new run began."""
 
     def __enter__(self) -> Executor: ...
 
@@ -37,4 +37,4 @@ class Executor(Protocol):
 
 
 Opener = Callable[[Needs, Tell], Executor]
-"""Opens an executor for a run; what happens is told as ``session.run`` says."""
+"""Opens an executor for a run; the callback receives the events listed at ``session.run``."""

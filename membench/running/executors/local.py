@@ -1,4 +1,4 @@
-"""Jobs on this machine, one after the other."""
+"""The executor that runs jobs on this machine, one after the other."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any
 from membench.host import environment
 from membench.host.device import Device
 from membench.records.record import Record
-from membench.running.following import Turn
 from membench.running.jobs.kind import RunnableJob
 from membench.running.needs import Needs
 from membench.running.rank import Tell
 from membench.running.runner import Runner
+from membench.running.running_job import Turn
 
 
 def machine_here(threads: int | None, devices: Sequence[Device]) -> dict[str, Any]:
-    """The description of this machine for jobs on these devices."""
+    """Return the description of this machine for jobs on some devices."""
     return environment.describe(threads, with_gpus=any(device.on_gpu for device in devices))
 
 
 class LocalExecutor:
-    """Runs jobs here. Use as a context manager."""
+    """Runs jobs on this machine. Use as a context manager."""
 
     def __init__(self, needs: Needs, tell: Tell, turn: Turn | None = None) -> None:
-        """Make ready; nothing is started before the first job.
+        """Prepare the executor; no process is started before the first job.
 
         Args:
-            turn: asked where others measure on this machine, too.
+            turn: coordinates the jobs with other runners on this machine.
         """
         self.machine: Mapping[str, Any] = machine_here(needs.threads, needs.devices)
         self._runner = Runner(needs, self.machine, tell, turn)
@@ -42,5 +42,5 @@ class LocalExecutor:
     def measure(self, job: RunnableJob) -> Record:
         return self._runner.measure(job)
 
-    def begin_afresh(self) -> None:
-        self._runner.begin_afresh()
+    def restart(self) -> None:
+        self._runner.restart()

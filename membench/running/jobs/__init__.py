@@ -1,1 +1,1 @@
-"""The kinds of jobs: each says what to start, what to hear of it, and which metrics follow from the readings."""
+"""The kinds of jobs: each defines the process to start, its messages, and the metrics derived from its readings."""

@@ -20,11 +20,11 @@ from membench.running.figures import Figures
 from membench.running.jobs.kind import RunnableJob
 from membench.running.references import References
 
-_ALWAYS = (
+_EXPECTED = (
     "weights_bytes", "peak_live_bytes", "held_live_bytes", "peak_footprint_bytes", "held_footprint_bytes", "disk_bytes",
     "step_median_s", "tokens_per_s",
 )  # fmt: skip
-"""Metrics that a case has or is told why not, however it ended."""
+"""Metrics that every record of a case has, as a value or as the reason why it is unknown."""
 
 _CATEGORIES = {
     "optimizer": "optimizer_state_bytes",
@@ -33,7 +33,7 @@ _CATEGORIES = {
 }
 _PARTS = ("prefill", "decode", "forward", "backward", "optimizer")
 _MOST_NATS = 460
-"""``exp`` of it is still a size that figures have: a loss of so many nats is as bad as any."""
+"""The loss per token at which perplexity is capped: ``exp`` of it stays within the range of stored numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class CaseJob(RunnableJob):
     """A case of a suite.
 
     Attributes:
-        checkouts: which code may be imported, where another commit's is measured in turn.
+        checkouts: the code that may be imported, if another commit is measured alternately.
     """
 
     case: Case
@@ -75,24 +75,24 @@ class CaseJob(RunnableJob):
             case.metric_plugins,
             self.checkouts,
         )
-        request = requests.encode(requests.Request(work, self.asked(number)))
+        request = requests.encode(requests.Request(work, self.rank_request(number)))
         return StartWorker(request, number, self.settings.isolation)
 
     def derive(self, readings: JobReadings) -> Figures:
-        """Metrics of a case of one rank."""
+        """Derive the metrics of a case with one rank."""
         process, result = readings.processes[0], readings.results[0]
         baseline = process.baseline or Baseline()
         if result is None:
-            return _of_what_was_reached(readings, process, WorkerMemory(readings.on_gpu, True, baseline))
+            return _derive_partial(readings, process, WorkerMemory(readings.on_gpu, True, baseline))
         memory = WorkerMemory(readings.on_gpu, result.pinned, baseline)
         found = Figures()
         if result.weights_bytes is not None:
-            found.know("weights_bytes", result.weights_bytes, "walk over parameters and buffers")
+            found.add("weights_bytes", result.weights_bytes, "walk over parameters and buffers")
         _memory(found, readings, process, result, memory)
         if result.disk_bytes is None:
-            found.miss("disk_bytes", result.disk_format)
+            found.add_unknown("disk_bytes", result.disk_format)
         else:
-            found.know("disk_bytes", result.disk_bytes, f"size of the file written by {result.disk_format}")
+            found.add("disk_bytes", result.disk_bytes, f"size of the file written by {result.disk_format}")
         deriving.times(found, result, deriving.phase_of(process, "time"), on_gpu=memory.on_gpu)
         run = deriving.phase_of(process, "run")
         for part in _PARTS:
@@ -105,39 +105,39 @@ class CaseJob(RunnableJob):
             _quality(found, result.quality, is_trained=result.is_trained)
         for name, figure in result.custom_figures.items():
             if figure.value is None:
-                found.miss(name, figure.reason or "its plug-in does not say why")
+                found.add_unknown(name, figure.reason or "its plug-in does not say why")
             else:
-                found.know(name, figure.value, "a plug-in's own measuring over held-out text")
+                found.add(name, figure.value, "a plug-in's own measuring over held-out text")
         return found
 
 
 def case_names(case: Case) -> dict[str, Any]:
-    """What a case is made of, as its record has it."""
-    own = {field: _named(plugin) for field, plugin in case.metric_plugins.items()}
+    """Return the names and plug-ins of a case for its record."""
+    own = {field: _plugin_fields(plugin) for field, plugin in case.metric_plugins.items()}
     return {
         "model": case.model,
         "technique": case.technique,
         "workload": case.workload,
         "device": case.device,
-        "model_plugin": _named(case.model_plugin),
-        "technique_plugins": [_named(technique) for technique in case.technique_plugins],
-        "workload_plugin": _named(case.workload_plugin),
+        "model_plugin": _plugin_fields(case.model_plugin),
+        "technique_plugins": [_plugin_fields(technique) for technique in case.technique_plugins],
+        "workload_plugin": _plugin_fields(case.workload_plugin),
         **({"metric_plugins": own} if own else {}),
     }
 
 
-def _named(plugin: Plugin) -> dict[str, Any]:
-    """A plug-in as its record has it."""
-    # By the fingerprint a comparison tells that the same name has become something else.
+def _plugin_fields(plugin: Plugin) -> dict[str, Any]:
+    """Return the fields of a plug-in for a record."""
+    # A comparison detects by the fingerprint that the file behind a name has changed.
     own = {"file": plugin.file.name, "sha256": plugin.file.sha256[:12]} if plugin.file else {}
     return {"use": plugin.use, "options": dict(plugin.options), **own}
 
 
-def _of_what_was_reached(readings: JobReadings, process: ProcessReading, memory: WorkerMemory) -> Figures:
-    """The metrics of a case that did not get to its end."""
+def _derive_partial(readings: JobReadings, process: ProcessReading, memory: WorkerMemory) -> Figures:
+    """Derive the metrics of a case that did not reach its end."""
     found = Figures()
-    for name in _ALWAYS:
-        found.miss(name, f"the case ended as {readings.status}")
+    for name in _EXPECTED:
+        found.add_unknown(name, f"the case ended as {readings.status}")
     for name in ("load", "apply"):
         if (phase := process.phase(name)) is not None:
             deriving.live(found, phase, f"{name}_peak_live_bytes", memory)
@@ -147,36 +147,36 @@ def _of_what_was_reached(readings: JobReadings, process: ProcessReading, memory:
 def _memory(
     found: Figures, readings: JobReadings, process: ProcessReading, result: Result, memory: WorkerMemory
 ) -> None:
-    """Memory and durations of phases, and what stages found out."""
+    """Add the memory and the duration of phases, and the facts that stages reported."""
     load, apply, run, time = (deriving.phase_of(process, name) for name in ("load", "apply", "run", "time"))
     deriving.step_memory(found, run, memory)
     deriving.live(found, load, "load_peak_live_bytes", memory)
     deriving.live(found, apply, "apply_peak_live_bytes", memory)
-    found.know("apply_s", apply.duration_s, "monotonic clock, under the pinned allocator")
+    found.add("apply_s", apply.duration_s, "monotonic clock, under the pinned allocator")
     deriving.footprint(found, run, time, memory, readings.interval_s)
     deriving.children(found, process.phases, readings.interval_s)
     for name, fact in result.facts.items():
-        found.know(name, fact.value, fact.source)
+        found.add(name, fact.value, fact.source)
     store = process.phase("store")
     if store is not None:
         deriving.live(found, store, "store_peak_live_bytes", memory)
-        found.know("store_s", store.duration_s, "monotonic clock, under the pinned allocator")
+        found.add("store_s", store.duration_s, "monotonic clock, under the pinned allocator")
         if (compressing := store.parts.get("compress")) is not None:
             on_cpu = WorkerMemory(False, memory.pinned, memory.baseline)
             deriving.live(found, compressing, "compress_peak_live_bytes", on_cpu)
 
 
 def _holdings(found: Figures, result: Result) -> None:
-    """What holds memory, by category, and which weights are trained."""
+    """Add the live memory by category, and the sizes of trained and frozen weights."""
     for category, name in _CATEGORIES.items():
-        sizes = [of_part[category] for of_part in (result.breakdown_bytes or {}).values() if category in of_part]
+        sizes = [part[category] for part in (result.breakdown_bytes or {}).values() if category in part]
         if sizes:
-            found.know(name, max(sizes), "walk over storages at the highest moment of a part of a step")
+            found.add(name, max(sizes), "walk over storages at the highest moment of a part of a step")
     if result.trained_weights_bytes is not None:
-        found.know("trained_weights_bytes", result.trained_weights_bytes, "walk over parameters")
+        found.add("trained_weights_bytes", result.trained_weights_bytes, "walk over parameters")
     if result.frozen_weights_bytes is not None:
         source = "walk over parameters and buffers, less those trained"
-        found.know("frozen_weights_bytes", result.frozen_weights_bytes, source)
+        found.add("frozen_weights_bytes", result.frozen_weights_bytes, source)
 
 
 def _loss(found: Figures, result: Result) -> None:
@@ -184,25 +184,25 @@ def _loss(found: Figures, result: Result) -> None:
         return
     last = result.losses_nats[-1]
     if last is None:
-        found.miss("final_loss_nats", "it is not finite")
+        found.add_unknown("final_loss_nats", "it is not finite")
     else:
-        found.know("final_loss_nats", last, "cross entropy in fp32 of the last step")
+        found.add("final_loss_nats", last, "cross entropy in fp32 of the last step")
 
 
 def _quality(found: Figures, quality: QualityReading, *, is_trained: bool) -> None:
-    """Quality from each piece's loss; a difference to the reference from the pieces' own differences."""
+    """Add quality from the loss of each piece of text, and the difference to the reference from paired pieces."""
     source = "cross entropy in fp32 over held-out text"
     nats, all_bytes = quality.nats, None if None in quality.bytes else sum(b for b in quality.bytes if b)
     if is_trained:
         if None in nats or all_bytes is None:
             reason = "it is not finite" if None in nats else "the model has no tokenizer: no text can be put to it"
             for name in ("bits_per_byte", "perplexity_per_token"):
-                found.miss(name, reason)
+                found.add_unknown(name, reason)
         else:
             all_nats = sum(each for each in nats if each is not None)
-            found.know("bits_per_byte", all_nats / all_bytes / math.log(2), source)
+            found.add("bits_per_byte", all_nats / all_bytes / math.log(2), source)
             per_token = all_nats / sum(quality.tokens)
-            found.know("perplexity_per_token", math.exp(min(per_token, _MOST_NATS)), source)
+            found.add("perplexity_per_token", math.exp(min(per_token, _MOST_NATS)), source)
     against = f"{source}, against the reference's logits"
     if quality.is_compared:
         for name, value in (
@@ -210,16 +210,16 @@ def _quality(found: Figures, quality: QualityReading, *, is_trained: bool) -> No
             ("top1_agreement_percent", quality.top1_agreement_percent),
         ):
             if value is None:
-                found.miss(name, quality.unknown or "the logits are not finite")
+                found.add_unknown(name, quality.unknown or "the logits are not finite")
             else:
-                found.know(name, value, against)
-    theirs = quality.reference_nats
-    if is_trained and all_bytes and theirs is not None and None not in (*nats, *theirs):
+                found.add(name, value, against)
+    reference_nats = quality.reference_nats
+    if is_trained and all_bytes and reference_nats is not None and None not in (*nats, *reference_nats):
         differences = [
-            a - b for a, b in zip(nats, theirs, strict=True) if a is not None and b is not None
+            a - b for a, b in zip(nats, reference_nats, strict=True) if a is not None and b is not None
         ]  # fmt: skip
         in_bits = 1 / all_bytes / math.log(2)
-        found.know("lost_bits_per_byte", sum(differences) * in_bits, against)
+        found.add("lost_bits_per_byte", sum(differences) * in_bits, against)
         if len(differences) > 1:
             error = statistics.stdev(differences) * len(differences) ** 0.5 * in_bits
-            found.know("lost_bits_per_byte_standard_error", error, f"{len(differences)} paired pieces of text")
+            found.add("lost_bits_per_byte_standard_error", error, f"{len(differences)} paired pieces of text")

@@ -1,4 +1,4 @@
-"""The job ``function``: calls of a user's function, such as a test hands it over."""
+"""The job ``function``: calls of a user's function, such as one passed by a test."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from membench.running.figures import Figures
 from membench.running.jobs.kind import RunnableJob
 from membench.running.references import References
 
-_ALWAYS = ("peak_live_bytes", "held_live_bytes", "peak_footprint_bytes", "held_footprint_bytes", "step_median_s")
-"""Metrics that a function has or is told why not, however it ended."""
+_EXPECTED = ("peak_live_bytes", "held_live_bytes", "peak_footprint_bytes", "held_footprint_bytes", "step_median_s")
+"""Metrics that every record of a function has, as a value or as the reason why it is unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FunctionJob(RunnableJob):
-    """A function in phases like those of a case.
+    """Calls of a function, measured in the same phases as a case.
 
     Attributes:
-        model: what its record names where a case names a model; ``workload`` likewise.
-        pickled: the file of function, arguments and surroundings, as ``worker.function`` reads it.
+        model: the entry for ``model`` in its record; ``workload`` likewise.
+        pickled: the file with the function, its arguments and its environment, as ``worker.function`` reads it.
         raised: the file for an exception that the function raises.
     """
 
@@ -38,7 +38,7 @@ class FunctionJob(RunnableJob):
 
     @property
     def names(self) -> Mapping[str, Any]:
-        # No technique is applied, and it stands alone: it is its own reference.
+        # No technique is applied and no other job belongs to it: it is its own reference.
         return {
             "model": self.model, "technique": REFERENCE, "workload": self.workload, "device": str(self.device),
         }  # fmt: skip
@@ -46,16 +46,16 @@ class FunctionJob(RunnableJob):
     def order(self, number: int, references: References) -> StartWorker:
         del references
         work = requests.MeasureFunction(str(self.pickled), str(self.raised), self.steps)
-        request = requests.encode(requests.Request(work, self.asked(number)))
+        request = requests.encode(requests.Request(work, self.rank_request(number)))
         return StartWorker(request, number, self.settings.isolation)
 
     def derive(self, readings: JobReadings) -> Figures:
-        """What there is without a model and its quality."""
+        """Derive the metrics that need no model and no quality."""
         found = Figures()
         process, result = readings.processes[0], readings.results[0]
         if result is None:
-            for name in _ALWAYS:
-                found.miss(name, f"the case ended as {readings.status}")
+            for name in _EXPECTED:
+                found.add_unknown(name, f"the case ended as {readings.status}")
             return found
         memory = WorkerMemory(readings.on_gpu, result.pinned, process.baseline or Baseline())
         run, time = deriving.phase_of(process, "run"), deriving.phase_of(process, "time")

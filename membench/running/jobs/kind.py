@@ -1,4 +1,4 @@
-"""What the runner asks of a job, of whatever kind it is."""
+"""The base class of all kinds of jobs, as the runner uses them."""
 
 from __future__ import annotations
 
@@ -22,53 +22,58 @@ from membench.suite.schema import Settings
 
 @dataclass(frozen=True, kw_only=True)
 class RunnableJob(Job, ABC):
-    """A job with what is needed to run it on any machine; a kind of job is one class derived from this.
+    """A job with all that an executor needs to run it. Each kind of job is a subclass.
 
     Attributes:
-        settings: how it is run.
+        settings: the settings of its suite.
     """
 
     streams: ClassVar[Sequence[int]] = ()
-    """File descriptors of this process that it gets as its standard input and output."""
+    """File descriptors of this process that the job inherits as its standard input and output."""
 
     settings: Settings
 
     @property
     @abstractmethod
     def names(self) -> Mapping[str, Any]:
-        """What was measured, as its record says it."""
+        """The names of what is measured, for the record."""
 
     @property
     def modules(self) -> frozenset[str]:
-        """Modules that the fork server imports once, so that no job pays for them."""
+        """Modules that the fork server imports once, which keeps the import time out of every job."""
         return frozenset()
 
     @property
     def threads(self) -> int | None:
-        """That each rank may compute with; ``None`` leaves that to whatever is measured."""
+        """Compute threads of each rank; ``None`` leaves the number to the measured program."""
         return self.settings.threads or max(1, environment.usable_cores() // self.device.count)
 
     @property
     def steps(self) -> Steps:
+        """The numbers of warm-up steps and of timed steps."""
         return Steps(self.settings.warmup_steps, self.settings.measured_steps)
 
     @property
     def preparation(self) -> Plugin | None:
-        """The model that does something once before it is measured."""
+        """The model to prepare once before the job, if any."""
         return None
 
     def rank(self, number: int, tell: Tell) -> Rank:
-        """One of its processes, before it is started."""
+        """Return a rank of the job, not yet started."""
         return Rank(number, self.device.ranks[number], tell)
 
-    def asked(self, number: int) -> RankRequest:
-        """Which of its processes a worker is, as the worker hears it."""
+    def rank_request(self, number: int) -> RankRequest:
+        """Return the part of a worker's request that identifies its rank."""
         return RankRequest(str(self.device.ranks[number]), self.threads or 1, number, self.device.count)
 
     @abstractmethod
     def order(self, number: int, references: References) -> StartWorker | StartProgram:
-        """What the fork server is to start as rank ``number``."""
+        """Return the order to the fork server that starts rank ``number``."""
 
     @abstractmethod
     def derive(self, readings: JobReadings) -> Figures:
-        """Every metric that has a meaning for it, from what was read of its ranks."""
+        """Derive the metrics of the job from the readings of its ranks.
+
+        Raises:
+            BrokenMessage: if a rank reached its end without reporting all readings.
+        """

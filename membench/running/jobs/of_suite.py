@@ -1,4 +1,4 @@
-"""Which kind of job a case of a suite is."""
+"""Creation of jobs from the cases of a suite."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def job_of(
     limits: Mapping[str, float] | None = None,
     checkouts: Checkouts | None = None,
 ) -> RunnableJob:
-    """The job that measures a case once; a case with a command is a user's program."""
+    """Return the job that measures a case once; a case with a command is a user's program."""
     device = Device.parse(case.device)
     if case.command is not None:
         return ScriptJob(id=case.id, repeat=repeat, device=device, limits=limits or {}, settings=settings, case=case)

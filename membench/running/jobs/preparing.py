@@ -1,4 +1,4 @@
-"""The job that lets a model do what it does once, such as training, before it is measured."""
+"""The job that prepares a model once before it is measured, such as by training it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from membench.running.references import References
 
 @dataclass(frozen=True, kw_only=True)
 class PreparingJob(RunnableJob):
-    """It leaves files of the model's own, and no record."""
+    """Preparation of a model: it leaves the model's files and produces no record."""
 
     model: Plugin
 
@@ -27,7 +27,7 @@ class PreparingJob(RunnableJob):
 
     def order(self, number: int, references: References) -> StartWorker:
         del references
-        request = requests.encode(requests.Request(requests.PrepareModel(self.model), self.asked(number)))
+        request = requests.encode(requests.Request(requests.PrepareModel(self.model), self.rank_request(number)))
         return StartWorker(request, number, self.settings.isolation)
 
     def derive(self, readings: JobReadings) -> Figures:

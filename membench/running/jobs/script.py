@@ -1,4 +1,4 @@
-"""The job ``script``: a user's program as it is, whole, with the phases that it marks."""
+"""The job ``script``: an unchanged user's program, with the phases that it marks."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from membench.running.references import References
 NO_LIVE = "a script keeps its own allocator: what it freed and still holds cannot be told from what it uses"
 _STREAMS = (0, 1)
 _GRACE_S = 0.5
-"""Helpers of multiprocessing end by themselves when they see that their program has."""
+"""Seconds that child processes have to end by themselves, such as the helpers of multiprocessing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScriptJob(RunnableJob):
-    """A program of the user's, its interpreter included."""
+    """A user's program, measured with its interpreter."""
 
     streams: ClassVar = _STREAMS
 
@@ -54,13 +54,13 @@ class ScriptJob(RunnableJob):
         return StartProgram(self.case.command, number, _GRACE_S)
 
     def derive(self, readings: JobReadings) -> Figures:
-        """To where it ended, however it did; nothing is taken off."""
+        """Derive the metrics up to the end of the program, however it ended; no baseline is subtracted."""
         found = Figures()
-        found.miss("peak_live_bytes", NO_LIVE)
+        found.add_unknown("peak_live_bytes", NO_LIVE)
         process, result = readings.processes[0], readings.results[0]
         if not process.phases or result is None:
             for name in ("peak_footprint_bytes", "step_median_s"):
-                found.miss(name, f"the case ended as {readings.status}")
+                found.add_unknown(name, f"the case ended as {readings.status}")
             return found
         whole = process.phases[0]
         if readings.on_gpu:
@@ -69,49 +69,49 @@ class ScriptJob(RunnableJob):
             _footprint(found, whole, readings.interval_s, had_children=result.had_children)
         deriving.children(found, process.phases, readings.interval_s)
         if readings.status == "ok":
-            found.know("step_median_s", result.durations_s[0], "monotonic clock, from the script's start to its end")
+            found.add("step_median_s", result.durations_s[0], "monotonic clock, from the script's start to its end")
         else:
-            found.miss("step_median_s", f"the case ended as {readings.status}")
+            found.add_unknown("step_median_s", f"the case ended as {readings.status}")
         return found
 
 
 class _Program(Rank):
-    """A program under way: it marks phases, and prints for its user."""
+    """A running program: it marks phases, and its output is passed on to the user."""
 
     role = "script"
-    is_heard_to_the_end = True
-    survives_interrupts = True
+    reads_output_to_end = True
+    keeps_record_on_interrupt = True
 
-    def started(self, observer: Observer, no_gpus: str | None, at_s: float) -> None:
-        super().started(observer, no_gpus, at_s)
+    def on_start(self, observer: Observer, no_gpus: str | None, at_s: float) -> None:
+        super().on_start(observer, no_gpus, at_s)
         if self.device.on_gpu:
             self._gpu_unknown = no_gpus or observer.use_gpu_of(str(self.device))
         self._marked = MarkedPhases(observer.pid, observer)
 
-    def hear(self, message: Message) -> None:
+    def handle(self, message: Message) -> None:
         match message:
             case MarkEntered():
                 self._tell("phase", {"phase": self._marked.enter(message.phase)})
             case MarkLeft():
                 self._marked.leave(message.phase, message.raised)
             case _:
-                super().hear(message)
+                super().handle(message)
 
-    def print_out(self, data: bytes) -> None:
-        super().print_out(data)
+    def add_output(self, data: bytes) -> None:
+        super().add_output(data)
         with contextlib.suppress(OSError):
             while data:
                 data = data[os.write(2, data) :]
 
-    def ended(self, ended: WorkerEnded) -> None:
-        """What it took, and how it ended unless a signal or the clock ended it."""
-        said = program_ending.last_line(self.tail)
-        self.phase = self._marked.ended_in(said)
+    def on_end(self, ended: WorkerEnded) -> None:
+        """Set the phases and the result, and the status unless a signal or the time limit ended the program."""
+        line = program_ending.last_line(self.tail)
+        self.phase = self._marked.ended_in(line)
         self.phases = [
             dataclasses.replace(phase, gpu_unknown=phase.gpu_unknown or self._gpu_unknown)
             for phase in self._marked.end(ended.at_s, ended.peak_bytes, ended.forked_from_bytes)
         ]
-        remarks = program_ending.told_of(ended.left)
+        remarks = program_ending.leftover_remarks(ended.left)
         if self._marked.left_out:
             remarks.append(f"of the phases it marks only the first {MOST_PHASES} are kept")
         self.result = Result(
@@ -123,12 +123,12 @@ class _Program(Rank):
         )
         if self.is_interrupted:
             self.status, self.message = "crashed", "interrupted"
-        elif found := program_ending.judged(ended.status, said):
+        elif found := program_ending.outcome(ended.status, line):
             self.status, self.message = found
         else:
             self.is_done = os.WIFEXITED(ended.status)
 
-    def last_words(self) -> str:
+    def last_line(self) -> str:
         return program_ending.last_line(self.tail)
 
 
@@ -137,26 +137,26 @@ def _footprint(found: Figures, whole: PhaseReading, interval_s: float, *, had_ch
                            "bound": whole.bound or "exact", "resolution_bytes": resolution_bytes(),
                            "children": False}  # fmt: skip
     if how["bound"] == "at most" and had_children:
-        found.miss("peak_footprint_bytes", "script and children take less than what they were forked from")
+        found.add_unknown("peak_footprint_bytes", "script and children take less than what they were forked from")
         return
     if how["bound"] == "at least" or had_children:
-        # The kernel tells the highest peak of any child that was waited for, too, however short it lived.
+        # The kernel's peak includes the largest child that was waited for, even a short-lived one.
         how |= {"source": "kernel's peak (VmHWM, ru_maxrss); with children, their own pages (USS), sampled",
                 "bound": "at least", "children": True, "interval_s": interval_s}  # fmt: skip
-    found.know("peak_footprint_bytes", deriving.told(whole.peak_footprint_bytes), **how)
+    found.add("peak_footprint_bytes", deriving.require(whole.peak_footprint_bytes), **how)
 
 
 def _gpu_footprint(found: Figures, whole: PhaseReading, interval_s: float) -> None:
-    """NVML's figure of the processes, or of the device above its idle level where the driver hides them."""
+    """Add the footprint on a GPU: of the processes, or of the device above its idle level if the driver hides them."""
     peak_bytes, used_bytes = whole.gpu_process_peak_bytes, whole.gpu_used_peak_bytes
     source = "NVML per process, sampled"
-    # A container has process ids of its own: what NVML shows under ours may be another's, and more than ours took.
+    # Inside a container, NVML may list another process under our id, with more memory than ours uses.
     if peak_bytes is None or (used_bytes is not None and peak_bytes > used_bytes):
         peak_bytes = used_bytes
         source = "NVML: used memory of the device above its idle level, sampled; the driver hides the process"
     if peak_bytes is None:
-        found.miss("peak_footprint_bytes", whole.gpu_unknown or "NVML shows neither the process nor the device")
+        found.add_unknown("peak_footprint_bytes", whole.gpu_unknown or "NVML shows neither the process nor the device")
     else:
-        found.know("peak_footprint_bytes", peak_bytes, source, "at least", interval_s=interval_s)
+        found.add("peak_footprint_bytes", peak_bytes, source, "at least", interval_s=interval_s)
     if whole.gpu_energy_j is not None:
-        found.know("energy_j", whole.gpu_energy_j, "NVML's counter from the script's start to its end, whole device")
+        found.add("energy_j", whole.gpu_energy_j, "NVML's counter from the script's start to its end, whole device")
