@@ -211,8 +211,8 @@ def metrics_with(fields: Iterable[str]) -> tuple[Metric, ...]:
     return (*METRICS, *own_metrics(fields))
 
 
-def can_be_a_figure(field: str, value: float) -> bool:
-    """Whether a metric can have this value: nothing, or something of a size that can be worked with."""
+def is_possible_value(field: str, value: float) -> bool:
+    """Whether a metric can have this value: zero, or a magnitude within the limits of its unit."""
     metric = known_metric(field)
-    largest = metric.unit.largest if metric else units.MOST_FIGURE
-    return value == 0 or units.LEAST_FIGURE <= abs(value) <= largest
+    largest = metric.unit.largest if metric else units.LARGEST_VALUE
+    return value == 0 or units.SMALLEST_VALUE <= abs(value) <= largest

@@ -12,7 +12,7 @@ from membench.errors import ResultsError
 from membench.protocol.case import REFERENCE
 from membench.protocol.readings import ProcessReading, Seconds, SignedSize, Size
 from membench.records.metric import is_own
-from membench.records.metrics import can_be_a_figure, known_metric
+from membench.records.metrics import is_possible_value, known_metric
 from membench.records.names import checked_device, checked_name, checked_plugin, checked_stack, members
 from membench.records.record import SCHEMA_VERSION, Status
 from membench.records.validation import problem, shown
@@ -171,7 +171,7 @@ def check_record(entry: Mapping[str, Any]) -> list[ProcessReading]:
             continue
         if value < 0 and metric is not None and metric.signed == "no":
             raise ResultsError(f"metrics.{field} = {shown(value)}: must be at least 0")
-        if not can_be_a_figure(field, value):
+        if not is_possible_value(field, value):
             why = (
                 "no machine has so much"
                 if metric is not None and metric.unit is BYTES and abs(value) > 1
