@@ -47,7 +47,7 @@ def _tolerances(arguments: argparse.Namespace, suite: Suite) -> Tolerances:
     from membench.suite.tolerances import Tolerances, parse_fail
 
     asked = [parse_fail(text, suite.own_metrics) for text in arguments.fail]
-    Tolerances(command_line=asked).refuse_idle(case.id for case in suite.cases)
+    Tolerances(command_line=asked).refuse_unmatched(case.id for case in suite.cases)
     return Tolerances(suite.tolerances, asked)
 
 
