@@ -33,7 +33,7 @@ class Suite:
     Attributes:
         path: the file that it was read from; ``None`` if it was not read from a file.
         cases: the cases, references included.
-        limits: upper limits, by metric field.
+        limits: the worst value that each limited metric may have, by metric field.
         text: the text of its file; for a suite made in Python, its tables in JSON.
         plugin_files: the files of its own plug-ins.
         tables: the tables that it was made from; ``None`` if it was read from TOML.
