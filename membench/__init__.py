@@ -1,8 +1,8 @@
 """Measure what memory-saving techniques for language models really save, and what they cost.
 
-``load_suite`` reads a suite and ``Suite`` makes one, ``run`` measures it, ``read_run`` reads what was kept; whatever a
-user can set right is raised as a ``MembenchError``, in one line. ``phase`` marks the phases of a program of one's own.
-Nothing here imports torch.
+``load_suite`` reads a suite from a file and ``Suite`` makes one in Python; ``run`` measures it; ``read_run`` reads the
+results. ``phase`` marks a phase in a user's own program. Errors that the user can fix are raised as a ``MembenchError``
+with a message of one line. Importing this package does not import torch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
     "run",
 ]
 
-_HOMES = {
+_MODULES = {
     "MembenchError": "membench.errors",
     "PluginError": "membench.errors",
     "ResultsError": "membench.errors",
@@ -53,8 +53,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded when asked for, so that a worker does not carry the runner's modules.
-    if name not in _HOMES:
+    # Modules are loaded on first use, so that a worker does not load the runner's modules.
+    if name not in _MODULES:
         raise AttributeError(f"module 'membench' has no attribute '{name}'")
-    found = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+    found = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
     return found

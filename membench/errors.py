@@ -1,4 +1,4 @@
-"""The errors a user can meet, and the exit codes they lead to."""
+"""Errors for the user, their exit codes, and helpers for their messages."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ EXIT_INTERRUPTED = 130
 
 
 def one_line(text: str) -> str:
-    """``text`` with what would break a line or steer a terminal written as escapes."""
+    """Return the text with line breaks and terminal control characters written as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def place_in(error: BaseException, file: str) -> str:
-    """``', line 7'``: the last line of a file that an error came through; nothing if it came through none."""
+    """Return ``', line 7'`` for the last line of a file in an error's traceback; empty if the file is not in it."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     return f", line {lines[-1]}" if lines else ""
 
 
 def summary(error: BaseException) -> str:
-    """What somebody else's error says, in one line: its type and its message's first line."""
+    """Summarize an error that is not membench's own in one line: its type and the first line of its message."""
     first = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether somebody else's error says that memory ran out; libraries have no type for it in common."""
+    """Whether an error means that memory ran out; libraries share no common type for that."""
     text = str(error).lower()
     kinds = ("MemoryError", "OutOfMemoryError")
     return type(error).__name__ in kinds or "can't allocate memory" in text or "cannot allocate memory" in text
 
 
 class MembenchError(Exception):
-    """A message meant for the user, always one line, with the exit code it leads to."""
+    """An error that the user can fix. Its message is one line; ``exit_code`` is the exit code of the command."""
 
     exit_code = EXIT_BAD_INPUT
 
@@ -47,40 +47,40 @@ class MembenchError(Exception):
 
 
 class SuiteError(MembenchError):
-    """A suite that cannot be run as it is written."""
+    """An invalid suite."""
 
 
 class PluginError(MembenchError):
-    """A plug-in that cannot be found or does not keep its contract."""
+    """A plug-in that is missing, broken or violates its contract."""
 
 
 class ResultsError(MembenchError):
-    """A results file that cannot be read or continued."""
+    """A results file that cannot be read or written."""
 
 
 class RuleError(MembenchError):
-    """A tolerance or a gate that cannot be understood."""
+    """An invalid tolerance or gate."""
 
 
 class UnknownMetric(RuleError):
-    """A tolerance of a metric that nobody has; one of a plug-in may be known later."""
+    """A tolerance for an unknown metric; a custom metric may become known once its suite is loaded."""
 
 
 class CannotCompare(MembenchError):
-    """Two measurements that say nothing about each other: no case in common, no baseline of this machine."""
+    """Two measurements that cannot be compared: no case in common, or no baseline of this machine."""
 
     exit_code = EXIT_CANNOT_COMPARE
 
 
 _MOST_NAMES = 10
-_LONGEST_NAME = 80  # comparing takes time by the square of it
+_LONGEST_NAME = 80  # the time to compare names grows with the square of their length
 
 
 def nearest(wrong: str, known: Iterable[str], alike: float = 0.6) -> str | None:
-    """The known name that a misspelt one was probably meant to be, whatever its case.
+    """Return the known name closest to a misspelled one, ignoring case; ``None`` if none is close enough.
 
     Args:
-        alike: what share of both must be the same.
+        alike: the smallest accepted similarity, from 0 to 1.
     """
     by_lower = {name.lower(): name for name in known}
     near = difflib.get_close_matches(wrong[:_LONGEST_NAME].lower(), sorted(by_lower), n=1, cutoff=alike)
@@ -88,7 +88,7 @@ def nearest(wrong: str, known: Iterable[str], alike: float = 0.6) -> str | None:
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt name: the nearest known one, else those that are known, the ten nearest of many."""
+    """Return a hint for a misspelled name: the closest known name, else all known names, or the ten closest of many."""
     names = sorted(set(known))
     near = nearest(wrong, names)
     if near is not None:

@@ -1,4 +1,4 @@
-"""Bytes, seconds and ratios to text and back. Inside, sizes are whole bytes and times are seconds."""
+"""Conversion of bytes, seconds and ratios to text and back. Internally, sizes are whole bytes and times are seconds."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 LARGEST_SIZE = 2**63 - 1
-LEAST_FIGURE, MOST_FIGURE = 1e-100, 1e200
-"""Between these the ratio of any two figures is a number."""
+SMALLEST_VALUE, LARGEST_VALUE = 1e-100, 1e200
+"""The ratio of any two values in this range is a finite number."""
 
 _STEPS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _SECONDS = {"µs": 1e-6, "us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
@@ -20,10 +20,10 @@ _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(µs|us|ms|s|min|h)\s*")
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes in a size such as '2 GiB' or '512 MiB'.
+    """Parse a size such as '2 GiB' or '512 MiB' into bytes.
 
     Raises:
-        ValueError: if the text is no size; units are B, KiB, MiB, GiB and TiB (1024-based).
+        ValueError: if the text is not a valid size; units are B, KiB, MiB, GiB and TiB (1024-based).
     """
     match = _SIZE.fullmatch(text)
     if match is None:
@@ -35,10 +35,10 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_seconds(text: str) -> float:
-    """Seconds in a duration such as '200 ms', '5 s' or '1.5 min'.
+    """Parse a duration such as '200 ms', '5 s' or '1.5 min' into seconds.
 
     Raises:
-        ValueError: if the text is no duration; units are µs (or us), ms, s, min and h.
+        ValueError: if the text is not a valid duration; units are µs (or us), ms, s, min and h.
     """
     match = _DURATION.fullmatch(text)
     if match is None:
@@ -50,10 +50,10 @@ def parse_seconds(text: str) -> float:
 
 
 def parse_percent(text: str) -> float:
-    """Percent in a share such as '1%' or '0.5 %'.
+    """Parse a share such as '1%' or '0.5 %' into percent.
 
     Raises:
-        ValueError: if the text is no share.
+        ValueError: if the text is not a valid share.
     """
     match = _SHARE.fullmatch(text)
     if match is None:
@@ -62,12 +62,12 @@ def parse_percent(text: str) -> float:
 
 
 def _fixed(value: float, digits: int) -> str:
-    """``value`` with about so many significant digits and no exponent."""
+    """Format a value with about ``digits`` significant digits and no exponent."""
     return f"{value:.{max(0, digits - len(str(int(abs(value)))))}f}"
 
 
 def byte_unit(size_bytes: float) -> tuple[str, int]:
-    """The unit in which a size is written, and its bytes: 1536 -> ('KiB', 1024)."""
+    """Return the unit in which a size is written, and the bytes in that unit: 1536 -> ('KiB', 1024)."""
     unit = "B"
     for name, step in _STEPS.items():
         if abs(size_bytes) >= step:
@@ -76,7 +76,7 @@ def byte_unit(size_bytes: float) -> tuple[str, int]:
 
 
 def format_bytes(size_bytes: float) -> str:
-    """A size with four significant digits: 1536 -> '1.500 KiB'."""
+    """Format a size with four significant digits: 1536 -> '1.500 KiB'."""
     unit, step = byte_unit(size_bytes)
     if unit == "B":
         return f"{size_bytes:.0f} B"
@@ -84,7 +84,7 @@ def format_bytes(size_bytes: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration with three significant digits, in µs, ms, s or minutes."""
+    """Format a duration with three significant digits, in µs, ms, s or minutes."""
     if seconds < 1e-3:
         return f"{_fixed(seconds * 1e6, 3)} µs"
     if seconds < 1:
@@ -95,37 +95,40 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_joules(joules: float) -> str:
-    """Energy with three significant digits, in J or mJ."""
+    """Format an energy with three significant digits, in J or mJ."""
     return f"{_fixed(joules, 3)} J" if joules >= 1 else f"{_fixed(joules * 1e3, 3)} mJ"
 
 
 def format_percent(percent: float) -> str:
-    """A share in percent with two significant digits."""
+    """Format a share in percent with two significant digits."""
     return f"{percent:.2g}%" if 0 < abs(percent) < 1 else f"{_fixed(percent, 2)}%"
 
 
 def format_percent_of_all(percent: float) -> str:
-    """A share of a whole that is often near it: 99.87%."""
+    """Format a share that is often close to 100%, with two decimals: 99.87%."""
     return f"{percent:.2f}%"
 
 
 def format_difference(difference: float) -> str:
-    """A signed difference to four decimals: '+0.0012'."""
+    """Format a signed difference with four decimals: '+0.0012'."""
     return f"{round(difference, 4) + 0.0:+.4f}"  # no negative zero
 
 
 def format_divergence(nats: float) -> str:
-    """A divergence, over many orders of magnitude: '1.3e-05'."""
+    """Format a divergence, which spans many orders of magnitude: '1.3e-05'."""
     return f"{nats:.1e}"
 
 
 def format_number(number: float) -> str:
-    """A number without a unit, with four significant digits and no exponent."""
+    """Format a number without a unit, with four significant digits and no exponent."""
     return _fixed(number, 4) if math.isfinite(number) else str(number)
 
 
 def format_ratio(ratio: float) -> str:
-    """A ratio to the reference: 0.5 -> '×0.50'; near one with a digit more, and small ones with two that count."""
+    """Format a ratio to the reference: 0.5 -> '×0.50'.
+
+    Ratios near one have three decimals; ratios below 0.1 have two significant digits.
+    """
     if 0.9 < ratio < 1.1:
         return f"×{ratio:.3f}"
     if 0 < ratio < 0.1:
@@ -135,16 +138,16 @@ def format_ratio(ratio: float) -> str:
 
 @dataclass(frozen=True)
 class Unit:
-    """What a figure counts: how fields in this unit end, how people write an amount of it, and how it is printed.
+    """The unit of a metric: the suffix of its fields, how amounts are parsed and how they are printed.
 
     Attributes:
-        suffix: the end of every metric field in this unit.
-        expected: what a written amount looks like, in words.
-        format: prints an amount.
-        symbol: what services that keep a history of benchmarks call the unit; empty: they are given the metric's title.
-        counts: what it counts, as far as that matters for arithmetic with other figures.
-        parse: reads text with a unit; ``None``: only bare numbers are accepted.
-        largest: above this, nothing can have been measured.
+        suffix: the end of the name of every metric field in this unit.
+        expected: a description of a valid amount, for error messages.
+        format: formats an amount as text.
+        symbol: the unit's name in services that keep benchmark histories; empty: they get the metric's title.
+        counts: the dimension of the unit, for arithmetic with other values.
+        parse: parses text with a unit; ``None``: only bare numbers are accepted.
+        largest: the largest value that a measurement can have.
     """
 
     suffix: str
@@ -153,10 +156,10 @@ class Unit:
     symbol: str = ""
     counts: Literal["bytes", "seconds", "per second", "other"] = "other"
     parse: Callable[[str], float] | None = None
-    largest: float = MOST_FIGURE
+    largest: float = LARGEST_VALUE
 
     def amount(self, value: Any) -> float:
-        """Read an amount as people write it: '2 GiB', '200 ms', 0.5. Sizes must name their unit, durations may.
+        """Parse an amount such as '2 GiB', '200 ms' or 0.5. Sizes must have a unit; durations may have one.
 
         Raises:
             ValueError: if the value is not an amount of this unit.
@@ -170,7 +173,7 @@ class Unit:
         return float(value)
 
     def axis(self, highest: float) -> tuple[str, float]:
-        """The name and the size of the unit for an axis that goes up to ``highest``: ``('ms', 0.001)``."""
+        """Return the name and the size of the unit for an axis that ends at ``highest``: ``('ms', 0.001)``."""
         if self.counts == "bytes":
             return byte_unit(highest)
         if self.counts == "seconds":
@@ -216,6 +219,10 @@ JOULES = Unit("_j", _number_of("joules"), format_joules, "J")
 
 
 def custom_unit(name: str) -> Unit:
-    """The unit of a plug-in's metric; ``name`` is what the plug-in calls it, and may be empty."""
+    """Make the unit of a custom metric.
+
+    Args:
+        name: the plug-in's name for the unit; may be empty.
+    """
     gap = "" if name in ("", "%") else " "
     return Unit(name, _PLAIN, lambda value: f"{format_number(value)}{gap}{name}", name)

@@ -125,7 +125,7 @@ def test_a_tolerance_that_cannot_be_understood_is_one_line_with_what_would_be_ri
 
 def test_a_pattern_that_fits_no_case_is_told() -> None:
     with pytest.raises(RuleError, match=r"tolerance 'lama/\*:time:2%' fits no case; known: llama/none/train/cpu"):
-        Tolerances(command_line=[parse_fail("lama/*:time:2%")]).refuse_idle(["llama/none/train/cpu"])
+        Tolerances(command_line=[parse_fail("lama/*:time:2%")]).refuse_unmatched(["llama/none/train/cpu"])
 
 
 def _kernel(peak_mib: float) -> MeasuredCase:

@@ -47,7 +47,7 @@ def _tolerances(arguments: argparse.Namespace, suite: Suite) -> Tolerances:
     from membench.suite.tolerances import Tolerances, parse_fail
 
     asked = [parse_fail(text, suite.own_metrics) for text in arguments.fail]
-    Tolerances(command_line=asked).refuse_idle(case.id for case in suite.cases)
+    Tolerances(command_line=asked).refuse_unmatched(case.id for case in suite.cases)
     return Tolerances(suite.tolerances, asked)
 
 
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace, suite: Suite) -> int:
         changed = ", with changes that are not committed" if both.is_changed else ""
         names = (f"{arguments.against_ref} ({both.commit[:12]})", f"what is here{changed}")
 
-        def judged(sides: against_commit.Sides) -> Judgement:
+        def judged(sides: against_commit.BothRuns) -> Judgement:
             base, head = (of_run(side, name) for side, name in zip(sides, names, strict=True))
             return judge(base, head, tolerances, in_turn=True)
 

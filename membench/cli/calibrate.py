@@ -51,7 +51,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     suite = membench.load_suite(arguments.suite, arguments.device)
     keep = selection.parse(arguments.expression) if arguments.expression else lambda _: True
     if not suite.select(keep):
-        raise selection.fits_nothing(arguments.expression)
+        raise selection.no_case_matches(arguments.expression)
     path, kept = _baseline(arguments, suite)
     with Display(Console(stderr=True, force_terminal=sys.stderr.isatty())) as display:
         run = calibrate(suite, arguments.repeats, keep=keep, output=arguments.output, tell=display)

@@ -164,7 +164,7 @@ def _of_suite(arguments: argparse.Namespace) -> tuple[Measured, Judgement, Run |
     asked = [parse_fail(text, suite.own_metrics) for text in arguments.fail]
     keep = _keep(arguments.expression)
     if not suite.select(keep):
-        raise selection.fits_nothing(arguments.expression)
+        raise selection.no_case_matches(arguments.expression)
     # Report everything that can be wrong before measuring.
     expected = checking.expected(suite)
     base = _only(_base(arguments, expected, sources), keep)
@@ -226,7 +226,7 @@ def _base(arguments: argparse.Namespace, measured: Measured, sources: Any) -> Me
 def _refuse_idle(asked: Sequence[Tolerance], *sides: Measured) -> None:
     from membench.suite.tolerances import Tolerances
 
-    Tolerances(command_line=asked).refuse_idle([case_id for side in sides for case_id in side.cases])
+    Tolerances(command_line=asked).refuse_unmatched([case_id for side in sides for case_id in side.cases])
 
 
 def _keep(expression: str | None) -> Callable[[str], bool]:

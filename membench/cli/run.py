@@ -74,7 +74,7 @@ def _run(arguments: argparse.Namespace) -> int:
         else:
             print(f"membench: {name} is left out: -k '{arguments.expression}' fits none of its cases", file=sys.stderr)
     if not chosen:
-        raise selection.fits_nothing(arguments.expression)
+        raise selection.no_case_matches(arguments.expression)
     if arguments.dry_run:
         print("\n".join(case.id for suite in chosen.values() for case in suite.select(keep)))
         return EXIT_OK

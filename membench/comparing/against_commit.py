@@ -25,7 +25,7 @@ _END_TIMEOUT_S = 20
 Tell = Callable[[str, Mapping[str, Any]], None]
 
 
-class Sides(NamedTuple):
+class BothRuns(NamedTuple):
     """The runs of both versions."""
 
     base: Run
@@ -33,7 +33,7 @@ class Sides(NamedTuple):
 
 
 class Interleaved:
-    """Two versions that are being measured in turn. Use as a context manager."""
+    """Measures two versions in turn. Use as a context manager."""
 
     def __init__(
         self,
@@ -45,18 +45,18 @@ class Interleaved:
         output: Path = Path("results"),
         tell: Tell = silent,
     ) -> None:
-        """Name what to compare; nothing is started yet.
+        """Find the commit; no process is started yet.
 
         Args:
-            suite: the current suite; the other version reads the file of its own commit.
-            ref: a branch, tag or expression that names the commit for git.
-            ids: of the cases to measure, including those that they are compared with; ``None``: all.
-            devices: to use instead of the suite's own.
+            suite: the current suite; the other version reads the suite's file from its own commit.
+            ref: a git revision: a branch, tag or expression that names the commit.
+            ids: the ids of the cases to measure, including those that they are compared with; ``None``: all.
+            devices: devices in place of the suite's own.
             output: folder for the run of the current files; the commit's run goes into ``base`` below it.
-            tell: receives the events of both sessions; ids begin with the side's name.
+            tell: receives the events of both sessions; ids begin with the version's name, ``base`` or ``head``.
 
         Raises:
-            GitError: if there is no such commit here.
+            GitError: if the repository has no such commit.
         """
         self._repository = Repository(Path.cwd())
         self._suite, self._ids, self._devices = suite, ids, devices
@@ -67,10 +67,10 @@ class Interleaved:
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Interleaved:
-        """Check out the commit and start both sides.
+        """Check out the commit and start the processes of both versions.
 
         Raises:
-            MembenchError: if a side lacks the suite or cannot be started.
+            MembenchError: if a version lacks the suite or its process cannot be started.
         """
         with contextlib.ExitStack() as opened:
             tree = opened.enter_context(self._repository.work_tree(self.commit))
@@ -92,10 +92,12 @@ class Interleaved:
                     "root": str(tree.path), "not_from": str(self._repository.root),
                     "code": {"commit": self.commit, "ref": self.ref, "is_changed": False}}  # fmt: skip
             paths = _import_paths(self._repository.root)
-            self._base = opened.enter_context(_Side("base", there, _counterparts(tree, paths), base, self._tell))
-            self._head = opened.enter_context(_Side("head", here, paths, head, self._tell))
-            for side in (self._base, self._head):
-                side.wait_until_ready()
+            self._base = opened.enter_context(
+                _VersionProcess("base", there, _counterparts(tree, paths), base, self._tell)
+            )
+            self._head = opened.enter_context(_VersionProcess("head", here, paths, head, self._tell))
+            for version in (self._base, self._head):
+                version.wait_until_ready()
             self._open = opened.pop_all()
         return self
 
@@ -103,39 +105,43 @@ class Interleaved:
         self._open.__exit__(kind, error, at)
 
     def _in(self, tree: WorkTree, path: Path, what: str) -> Path:
-        """Return a path's counterpart in the other commit; a path outside the repository is its own.
+        """Return a path's counterpart in the other commit; a path outside the repository is returned unchanged.
 
         Raises:
-            MembenchError: if it is not there.
+            MembenchError: if the other commit does not contain the path.
         """
         counterpart = tree.counterpart(path)
         if counterpart is not None and not counterpart.exists():
             raise MembenchError(f"{what} is not in '{self.ref}' ({self.commit[:12]}): there is nothing to compare with")
         return counterpart or path.resolve()
 
-    def measure(self, rounds: int, ids: Sequence[str] | None = None) -> Sides:
-        """Measure all cases, or those named, in so many rounds: base and head in turn, in odd rounds head first.
+    def measure(self, rounds: int, ids: Sequence[str] | None = None) -> BothRuns:
+        """Measure cases in rounds: each case in both versions in turn, in odd rounds head first.
+
+        Args:
+            rounds: how often to measure each case.
+            ids: the ids of the cases; ``None``: all.
 
         Raises:
-            MembenchError: if a side is lost; what was measured is kept.
+            MembenchError: if a version's process ends unexpectedly; the records measured before are kept.
         """
         known = dict.fromkeys((*self._head.ids, *self._base.ids))
         wanted = [case_id for case_id in known if ids is None or case_id in ids]
-        of = rounds * sum(case_id in side.ids for case_id in wanted for side in (self._base, self._head))
-        self._tell("start", {"path": str(self._head.path), "of": of})
+        total = rounds * sum(case_id in version.ids for case_id in wanted for version in (self._base, self._head))
+        self._tell("start", {"path": str(self._head.path), "of": total})
         number = 0
         for _ in range(rounds):
             for case_id in wanted:
-                for side in (self._base, self._head) if self._rounds % 2 == 0 else (self._head, self._base):
-                    if case_id in side.ids:
+                for version in (self._base, self._head) if self._rounds % 2 == 0 else (self._head, self._base):
+                    if case_id in version.ids:
                         number += 1
-                        self._tell("case", {"id": f"{side.name} {case_id}", "number": number, "of": of})
-                        side.measure(case_id, self._rounds)
+                        self._tell("case", {"id": f"{version.name} {case_id}", "number": number, "of": total})
+                        version.measure(case_id, self._rounds)
             self._rounds += 1
-        return Sides(*(read_run(side.path) for side in (self._base, self._head)))
+        return BothRuns(*(read_run(version.path) for version in (self._base, self._head)))
 
 
-class _Side:
+class _VersionProcess:
     """The process that measures one version. Use as a context manager."""
 
     def __init__(self, name: str, folder: Path, paths: Sequence[Path], order: Mapping[str, Any], tell: Tell) -> None:
@@ -144,21 +150,21 @@ class _Side:
         self.path: Path = Path()
         self.ids: Sequence[str] = ()
 
-    def __enter__(self) -> _Side:
+    def __enter__(self) -> _VersionProcess:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(self._paths)}
         self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "membench.comparing.version_process"],
             cwd=self._folder, env=environment, text=True, encoding="utf-8",
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-            start_new_session=True,  # a Ctrl-C in the terminal reaches this process only, which passes it on
+            start_new_session=True,  # Ctrl-C in the terminal reaches only this process, which then ends the other
         )  # fmt: skip
         self._send(self._order)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if error is not None:
-            self._process.send_signal(signal.SIGTERM)  # it may be in the middle of a case
+            self._process.send_signal(signal.SIGTERM)  # it may be measuring a case
         with contextlib.suppress(OSError):
             assert self._process.stdin is not None
             self._process.stdin.close()
@@ -172,10 +178,10 @@ class _Side:
         self._errors.close()
 
     def wait_until_ready(self) -> None:
-        """Wait until the side has loaded its suite and named its cases.
+        """Wait until the process has loaded its suite and reported its cases.
 
         Raises:
-            MembenchError: if the side refuses its suite or plug-ins.
+            MembenchError: if the process refuses its suite or plug-ins.
         """
         ready = self._wait_for("ready")
         if ready["path"] is None:
@@ -183,13 +189,13 @@ class _Side:
         self.path, self.ids = Path(ready["path"]), ready["ids"]
 
     def measure(self, case_id: str, repeat: int) -> None:
-        """Have the side measure a case; return when the record is on disk."""
+        """Have the process measure a case; return when the record is on disk."""
         self._send({"id": case_id, "repeat": repeat})
         self._wait_for("record")
 
     def _send(self, message: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended; its last message can still be read
+        with contextlib.suppress(BrokenPipeError):  # the process has ended; its last message can still be read
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
 
@@ -215,20 +221,23 @@ class _Side:
 
 
 def _import_paths(root: Path) -> list[Path]:
-    """Return the folders that come first on the other process's import path.
+    """Return the folders that come first on the import path of a version's process.
 
-    These are the folders of the repository that Python imports from here, including the repository itself and its
-    ``src``, then those outside it that PYTHONPATH names.
+    These are the folders in the repository that are on this process's import path, the repository itself and its
+    ``src``, then the folders outside it that PYTHONPATH lists.
     """
     entries = [Path(entry or ".").resolve() for entry in sys.path]
     inside = [path for path in (*entries, root, root / "src") if path.is_relative_to(root) and path.is_dir()]
-    # Packages installed below it, in an environment's folder, belong to no commit.
+    # Packages of a virtual environment inside the repository belong to no commit.
     own = [path for path in inside if "site-packages" not in path.parts]
     named = [Path(entry).resolve() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     return list(dict.fromkeys([*own, *(path for path in named if not path.is_relative_to(root))]))
 
 
 def _counterparts(tree: WorkTree, paths: Sequence[Path]) -> list[Path]:
-    """Return the same folders in the other commit; those it lacks are left out, those outside the repository stay."""
+    """Return the counterparts of folders in the other commit, without those that it lacks.
+
+    Folders outside the repository are returned unchanged.
+    """
     found = [tree.counterpart(path) or path for path in paths]
     return [path for path in found if path.is_dir()]

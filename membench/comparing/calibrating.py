@@ -1,4 +1,4 @@
-"""Measure the same code repeatedly, to learn how much figures differ on this machine when nothing has changed."""
+"""Measure the same code repeatedly, to estimate the run-to-run variation on this machine."""
 
 from __future__ import annotations
 

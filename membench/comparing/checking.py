@@ -17,7 +17,7 @@ from membench.suite.tolerances import Tolerances
 
 
 def expected(suite: Suite) -> Measured:
-    """Describe what a suite would measure on this machine: its cases and the machine, without figures."""
+    """Describe what a suite would measure on this machine: its cases and the machine, without values."""
     cases = {case.id: MeasuredCase(case.id, "ok", device=case.device) for case in suite.cases}
     return Measured(suite.name, suite.name, session.machine_of(suite), "", cases)
 

@@ -76,7 +76,7 @@ class Repository:
         Raises:
             GitError: if it fails, with the first line of its message.
         """
-        # A hook's or a script's GIT_DIR would lead to another repository.
+        # GIT_DIR, which is set in hooks, would select another repository.
         clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
         command = ["git", "-C", str(self._folder), "-c", "core.hooksPath=/dev/null", *arguments]
         try:
@@ -87,8 +87,8 @@ class Repository:
         except subprocess.TimeoutExpired:
             raise GitError(f"git {arguments[0]} did not end within {_TIMEOUT_S} s") from None
         if done.returncode:
-            said = os.fsdecode(done.stderr).strip().partition("\n")[0].removeprefix("fatal: ")
-            raise GitError(f"git {arguments[0]}: {said or f'exit code {done.returncode}'}")
+            message = os.fsdecode(done.stderr).strip().partition("\n")[0].removeprefix("fatal: ")
+            raise GitError(f"git {arguments[0]}: {message or f'exit code {done.returncode}'}")
         return os.fsdecode(done.stdout).rstrip("\n")
 
 
@@ -103,8 +103,8 @@ class WorkTree:
         """Check out the commit.
 
         Raises:
-            GitError: if git cannot.
-            MembenchError: if no folder can be made.
+            GitError: if git fails.
+            MembenchError: if the temporary folder cannot be made.
         """
         self._scratch = Scratch()
         self.path = (self._scratch.path / _FOLDER).resolve()
@@ -125,7 +125,7 @@ class WorkTree:
         return self.path / resolved.relative_to(root) if resolved.is_relative_to(root) else None
 
     def _forget_leftovers(self) -> None:
-        """Make git forget the work trees of killed runs. Those of others stay, even if their folder is missing now."""
+        """Make git forget the work trees of killed runs; other work trees stay, even if their folder is missing."""
         for line in self.repository.git("worktree", "list", "--porcelain").splitlines():
             path = Path(line.removeprefix("worktree "))
             if line.startswith("worktree ") and path.name == _FOLDER and is_scratch(path.parent) and not path.exists():

@@ -8,7 +8,7 @@ from typing import TypeVar
 from membench.regression.verdict import Judgement
 
 MORE_REPEATS = 3
-"""Of each suspect: a figure's median is then of at least four measurements, and a time is judged over several."""
+"""For each suspect. A median is then over at least four measurements, and times are judged over several repeats."""
 
 _Results = TypeVar("_Results")
 
@@ -27,7 +27,7 @@ def confirm(
             measurement with the new repeats added to the earlier ones.
 
     Returns:
-        What was measured in the end, and the final judgement.
+        the measurement, including any repeats, and the final judgement.
     """
     judgement = judge(measured)
     if judgement.suspects:

@@ -1,8 +1,8 @@
-"""The process that measures one of two versions in turn, in its version's folder and on request over a pipe.
+"""The process that measures one of two versions, on request over a pipe.
 
-``against_commit`` starts it there, with its version's folders first on the import path. It loads that version's suite,
-opens a run's file, reports its cases, and measures a case for each request. Requests and reports are JSON, an object a
-line.
+``against_commit`` starts it in the version's folder, with the version's folders first on the import path. It loads that
+version's suite, creates a run's file, reports its cases, and measures a case for each request. Requests and reports are
+JSON, one object per line.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 def main() -> int:
     """Serve until standard input ends."""
-    told = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    orders = os.fdopen(os.dup(0), encoding="utf-8")
-    # A user's module may print when it is loaded, and a program may read its input: keep both off our pipes.
+    reports = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    requests = os.fdopen(os.dup(0), encoding="utf-8")
+    # A user's module may print when it is loaded, and a program may read its input: keep both off these pipes.
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 
     def tell(event: str, details: Mapping[str, Any]) -> None:
-        told.write(json.dumps({"event": event, **details}) + "\n")
-        told.flush()
+        reports.write(json.dumps({"event": event, **details}) + "\n")
+        reports.flush()
 
     def work() -> int:
         try:
-            _serve(json.loads(orders.readline()), orders, tell)
+            _serve(json.loads(requests.readline()), requests, tell)
         except MembenchError as error:
             tell("refused", {"message": str(error)})
             return error.exit_code
@@ -55,7 +55,7 @@ def main() -> int:
     return console.main(work)
 
 
-def _serve(order: Mapping[str, Any], orders: TextIO, tell: Any) -> None:
+def _serve(order: Mapping[str, Any], requests: TextIO, tell: Any) -> None:
     suite = load_suite(order["suite"], order["devices"]).with_repeats(order["repeats"])
     checkouts: Checkouts | None = None
     if order["not_from"]:
@@ -68,7 +68,7 @@ def _serve(order: Mapping[str, Any], orders: TextIO, tell: Any) -> None:
     cases = {case.id: case for case in chosen}
 
     def tell_but_records(event: str, details: Mapping[str, Any]) -> None:
-        if event != "record":  # a record is reported once it is known to be of this version
+        if event != "record":  # a record is reported below, once it is certain that it measured this version
             tell(event, details)
 
     with Session(
@@ -81,19 +81,19 @@ def _serve(order: Mapping[str, Any], orders: TextIO, tell: Any) -> None:
         checkouts=checkouts,
     ) as session:
         tell("ready", {"path": str(session.path.resolve()), "ids": list(cases)})
-        for line in orders:
-            wanted = json.loads(line)
-            record = session.measure(cases[wanted["id"]], wanted["repeat"])
+        for line in requests:
+            request = json.loads(line)
+            record = session.measure(cases[request["id"]], request["repeat"])
             if record.status == "failed" and record.message and record.message.startswith(_FOREIGN):
                 raise ForeignCode(record.message.removeprefix(_FOREIGN))
             tell("record", {"id": record.id, "status": record.status, "duration_s": record.duration_s})
 
 
 def _refuse_foreign_code(suite: Suite, other: Path, own: Path) -> None:
-    """Refuse plug-ins from the other version's folder. Workers check everything else that they import.
+    """Refuse plug-ins from the other version's folder. Workers check all other modules that they import.
 
     Raises:
-        ForeignCode: if there is one, with its name and place.
+        ForeignCode: if there is one; the message has its name and path.
     """
     for case in suite.cases:
         for what, file, remedy in _origins(case):
@@ -104,7 +104,7 @@ def _refuse_foreign_code(suite: Suite, other: Path, own: Path) -> None:
 def _origins(case: Case) -> Iterator[tuple[str, Path, str]]:
     """Yield the parts of a case: name, the file that it is loaded from, and what to do if that is the wrong one."""
     if case.command:
-        return  # its file is named relative to the suite
+        return  # the program's file is relative to the suite
     for kind, plugin in case.plugins:
         family = registry.find(kind, plugin.use, plugin.files).loaded
         remedy = f"name {plugin.file.name} relative to the suite" if plugin.file else ON_PATH

@@ -60,7 +60,7 @@ class Comparison:
         own = [METRIC_OF_FIELD[field] for field in self._own_fields]
         try:
             refuse_unknown(self._config, own)
-            Tolerances(command_line=command_line_tolerances(self._config, own)).refuse_idle(self._measured)
+            Tolerances(command_line=command_line_tolerances(self._config, own)).refuse_unmatched(self._measured)
         except UnknownMetric as error:
             self._messages.append(str(error))
             is_wrong = True

@@ -1,1 +1,1 @@
-"""Records, the one table of metrics, their schema and files, and records beside each other."""
+"""Records of measurements: their metrics, schema and files, and the comparison of records with each other."""

@@ -1,4 +1,4 @@
-"""Records beside each other: ratios to the reference, what each member of a stack adds, and the Pareto front."""
+"""Comparison of records: ratios to the reference, interactions within stacks, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from membench.records.record import Record, metrics_in
 Group = tuple[str, str, str]
 
 QUALITY = tuple(metric.field for metric in METRICS if metric.loss)
-"""What tells quality, the first that is known before all others."""
+"""The fields of the quality metrics, in order of preference."""
 
-CERTAIN = 2
-"""Standard errors below which a loss cannot be told from chance."""
+_SIGNIFICANT_STANDARD_ERRORS = 2
+"""A difference within so many standard errors counts as noise."""
 
 
 class Comparison:
-    """Records by case, in the order in which they were measured, each group's reference first.
+    """Records grouped by case, in the order in which they were measured, each group's reference first.
 
-    A case's figure is the median over its repeats. ``metrics`` are the built-in ones and the records' own.
+    The value of a metric of a case is the median over the case's repeats.
+
+    Attributes:
+        metrics: the built-in metrics and the custom metrics of the records.
     """
 
     def __init__(self, records: Sequence[Record]) -> None:
@@ -37,70 +40,76 @@ class Comparison:
             self._techniques.setdefault(group, []).append(technique)
         for techniques in self._techniques.values():
             techniques.sort(key=lambda technique: (technique != REFERENCE, "+" in technique))
-        self._reading = {record.group for record in records if record.metrics.get("read_mb_per_s") is not None}
+        self._read_only_groups = {record.group for record in records if record.metrics.get("read_mb_per_s") is not None}
 
     @property
     def groups(self) -> list[Group]:
-        """(model, workload, device) of the cases."""
+        """Return the groups of the cases: (model, workload, device)."""
         return list(self._techniques)
 
     def techniques(self, group: Group) -> list[str]:
-        """The stacks measured in a group, the reference first, each member before the stacks it is in."""
+        """Return the stacks measured in a group: the reference first, single techniques before stacks."""
         return list(self._techniques.get(group, ()))
 
     def repeats(self, group: Group, technique: str) -> list[Record]:
-        """A case's records; none if it was not measured."""
+        """Return the records of a case; empty if it was not measured."""
         return self._cases.get((group, technique), [])
 
     def value(self, group: Group, technique: str, field: str) -> float | None:
-        """A metric of a case; ``None`` if no repeat has it, and of quality where data are only read."""
+        """Return the value of a metric of a case; ``None`` if no repeat has it.
+
+        Quality metrics are also ``None`` in groups whose workload only reads data.
+        """
         if METRIC_OF_FIELD[field].learnt and self.reads_only(group):
             return None
         values = [v for record in self.repeats(group, technique) if (v := record.metrics.get(field)) is not None]
         return statistics.median(values) if values else None
 
     def reads_other_text(self, record: Record) -> bool:
-        """Whether a record says that its text was not the reference's: a folder has changed between the two."""
+        """Whether a record was measured on a text other than the reference's, because the files changed in between."""
         own = {process.corpus for process in record.processes if process.corpus}
-        of = {
+        of_reference = {
             process.corpus
             for reference in self.repeats(record.group, REFERENCE)
             for process in reference.processes
             if process.corpus
         }
-        return bool(own and of and own != of)
+        return bool(own and of_reference and own != of_reference)
 
     def reads_only(self, group: Group) -> bool:
-        """Whether a group's workload reads data, and does nothing with them."""
-        return group in self._reading
+        """Whether a group's workload only reads data, without training or running a model on them."""
+        return group in self._read_only_groups
 
     def is_known(self, group: Group, field: str) -> bool:
-        """Whether any case of the group has a metric."""
+        """Whether any case of a group has a value of a metric."""
         return any(self.value(group, technique, field) is not None for technique in self.techniques(group))
 
     def resolution(self, group: Group, technique: str, field: str) -> float:
-        """How far off the source of a case's figure may be; 0 where that is not stated."""
+        """Return the measurement error of the source of a case's value, in bytes; 0 if it is not stated."""
         obtained = self.repeats(group, technique)[0].obtained
         found: float = obtained.get(field, {}).get("resolution_bytes", 0)
         return found
 
     def ratio(self, group: Group, technique: str, field: str, base: str = REFERENCE) -> float | None:
-        """A metric over that of another case of the group."""
-        value, of = self.value(group, technique, field), self.value(group, base, field)
-        return value / of if METRIC_OF_FIELD[field].has_ratio and value is not None and of else None
+        """Return the ratio of a case's value to that of another case of the group; ``None`` if it is undefined."""
+        value, of_base = self.value(group, technique, field), self.value(group, base, field)
+        return value / of_base if METRIC_OF_FIELD[field].has_ratio and value is not None and of_base else None
 
     def difference(self, group: Group, technique: str, field: str, base: str = REFERENCE) -> float | None:
-        """A metric less that of another case."""
-        # The reference has no figure of its own where the metric is a distance from it.
+        """Return a case's value minus that of another case of the group; ``None`` if one of them is not known."""
+        # If the metric is a distance from the reference, the reference's own value is not measured but given.
         of_reference = METRIC_OF_FIELD[field].of_reference
-        value, of = (
+        value, of_base = (
             of_reference if name == REFERENCE and of_reference is not None else self.value(group, name, field)
             for name in (technique, base)
         )
-        return None if value is None or of is None else value - of
+        return None if value is None or of_base is None else value - of_base
 
     def interaction(self, group: Group, stack: str, field: str) -> float | None:
-        """A stack's ratio over the product of what its members reach alone: above one they get in each other's way."""
+        """Return a stack's ratio divided by the product of its members' ratios; ``None`` if one is not known.
+
+        For metrics of which less is better, a result above one means that the members impede each other.
+        """
         whole = self.ratio(group, stack, field)
         alone = [self.ratio(group, member, field) for member in stack.split("+")]
         if whole is None or None in alone:
@@ -108,21 +117,21 @@ class Comparison:
         return whole / math.prod(ratio for ratio in alone if ratio is not None)
 
     def quality_field(self, group: Group) -> str | None:
-        """The metric that tells a group's quality: accuracy, else the loss in bits per byte, else the divergence.
+        """Return the quality metric of a group: accuracy, else the loss in bits per byte, else the divergence.
 
-        ``None`` where none is known, and where data are only read: no module has learnt from them.
+        ``None`` if none is known, or if the workload only reads data, because then no model learns from them.
         """
         return next(filter(functools.partial(self.is_known, group), QUALITY), None)
 
     def speed_field(self, group: Group) -> str:
-        """The metric that tells a group's speed: tokens where its steps have some, else steps.
+        """Return the speed metric of a group: tokens per second if its steps process tokens, else the step time.
 
-        An epoch of less text is no faster for having less to do, nor is a step whose rows are padding.
+        The step time would credit techniques that shorten the text, or pad rows, for doing less work.
         """
         return "tokens_per_s" if self.is_known(group, "tokens_per_s") else "step_median_s"
 
     def pace_s(self, group: Group, technique: str) -> float | None:
-        """Seconds a token, or a step where the group's steps have no tokens; ``None`` if that is not known."""
+        """Return the seconds per token, or per step if steps process no tokens; ``None`` if not known."""
         field = self.speed_field(group)
         value = self.value(group, technique, field)
         if field == "step_median_s":
@@ -130,10 +139,10 @@ class Comparison:
         return 1 / value if value else None
 
     def lost(self, group: Group, technique: str, field: str) -> float | None:
-        """How much worse than the reference a case is by a metric of quality; below zero it is better.
+        """Return the quality loss of a case against the reference; negative if it is better.
 
-        Zero is what cannot be told from none: what chance explains, and in a training a gain of bits per byte, because
-        its standard error is of the text and not of the training.
+        The loss is 0 if noise can explain it. It is also 0 for a gain in bits per byte after training, because the
+        standard error covers the sampling of the text and not the randomness of training.
         """
         difference = self.difference(group, technique, field)
         if difference is None:
@@ -146,21 +155,22 @@ class Comparison:
         return 0.0 if is_chance or (trains and difference < 0) else difference
 
     def error(self, group: Group, technique: str, field: str) -> float:
-        """How much of a difference by a metric of quality chance may explain."""
+        """Return the largest difference of a quality metric that noise can explain."""
         loss = METRIC_OF_FIELD[field].loss
         if loss is None:
             return 0.0
         if loss.error_field is None:
             return loss.chance
-        return CERTAIN * (self.value(group, technique, loss.error_field) or 0.0)
+        return _SIGNIFICANT_STANDARD_ERRORS * (self.value(group, technique, loss.error_field) or 0.0)
 
     def front(self, group: Group) -> set[str]:
-        """The techniques that no other one beats: is as good as in all that counts, and better in something.
+        """Return the techniques on the Pareto front.
 
-        What counts: live memory, speed, quality, and the size of the training data where the workload reads some.
-        Where data are only read, how much of the text is kept stands for quality; where none is known it does not
-        count. As good is what runs of the same case may differ by: a share of the metric's own, a figure's resolution,
-        two standard errors of a loss.
+        No other technique is at least as good as these in all criteria and better in one.
+        The criteria are live memory, speed, quality, and the size of the training data if the workload reads some.
+        If the workload only reads data, the share of the text that is kept replaces quality; if no quality is known,
+        it is not a criterion. Two values tie when they differ by less than run-to-run variation: the metric's
+        ``same_within``, the resolution of the source, or two standard errors of a loss.
         """
         techniques = self.techniques(group)
 
@@ -183,7 +193,7 @@ class Comparison:
         }
 
     def _score(self, group: Group, technique: str, field: str) -> _Score | None:
-        """A figure of which less is better, and how much of a difference to it is none."""
+        """Return a case's score by a criterion, less being better; ``None`` if it is not known."""
         metric = METRIC_OF_FIELD[field]
         if metric.of_reference is not None:
             value = self.difference(group, technique, field)
@@ -203,17 +213,20 @@ class Comparison:
 class _Score(NamedTuple):
     value: float
     off: float
-    """How far two such figures may be apart and still be the same."""
+    """The difference within which two values tie."""
 
 
 def prefixes(stack: str) -> list[str]:
-    """``a+b+c``: ``a``, ``a+b``, ``a+b+c``."""
+    """Return the prefixes of a stack, itself included: ``a``, ``a+b`` and ``a+b+c`` for ``a+b+c``."""
     members = stack.split("+")
     return ["+".join(members[: count + 1]) for count in range(len(members))]
 
 
 def with_compared(records: Sequence[Record], kept: Sequence[Record]) -> tuple[Record, ...]:
-    """The kept records and those that their ratios and the rows of their stacks are made of, in their order."""
+    """Return the kept records and those they are compared with: references, and prefixes and members of stacks.
+
+    The records stay in their order.
+    """
     wanted = {
         (record.group, name)
         for record in kept
@@ -223,7 +236,7 @@ def with_compared(records: Sequence[Record], kept: Sequence[Record]) -> tuple[Re
 
 
 def _beats(first: tuple[_Score, ...], second: tuple[_Score, ...]) -> bool:
-    """Whether the first is nowhere worse than the second, and somewhere better, by more than either may be off."""
+    """Whether the first is worse than the second in no criterion and better in at least one; ties are neither."""
     ahead = [b.value - a.value for a, b in zip(first, second, strict=True)]
     off = [max(a.off, b.off) for a, b in zip(first, second, strict=True)]
     return all(by >= -tolerance for by, tolerance in zip(ahead, off, strict=True)) and any(

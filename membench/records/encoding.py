@@ -1,4 +1,4 @@
-"""Records as JSON, and out of it; what earlier versions wrote otherwise is brought up to date here."""
+"""Encoding of records as JSON, and decoding, which also upgrades records that earlier versions wrote."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PROCESS = TypeAdapter(ProcessReading)
 
 
 def as_json(record: Record) -> dict[str, Any]:
-    """A record as a run's file has it."""
+    """Encode a record as in a run's file."""
     return {
         **{name: getattr(record, name) for name in _FIELDS},
         "processes": [_process(process) for process in record.processes],
@@ -24,7 +24,7 @@ def as_json(record: Record) -> dict[str, Any]:
 
 
 def _process(process: ProcessReading) -> dict[str, Any]:
-    """A process with all that may be known of it, and of its phases what is known."""
+    """Encode the reading of a process: all its fields, and of its phases the fields that are known."""
     names = (field.name for field in dataclasses.fields(process))
     known = {name: plain(getattr(process, name)) for name in names}
     if known["exit_code"] is None:  # only scripts have one
@@ -33,12 +33,10 @@ def _process(process: ProcessReading) -> dict[str, Any]:
 
 
 def record_of(entry: dict[str, Any], processes: Sequence[ProcessReading] | None = None) -> Record:
-    """A record that went through JSON, which knows no tuples; a record holds nothing else.
-
-    Keys that this version does not know are left out.
+    """Decode a record from a run's file. Lists become tuples; unknown keys are ignored.
 
     Args:
-        processes: the entry's own, where they have been decoded already.
+        processes: the readings of the entry's processes, if they have been decoded already.
     """
     known = {name: entry[name] for name in _FIELDS if name in entry}
     fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
@@ -49,12 +47,12 @@ def record_of(entry: dict[str, Any], processes: Sequence[ProcessReading] | None 
 
 
 def process_of(entry: Mapping[str, Any]) -> ProcessReading:
-    """What was read of a process, as a run's file has it."""
+    """Decode the reading of a process from a run's file."""
     return _with_nesting(_PROCESS.validate_python(entry))
 
 
 def _with_nesting(process: ProcessReading) -> ProcessReading:
-    """Earlier records do not say which phase of a script lies in which; their names do."""
+    """Add the nesting of a script's phases, which earlier records lack, from the names of the phases."""
     if not process.includes_interpreter or any(phase.inside for phase in process.phases):
         return process
     names = [phase.name for phase in process.phases]

@@ -1,4 +1,4 @@
-"""What is known of a metric beside its figures: one row of the table of metrics, or one of a plug-in's own."""
+"""The description of a metric: a row of the table of metrics, or a custom metric of a plug-in."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from typing import Literal
 from membench.units import Unit, custom_unit
 
 Dependence = Literal["counted", "live", "footprint", "time"]
-"""On what a figure depends.
+"""What the values of a metric depend on, besides the case.
 
-``counted``: on no machine; bytes of storages and files, and what a model computes. ``live``: on instructions, threads
-and page size, which decide which kernels run and how much they allocate for themselves. ``footprint``: on these, and on
-the operating system and the driver. ``time``: on processor speed, and so on everything.
+``counted``: not on the machine; these are bytes of storages and files, and results of the model. ``live``: on
+instruction sets, threads and page size, which decide which kernels run and how much memory they allocate.
+``footprint``: on these, and on the operating system and the driver. ``time``: on everything, processor speed included.
 """
 
 Role = Literal["memory", "time", "rate", "energy", "quality", "size of data"]
-"""What a metric tells about a case."""
+"""The aspect of a case that a metric measures."""
 
 Phase = Literal["load", "apply", "store", "warmup", "run"]
-"""A phase whose live peak is a metric, in the order in which a case goes through them."""
+"""The phases whose live peaks are metrics, in the order in which a case runs through them."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """How a metric tells what quality a case has lost against the reference.
+    """How a metric measures the quality loss of a case against the reference.
 
     Attributes:
         axis: the title of an axis of losses.
-        what: what is lost, for the title of a picture.
-        chance: a difference as small as this may be chance.
-        error_field: the metric that is the standard error of the difference, if one is.
+        what: the noun for titles of plots.
+        chance: the largest difference that counts as noise.
+        error_field: the field of the metric that holds the standard error of the difference, if there is one.
     """
 
     axis: str
@@ -43,38 +43,35 @@ class Loss:
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric: its name, its unit, and all that tables, comparisons and rules need to know of it.
+    """A metric: its name, its unit, and the properties that tables, comparisons and rules use.
 
     Attributes:
-        name: how suites and people write it.
-        field: its key in ``Record.metrics``; ends in the unit's suffix.
+        name: the name in suites and on the command line.
+        field: the key in ``Record.metrics``; ends in the unit's suffix.
         title: the heading of its column.
         meaning: one line of explanation.
-        unit: of its figures; says how they are read and printed, too.
-        better: the direction that is a gain.
-        depends_on: what must be alike on two machines for their figures to be compared.
-        role: what it tells about a case.
-        in_table: whether the comparison shows it: always, only where a technique changes it, or only where it decides
-            what memory is needed, too.
-        has_ratio: whether a ratio to another case's figure has a meaning.
-        has_difference: whether a difference to another case's figure has one.
-        same_within: how near to one a ratio is neither a gain nor a loss, because runs of the same case differ by as
-            much.
-        tolerance: the share of the base's figure by which it may get worse where nobody says otherwise; ``None``: it
-            is not watched unless somebody asks for it.
-        signed: whether figures may be below zero: ``no``; ``in noise``, as of memory above a baseline; ``yes``, so
-            that a limit may be, too.
-        peak_of: the phase whose live peak it is, or that of one of its parts.
-        part: the part of a step (``step``: all of it) whose live peak it is, or whose median duration it is or follows
-            from.
-        category: which category of the memory breakdown it counts.
-        of_scripts: whether a user's script has it, as cases do.
-        keeps_samples: whether a baseline keeps the single measurements, and not only their median.
-        learnt: whether it is a figure of what a module has learnt, and has no meaning where data are only read.
-        of_reference: the reference's own figure, where the metric is a distance from the reference.
-        loss: how it tells the quality that a case loses; ``None``: it does not.
-        gains_by_chance: whether a gain in a training proves nothing, because the standard error is of the text and not
-            of the training.
+        unit: the unit of its values, which also parses and formats them.
+        better: the direction of improvement.
+        depends_on: what must be alike on two machines for their values to be comparable.
+        role: the aspect of a case that it measures.
+        in_table: whether the comparison table shows it: always, only if a technique changes it, or only if it
+            decides how much memory is needed.
+        has_ratio: whether the ratio of two cases' values is meaningful.
+        has_difference: whether the difference of two cases' values is meaningful.
+        same_within: run-to-run variation; a ratio closer to one than this is neither a gain nor a loss.
+        tolerance: the default tolerance as a share of the base's value; ``None``: not watched by default.
+        signed: whether values may be negative: ``no``; ``in noise``, such as memory above a baseline; ``yes``, and
+            then limits may be negative, too.
+        peak_of: the phase whose live peak, or a part's live peak, it is.
+        part: the part of a step (``step``: the whole step) whose live peak or median duration it is or derives from.
+        category: the category of the memory breakdown that it counts.
+        of_scripts: whether it is measured for a user's script, too.
+        keeps_samples: whether a baseline keeps the single measurements besides their median.
+        learnt: whether it measures what a model has learned; such a metric has no meaning if data are only read.
+        of_reference: the reference's own value, if the metric is a distance from the reference.
+        loss: how it measures quality loss; ``None``: it does not.
+        gains_by_chance: whether a gain after training is not significant, because the standard error covers the
+            sampling of the text and not the randomness of training.
     """
 
     name: str
@@ -107,7 +104,7 @@ class Metric:
 
     @property
     def format(self) -> Callable[[float], str]:
-        """Prints a figure."""
+        """Return the function that formats a value."""
         return self.unit.format
 
 
@@ -116,7 +113,7 @@ _OWN_FIELD = re.compile(r"own\.(?P<name>[a-z][a-z0-9_]*)\.(?P<better>lower|highe
 
 
 def own_field(name: str, better: str, unit: str = "") -> str:
-    """The field of a plug-in's metric. It says all that a view needs, and is never the field of a built-in one.
+    """Return the field of a custom metric. It encodes the metric's properties and never equals a built-in field.
 
     Raises:
         ValueError: if the name or the unit cannot be part of a field.
@@ -131,12 +128,12 @@ def own_field(name: str, better: str, unit: str = "") -> str:
 
 
 def is_own(field: str) -> bool:
-    """Whether a field is in the name space of plug-ins' metrics; ``own_metric`` says whether it is well formed."""
+    """Whether a field belongs to the namespace of custom metrics. The field may be malformed; see ``own_metric``."""
     return field.startswith(_OWN)
 
 
 def own_metric(field: str) -> Metric | None:
-    """The row of a plug-in's metric, made from its field; ``None`` if the field is not one of a plug-in's."""
+    """Make a custom metric from its field; ``None`` if it is not a valid field of a custom metric."""
     parts = _OWN_FIELD.fullmatch(field)
     if parts is None:
         return None

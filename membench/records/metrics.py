@@ -1,4 +1,4 @@
-"""The one table of metrics. To add a built-in metric, measure it, derive it from the readings, and add a row here."""
+"""The table of metrics. To add a built-in metric, measure it, derive it from the readings, and add a row here."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from membench.records.metric import Loss, Metric, Phase, Role, own_metric
 
 _TIMES_DIFFER = 0.15
 _FOOTPRINTS_DIFFER = 0.15
-"""The default allocator keeps more or less of what was freed, as it happens."""
+"""How much of the freed memory the default allocator retains varies from run to run."""
 
 SAME_ACCURACY = 0.5
-"""Percent of samples: a handful of those that are held out."""
+"""In percent of samples: a few of the held-out samples."""
 
 NO_DIVERGENCE = 1e-6
-"""Of logits in fp32 that are the same but for the order of additions."""
+"""Divergence, in nats, of fp32 logits that differ only in the order of additions."""
 
-# Memory that repeats within 1 % is watched.
+# Memory metrics that are reproducible within 1 % are watched by default.
 _counted = partial(Metric, unit=units.BYTES, better="lower", depends_on="counted", role="memory", tolerance=0.01)
 _live = partial(Metric, unit=units.BYTES, better="lower", depends_on="live", role="memory", signed="in noise")
 _taken = partial(Metric, unit=units.BYTES, better="lower", depends_on="footprint", role="memory")
@@ -96,7 +96,7 @@ METRICS: tuple[Metric, ...] = (
     _rate("read_speed", "read_mb_per_s", "read MB/s",
           "packed bytes of an epoch over the median duration of reading it; opening is not in it",
           units.MEGABYTES_PER_SECOND, in_table=True, part="step",
-          has_ratio=False),  # of tokens packed otherwise there are other bytes; tokens a second have one
+          has_ratio=False),  # tokens packed in another way are other bytes; compare tokens a second instead
     _data("corpus_kept", "corpus_kept_percent", "text kept", "share of the text's bytes that is left to train on",
           units.PERCENT_OF_ALL, "lower", in_table=True, has_ratio=False),
     _data("padding", "padding_percent", "padding", "share of padding in the rows of token ids",
@@ -161,7 +161,7 @@ METRICS: tuple[Metric, ...] = (
 METRICS_OF_SCRIPTS = tuple(
     sorted((metric for metric in METRICS if metric.of_scripts), key=lambda metric: get_args(Role).index(metric.role))
 )
-"""The metrics that a user's script has, memory first."""
+"""The metrics of user scripts, memory first."""
 
 
 def _peak_of(phase: Phase) -> Metric:
@@ -171,11 +171,11 @@ def _peak_of(phase: Phase) -> Metric:
 PEAK_OF_PHASE: Mapping[Phase, Metric] = {
     phase: _peak_of(phase) for phase in ("load", "apply", "store", "warmup", "run")
 }
-"""The live peak of each phase, in the order in which a case goes through them."""
+"""The live peak of each phase, in the order in which a case runs through them."""
 
 
 class _ByField(dict[str, Metric]):
-    """The built-in metrics, and those of plug-ins as they are asked for."""
+    """Built-in metrics by field; custom metrics are added on first use."""
 
     def __missing__(self, field: str) -> Metric:
         metric = own_metric(field)
@@ -189,7 +189,7 @@ METRIC_OF_FIELD: Mapping[str, Metric] = _ByField({metric.field: metric for metri
 
 
 def known_metric(field: str) -> Metric | None:
-    """The metric of a field; ``None`` for a field that another version of membench wrote."""
+    """Return the metric of a field; ``None`` for a field that is known only to another version of membench."""
     try:
         return METRIC_OF_FIELD[field]
     except KeyError:
@@ -197,22 +197,22 @@ def known_metric(field: str) -> Metric | None:
 
 
 def metrics_by_name(own: Iterable[Metric] = ()) -> dict[str, Metric]:
-    """The built-in metrics and a suite's own ones, by the names that people write."""
+    """Return the built-in metrics and a suite's custom metrics by name."""
     return {metric.name: metric for metric in (*METRICS, *own)}
 
 
 def own_metrics(fields: Iterable[str]) -> tuple[Metric, ...]:
-    """The metrics of plug-ins among these fields."""
+    """Return the custom metrics among fields."""
     return tuple(METRIC_OF_FIELD[field] for field in sorted(set(fields)) if own_metric(field) is not None)
 
 
 def metrics_with(fields: Iterable[str]) -> tuple[Metric, ...]:
-    """The built-in metrics, and those of plug-ins among these fields."""
+    """Return the built-in metrics, and the custom metrics among fields."""
     return (*METRICS, *own_metrics(fields))
 
 
-def can_be_a_figure(field: str, value: float) -> bool:
-    """Whether a metric can have this value: nothing, or something of a size that can be worked with."""
+def is_possible_value(field: str, value: float) -> bool:
+    """Whether a metric can have this value: zero, or a magnitude within the limits of its unit."""
     metric = known_metric(field)
-    largest = metric.unit.largest if metric else units.MOST_FIGURE
-    return value == 0 or units.LEAST_FIGURE <= abs(value) <= largest
+    largest = metric.unit.largest if metric else units.LARGEST_VALUE
+    return value == 0 or units.SMALLEST_VALUE <= abs(value) <= largest

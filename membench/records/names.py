@@ -1,6 +1,6 @@
-"""What the names in a suite may look like, and what a stack of techniques is made of.
+"""Valid names in suites, and the members and parts of stacks.
 
-Where two plug-ins have one name, ``package:name`` says whose is meant; it then stands so in ids of cases and tables.
+If two packages provide plug-ins of the same name, ``package:name`` selects one; it appears so in case ids and tables.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import re
 from membench.host.device import Device
 from membench.protocol.case import REFERENCE
 
-_LONGEST_NAME_BYTES = 64  # model, workload and device together name a file
+_LONGEST_NAME_BYTES = 64  # model, workload and device together form a file name
 
 
 def checked_name(name: str) -> str:
-    """``name``, if it can stand in the id of a case.
+    """Check a name that is part of a case id, and return it.
 
     Raises:
-        ValueError: if it cannot.
+        ValueError: if it is not valid.
     """
     if not re.fullmatch(r"[\w.-]+", name):
         if re.fullmatch(r"[\w.*?\[\]!-]+", name):
@@ -29,10 +29,10 @@ def checked_name(name: str) -> str:
 
 
 def checked_plugin(name: str) -> str:
-    """``name``, if a plug-in can be asked for by it: a name, or 'package:name'.
+    """Check the name of a plug-in, written 'name' or 'package:name', and return it.
 
     Raises:
-        ValueError: if it cannot.
+        ValueError: if it is not valid.
     """
     package, colon, own = name.rpartition(":")
     if not colon:
@@ -49,10 +49,10 @@ def checked_plugin(name: str) -> str:
 
 
 def checked_stack(stack: str) -> str:
-    """``stack``, if it is a technique's name or several joined by '+'.
+    """Check a stack, which is one technique's name or several joined by '+', and return it.
 
     Raises:
-        ValueError: if it is not.
+        ValueError: if it is not valid.
     """
     names = members(stack)
     if len(names) > 1 and not all(names):
@@ -70,10 +70,10 @@ def checked_stack(stack: str) -> str:
 
 
 def checked_device(device: str) -> str:
-    """``device``, if it is one.
+    """Check the name of a device, and return it.
 
     Raises:
-        ValueError: if it is not.
+        ValueError: if it is not valid.
     """
     if Device.parse(device).count > 1:  # no workload runs on several ranks yet
         raise ValueError("write cpu, cuda or cuda:0")
@@ -81,12 +81,12 @@ def checked_device(device: str) -> str:
 
 
 def members(stack: str) -> list[str]:
-    """The techniques of a stack in order."""
+    """Return the techniques of a stack, in order."""
     return stack.split("+")
 
 
 def parts(stack: str) -> list[str]:
-    """What a stack is compared with: all that its first members make, and each member alone.
+    """Return the stacks that a stack is compared with: its proper prefixes, and each of its members alone.
 
     ``a+b+c`` has the parts ``a``, ``a+b``, ``b`` and ``c``; a single technique has none.
     """

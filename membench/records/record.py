@@ -1,4 +1,4 @@
-"""The record: all that measuring one job wrote, and all that everything else reads."""
+"""The record: the result of measuring one job, which tables, comparisons, gates and reports read."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ SCHEMA_VERSION = 1
 """History: 1, the first."""
 
 Status = Literal["ok", "diverged", "out-of-memory", "timeout", "crashed", "failed", "skipped"]
-"""``diverged``: a training whose loss is no number any more; all figures are there."""
+"""``diverged``: the training loss became non-finite; all metrics were measured nevertheless."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """All that one case measured.
+    """The result of measuring one case, function or script once.
 
     Attributes:
-        case: the case, as the suite wrote it and with what its names stand for.
-        repeat: which repetition, from 0.
+        case: the case: its names in the suite, and the plug-ins and options that they refer to.
+        repeat: the number of the repetition, from 0.
         ended_in: the phase in which a case that is not ``ok`` ended.
-        metrics: by ``Metric.field``; ``None`` where a figure is not known, and then ``reasons`` says why. A figure
-            that has no meaning for the case (backward time of a forward pass) is left out.
-        obtained: by field, how: ``source``; ``bound`` (``exact``, ``at least``, ``at most``); where it applies
-            ``interval_s`` between samples and ``children`` (whether child processes are in the figure).
-        remarks: what is wrong with the case although it ended well (a technique that changed nothing).
-        notes: what explains its figures (why a technique saved less than it is known for).
-        processes: what was read of each process (rank). Earlier records know neither what weights are made of nor for
-            how long threads waited for cores, or in the latter have what threads waited for one another, too.
-        timeline: columns of samples over the whole case, ``at_s`` from its start.
-        output_tail: the end of what the case printed, where it did not end well.
+        metrics: values by ``Metric.field``; ``None`` if a value is not known, and then ``reasons`` says why. A metric
+            that has no meaning for the case (such as the backward time of a forward pass) is left out.
+        obtained: how each value was obtained, by field: ``source``; ``bound`` (``exact``, ``at least``, ``at most``);
+            where they apply, ``interval_s`` between samples and ``children`` (whether child processes are included).
+        remarks: problems of a case that ended well (such as a technique that changed nothing).
+        notes: explanations of the values (such as why a technique saved less than its nominal factor).
+        processes: the readings of each process (rank). Earlier records lack the weights by module and the time that
+            threads waited for cores, or include in that time the waits of threads for each other.
+        timeline: columns of samples over the whole case, with ``at_s`` in seconds from its start.
+        output_tail: the end of the case's output, if the case failed.
     """
 
     case: Mapping[str, Any]
@@ -68,5 +68,5 @@ class Record:
 
 
 def metrics_in(records: Iterable[Record]) -> tuple[Metric, ...]:
-    """The built-in metrics, and those of plug-ins that records have."""
+    """Return the built-in metrics, and the custom metrics of records."""
     return metrics_with(field for record in records for field in record.metrics)

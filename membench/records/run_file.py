@@ -1,4 +1,4 @@
-"""Runs on disk: JSON lines, a header first, each record flushed before the next case starts."""
+"""Files of runs: JSON lines with a header first; each record is flushed to disk before the next case starts."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from membench.records.strict_json import open_file, parsed
 from membench.units import format_bytes
 
 _LONGEST_LINE_BYTES = 2**29
-"""Above the largest record: durations of the most steps that a suite may ask for, a number a part of each."""
+"""Larger than any record, which is largest with the durations of each part of the most steps a suite may have."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's header and the records that finished."""
+    """A run's header and its records."""
 
     path: Path
     header: dict[str, Any]
@@ -34,13 +34,13 @@ class Run:
 
 
 class RunFile:
-    """Appends records to a run's file, which no other runner may write to meanwhile. Use as a context manager."""
+    """A run's file, open for appending records and locked against other runs. Use as a context manager."""
 
     def __init__(self, path: Path, flags: int) -> None:
-        """Open the file, and lock it.
+        """Open the file and lock it.
 
         Raises:
-            ResultsError: if it cannot be written to, or another runner does so now.
+            ResultsError: if it cannot be written to, or if another run is writing to it.
         """
         self.path = path
         try:
@@ -53,17 +53,17 @@ class RunFile:
             self._close()
             raise ResultsError(f"{path}: another run is writing to it") from None
         except OSError as error:
-            # Some network file systems know no locks; a run there is as safe as its user is careful.
+            # Some network file systems have no locks; on these the user must not start two runs on one file.
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 self._close()
                 raise ResultsError(f"{path}: cannot be locked: {error.strerror}") from None
 
     @classmethod
     def create(cls, path: Path, header: dict[str, Any]) -> RunFile:
-        """Begin a run's file.
+        """Create a run's file and write its header.
 
         Raises:
-            ResultsError: if the header cannot be written; no file is left then.
+            ResultsError: if the header cannot be written; the file is then removed.
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,10 +80,10 @@ class RunFile:
 
     @classmethod
     def reopen(cls, path: Path) -> RunFile:
-        """Go on with a run's file; a last line that a kill left half written is cut off.
+        """Open a run's file to continue it. A last line that is incomplete because the run was killed is removed.
 
         Raises:
-            ResultsError: if it cannot be written to, or another runner does so now.
+            ResultsError: if it cannot be written to, or if another run is writing to it.
         """
         reopened = cls(path, 0)
         try:
@@ -102,10 +102,10 @@ class RunFile:
         self._close()
 
     def append(self, record: Record) -> None:
-        """Write a record and wait until it is on the disk.
+        """Append a record and flush it to disk.
 
         Raises:
-            ResultsError: if that fails; the file then ends with the record before.
+            ResultsError: if that fails; the file then ends with the previous record.
         """
         try:
             self._write(as_json(record))
@@ -117,7 +117,7 @@ class RunFile:
 
     def _write(self, entry: dict[str, Any]) -> None:
         text = json.dumps(entry, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-        # Names of files in messages may hold what is no character; readers refuse that.
+        # File names in messages may contain invalid characters, which readers refuse.
         line = memoryview(text.encode(errors="replace") + b"\n")
         before = os.lseek(self._descriptor, 0, os.SEEK_END)
         try:
@@ -131,16 +131,16 @@ class RunFile:
 
 
 def read_run(path: str | Path) -> Run:
-    """Read a run and check all of it; a half-written last line (a runner killed while writing) is passed over.
+    """Read and check a run. An incomplete last line, left by a run that was killed, is ignored.
 
     Raises:
-        ResultsError: naming file, line and key, if the file is no run, of a newer schema, or holds what no run does.
+        ResultsError: if the file is not a run, has a newer schema or is invalid; the message names file, line and key.
     """
     path = Path(path)
     header: dict[str, Any] | None = None
     membership: Membership | None = None
     records = []
-    number = 0  # of the line that an error is about
+    number = 0  # the current line, for error messages
     try:
         for number, line in enumerate(_lines(path), 1):  # noqa: B007
             entry = check_version(_parsed(line))
@@ -163,25 +163,24 @@ def read_run(path: str | Path) -> Run:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """The whole lines of a file, one after the other.
+    """Yield the complete lines of a file. A line that is longer than any record is yielded cut off.
 
     Raises:
         OSError: if it cannot be read.
-        ResultsError: if a line is longer than any record.
     """
     with open_file(path) as file:
         while line := file.readline(_LONGEST_LINE_BYTES + 1):
             if len(line) > _LONGEST_LINE_BYTES:
-                yield line  # the reader counts it, then refuses it
+                yield line  # the reader counts the line and refuses it
             elif line.endswith(b"\n"):
                 yield line
 
 
 def _parsed(line: bytes) -> object:
-    """What a line holds.
+    """Parse a line.
 
     Raises:
-        ResultsError: if that is not JSON.
+        ResultsError: if it is not JSON, or is longer than any record.
     """
     if len(line) > _LONGEST_LINE_BYTES:
         raise ResultsError(f"longer than any record: more than {format_bytes(_LONGEST_LINE_BYTES)}")
@@ -189,7 +188,7 @@ def _parsed(line: bytes) -> object:
 
 
 def newest_run(folder: str | Path) -> Path:
-    """The run written last in a folder.
+    """Return the path of the most recently written run in a folder.
 
     Raises:
         ResultsError: if there is none.
@@ -201,13 +200,18 @@ def newest_run(folder: str | Path) -> Path:
 
 
 def find_run(folder: Path, suite: str | None = None, since: str = "") -> Path | None:
-    """The run written last in a folder, of one suite or of any, and begun at ``since`` (ISO, UTC) or later."""
+    """Return the path of the most recently written run in a folder; ``None`` if there is none.
+
+    Args:
+        suite: the name of the run's suite; ``None``: any.
+        since: the earliest start of the run (ISO, UTC).
+    """
     newest: tuple[int, Path] | None = None
     for path in sorted(folder.glob("*.jsonl")):
         header = _header(path)
         if header is None or suite not in (None, header["suite"]) or header.get("started_at", "") < since:
             continue
-        with contextlib.suppress(OSError):  # removed meanwhile
+        with contextlib.suppress(OSError):  # the file was removed in the meantime
             written_at = path.stat().st_mtime_ns
             if newest is None or written_at >= newest[0]:
                 newest = written_at, path
@@ -215,7 +219,7 @@ def find_run(folder: Path, suite: str | None = None, since: str = "") -> Path | 
 
 
 def _header(path: Path) -> dict[str, Any] | None:
-    """A run's first line, or ``None`` if the file is no run."""
+    """Read the header of a run; ``None`` if the file is not a run."""
     try:
         header = _parsed(next(_lines(path), b""))
         if not isinstance(header, dict) or "run" not in header:

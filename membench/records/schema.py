@@ -1,4 +1,4 @@
-"""What a run's file may hold: the header's and the records' keys with their types, checked when they are read."""
+"""The schema of a run's file: keys and types of its header and records, checked on reading."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from membench.errors import ResultsError
 from membench.protocol.case import REFERENCE
 from membench.protocol.readings import ProcessReading, Seconds, SignedSize, Size
 from membench.records.metric import is_own
-from membench.records.metrics import can_be_a_figure, known_metric
+from membench.records.metrics import is_possible_value, known_metric
 from membench.records.names import checked_device, checked_name, checked_plugin, checked_stack, members
 from membench.records.record import SCHEMA_VERSION, Status
 from membench.records.validation import problem, shown
@@ -24,7 +24,7 @@ _T = TypeVar("_T", bound=BaseModel)
 
 
 class _Table(BaseModel):
-    """A later version may add keys without changing what is here: unknown ones are left alone."""
+    """A table that accepts unknown keys, since later versions may add some."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
@@ -117,10 +117,10 @@ class _Record(_Table):
 
 
 def check_version(entry: object) -> dict[str, Any]:
-    """What a line holds, if it is of a schema that is known here.
+    """Check the schema version of a line, and return the line.
 
     Raises:
-        ResultsError: if it is none, or a newer one.
+        ResultsError: if the line has no schema version, or one that is not supported.
     """
     if not isinstance(entry, dict) or type(entry.get("schema")) is not int:
         raise ResultsError("no membench record ('schema' is missing)")
@@ -132,10 +132,10 @@ def check_version(entry: object) -> dict[str, Any]:
 
 
 def check_header(entry: Mapping[str, Any]) -> None:
-    """Check a run's first line.
+    """Check the header of a run, which is its first line.
 
     Raises:
-        ResultsError: key, value and what would be right.
+        ResultsError: if it is invalid: key, value and what is valid.
     """
     _check(_Header, entry)
     _check_name("suite", entry["suite"], checked_name)
@@ -147,22 +147,22 @@ def check_machine(machine: Mapping[str, Any]) -> None:
     """Check the description of a machine.
 
     Raises:
-        ResultsError: key, value and what would be right.
+        ResultsError: if it is invalid: key, value and what is valid.
     """
     _check(_Machine, machine)
 
 
 def check_record(entry: Mapping[str, Any]) -> list[ProcessReading]:
-    """Check a record's line by itself; what was read of its processes.
+    """Check a record by itself, and return the readings of its processes.
 
     Raises:
-        ResultsError: key, value and what would be right.
+        ResultsError: if it is invalid: key, value and what is valid.
     """
     if "run" in entry:
         raise ResultsError("a second header: two runs do not go into one file")
     processes = _check(_Record, entry).processes
     for field, value in entry["metrics"].items():
-        metric = known_metric(field)  # None: of a later version, which knows what its figures can be
+        metric = known_metric(field)  # None: a metric of a later version, whose valid range is not known
         if is_own(field) and metric is None:
             raise ResultsError(
                 f"metrics.{field}: a plug-in's metric is 'own.NAME.lower' or 'own.NAME.higher', and a unit"
@@ -171,7 +171,7 @@ def check_record(entry: Mapping[str, Any]) -> list[ProcessReading]:
             continue
         if value < 0 and metric is not None and metric.signed == "no":
             raise ResultsError(f"metrics.{field} = {shown(value)}: must be at least 0")
-        if not can_be_a_figure(field, value):
+        if not is_possible_value(field, value):
             why = (
                 "no machine has so much"
                 if metric is not None and metric.unit is BYTES and abs(value) > 1
@@ -180,7 +180,7 @@ def check_record(entry: Mapping[str, Any]) -> list[ProcessReading]:
             raise ResultsError(f"metrics.{field} = {shown(value)}: {why}")
     case = entry["case"]
     _check_name("case.device", case["device"], checked_device)
-    if "model_plugin" not in case:  # what was measured is somebody's function, and named by its file and its test
+    if "model_plugin" not in case:  # a test function, whose names are those of its file and test
         for key, name in (("id", entry["id"]), ("case.model", case["model"]), ("case.workload", case["workload"])):
             _check_name(key, name, _checked_text)
         return processes
@@ -200,7 +200,11 @@ def _check(schema: type[_T], entry: Mapping[str, Any]) -> _T:
 
 
 def _check_name(key: str, name: str, checked: Callable[[str], str]) -> None:
-    """What stands in tables and names files must be a name there, too."""
+    """Check a name; it appears in tables and becomes part of file names.
+
+    Raises:
+        ResultsError: if it is not valid.
+    """
     try:
         checked(name)
     except ValueError as error:
@@ -214,7 +218,7 @@ def _checked_text(name: str) -> str:
 
 
 class Membership:
-    """Tells whether a record can be of the run whose header is given."""
+    """A check that records belong to the run with a given header."""
 
     def __init__(self, header: Mapping[str, Any]) -> None:
         self._suite = header["suite"]
@@ -223,17 +227,17 @@ class Membership:
         self._seen: set[tuple[str, int]] = set()
 
     def check(self, entry: Mapping[str, Any]) -> None:
-        """Check the next record's line.
+        """Check the next record.
 
         Raises:
-            ResultsError: if it is of another suite or device, or is there already.
+            ResultsError: if it belongs to another suite or device, or is a duplicate.
         """
         case = entry["case"]
         for axis, named in self._named.items():
             names = members(case[axis]) if axis == "technique" else [case[axis]]
-            stranger = next((name for name in names if name not in named), None)
-            if stranger is not None:
-                raise ResultsError(f"case.{axis} = {shown(case[axis])}: suite '{self._suite}' has no {axis} {stranger}")
+            unknown = next((name for name in names if name not in named), None)
+            if unknown is not None:
+                raise ResultsError(f"case.{axis} = {shown(case[axis])}: suite '{self._suite}' has no {axis} {unknown}")
         if self._devices and case["device"] not in self._devices:
             raise ResultsError(f"case.device = {shown(case['device'])}: the run is on {' and '.join(self._devices)}")
         if (entry["id"], entry["repeat"]) in self._seen:
@@ -242,7 +246,7 @@ class Membership:
 
 
 def _names(header: Mapping[str, Any]) -> dict[str, set[str]]:
-    """By axis, the names that a run's suite puts into cases. None of an axis that cannot be made out."""
+    """Return the names that a run's suite uses for its cases, by axis; empty if the suite cannot be parsed."""
     try:
         suite = header.get("suite_tables") or tomllib.loads(header.get("suite_text", ""))
         tables = [suite["matrix"], *suite.get("include", [])]
@@ -250,7 +254,7 @@ def _names(header: Mapping[str, Any]) -> dict[str, set[str]]:
             axis: [name for table in tables for name in _listed(table[axis])]
             for axis in ("model", "technique", "workload")
         }
-    except (ValueError, KeyError, TypeError, RecursionError):  # it was checked when it was run; here it may be damaged
+    except (ValueError, KeyError, TypeError, RecursionError):  # the suite was valid; the file may be damaged
         return {}
     listed["technique"] = [REFERENCE, *(name for stack in listed["technique"] for name in members(stack))]
     return {axis: set(names) for axis, names in listed.items()}

@@ -1,4 +1,4 @@
-"""JSON out of files that anybody may have written: what is no JSON of ours is told so, and nothing is waited for."""
+"""Strict parsing of JSON from files that may come from anyone: invalid JSON is refused, and opening never blocks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from membench.records.validation import shown
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a file, and nothing else: a pipe that nobody writes to must not hold us up.
+    """Open a regular file. Anything else is refused, since a pipe without a writer would block.
 
     Raises:
-        OSError: if it cannot be read, or is no file.
+        OSError: if it cannot be read, or is not a regular file.
     """
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -28,10 +28,10 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def parsed(text: bytes) -> object:
-    """What a text holds.
+    """Parse JSON.
 
     Raises:
-        ResultsError: if that is not JSON, or holds what is no number of JSON.
+        ResultsError: if the text is not JSON, or contains a number that is not finite.
     """
     try:
         return json.loads(text, parse_constant=_refuse, parse_float=_finite)

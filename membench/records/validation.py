@@ -1,4 +1,4 @@
-"""What pydantic finds wrong, in the words of whoever wrote the TOML."""
+"""Conversion of pydantic's validation errors to messages in the terms of the TOML file."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ _COUNTS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """The one thing to say of something that does not fit.
+    """The problem to report of an invalid input.
 
     Attributes:
-        kind: an ``unknown`` key, a ``missing`` one, or a ``value`` that does not fit.
-        value: as TOML writes it, shortened.
-        remedy: what would be right.
+        kind: an ``unknown`` key, a ``missing`` key, or an invalid ``value``.
+        value: the value as TOML writes it, shortened.
+        remedy: what is valid instead.
     """
 
     kind: typing.Literal["unknown", "missing", "value"]
@@ -59,7 +59,11 @@ class Problem:
     remedy: str
 
     def sentence(self, noun: str = "") -> str:
-        """The problem in words; ``noun`` is what a key is called: 'option'."""
+        """Return the message.
+
+        Args:
+            noun: the word for a key, such as 'option'.
+        """
         if self.kind == "unknown":
             return f"unknown {noun or 'key'} '{self.key}'; {self.remedy}"
         name = f"{noun} '{self.key}'" if noun else self.key
@@ -69,10 +73,12 @@ class Problem:
 
 
 def problem(error: ValidationError, schema: type[BaseModel], given: Mapping[str, Any]) -> Problem:
-    """What to say of an error: unknown keys first, since a misspelt key is also a missing one.
+    """Return the problem to report of a validation error.
+
+    Unknown keys come first, since a misspelled key is also reported as missing.
 
     Args:
-        schema: what the input was validated against.
+        schema: the schema that the input was validated against.
         given: the input.
     """
     found = error.errors(include_url=False)
@@ -82,14 +88,14 @@ def problem(error: ValidationError, schema: type[BaseModel], given: Mapping[str,
         return Problem("unknown", _dotted(first["loc"]), "", did_you_mean(str(last), _keys(schema, path)))
     if first["type"] == "missing":
         return Problem("missing", _dotted(first["loc"]), "", "")
-    # The branches of a union fail one by one, each with a part of its own at the end of the path.
+    # Each branch of a union reports an error of its own, with the name of the branch at the end of the path.
     place = _place(first["loc"], given)
     remedies = [_remedy(each) for each in found if _place(each["loc"], given) == place]
     return Problem("value", _dotted(place), shown(_at(place, given)), " or ".join(dict.fromkeys(remedies)))
 
 
 def shown(value: Any) -> str:
-    """A value as TOML writes it, on one line and shortened."""
+    """Format a value as TOML writes it, on one line and shortened."""
     text = _written(value)
     if isinstance(value, str) and len(text) > _LONGEST_VALUE:
         return repr(value[: _LONGEST_VALUE - 3] + "…")
@@ -119,7 +125,7 @@ def _dotted(path: Sequence[str | int]) -> str:
 
 
 def _place(path: Sequence[str | int], given: Any) -> tuple[str | int, ...]:
-    """As much of an error's path as is in the input itself; the rest are pydantic's names for branches of unions."""
+    """Return the part of an error's path that exists in the input; the rest are pydantic's names of union branches."""
     place: list[str | int] = []
     for part in path:
         inside = isinstance(given, dict) and part in given

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from membench.errors import ResultsError
-from membench.records.metrics import can_be_a_figure
+from membench.records.metrics import is_possible_value
 from membench.records.names import checked_device, checked_name
 from membench.records.schema import check_machine
 from membench.records.validation import shown
@@ -41,12 +41,12 @@ def refuse_impossible(measured: Measured) -> None:
         if wrong := _impossible(case):
             raise ResultsError(f"damaged: cases.{case_id}.{wrong} holds nothing that was measured")
         for name, values in case.values.items():
-            if not values or not all(can_be_a_figure(name, value) for value in values):
+            if not values or not all(is_possible_value(name, value) for value in values):
                 raise ResultsError(f"damaged: cases.{case_id}.values.{name} holds nothing that was measured")
     for case_id, spreads in measured.noise.spreads.items():
         for name, spread in spreads.items():
             told = (spread.range, spread.median or 0)
-            if spread.runs < 2 or spread.range < 0 or not all(can_be_a_figure(name, one) for one in told):
+            if spread.runs < 2 or spread.range < 0 or not all(is_possible_value(name, one) for one in told):
                 raise ResultsError(f"damaged: noise.{case_id}.{name} is no spread of two runs or more")
 
 

@@ -1,1 +1,1 @@
-"""What a suite says, from a TOML file or Python, and the cases that it expands to; its rules and its selection."""
+"""Suites from TOML files or Python: their schema, expansion into cases, rules, and the selection of cases."""

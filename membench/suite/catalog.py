@@ -1,4 +1,4 @@
-"""What there is: models, techniques, workloads, metrics and suites, in lines of text. Nothing here imports torch."""
+"""Lists of the available models, techniques, workloads, metrics and suites, as text. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from membench.suite import lookup
 from membench.suite.loading import description
 
 KINDS = ("models", "techniques", "workloads", "metrics", "suites")
-"""What can be listed by itself, in the order in which all of it is."""
+"""The kinds that can be listed, in the order of the full list."""
 
 _TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
 _BOUNDS = {
@@ -31,9 +31,9 @@ _BOUNDS = {
 
 
 def overview(kinds: tuple[str, ...] = KINDS) -> Iterator[str]:
-    """A line for each model, technique, workload, quality metric and suite; broken ones say what is wrong with them.
+    """Yield a line for each model, technique, workload, quality metric and suite; for broken ones with the error.
 
-    The plug-in files of the suites in the current folder and in ./suites count, too.
+    Plug-in files in the current folder and in ./suites are included.
     """
     files, broken = _files_here()
     for kind in kinds:
@@ -45,7 +45,11 @@ def overview(kinds: tuple[str, ...] = KINDS) -> Iterator[str]:
 
 
 def _files_here() -> tuple[list[PluginFile], list[tuple[PluginFile, str]]]:
-    """The plug-in files of suites that lie here: those that can be run, and those that cannot, with the error."""
+    """Find the plug-in files in the current folder and in ./suites.
+
+    Returns:
+        the files that load, and the files that do not, each with its error.
+    """
     good, broken = [], []
     for folder in (Path.cwd(), Path.cwd() / "suites"):
         for file in local_files.named((), folder):
@@ -83,7 +87,7 @@ def _families(kind: str, files: Sequence[PluginFile]) -> Iterator[tuple[str, ...
 
 
 def _columns(rows: list[tuple[str, ...]]) -> Iterator[str]:
-    """Rows whose columns, the last one excepted, are as wide as their widest entry."""
+    """Format rows in aligned columns; the last column is not padded."""
     lengths = {len(row) for row in rows}
     widths = {
         (length, column): max(len(row[column]) for row in rows if len(row) == length or column == 0)
@@ -96,11 +100,11 @@ def _columns(rows: list[tuple[str, ...]]) -> Iterator[str]:
 
 
 def details(name: str) -> Iterator[str]:
-    """Docstring and options of the plug-ins of a name, of whatever kind.
+    """Yield the docstrings and options of all plug-ins of a name, of any kind.
 
     Raises:
-        PluginError: if one of that name is broken.
-        SuiteError: if there is none, nor anything else of that name, with the nearest name that there is.
+        PluginError: if one of them is broken.
+        SuiteError: if there is none; the message suggests the closest known name.
     """
     files, _ = _files_here()
     kinds = [kind for kind in registry.KINDS if registry.is_taken(kind, name, files)]
@@ -145,7 +149,7 @@ def _options(loaded: type[Options], preset: dict[str, Any]) -> Iterator[str]:
 
 
 def _type(form: dict[str, Any], shared: dict[str, Any]) -> str:
-    """A JSON schema in words: 'whole number, at least 1'."""
+    """Describe a JSON schema in words: 'whole number, at least 1'."""
     if "$ref" in form:
         form = {**shared[form["$ref"].rpartition("/")[2]], **form}
     if "enum" in form or "const" in form:
@@ -165,19 +169,19 @@ def _written(value: Any) -> str:
 
 
 def _doc(loaded: type[Options]) -> str:
-    # Its own alone: what it would inherit is the contract's.
+    # Its own docstring only: an inherited one would describe the base class.
     return inspect.cleandoc(loaded.__dict__.get("__doc__") or "")
 
 
 def _explanations(loaded: type[Options]) -> dict[str, str]:
-    """The strings below the options in the source of a class and of those that it is derived from."""
+    """Return the strings below the options in the source of a class and of its base classes, by option."""
     found: dict[str, str] = {}
     for owner in reversed(loaded.__mro__):
         if not (issubclass(owner, Options) and owner is not Options):
             continue
         try:
             (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
-        except (OSError, TypeError, SyntaxError):  # made at run time, or its source is not there
+        except (OSError, TypeError, SyntaxError):  # the class was made at run time, or its source is missing
             continue
         assert isinstance(tree, ast.ClassDef)
         for field, below in zip(tree.body, tree.body[1:], strict=False):

@@ -15,7 +15,7 @@ from membench.records.metric import Metric
 from membench.records.metrics import metrics_by_name, own_metrics
 from membench.records.validation import problem, shown
 from membench.suite.expansion import cases_of_program, expand
-from membench.suite.rules import refuse_idle_patterns, refuse_unknown_of_programs, rules
+from membench.suite.rules import refuse_unmatched_patterns, refuse_unsupported_by_programs, rules
 from membench.suite.schema import Contents, ProgramContents, Settings
 
 
@@ -49,9 +49,9 @@ def checked(tables: Mapping[str, Any], where: str, folder: Path, devices: Sequen
         limits = dict(_limit(key, value, own) for key, value in contents.limits.items())
         tolerances, gates = rules(contents.regression, contents.gate, own, of_program=schema is ProgramContents)
         if isinstance(contents, ProgramContents):
-            refuse_unknown_of_programs(contents.limits, tolerances, gates)
-        if devices is None:  # a pattern may be about the devices that were replaced
-            refuse_idle_patterns(tolerances, gates, [case.id for case in cases])
+            refuse_unsupported_by_programs(contents.limits, tolerances, gates)
+        if devices is None:  # a pattern may match the devices that were replaced
+            refuse_unmatched_patterns(tolerances, gates, [case.id for case in cases])
     except (SuiteError, RuleError) as error:
         raise SuiteError(f"{where}: {error}") from None
     return {
@@ -67,7 +67,11 @@ def checked(tables: Mapping[str, Any], where: str, folder: Path, devices: Sequen
 
 
 def _plugin_files(names: Sequence[str], folder: Path) -> tuple[PluginFile, ...]:
-    """Return the suite's own plug-in files, after running each once to see that it loads."""
+    """Return the suite's own plug-in files, after running each once to check that it loads.
+
+    Raises:
+        SuiteError: if a file is missing or broken, or has no plug-in although the suite names it.
+    """
     try:
         files = local_files.named(names, folder)
     except PluginError as error:

@@ -1,4 +1,4 @@
-"""From what a suite names to its cases: variants, matrix, exclusions, additions, parts of stacks, references."""
+"""Expansion of a suite into cases: variants, matrix, exclusions, additions, parts of stacks, and references."""
 
 from __future__ import annotations
 
@@ -41,21 +41,22 @@ class _Combination(NamedTuple):
 
 
 def expand(contents: Contents, devices: Sequence[str] | None, files: Sequence[PluginFile] = ()) -> tuple[Case, ...]:
-    """The cases of a suite: each group's reference first, the parts of a stack before it.
+    """Expand a suite into cases: each group's reference first, the parts of a stack before it.
 
-    Parts of a stack that the suite does not name are added, so that what each member adds can be told. Exclusions
-    apply to what the matrix makes and to added parts, not to [[include]]; references come back while their group has
-    another case. An added part that its own ``check`` turns down is left out.
+    Parts of a stack that the suite does not list are added, so that the effect of each member can be reported.
+    Exclusions apply to cases of the matrix and to added parts, but not to [[include]]. The reference of a group is
+    added, even if excluded, as long as the group has another case. An added part is left out if its ``check`` rejects
+    it.
 
     Args:
-        devices: in place of those that the suite names.
-        files: the suite's own plug-ins.
+        devices: devices in place of the suite's own.
+        files: the suite's own plug-in files.
 
     Raises:
-        SuiteError: in one line: key, value and what would be right.
+        SuiteError: if the suite is invalid; in one line: key, value and what is valid.
     """
     plugins = _Plugins(contents, files)
-    product, included = _written(contents, devices)
+    product, included = _combinations(contents, devices)
     written = dict.fromkeys([*(each for each in product if not _excluded(each, contents.exclude)), *included])
     wanted: dict[_Combination, None] = {}
     for each in written:
@@ -65,16 +66,16 @@ def expand(contents: Contents, devices: Sequence[str] | None, files: Sequence[Pl
         raise SuiteError("no case is left after [[exclude]]")
     groups = list(dict.fromkeys(each.group for each in wanted))
     wanted |= dict.fromkeys(_Combination(model, REFERENCE, workload, device) for model, workload, device in groups)
-    # The suite's own devices too, so that what --device leaves out does not make an exclusion idle.
-    named = [each for chosen in (devices, None) for some in _written(contents, chosen) for each in some]
+    # Include the suite's own devices, so that an exclusion for a device that --device replaces is still accepted.
+    named = [each for chosen in (devices, None) for some in _combinations(contents, chosen) for each in some]
     named += [part for each in named for part in each.parts()]
     named += [each._replace(technique=REFERENCE) for each in named]
-    _refuse_idle_exclusions(contents.exclude, named, wanted)
+    _refuse_unmatched_exclusions(contents.exclude, named, wanted)
 
     ordered = sorted(wanted, key=lambda each: (groups.index(each.group), each.technique != REFERENCE))
     cases = []
     for each in ordered:
-        wrong = plugins.misfit(each)
+        wrong = plugins.incompatibility(each)
         if wrong is None:
             cases.append(plugins.case(each))
         elif each in written:
@@ -83,20 +84,20 @@ def expand(contents: Contents, devices: Sequence[str] | None, files: Sequence[Pl
 
 
 def cases_of_program(program: Program, folder: Path, devices: Sequence[str] | None) -> tuple[Case, ...]:
-    """A case of a user's program on each device; it is called by the program's file or module.
+    """Make a case of a user's program for each device, named after the program's file or module.
 
     Args:
-        folder: that its file is relative to.
-        devices: in place of the one that the suite names.
+        folder: the folder that the program's file is relative to.
+        devices: devices in place of the suite's own.
 
     Raises:
-        SuiteError: if it cannot be started: key, value and what is wrong.
+        SuiteError: if the program cannot be started: key, value and what is wrong.
     """
     if program.module is not None:
         command, name = [sys.executable, "-m", program.module], program.module
     else:
         path = folder / str(program.file)
-        command, name = _started(path, str(program.file)), path.stem
+        command, name = _command_of_file(path, str(program.file)), path.stem
     name = re.sub(r"[^\w.-]+", "-", name)[:_LONGEST_NAME] or "script"
     options = program.model_dump(exclude_none=True, exclude={"device"})
     return tuple(
@@ -106,8 +107,8 @@ def cases_of_program(program: Program, folder: Path, devices: Sequence[str] | No
     )  # fmt: skip
 
 
-def _started(path: Path, written: str) -> list[str]:
-    """How a file is started: by this interpreter if it is Python's, else by itself."""
+def _command_of_file(path: Path, written: str) -> list[str]:
+    """Return the command that runs a file: with this interpreter if it is a Python file, else the file itself."""
     where = f"script.file = {shown(written)}"
     try:
         if path.is_dir():
@@ -122,8 +123,8 @@ def _started(path: Path, written: str) -> list[str]:
     return [sys.executable, str(path)] if is_python else [str(path.absolute())]
 
 
-def _written(contents: Contents, devices: Sequence[str] | None) -> tuple[list[_Combination], list[_Combination]]:
-    """What [matrix] and what [[include]] name."""
+def _combinations(contents: Contents, devices: Sequence[str] | None) -> tuple[list[_Combination], list[_Combination]]:
+    """Return the combinations of [matrix], and those of [[include]]."""
 
     def product(axes: Matrix | Addition) -> list[_Combination]:
         chosen = devices or axes.device or contents.matrix.device
@@ -143,10 +144,14 @@ def _excluded(each: _Combination, exclude: Iterable[Selection]) -> bool:
     return any(_matches(selection, each) for selection in exclude)
 
 
-def _refuse_idle_exclusions(
+def _refuse_unmatched_exclusions(
     exclude: Sequence[Selection], candidates: Sequence[_Combination], wanted: Iterable[_Combination]
 ) -> None:
-    """An exclusion that excludes nothing is a mistake that would be paid for in hours of running."""
+    """Refuse exclusions that match no case, since such a mistake may cost hours of measuring unwanted cases.
+
+    Raises:
+        SuiteError: if there is one.
+    """
     for number, selection in enumerate(exclude):
         matched = [each for each in candidates if _matches(selection, each)]
         if matched and all(each.technique == REFERENCE and each in wanted for each in matched):
@@ -163,7 +168,7 @@ def _refuse_idle_exclusions(
 
 
 class _Plugins:
-    """What the names of a suite stand for. Every variant is made once, whether or not a case uses it."""
+    """The plug-ins that a suite names. Each variant is made once, even if no case uses it, to check its options."""
 
     def __init__(self, contents: Contents, files: Sequence[PluginFile]) -> None:
         self._files = files
@@ -178,9 +183,9 @@ class _Plugins:
             for name, table in variants.items():
                 self._made[kind, name] = self._variant(kind, name, table)
         self._made["technique", REFERENCE] = self._make("technique", REFERENCE, {}, "matrix.technique")
-        self._look_up("matrix", contents.matrix)
+        self._make_named("matrix", contents.matrix)
         for number, more in enumerate(contents.include):
-            self._look_up(f"include.{number}", more)
+            self._make_named(f"include.{number}", more)
         self._metrics = self._metric_plugins(contents.suite.metrics)
 
     def _variant(self, kind: str, name: str, table: Mapping[str, Any]) -> tuple[Plugin, Any]:
@@ -217,7 +222,7 @@ class _Plugins:
             raise SuiteError(f"{where}: {wrong}")
         return Plugin(use, made.model_dump(mode="json", exclude_unset=True), found.file), made
 
-    def _look_up(self, where: str, axes: Matrix | Addition) -> None:
+    def _make_named(self, where: str, axes: Matrix | Addition) -> None:
         techniques = [member for stack in axes.technique for member in members(stack)]
         for kind, names in (("model", axes.model), ("technique", techniques), ("workload", axes.workload)):
             for name in names:
@@ -238,7 +243,7 @@ class _Plugins:
                     raise SuiteError(f"{where}.technique = {shown(stack)}: '{same}' and '{member}' are the same")
 
     def _metric_plugins(self, names: Sequence[str]) -> dict[str, Plugin]:
-        """By field, the quality metrics that a suite asks for."""
+        """Return the custom quality metrics of a suite, by field."""
         found: dict[str, Plugin] = {}
         for name in names:
             where, own = f"suite.metrics: '{name}'", name.rpartition(":")[2]
@@ -264,8 +269,8 @@ class _Plugins:
     def _plugin(self, kind: str, name: str) -> Plugin:
         return self._made[kind, name][0]
 
-    def misfit(self, each: _Combination) -> str | None:
-        """Why the model, techniques and workload of a case do not fit each other, or ``None``."""
+    def incompatibility(self, each: _Combination) -> str | None:
+        """Return why the model, techniques and workload of a case are incompatible, or ``None`` if they are not."""
         (_, model), (_, workload) = self._made["model", each.model], self._made["workload", each.workload]
         names = members(each.technique)
         techniques = tuple(self._made["technique", name][1] for name in names)

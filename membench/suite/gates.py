@@ -1,4 +1,4 @@
-"""Rules that a suite states about its figures: ``peak_live <= 0.6 * reference``."""
+"""Gates: rules of a suite about the metrics of its cases, such as ``peak_live <= 0.6 * reference``."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ _TOKEN = re.compile(
 )
 
 
-class _Unit(NamedTuple):
-    """Powers of what a value counts; anything but sizes and durations is a bare number."""
+class _Dimension(NamedTuple):
+    """The dimension of a value, as exponents of bytes and seconds; all other values are bare numbers."""
 
     bytes: int = 0
     seconds: int = 0
@@ -46,47 +46,49 @@ class _Unit(NamedTuple):
         return names.get((self.bytes, self.seconds), "neither size, duration nor number")
 
 
-_NUMBER, _SIZE, _DURATION = _Unit(), _Unit(bytes=1), _Unit(seconds=1)
-_UNIT_OF_WHAT_IS_COUNTED = {"bytes": _SIZE, "seconds": _DURATION}
+_NUMBER, _SIZE, _DURATION = _Dimension(), _Dimension(bytes=1), _Dimension(seconds=1)
+_DIMENSIONS = {"bytes": _SIZE, "seconds": _DURATION}
 
 
 class _Unknown(Exception):
-    """A figure that a rule needs is not known."""
+    """A value that a rule needs is not known."""
 
 
-class _Absent(Exception):
-    """A figure that a rule needs has no meaning for the case."""
+class _NotApplicable(Exception):
+    """A metric that a rule needs has no meaning for the case."""
 
 
 _Lookup = Callable[[bool, Metric], float]
-"""The figure of a metric, of the reference case or of the case itself."""
+"""Returns the value of a metric: of the reference case if the first argument is true, else of the case itself."""
 
 
 @dataclass(frozen=True)
-class _Side:
-    """One side of a rule: how to work it out, in which unit."""
+class _Expression:
+    """One side of a rule, or a part of it: a function that computes its value, and its dimension."""
 
     value: Callable[[_Lookup], float]
-    unit: _Unit
+    dimension: _Dimension
     uses_reference: bool = False
     metrics: frozenset[str] = frozenset()
 
     def shown(self, value: float) -> str:
-        return {_SIZE: format_bytes, _DURATION: format_seconds}.get(self.unit, format_number)(value)
+        return {_SIZE: format_bytes, _DURATION: format_seconds}.get(self.dimension, format_number)(value)
 
 
 @dataclass(frozen=True)
 class Gate:
-    """A rule and the cases that it holds for; ``parse`` makes one.
+    """A rule and the cases that it applies to; ``parse`` makes one.
 
-    ``text`` is the rule as it was written. ``match``: a shell pattern over case ids.
+    Attributes:
+        text: the rule as it was written.
+        match: a shell pattern for case ids.
     """
 
     text: str
     match: str
-    left: _Side = field(repr=False, compare=False)
+    left: _Expression = field(repr=False, compare=False)
     comparison: str = field(repr=False, compare=False)
-    right: _Side = field(repr=False, compare=False)
+    right: _Expression = field(repr=False, compare=False)
 
     @property
     def uses_reference(self) -> bool:
@@ -94,18 +96,18 @@ class Gate:
 
     @property
     def metrics(self) -> frozenset[str]:
-        """The names of those that it takes, of the case or of its reference."""
+        """Return the names of the metrics that the rule uses, of the case or of its reference."""
         return self.left.metrics | self.right.metrics
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A gate held against a case.
+    """The result of checking a gate for a case.
 
     Attributes:
-        case_id: the gate's pattern where no case has the figures that it is about.
-        holds: ``None`` where a figure is not known; ``reason`` says which and why.
-        left, right: what the two sides came to, as text with units.
+        case_id: the case; the gate's pattern if no case has the metrics of the rule.
+        holds: ``None`` if a value is not known; ``reason`` then says which and why.
+        left, right: the values of the two sides, as text with units.
     """
 
     case_id: str
@@ -116,7 +118,10 @@ class Outcome:
     reason: str | None = None
 
     def sentence(self) -> str:
-        """'m/int8/forward/cpu: peak_live <= 0.6 * reference is broken: 202.8 MiB is over 164.8 MiB'."""
+        """Return the result as a sentence.
+
+        'm/int8/forward/cpu: peak_live <= 0.6 * reference is broken: 202.8 MiB is over 164.8 MiB'
+        """
         if self.holds is None:
             return f"{self.case_id}: {self.gate.text} was not checked: {self.reason}"
         if self.holds:
@@ -126,16 +131,17 @@ class Outcome:
 
 
 def parse(text: str, match: str = "*", own: Sequence[Metric] = ()) -> Gate:
-    """A rule: two sums of products of numbers with units, metrics and ``reference``, and <=, <, >= or > between.
+    """Parse a rule: two arithmetic expressions of numbers, metrics and ``reference``, compared by <=, <, >= or >.
 
-    A metric's name is that of the case; ``reference`` is the first metric of the rule in the reference case, and
-    ``reference.weights`` any other of it.
+    The name of a metric stands for its value in the case. ``reference`` stands for the value of the rule's first metric
+    in the reference case, and ``reference.weights`` for the value of another metric there. Numbers may have units.
 
     Args:
-        own: metrics of the suite's plug-ins, which a rule may name, too.
+        match: a shell pattern for the ids of the cases that the rule applies to.
+        own: the suite's custom metrics.
 
     Raises:
-        RuleError: in one line, with the column.
+        RuleError: if the rule is invalid; in one line, with the column.
     """
     try:
         if len(text) > _LONGEST_RULE:
@@ -154,7 +160,7 @@ class _Token:
 
 
 class _Parser:
-    """Reads a rule from left to right."""
+    """A recursive-descent parser of rules."""
 
     def __init__(self, text: str, own: Sequence[Metric]) -> None:
         self._text = text
@@ -174,8 +180,8 @@ class _Parser:
         right = self._sum()
         if (rest := self._take()).kind != "end":
             raise self._wrong(rest, "the rule should end here")
-        if left.unit != right.unit:
-            raise self._wrong(comparison, f"{left.unit} stands on its left and {right.unit} on its right")
+        if left.dimension != right.dimension:
+            raise self._wrong(comparison, f"{left.dimension} stands on its left and {right.dimension} on its right")
         return Gate(self._text, match, left, comparison.text, right)
 
     def _take(self) -> _Token:
@@ -187,34 +193,35 @@ class _Parser:
         found = f"'{token.text}'" if token.text else "the end"
         return RuleError(f", column {token.column}: {found}: {remedy}")
 
-    def _chain(self, part: Callable[[], _Side], signs: str) -> _Side:
-        """Parts joined by signs of equal rank, worked out from the left."""
+    def _chain(self, part: Callable[[], _Expression], signs: str) -> _Expression:
+        """Parse parts joined by operators of equal precedence, which associate to the left."""
         whole = part()
         while self._tokens[self._at].text in tuple(signs):
             sign = self._take()
             whole = self._joined(whole, sign, part())
         return whole
 
-    def _sum(self) -> _Side:
+    def _sum(self) -> _Expression:
         return self._chain(lambda: self._chain(self._factor, "*/"), "+-")
 
-    def _joined(self, first: _Side, sign: _Token, second: _Side) -> _Side:
+    def _joined(self, first: _Expression, sign: _Token, second: _Expression) -> _Expression:
+        one, other = first.dimension, second.dimension
         if sign.text in "+-":
-            if first.unit != second.unit:
-                raise self._wrong(sign, f"{first.unit} and {second.unit} do not add up")
-            unit = first.unit
+            if one != other:
+                raise self._wrong(sign, f"{one} and {other} do not add up")
+            dimension = one
         else:
             power = 1 if sign.text == "*" else -1
-            unit = _Unit(first.unit.bytes + power * second.unit.bytes, first.unit.seconds + power * second.unit.seconds)
-        work_out = _ARITHMETIC[sign.text]
-        return _Side(
-            lambda lookup: work_out(first.value(lookup), second.value(lookup)),
-            unit,
+            dimension = _Dimension(one.bytes + power * other.bytes, one.seconds + power * other.seconds)
+        operation = _ARITHMETIC[sign.text]
+        return _Expression(
+            lambda lookup: operation(first.value(lookup), second.value(lookup)),
+            dimension,
             first.uses_reference or second.uses_reference,
             first.metrics | second.metrics,
         )
 
-    def _factor(self) -> _Side:
+    def _factor(self) -> _Expression:
         token = self._take()
         if token.text == "(":
             self._depth += 1
@@ -228,28 +235,28 @@ class _Parser:
         if token.kind == "number":
             return self._number(token)
         if token.kind == "name":
-            return self._figure(token)
+            return self._metric(token)
         raise self._wrong(token, "a number, a metric or 'reference' is wanted here")
 
-    def _number(self, token: _Token) -> _Side:
+    def _number(self, token: _Token) -> _Expression:
         if not token.unit:
-            number, unit = float(token.text), _NUMBER
+            number, dimension = float(token.text), _NUMBER
         elif token.unit == "%":
             raise self._wrong(token, f"write {float(token.text) / 100:g} for a share of {token.text}%")
         else:
-            number, unit = self._with_unit(token)
-        return _Side(lambda _: number, unit)
+            number, dimension = self._with_unit(token)
+        return _Expression(lambda _: number, dimension)
 
-    def _with_unit(self, token: _Token) -> tuple[float, _Unit]:
+    def _with_unit(self, token: _Token) -> tuple[float, _Dimension]:
         written = f"{token.text} {token.unit}"
-        for parsed, unit in ((parse_bytes, _SIZE), (parse_seconds, _DURATION)):
+        for parsed, dimension in ((parse_bytes, _SIZE), (parse_seconds, _DURATION)):
             try:
-                return float(parsed(written)), unit
+                return float(parsed(written)), dimension
             except ValueError:
                 continue
         raise self._wrong(token, f"unit '{token.unit}' is none of B, KiB, MiB, GiB, TiB, µs, ms, s, min and h")
 
-    def _figure(self, token: _Token) -> _Side:
+    def _metric(self, token: _Token) -> _Expression:
         whose, _, named = token.text.partition(".")
         if whose == _REFERENCE:
             of_reference, name = True, named
@@ -263,8 +270,8 @@ class _Parser:
         if metric is None:
             raise self._wrong(token, f"no metric is named '{name}'; {did_you_mean(name, [*self._named, _REFERENCE])}")
         found = metric
-        unit = _UNIT_OF_WHAT_IS_COUNTED.get(metric.unit.counts, _NUMBER)
-        return _Side(lambda lookup: lookup(of_reference, found), unit, of_reference, frozenset({found.name}))
+        dimension = _DIMENSIONS.get(metric.unit.counts, _NUMBER)
+        return _Expression(lambda lookup: lookup(of_reference, found), dimension, of_reference, frozenset({found.name}))
 
 
 def _tokens(text: str) -> Iterator[_Token]:
@@ -281,13 +288,13 @@ def _tokens(text: str) -> Iterator[_Token]:
 
 
 def of_table(table: Mapping[str, Any], own: Sequence[Metric] = ()) -> tuple[Gate, ...]:
-    """A suite's ``[gate]`` table: ``rules``, and ``[[gate.case]]`` tables of ``match`` and ``rules``.
+    """Parse a suite's ``[gate]`` table: ``rules``, and ``[[gate.case]]`` tables with ``match`` and ``rules``.
 
     Args:
-        own: metrics of the suite's plug-ins.
+        own: the suite's custom metrics.
 
     Raises:
-        RuleError: naming key, rule and column.
+        RuleError: if the table is invalid: key, rule and column.
     """
     unknown = next((key for key in table if key not in ("rules", "case")), None)
     if unknown is not None:
@@ -319,10 +326,10 @@ def _of_rules(where: str, rules: Any, match: str, own: Sequence[Metric]) -> Iter
 
 
 def outcomes(gates: Sequence[Gate], records: Sequence[Record]) -> list[Outcome]:
-    """Hold every gate against every case that its pattern fits, but the reference against itself.
+    """Check every gate for every case that its pattern matches.
 
-    A case that has no such figure (bits per byte of a model that is not trained) is passed over; a gate that is about
-    figures which no case has is told of once.
+    A reference is not compared with itself. Cases for which a metric of the rule has no meaning (such as bits per byte
+    of an untrained model) are skipped; a gate without any case to check has one outcome that says so.
     """
     cases: dict[str, list[Record]] = {}
     for record in records:
@@ -330,33 +337,33 @@ def outcomes(gates: Sequence[Gate], records: Sequence[Record]) -> list[Outcome]:
     references = {repeats[0].group: repeats for repeats in cases.values() if repeats[0].technique == REFERENCE}
     found = []
     for gate in gates:
-        held = [
+        checked = [
             outcome
             for case_id, repeats in cases.items()
             if fnmatch.fnmatchcase(case_id, gate.match)
             and not (gate.uses_reference and repeats[0].technique == REFERENCE)
-            and (outcome := _held(gate, repeats, references.get(repeats[0].group, []))) is not None
+            and (outcome := _checked(gate, repeats, references.get(repeats[0].group, []))) is not None
         ]
-        found += held or [Outcome(gate.match, gate, None, reason=_why_idle(gate, cases))]
+        found += checked or [Outcome(gate.match, gate, None, reason=_why_unchecked(gate, cases))]
     return found
 
 
-def _why_idle(gate: Gate, cases: Mapping[str, Sequence[Record]]) -> str:
+def _why_unchecked(gate: Gate, cases: Mapping[str, Sequence[Record]]) -> str:
     fitting = [repeats[0].technique for case_id, repeats in cases.items() if fnmatch.fnmatchcase(case_id, gate.match)]
     if gate.uses_reference and fitting and set(fitting) == {REFERENCE}:
         return "only references are here, and nothing to hold against them"
     return "no case here has these figures"
 
 
-def _held(gate: Gate, repeats: Sequence[Record], reference: Sequence[Record]) -> Outcome | None:
-    """A gate against one case; ``None`` where it is about figures that the case does not have."""
+def _checked(gate: Gate, repeats: Sequence[Record], reference: Sequence[Record]) -> Outcome | None:
+    """Check a gate for one case; ``None`` if a metric of the rule has no meaning for the case."""
 
     def lookup(of_reference: bool, metric: Metric) -> float:
         return _median(reference if of_reference else repeats, metric, "the reference" if of_reference else "the case")
 
     try:
         left, right = gate.left.value(lookup), gate.right.value(lookup)
-    except _Absent:
+    except _NotApplicable:
         return None
     except _Unknown as unknown:
         return Outcome(repeats[0].id, gate, None, reason=str(unknown))
@@ -382,4 +389,4 @@ def _median(repeats: Sequence[Record], metric: Metric, whose: str) -> float:
     if metric.field in repeats[0].metrics:
         reason = repeats[0].reasons.get(metric.field, "no reason is kept")
         raise _Unknown(f"{metric.name} of {whose} is not known: {reason}")
-    raise _Absent
+    raise _NotApplicable

@@ -31,7 +31,7 @@ def load_suite(name: str | Path, devices: list[str] | None = None) -> Suite:
         except ValueError as error:
             raise SuiteError(f"--device {shown(device)}: {error}") from None
     file, _, chosen = str(name).partition("::")
-    path = _found(file if chosen else name)
+    path = _suite_file(file if chosen else name)
     if path.suffix == ".py":
         suite = _chosen(suites_in(path), path, chosen)
         return suite if devices is None else suite.on(devices)
@@ -39,28 +39,28 @@ def load_suite(name: str | Path, devices: list[str] | None = None) -> Suite:
         raise SuiteError(f"{shown(str(name))}: only a file in Python makes several suites")
     text = toml_files.read(path)
     values = checked(toml_files.parsed(path, text), str(path), path.parent, devices)
-    return Suite._of({**values, "path": path, "text": text, "tables": None})
+    return Suite._from_values({**values, "path": path, "text": text, "tables": None})
 
 
 def suites_in(path: Path) -> list[Suite]:
-    """Return the suites that a Python file makes: its variables, and the items of lists, tuples and dicts among them.
+    """Run a Python file and return its suites: global variables, and items of lists, tuples and dicts among these.
 
     Raises:
-        SuiteError: if it fails, makes no suite, or two of the same name: file, line and what is wrong.
+        SuiteError: if it fails, makes no suite, or makes two of the same name: file, line and what is wrong.
     """
     token = FILE_BEING_READ.set(path)
     try:
-        namespace, text = python_files.executed(path)
+        namespace, text = python_files.execute(path)
     finally:
         FILE_BEING_READ.reset(token)
     found: dict[str, Suite] = {}
-    for suite in python_files.held(namespace.values(), Suite):
+    for suite in python_files.instances_in(namespace.values(), Suite):
         other = found.setdefault(suite.name, suite)
         if other is not suite:
             raise SuiteError(f"{path}: two suites are named '{suite.name}'")
     if not found:
         raise SuiteError(f"{path} makes no suite: assign a membench.Suite(...) to a variable")
-    return [suite._but(path=path, text=text) for suite in found.values()]
+    return [suite._with(path=path, text=text) for suite in found.values()]
 
 
 def is_suite(name: str) -> bool:
@@ -79,8 +79,8 @@ def description(path: Path) -> str:
         own = None if chosen else python_files.docstring(Path(file))
         return one_line((own or load_suite(path).description).strip().partition("\n")[0])
     head = toml_files.parsed(path, toml_files.read(path)).get("suite")
-    said = head.get("description", "") if isinstance(head, dict) else ""
-    return one_line(str(said).strip().partition("\n")[0])
+    written = head.get("description", "") if isinstance(head, dict) else ""
+    return one_line(str(written).strip().partition("\n")[0])
 
 
 def _chosen(suites: Sequence[Suite], path: Path, name: str) -> Suite:
@@ -95,8 +95,12 @@ def _chosen(suites: Sequence[Suite], path: Path, name: str) -> Suite:
     return named
 
 
-def _found(name: str | Path) -> Path:
-    """Return the file that a suite's name or path stands for."""
+def _suite_file(name: str | Path) -> Path:
+    """Return the file of a suite that is given by name or path.
+
+    Raises:
+        SuiteError: if there is none.
+    """
     path, known = Path(name), lookup.named()
     is_path = _is_path(str(name))
     if not is_path and (found := lookup.find(str(name))) is not None:
@@ -106,7 +110,7 @@ def _found(name: str | Path) -> Path:
             return path
         is_folder, exists = path.is_dir(), path.exists()
         neighbours = {other.stem for other in path.parent.glob("*.toml")} if path.parent.is_dir() else set()
-    except OSError as error:  # the name is too long, or the folder is not for this user to see
+    except OSError as error:  # the name is too long, or the user may not read the folder
         raise SuiteError(f"{shown(str(path))}: {error.strerror}") from None
     if not is_path:
         hint = f"did you mean '{path}.toml'?" if path.name in neighbours else did_you_mean(str(name), known)

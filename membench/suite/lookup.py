@@ -1,4 +1,4 @@
-"""Suites that can be named without a path: those in ./suites, and those that packages provide through entry points."""
+"""Lookup of suites by name: those in ./suites, and those that packages provide through entry points."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from membench.errors import SuiteError, summary
 from membench.plugins.distributions import distribution, normalised, of_package
 
 GROUP = "membench.suites"
-"""An entry point of it has a suite's name and is the path of its file."""
+"""The entry points of this group have the names of suites and load the paths of their files."""
 
 
 @dataclass(frozen=True)
 class NamedSuite:
-    """A suite's name, and who has it.
+    """A suite that can be loaded by name.
 
     Attributes:
-        source: its file, or the entry points of that name, more than one where packages have the same.
+        source: its file, or the entry points of that name; several if several packages provide the name.
     """
 
     name: str
@@ -30,16 +30,16 @@ class NamedSuite:
 
     @property
     def origin(self) -> str:
-        """The folder or the distributions that it comes from."""
+        """Return the folder or the distributions that provide it."""
         if isinstance(self.source, Path):
             return "./suites"
         return " and ".join(distribution(entry) for entry in self.source)
 
     def path(self) -> Path:
-        """The suite's file.
+        """Return the suite's file.
 
         Raises:
-            SuiteError: if two packages have the name, or the one that has it is broken.
+            SuiteError: if several packages provide the name, or if its entry point is broken.
         """
         if isinstance(self.source, Path):
             return self.source
@@ -50,7 +50,7 @@ class NamedSuite:
         (entry,) = self.source
         whose = f"suite '{self.name}' of {distribution(entry)} ({entry.value})"
         try:
-            with contextlib.redirect_stdout(sys.stderr):  # a machine may read what we print
+            with contextlib.redirect_stdout(sys.stderr):  # standard output may be read by a program
                 found = entry.load()
         except (Exception, SystemExit) as error:
             raise SuiteError(f"{whose} cannot be loaded: {summary(error)}") from error
@@ -60,7 +60,7 @@ class NamedSuite:
 
 
 def named() -> Mapping[str, NamedSuite]:
-    """Every suite that can be named, by its name; one in ./suites comes before a package's. Nothing is loaded."""
+    """Return all named suites, by name, without loading any; those in ./suites take precedence over packages'."""
     found = {path.stem: NamedSuite(path.stem, path) for path in sorted((Path.cwd() / "suites").glob("*.toml"))}
     provided: dict[str, list[EntryPoint]] = {}
     for entry in entry_points(group=GROUP):
@@ -73,7 +73,7 @@ def named() -> Mapping[str, NamedSuite]:
 
 
 def find(name: str) -> NamedSuite | None:
-    """The suite of a name, or of a package ('package:name'); ``None`` if there is none."""
+    """Return the suite with a name, written 'name' or 'package:name'; ``None`` if there is none."""
     package, colon, own = name.rpartition(":")
     if not colon:
         return named().get(name)

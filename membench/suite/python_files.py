@@ -1,4 +1,4 @@
-"""Python files of a user's that are read here, in the process that measures nothing."""
+"""Running of users' Python files that make suites, in the parent process, which measures nothing."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _T = TypeVar("_T")
 _DEEPEST = 5
 
 
-def executed(path: Path) -> tuple[dict[str, Any], str]:
-    """What a file defines, and its text. Modules beside it can be imported, as by a script.
+def execute(path: Path) -> tuple[dict[str, Any], str]:
+    """Run a file and return its global variables and its text. It can import modules next to it, like a script.
 
     Raises:
-        SuiteError: if it cannot be read, ends in an error or imports torch: file, line and what is wrong.
+        SuiteError: if it cannot be read, raises an error or imports torch: file, line and what is wrong.
     """
     text, _, code = _parsed(path)
     namespace: dict[str, Any] = {"__name__": path.stem, "__file__": str(path.absolute())}
     had_torch = "torch" in sys.modules
     try:
-        # What it prints must not be taken for a table.
+        # Its output must not mix with tables on standard output.
         with _importing_from(path.parent), contextlib.redirect_stdout(sys.stderr):
             exec(code, namespace)
     except KeyboardInterrupt:
@@ -37,8 +37,8 @@ def executed(path: Path) -> tuple[dict[str, Any], str]:
     except BaseException as error:
         if isinstance(error, SuiteError) and str(error).startswith(f"{path}: "):
             raise
-        said = str(error) if isinstance(error, MembenchError) else summary(error)
-        raise SuiteError(f"{path}{place_in(error, str(path))}: {said}") from None
+        message = str(error) if isinstance(error, MembenchError) else summary(error)
+        raise SuiteError(f"{path}{place_in(error, str(path))}: {message}") from None
     if "torch" in sys.modules and not had_torch:
         raise SuiteError(
             f"{path} imports torch, itself or through what it imports; a suite names what is measured,"
@@ -48,10 +48,10 @@ def executed(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def docstring(path: Path) -> str | None:
-    """What a file says of itself; it is not run for that.
+    """Return the docstring of a file without running it; ``None`` if it has none.
 
     Raises:
-        SuiteError: if it cannot be read.
+        SuiteError: if it cannot be read or parsed.
     """
     _, tree, _ = _parsed(path)
     return ast.get_docstring(tree)
@@ -68,7 +68,7 @@ def _parsed(path: Path) -> tuple[str, ast.Module, CodeType]:
     except SyntaxError as error:
         where = f", line {error.lineno}" if error.lineno else ""
         raise SuiteError(f"{path}{where}: {error.msg}") from None
-    except (ValueError, RecursionError, MemoryError) as error:  # not of its encoding, or nested too deeply
+    except (ValueError, RecursionError, MemoryError) as error:  # wrong encoding, or nested too deeply
         raise SuiteError(f"{path}: {summary(error)}") from None
 
 
@@ -83,20 +83,23 @@ def _importing_from(folder: Path) -> Iterator[None]:
             sys.path.remove(entry)
 
 
-def held(values: Iterable[Any], kind: type[_T], depth: int = 0) -> Iterator[_T]:
-    """What is of a kind among values, and in the lists, tuples and dicts among them."""
+def instances_in(values: Iterable[Any], kind: type[_T], depth: int = 0) -> Iterator[_T]:
+    """Yield the instances of a type among values, and in lists, tuples and dicts among them."""
     for value in list(values):
         if isinstance(value, kind):
             yield value
         elif isinstance(value, list | tuple | dict) and depth < _DEEPEST:
-            yield from held(value.values() if isinstance(value, dict) else value, kind, depth + 1)
+            yield from instances_in(value.values() if isinstance(value, dict) else value, kind, depth + 1)
 
 
-def plain(value: Any, key: str) -> Any:
-    """A value as a file of TOML would have given it.
+def as_toml(value: Any, key: str) -> Any:
+    """Convert a value to the types that TOML has.
+
+    Args:
+        key: the name of the value in error messages.
 
     Raises:
-        ValueError: if no such file could: the key, and what is wrong.
+        ValueError: if TOML cannot represent it: key and what is wrong.
     """
     match value:
         case float() if not math.isfinite(value):
@@ -107,9 +110,9 @@ def plain(value: Any, key: str) -> Any:
             odd = next((name for name in value if not isinstance(name, str)), None)
             if odd is not None:
                 raise ValueError(f"{key}: {odd!r} is the name of something, and text is wanted")
-            return {name: plain(inner, f"{key}.{name}") for name, inner in value.items()}
+            return {name: as_toml(inner, f"{key}.{name}") for name, inner in value.items()}
         case list() | tuple() | range():
-            return [plain(inner, f"{key}.{number}") for number, inner in enumerate(value)]
+            return [as_toml(inner, f"{key}.{number}") for number, inner in enumerate(value)]
         case Path():
             return str(value)
     raise ValueError(f"{key}: a suite holds text, numbers, true or false, lists and tables, not {type(value).__name__}")

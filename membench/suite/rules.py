@@ -17,14 +17,14 @@ from membench.suite.tolerances import Tolerance
 from membench.suite.tolerances import of_table as tolerances_of_table
 
 _FOOTPRINT_OF_PROGRAMS = "5%"
-"""How much the footprint of a user's program may grow before it counts as a regression, unless its suite says."""
+"""The default tolerance for the footprint of a user's program."""
 
 
 def rules_of(header: Mapping[str, Any], own: Sequence[Metric] = ()) -> tuple[tuple[Tolerance, ...], tuple[Gate, ...]]:
-    """Return the tolerances and gates of a suite from the header of a run that kept it.
+    """Return the tolerances and gates of a suite from the header of a run.
 
     Args:
-        own: the suite's metrics that are plug-ins.
+        own: the suite's custom metrics.
 
     Raises:
         RuleError: if they are not valid.
@@ -44,16 +44,28 @@ def rules_of(header: Mapping[str, Any], own: Sequence[Metric] = ()) -> tuple[tup
 def rules(
     regression: Mapping[str, Any], gate: Mapping[str, Any], own: Sequence[Metric], *, of_program: bool
 ) -> tuple[tuple[Tolerance, ...], tuple[Gate, ...]]:
-    """Return the tolerances and gates of the tables ``[regression]`` and ``[gate]``."""
-    if of_program:  # of the metrics that are watched by default, a program has only the time
+    """Return the tolerances and gates of the tables ``[regression]`` and ``[gate]``.
+
+    Args:
+        own: the suite's custom metrics.
+        of_program: whether the suite measures a user's program.
+
+    Raises:
+        RuleError: if they are not valid.
+    """
+    if of_program:  # the only default-watched metric that a program has is the time
         regression = {"peak_footprint": _FOOTPRINT_OF_PROGRAMS, **regression}
     return tolerances_of_table(regression, own), gates_of_table(gate, own)
 
 
-def refuse_unknown_of_programs(
+def refuse_unsupported_by_programs(
     limits: Mapping[str, Any], tolerances: Sequence[Tolerance], gates: Sequence[Gate]
 ) -> None:
-    """Refuse limits and rules about metrics that no program has: they would always look met."""
+    """Refuse limits and rules about metrics that are not measured for programs, since they could never fail.
+
+    Raises:
+        SuiteError: if there is one.
+    """
     named = [(f"limits.{name}", name) for name in limits]
     named += [(f"regression.{each.metric.name}", each.metric.name) for each in tolerances if each.origin == "suite"]
     named += [(f"gate: rule {shown(gate.text)}", name) for gate in gates for name in sorted(gate.metrics)]
@@ -66,8 +78,12 @@ def refuse_unknown_of_programs(
             raise SuiteError(f"gate: rule {shown(gate.text)}: a script has no reference; hold it against an amount")
 
 
-def refuse_idle_patterns(tolerances: Sequence[Tolerance], gates: Sequence[Gate], case_ids: Sequence[str]) -> None:
-    """Refuse a pattern that matches no case: it guards nothing."""
+def refuse_unmatched_patterns(tolerances: Sequence[Tolerance], gates: Sequence[Gate], case_ids: Sequence[str]) -> None:
+    """Refuse patterns that match no case, since their rules would never be checked.
+
+    Raises:
+        SuiteError: if there is one.
+    """
     for table, pattern in (*(("regression", each.match) for each in tolerances), *(("gate", g.match) for g in gates)):
         if not any(fnmatch.fnmatchcase(case_id, pattern) for case_id in case_ids):
             hint = did_you_mean(pattern, case_ids)

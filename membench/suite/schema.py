@@ -1,4 +1,4 @@
-"""The tables of a suite, their keys and values checked one by one."""
+"""The schema of a suite's tables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from membench.records.names import checked_device, checked_name, checked_plugin, checked_stack
 
 _WEEK_S = 7 * 24 * 3600
-_LARGEST_SEED = 2**63 - 1  # TOML's own largest number; torch takes twice as much, techniques add to it
+_LARGEST_SEED = 2**63 - 1  # the largest integer of TOML; torch accepts twice as much, and techniques add to the seed
 
 
 class _Table(BaseModel):
@@ -31,14 +31,19 @@ _OneOrMore = BeforeValidator(_listed)
 
 
 class ProgramHead(_Table):
-    """What any suite says of itself."""
+    """The head of any suite."""
 
     name: Name
     description: str = ""
 
 
 class Head(ProgramHead):
-    """``plugins``: files of plug-ins, relative to the suite's. ``metrics``: quality metrics that are plug-ins."""
+    """The head of a suite of cases.
+
+    Attributes:
+        plugins: plug-in files, relative to the suite's file.
+        metrics: the names of custom quality metrics to measure.
+    """
 
     plugins: Annotated[list[str], _OneOrMore] = []
     metrics: list[Annotated[str, AfterValidator(checked_plugin)]] = []
@@ -52,7 +57,7 @@ class Matrix(_Table):
 
 
 class Selection(_Table):
-    """Patterns of what to leave out; what is not named fits all."""
+    """Patterns of cases to exclude; an axis without patterns matches all cases."""
 
     model: Patterns | None = None
     technique: Patterns | None = None
@@ -67,12 +72,16 @@ class Selection(_Table):
 
     @property
     def axes(self) -> tuple[list[str] | None, ...]:
-        """The patterns in the order in which the id of a case has the names."""
+        """Return the patterns of each axis, in the order of the names in a case id."""
         return (self.model, self.technique, self.workload, self.device)
 
 
 class Addition(_Table):
-    """Names of what to add. ``device`` of ``None``: those of the matrix."""
+    """Names of cases to add.
+
+    Attributes:
+        device: the devices; ``None``: the devices of the matrix.
+    """
 
     model: Annotated[Names, _OneOrMore]
     technique: Annotated[Stacks, _OneOrMore]
@@ -81,7 +90,11 @@ class Addition(_Table):
 
 
 class Settings(_Table):
-    """How cases are run. ``threads`` of ``None``: as many as the cores this process may use."""
+    """Settings for running cases.
+
+    Attributes:
+        threads: the number of threads; ``None``: the number of cores that this process may use.
+    """
 
     repeats: int = Field(1, ge=1, le=1000)
     warmup_steps: int = Field(1, ge=1, le=1_000_000)
@@ -94,7 +107,7 @@ class Settings(_Table):
 
 
 class Contents(_Table):
-    """A suite file as it is written, its keys and values checked one by one."""
+    """The contents of a suite of cases."""
 
     suite: Head
     matrix: Matrix
@@ -111,7 +124,12 @@ class Contents(_Table):
 
 
 class Program(_Table):
-    """A user's program. Exactly one of ``file``, relative to the suite, and ``module``, as after ``python -m``."""
+    """A user's program. Exactly one of ``file`` and ``module`` is given.
+
+    Attributes:
+        file: the program's file, relative to the suite's.
+        module: the program's module, as for ``python -m``.
+    """
 
     file: Annotated[str, Field(min_length=1)] | None = None
     module: Annotated[str, Field(min_length=1)] | None = None
@@ -126,7 +144,7 @@ class Program(_Table):
 
 
 class ProgramSettings(_Table):
-    """How a program is run; a week is as good as for ever."""
+    """Settings for running a program. The default timeout, a week, stands for none."""
 
     repeats: int = Field(1, ge=1, le=1000)
     timeout_s: float = Field(_WEEK_S, gt=0, le=_WEEK_S)
@@ -134,7 +152,7 @@ class ProgramSettings(_Table):
 
 
 class ProgramContents(_Table):
-    """A suite that measures a user's program."""
+    """The contents of a suite that measures a user's program."""
 
     suite: ProgramHead
     script: Program

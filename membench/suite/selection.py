@@ -1,4 +1,4 @@
-"""The -k expression: parts of case ids, joined by and, or, not and brackets."""
+"""The -k expression, which selects cases: parts of case ids, joined by and, or, not and parentheses."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _DEEPEST = 100
 
 
 def parse(expression: str) -> Predicate:
-    """A function that says whether a case id is meant.
+    """Parse an expression into a predicate of case ids.
 
     Raises:
-        SuiteError: if the expression is not one.
+        SuiteError: if the expression is not valid.
     """
     words = re.findall(r"[()]|[^\s()]+", expression)
     position = 0
@@ -68,6 +68,6 @@ def parse(expression: str) -> Predicate:
     return predicate
 
 
-def fits_nothing(expression: str) -> MembenchError:
-    """What to raise where an expression leaves no case of a suite."""
+def no_case_matches(expression: str) -> MembenchError:
+    """Make the error for an expression that matches no case of a suite."""
     return MembenchError(f"-k '{expression}' fits no case; 'membench list SUITE' names them")

@@ -23,18 +23,20 @@ from membench.suite.schema import Settings
 from membench.suite.tolerances import Tolerance
 
 FILE_BEING_READ: contextvars.ContextVar[Path | None] = contextvars.ContextVar("file being read", default=None)
-"""The Python file that is being run for the suites that it makes."""
+"""The Python file that is being run to load its suites; ``None`` outside of that."""
 
 
 @dataclass(frozen=True, init=False, eq=False)
 class Suite:
-    """A checked suite: its cases (references included), settings, limits by metric field, tolerances, gates, and the
-    files of its own plug-ins.
+    """A checked suite: its cases, settings, limits and rules.
 
     Attributes:
-        path: the file that it was read from; ``None`` if it was made elsewhere.
-        text: the text of that file; of a suite made elsewhere, its tables in JSON.
-        tables: the tables that it was made from, if it was made in Python.
+        path: the file that it was read from; ``None`` if it was not read from a file.
+        cases: the cases, references included.
+        limits: the worst value that each limited metric may have, by metric field.
+        text: the text of its file; for a suite made in Python, its tables in JSON.
+        plugin_files: the files of its own plug-ins.
+        tables: the tables that it was made from; ``None`` if it was read from TOML.
     """
 
     path: Path | None
@@ -73,11 +75,11 @@ class Suite:
 
         Args:
             plugins: plug-in files, relative to the suite's file, or to the current folder if it has none.
-            metrics: quality metrics that are plug-ins.
-            script: in place of ``matrix``, for a suite that measures a program.
+            metrics: the names of custom quality metrics to measure.
+            script: the program to measure, instead of ``matrix``.
 
         Raises:
-            SuiteError: in one line: key, value and what is valid.
+            SuiteError: if the suite is invalid; in one line: key, value and what is valid.
         """
         head = {"name": name, "description": description, "plugins": plugins, "metrics": metrics}
         given = {
@@ -89,7 +91,7 @@ class Suite:
         path = FILE_BEING_READ.get()
         where = str(path) if path else f"suite {shown(name)}"
         try:
-            tables = {key: python_files.plain(value, key) for key, value in given.items() if value not in (None, [])}
+            tables = {key: python_files.as_toml(value, key) for key, value in given.items() if value not in (None, [])}
         except ValueError as error:
             raise SuiteError(f"{where}: {error}") from None
         self._set(checked(tables, where, path.parent if path else Path(), None))
@@ -100,23 +102,27 @@ class Suite:
             object.__setattr__(self, name, value)
 
     @classmethod
-    def _of(cls, values: Mapping[str, Any]) -> Self:
+    def _from_values(cls, values: Mapping[str, Any]) -> Self:
         suite = cls.__new__(cls)
         suite._set(values)
         return suite
 
-    def _but(self, **values: Any) -> Self:
+    def _with(self, **values: Any) -> Self:
         changed = copy.copy(self)
         changed._set(values)
         return changed
 
     @property
     def own_metrics(self) -> tuple[Metric, ...]:
-        """The suite's metrics that are plug-ins."""
+        """Return the suite's custom metrics."""
         return own_metrics(field for case in self.cases[:1] for field in case.metric_plugins)
 
     def select(self, keep: Callable[[str], bool]) -> tuple[Case, ...]:
-        """Return the cases whose id is kept, and those they are compared with: references and the parts of stacks."""
+        """Return the cases whose ids match, and those they are compared with: references and parts of stacks.
+
+        Args:
+            keep: a predicate of case ids.
+        """
         wanted = set()
         for case in self.cases:
             if keep(case.id):
@@ -130,7 +136,7 @@ class Suite:
 
     def with_repeats(self, repeats: int) -> Suite:
         """Return the same suite with another number of repeats of each case."""
-        return self._but(settings=self.settings.model_copy(update={"repeats": repeats}))
+        return self._with(settings=self.settings.model_copy(update={"repeats": repeats}))
 
     def on(self, devices: list[str]) -> Suite:
         """Return the same suite on other devices.
@@ -140,4 +146,4 @@ class Suite:
         """
         tables = self.tables if self.tables is not None else toml_files.parsed(Path(str(self.path)), self.text)
         folder = self.path.parent if self.path else Path()
-        return self._but(**checked(tables, str(self.path or f"suite '{self.name}'"), folder, devices))
+        return self._with(**checked(tables, str(self.path or f"suite '{self.name}'"), folder, devices))

@@ -1,4 +1,4 @@
-"""How much worse a figure may get: the defaults, what a suite says, what the command line says."""
+"""Tolerances: how much worse a metric may get, by default, by a suite or by the command line."""
 
 from __future__ import annotations
 
@@ -24,16 +24,15 @@ _EVERY = "*"
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How much worse one metric may get in the cases that a pattern fits.
+    """The amount by which a metric may get worse in the cases that a pattern matches.
 
     Attributes:
-        metric: its row in the table of metrics.
-        amount: a share of the base's figure (0.02 for '2%'), or an amount in the unit of ``metric.field``; infinite
-            for 'off'.
-        is_relative: which of the two.
-        match: a shell pattern over case ids; ``*`` passes over slashes, too.
-        origin: who said so; what the command line says of a metric replaces what a suite says of it, and that the
-            default.
+        metric: the metric.
+        amount: a share of the base's value (0.02 for '2%'), or an amount in the unit of ``metric.field``; infinite for
+            'off'.
+        is_relative: whether the amount is a share.
+        match: a shell pattern for case ids; ``*`` matches slashes, too.
+        origin: where it comes from; for each metric, the command line overrides the suite, and the suite the default.
     """
 
     metric: Metric
@@ -43,38 +42,38 @@ class Tolerance:
     origin: Origin = "default"
 
     def allowed(self, base: float) -> float:
-        """How much worse than ``base`` the metric may get, in its unit."""
+        """Return the amount by which the metric may get worse than ``base``, in its unit."""
         return self.amount * abs(base) if self.is_relative else self.amount
 
     @property
     def shown(self) -> str:
-        """The amount as people write it: '2%', '16.00 MiB', 'off'."""
+        """Return the amount as text: '2%', '16.00 MiB', 'off'."""
         if math.isinf(self.amount):
             return _OFF
         return f"{self.amount * 100:.4g}%" if self.is_relative else self.metric.format(self.amount)
 
     def __str__(self) -> str:
-        """As it is written: ``peak_live:2%``."""
+        """Return the tolerance as on the command line: ``peak_live:2%``."""
         return f"{'' if self.match == _EVERY else f'{self.match}:'}{self.metric.name}:{self.shown}"
 
 
 DEFAULTS: tuple[Tolerance, ...] = tuple(
     Tolerance(metric, metric.tolerance, is_relative=True) for metric in METRICS if metric.tolerance is not None
 )
-"""What is watched where nobody says otherwise."""
+"""The metrics that are watched by default."""
 
 
 def parse_fail(text: str, own: Sequence[Metric] = ()) -> Tolerance:
-    """``--fail``: ``peak_live:2%``, ``time:10%``, ``peak_live:16MiB``, ``llama-*:peak_live:2%``, ``time:off``.
+    """Parse a value of ``--fail``, such as ``peak_live:2%``, ``peak_live:16MiB``, ``llama-*:time:10%`` or ``time:off``.
 
     Args:
-        own: metrics of plug-ins, which may be named, too.
+        own: the custom metrics.
 
     Raises:
-        UnknownMetric: in one line, with the nearest right name.
-        RuleError: in one line, with what would be right.
+        UnknownMetric: if the metric is unknown; in one line, with the closest known name.
+        RuleError: if the value is invalid; in one line, with what is valid.
     """
-    # From the right, since the id of a case on 'cuda:0' has a colon, too.
+    # Split from the right, since a case id on 'cuda:0' contains a colon, too.
     parts = [part.strip() for part in text.rsplit(":", 2)]
     if len(parts) < 2 or not all(parts):
         raise RuleError(f"--fail {shown(text)}: write METRIC:AMOUNT or PATTERN:METRIC:AMOUNT, such as 'peak_live:2%'")
@@ -86,11 +85,16 @@ def parse_fail(text: str, own: Sequence[Metric] = ()) -> Tolerance:
 
 
 def of_table(table: Mapping[str, Any], own: Sequence[Metric] = ()) -> tuple[Tolerance, ...]:
-    """A suite's ``[regression]`` table: metrics with one amount or a list of them, and ``[[regression.case]]`` tables
-    of the same with a ``match``.
+    """Parse a suite's ``[regression]`` table.
+
+    It has metrics with one amount or a list of amounts, and ``[[regression.case]]`` tables of the same with a
+    ``match``.
+
+    Args:
+        own: the suite's custom metrics.
 
     Raises:
-        RuleError: naming the key and the value.
+        RuleError: if the table is invalid: key and value.
     """
     found = list(_of_metrics("regression", {key: value for key, value in table.items() if key != "case"}, _EVERY, own))
     cases = table.get("case", [])
@@ -138,32 +142,32 @@ def _tolerance(name: str, value: Any, match: str, origin: Origin, own: Sequence[
 
 
 class Tolerances:
-    """What is watched, and how closely, out of everything that was said."""
+    """The tolerances in effect: those of the command line, of a suite, and the defaults."""
 
     def __init__(self, suite: Sequence[Tolerance] = (), command_line: Sequence[Tolerance] = ()) -> None:
-        self._said = (tuple(command_line), tuple(suite), DEFAULTS)
+        self._by_precedence = (tuple(command_line), tuple(suite), DEFAULTS)
 
     def of(self, case_id: str, metric: Metric) -> tuple[Tolerance, ...]:
-        """The tolerances that hold for a case's metric: it fails if it breaks one of them. Empty: it is not watched.
+        """Return the tolerances for a metric of a case: it fails if it exceeds one of them. Empty: it is not watched.
 
-        Of the command line, the suite and the defaults the first that names the metric counts. In it, patterns come
-        before what is said of every case, and of several patterns that fit the last one.
+        The first of command line, suite and defaults that has tolerances for the metric counts. There, tolerances with
+        a pattern override those for all cases, and the last matching pattern overrides the others.
         """
-        for said in self._said:
-            fitting = [one for one in said if one.metric is metric and fnmatch.fnmatchcase(case_id, one.match)]
+        for tolerances in self._by_precedence:
+            fitting = [one for one in tolerances if one.metric is metric and fnmatch.fnmatchcase(case_id, one.match)]
             if fitting:
                 narrow = [one.match for one in fitting if one.match != _EVERY]
                 match = narrow[-1] if narrow else _EVERY
                 return tuple(one for one in fitting if one.match == match and not math.isinf(one.amount))
         return ()
 
-    def refuse_idle(self, case_ids: Iterable[str]) -> None:
-        """A pattern that fits no case watches nothing.
+    def refuse_unmatched(self, case_ids: Iterable[str]) -> None:
+        """Refuse tolerances whose pattern matches no case, since they would never be checked.
 
         Raises:
-            RuleError: naming the first such pattern.
+            RuleError: if there is one; the message names the first.
         """
         ids = list(case_ids)
-        for one in (*self._said[0], *self._said[1]):
+        for one in (*self._by_precedence[0], *self._by_precedence[1]):
             if not any(fnmatch.fnmatchcase(case_id, one.match) for case_id in ids):
                 raise RuleError(f"tolerance {shown(str(one))} fits no case; {did_you_mean(one.match, ids)}")

@@ -15,7 +15,7 @@ from membench.data import corpus, tokens
 from membench.errors import is_out_of_memory, summary
 from membench.protocol.messages import CustomFigure
 from membench.protocol.readings import QualityReading
-from membench.records.metrics import METRIC_OF_FIELD, can_be_a_figure
+from membench.records.metrics import METRIC_OF_FIELD, is_possible_value
 
 if TYPE_CHECKING:
     from torch import nn
@@ -184,7 +184,7 @@ def own(
                 value = float(metric.measure(module, held_out, context))
             if not math.isfinite(value):
                 value, reason = None, "it is not finite"
-            elif not can_be_a_figure(field, value):
+            elif not is_possible_value(field, value):
                 value, reason = None, f"{value:g} is no size of a figure"
             if reason is not None:
                 remarks.append(f"metric '{METRIC_OF_FIELD[field].name}' is not known: {reason}")
