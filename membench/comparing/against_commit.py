@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from membench.comparing.git import Repository, WorkTree
+from membench.comparing.version_messages import (
+    CodeVersion,
+    MeasureCase,
+    Ready,
+    Refused,
+    SessionEvent,
+    Setup,
+    VersionMessage,
+    decode,
+    encode,
+)
 from membench.errors import MembenchError
 from membench.records.run_file import Run, read_run
 from membench.running.session import silent
@@ -83,14 +94,23 @@ class Interleaved:
                 )
             theirs = self._in(tree, path, f"suite {path}")
             chosen = f"::{self._suite.name}" if path.suffix == ".py" else ""
-            order = {"devices": self._devices, "ids": self._ids, "repeats": self._suite.settings.repeats}
-            head_commit = self._repository.commit("HEAD")
-            head = {**order, "suite": f"{path.resolve()}{chosen}", "output": str(self._output.absolute()),
-                    "root": str(self._repository.root), "not_from": None,
-                    "code": {"commit": head_commit, "ref": "HEAD", "is_changed": self.is_changed}}  # fmt: skip
-            base = {**order, "suite": f"{theirs}{chosen}", "output": str(self._output.absolute() / "base"),
-                    "root": str(tree.path), "not_from": str(self._repository.root),
-                    "code": {"commit": self.commit, "ref": self.ref, "is_changed": False}}  # fmt: skip
+            head = Setup(
+                suite=f"{path.resolve()}{chosen}",
+                output=str(self._output.absolute()),
+                root=str(self._repository.root),
+                repeats=self._suite.settings.repeats,
+                code=CodeVersion(self._repository.commit("HEAD"), "HEAD", self.is_changed),
+                devices=self._devices,
+                ids=self._ids,
+            )
+            base = dataclasses.replace(
+                head,
+                suite=f"{theirs}{chosen}",
+                output=str(self._output.absolute() / "base"),
+                root=str(tree.path),
+                code=CodeVersion(self.commit, self.ref, is_changed=False),
+                not_from=str(self._repository.root),
+            )
             paths = _import_paths(self._repository.root)
             self._base = opened.enter_context(
                 _VersionProcess("base", there, _counterparts(tree, paths), base, self._tell)
@@ -144,8 +164,8 @@ class Interleaved:
 class _VersionProcess:
     """The process that measures one version. Use as a context manager."""
 
-    def __init__(self, name: str, folder: Path, paths: Sequence[Path], order: Mapping[str, Any], tell: Tell) -> None:
-        self.name, self._folder, self._order, self._tell = name, folder, order, tell
+    def __init__(self, name: str, folder: Path, paths: Sequence[Path], setup: Setup, tell: Tell) -> None:
+        self.name, self._folder, self._setup, self._tell = name, folder, setup, tell
         self._paths = list(map(str, paths))
         self.path: Path = Path()
         self.ids: Sequence[str] = ()
@@ -159,7 +179,7 @@ class _VersionProcess:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
             start_new_session=True,  # Ctrl-C in the terminal reaches only this process, which then ends the other
         )  # fmt: skip
-        self._send(self._order)
+        self._send(self._setup)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -183,41 +203,39 @@ class _VersionProcess:
         Raises:
             MembenchError: if the process refuses its suite or plug-ins.
         """
-        ready = self._wait_for("ready")
-        if ready["path"] is None:
+        ready = self._wait_for(lambda message: isinstance(message, Ready))
+        assert isinstance(ready, Ready)
+        if ready.path is None:
             raise MembenchError(f"{self.name}: its suite has none of the cases to compare")
-        self.path, self.ids = Path(ready["path"]), ready["ids"]
+        self.path, self.ids = Path(ready.path), ready.ids
 
     def measure(self, case_id: str, repeat: int) -> None:
         """Have the process measure a case; return when the record is on disk."""
-        self._send({"id": case_id, "repeat": repeat})
-        self._wait_for("record")
+        self._send(MeasureCase(case_id, repeat))
+        self._wait_for(lambda message: isinstance(message, SessionEvent) and message.event == "record")
 
-    def _send(self, message: Mapping[str, Any]) -> None:
+    def _send(self, message: VersionMessage) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # the process has ended; its last message can still be read
-            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.write(encode(message))
             self._process.stdin.flush()
 
-    def _wait_for(self, wanted: str) -> Mapping[str, Any]:
-        for message in self._messages():
-            event = message["event"]
-            if event == "refused":
-                raise MembenchError(f"{self.name}: {message['message']}")
-            if event != "ready":
-                named = {"id": f"{self.name} {message['id']}"} if "id" in message else {}
-                self._tell(event, {**message, **named})
-            if event == wanted:
+    def _wait_for(self, is_wanted: Callable[[VersionMessage], bool]) -> VersionMessage:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            message = decode(line)
+            if isinstance(message, Refused):
+                raise MembenchError(f"{self.name}: {message.message}")
+            if isinstance(message, SessionEvent):
+                details = message.details
+                named = {"id": f"{self.name} {details['id']}"} if "id" in details else {}
+                self._tell(message.event, {**details, **named})
+            if is_wanted(message):
                 return message
         self._errors.seek(0)
         written = self._errors.read().decode(errors="replace").strip().splitlines()
         last = written[-1] if written else "without a word"
         raise MembenchError(f"{self.name}: its process in {self._folder} ended unexpectedly: {last}")
-
-    def _messages(self) -> Iterator[Mapping[str, Any]]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            yield json.loads(line)
 
 
 def _import_paths(root: Path) -> list[Path]:

@@ -7,16 +7,26 @@ JSON, one object per line.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import inspect
-import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from membench.comparing.version_messages import (
+    MeasureCase,
+    Ready,
+    Refused,
+    SessionEvent,
+    Setup,
+    VersionMessage,
+    decode,
+    encode,
+)
 from membench.errors import EXIT_OK, MembenchError
 from membench.host import console
 from membench.host.import_guard import ON_PATH, ForeignCode, is_foreign
@@ -40,53 +50,58 @@ def main() -> int:
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 
-    def tell(event: str, details: Mapping[str, Any]) -> None:
-        reports.write(json.dumps({"event": event, **details}) + "\n")
+    def send(message: VersionMessage) -> None:
+        reports.write(encode(message))
         reports.flush()
 
     def work() -> int:
         try:
-            _serve(json.loads(requests.readline()), requests, tell)
+            setup = decode(requests.readline())
+            assert isinstance(setup, Setup), "it comes first"
+            _serve(setup, requests, send)
         except MembenchError as error:
-            tell("refused", {"message": str(error)})
+            send(Refused(str(error)))
             return error.exit_code
         return EXIT_OK
 
     return console.main(work)
 
 
-def _serve(order: Mapping[str, Any], requests: TextIO, tell: Any) -> None:
-    suite = load_suite(order["suite"], order["devices"]).with_repeats(order["repeats"])
+def _serve(setup: Setup, requests: TextIO, send: Callable[[VersionMessage], None]) -> None:
+    suite = load_suite(setup.suite, None if setup.devices is None else list(setup.devices))
+    suite, ids = suite.with_repeats(setup.repeats), setup.ids
     checkouts: Checkouts | None = None
-    if order["not_from"]:
-        checkouts = Checkouts(order["not_from"], order["root"])
-        _refuse_foreign_code(suite, Path(order["not_from"]), Path(order["root"]))
-    chosen = suite.cases if order["ids"] is None else suite.select(lambda case_id: case_id in order["ids"])
+    if setup.not_from:
+        checkouts = Checkouts(setup.not_from, setup.root)
+        _refuse_foreign_code(suite, Path(setup.not_from), Path(setup.root))
+    chosen = suite.cases if ids is None else suite.select(lambda case_id: case_id in ids)
     if not chosen:
-        tell("ready", {"path": None, "ids": []})
+        send(Ready(None, []))
         return
     cases = {case.id: case for case in chosen}
 
-    def tell_but_records(event: str, details: Mapping[str, Any]) -> None:
+    def report_but_records(event: str, details: Mapping[str, Any]) -> None:
         if event != "record":  # a record is reported below, once it is certain that it measured this version
-            tell(event, details)
+            send(SessionEvent(event, details))
 
     with Session(
         suite,
         chosen,
-        Path(order["output"]),
-        tell=tell_but_records,
+        Path(setup.output),
+        tell=report_but_records,
         executor=LocalExecutor,
-        code=order["code"],
+        code=dataclasses.asdict(setup.code),
         checkouts=checkouts,
     ) as session:
-        tell("ready", {"path": str(session.path.resolve()), "ids": list(cases)})
+        send(Ready(str(session.path.resolve()), list(cases)))
         for line in requests:
-            request = json.loads(line)
-            record = session.measure(cases[request["id"]], request["repeat"])
+            request = decode(line)
+            assert isinstance(request, MeasureCase), "nothing else is asked for from here on"
+            record = session.measure(cases[request.id], request.repeat)
             if record.status == "failed" and record.message and record.message.startswith(_FOREIGN):
                 raise ForeignCode(record.message.removeprefix(_FOREIGN))
-            tell("record", {"id": record.id, "status": record.status, "duration_s": record.duration_s})
+            ended = {"id": record.id, "status": record.status, "duration_s": record.duration_s}
+            send(SessionEvent("record", ended))
 
 
 def _refuse_foreign_code(suite: Suite, other: Path, own: Path) -> None:
