@@ -1,4 +1,4 @@
-"""Control of glibc's malloc: pinned, so that it returns freed memory at once and resident memory is live; or default."""
+"""Control of glibc's malloc: default, or pinned, so that freed memory is returned at once and resident is live."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Assembly:
     @classmethod
     def of(
         cls,
-        asked: MeasureCase,
+        request: MeasureCase,
         device: str,
         scratch: Path,
         part: Callable[[str], contextlib.AbstractContextManager[None]],
@@ -78,8 +78,8 @@ class Assembly:
         Raises:
             plugins.Unsuitable: if a technique cannot be applied to the case, or needs a library that is not installed.
         """
-        model, workload = create("model", asked.model), create("workload", asked.workload)
-        techniques = tuple(create("technique", named) for named in asked.techniques)
+        model, workload = create("model", request.model), create("workload", request.workload)
+        techniques = tuple(create("technique", named) for named in request.techniques)
         for position, technique in enumerate(techniques):
             for module, distribution in technique.needs.items():
                 if importlib.util.find_spec(module) is None:
@@ -88,9 +88,9 @@ class Assembly:
             reason = technique.refuse(plugins.Setting(model, workload, device, before, after))
             if reason:
                 raise plugins.Unsuitable(reason)
-        context = plugins.Context(device, asked.seed, model, part, {}, scratch, corpus=workload.corpus())
-        metrics = {field: create("metric", named) for field, named in asked.metrics.items()}
-        return cls(model, techniques, workload, tuple(asked.members), context, metrics)
+        context = plugins.Context(device, request.seed, model, part, {}, scratch, corpus=workload.corpus())
+        metrics = {field: create("metric", named) for field, named in request.metrics.items()}
+        return cls(model, techniques, workload, tuple(request.members), context, metrics)
 
     def rehearsed(self) -> Assembly | None:
         """Return the same case with a tiny model: the model's own miniature, or a generic one. Nothing is measured.
@@ -155,47 +155,47 @@ class Assembly:
         corpus.read()
         self.model.encode(corpus.split()[0])
         self.workload.samples()
-        if (wanted := self.workload.corpus()) is None:
+        if (spec := self.workload.corpus()) is None:
             return
-        sources.documents(wanted.source, wanted.most_bytes)
+        sources.documents(spec.source, spec.most_bytes)
         with contextlib.suppress(NotImplementedError):  # without a skeleton, the vocabulary is known only after loading
             vocabulary = self.model.vocabulary(self.model.skeleton())
             if are_words := tokens.are_words(self.model, vocabulary):
-                tokens.replaced_in(wanted.source, wanted.most_bytes)
+                tokens.replaced_in(spec.source, spec.most_bytes)
             if not self._changes_corpus:
-                self._rows(wanted, vocabulary)
+                self._rows(spec, vocabulary)
             elif are_words:
-                tokens.words_of(wanted.source, wanted.most_bytes)
+                tokens.words_of(spec.source, spec.most_bytes)
 
     def notes_on_text(self, module: nn.Module) -> list[str]:
         """Return a note if parts of the corpus are not valid text and were replaced."""
-        wanted = self.workload.corpus()
-        if wanted is None or not tokens.are_words(self.model, self.model.vocabulary(module)):
+        spec = self.workload.corpus()
+        if spec is None or not tokens.are_words(self.model, self.model.vocabulary(module)):
             return []
-        count = tokens.replaced_in(wanted.source, wanted.most_bytes)
+        count = tokens.replaced_in(spec.source, spec.most_bytes)
         return [f"not UTF-8, and read as U+FFFD: {count:,} bytes or cut-off characters of the text"] if count else []
 
     def digest(self) -> str:
         """Return a hash of the workload's text, before any technique changes it."""
-        wanted = self.workload.corpus()
-        return corpus.digest() if wanted is None else sources.digest(wanted.source, wanted.most_bytes)
+        spec = self.workload.corpus()
+        return corpus.digest() if spec is None else sources.digest(spec.source, spec.most_bytes)
 
     @property
     def _changes_corpus(self) -> bool:
         return any(type(technique).corpus is not plugins.Technique.corpus for technique in self.techniques)
 
-    def _rows(self, wanted: plugins.Corpus, vocabulary: int) -> tuple[Ids, int]:
+    def _rows(self, spec: plugins.Corpus, vocabulary: int) -> tuple[Ids, int]:
         """Return the rows of token ids, and the number of padding tokens in them."""
-        most_bytes, padded = wanted.most_bytes, self._storage().padded
+        most_bytes, padded = spec.most_bytes, self._storage().padded
         if self.context.rehearsal:
             most_bytes = min(_REHEARSED_BYTES, most_bytes or _REHEARSED_BYTES)
         if not self._changes_corpus:
-            return _rows_of(wanted.source, most_bytes, self.model, vocabulary, wanted.length, padded)
-        found = sources.documents(wanted.source, most_bytes)
+            return _rows_of(spec.source, most_bytes, self.model, vocabulary, spec.length, padded)
+        found = sources.documents(spec.source, most_bytes)
         for technique in self.techniques:
             found = plugins.given_back(technique.corpus(found, self.context), technique, "corpus", "documents")
-        words = functools.partial(tokens.words_of, wanted.source, wanted.most_bytes)
-        return tokens.rows(tokens.encoded(found, self.model, vocabulary, words), wanted.length, padded)
+        words = functools.partial(tokens.words_of, spec.source, spec.most_bytes)
+        return tokens.rows(tokens.encoded(found, self.model, vocabulary, words), spec.length, padded)
 
     def _storage(self) -> Storage:
         storage = Storage(Shards(), Integers("int64"))
@@ -215,14 +215,14 @@ class Assembly:
         """
         if (samples := self.workload.samples()) is not None:
             return self._store_samples(samples)
-        wanted = self.workload.corpus()
-        if wanted is None:
+        spec = self.workload.corpus()
+        if spec is None:
             return self
         vocabulary = self.model.vocabulary(module)
-        rows, padding = self._rows(wanted, vocabulary)
-        if len(rows) < wanted.batch_size:
+        rows, padding = self._rows(spec, vocabulary)
+        if len(rows) < spec.batch_size:
             raise plugins.Unsuitable(
-                f"the data give {len(rows)} rows of {wanted.length} tokens, and a batch wants {wanted.batch_size}"
+                f"the data give {len(rows)} rows of {spec.length} tokens, and a batch wants {spec.batch_size}"
             )
         folder, storage = self.context.scratch / "data", self._storage()
         with self.context.part("compress") if storage.codec else contextlib.nullcontext():
@@ -245,8 +245,8 @@ class Assembly:
 
         if self.context.samples is not None:
             return _no_tokens
-        if (data := self.context.data) is not None and (wanted := self.workload.corpus()) is not None:
-            batches = endless(data, wanted.batch_size, self.context.seed, wanted.workers)
+        if (data := self.context.data) is not None and (spec := self.workload.corpus()) is not None:
+            batches = endless(data, spec.batch_size, self.context.seed, spec.workers)
             return lambda count: next(batches).flatten().to(torch.int64)
         vocabulary = self.model.vocabulary(module)
         encoded = self.model.encode(corpus.split()[0])

@@ -40,15 +40,15 @@ class Diverged(Exception):
         self.phase = phase
 
 
-def measure(asked: MeasureCase, rank: Rank, scratch: Path, meter: Meter) -> None:
+def measure(request: MeasureCase, rank: Rank, scratch: Path, meter: Meter) -> None:
     """Measure a case, phase by phase. Results are sent before each phase that may fail.
 
     Raises:
         Diverged: after all phases, if a training diverged.
     """
-    work = _Work(asked, rank, scratch, meter)
+    work = _Work(request, rank, scratch, meter)
     module = work.load_and_apply(work.prepare())
-    _refuse_foreign_code(asked)
+    _refuse_other_checkout(request)
     work.store(module)
     step = work.run_for_memory(module)
     work.run_for_time(step)
@@ -57,24 +57,24 @@ def measure(asked: MeasureCase, rank: Rank, scratch: Path, meter: Meter) -> None
     work.case.context.inventory.clear()
     work.evaluate(module)
     work.save(module)
-    _refuse_foreign_code(asked)
+    _refuse_other_checkout(request)
     if work.diverged is not None:
         raise work.diverged
 
 
-def _refuse_foreign_code(asked: MeasureCase) -> None:
-    if asked.checkouts:
-        import_guard.refuse_imported(Path(asked.checkouts.other), Path(asked.checkouts.own))
+def _refuse_other_checkout(request: MeasureCase) -> None:
+    if request.checkouts:
+        import_guard.refuse_imported(Path(request.checkouts.other), Path(request.checkouts.own))
 
 
 class _Work:
     """A case that is being measured, with its result so far."""
 
-    def __init__(self, asked: MeasureCase, rank: Rank, scratch: Path, meter: Meter) -> None:
-        self.case = Assembly.of(asked, rank.device, scratch, meter.part)
+    def __init__(self, request: MeasureCase, rank: Rank, scratch: Path, meter: Meter) -> None:
+        self.case = Assembly.of(request, rank.device, scratch, meter.part)
         self.losses: list[float] = []
         self.diverged: Diverged | None = None
-        self._asked, self._rank, self._scratch, self._meter = asked, rank, scratch, meter
+        self._request, self._rank, self._scratch, self._meter = request, rank, scratch, meter
         self._remarks: list[str] = []
         self._notes: list[str] = []
         self._result = Result(pinned=False, is_trained=self.case.model.quality)
@@ -94,7 +94,8 @@ class _Work:
         case, where = self.case, self._rank.device
         if self._meter.on_gpu:
             device.refuse_missing(where)
-        allocator.pin()  # otherwise freed blocks of the text leave holes in the heap, which later allocations may fill
+        # Without pinning, the text leaves holes in the heap, and allocations that fill these would count as growth.
+        allocator.pin()
         case.read_text()
         self._update_result(corpus=case.digest())
         allocator.unpin()
@@ -111,7 +112,7 @@ class _Work:
         if case.context.diverged:
             self.diverged = Diverged(None, case.context.diverged[0])  # it diverged in the preparing process
         self._meter.set_baseline()
-        torch.manual_seed(self._asked.seed)
+        torch.manual_seed(self._request.seed)
         return plain_bytes
 
     def load_and_apply(self, plain_bytes: int | None) -> nn.Module:
@@ -215,7 +216,7 @@ class _Work:
 
     def run_for_time(self, step: plugins.Step) -> None:
         """Run the phase ``time`` under the default allocator."""
-        meter, steps, timing = self._meter, self._asked.steps, Timing()
+        meter, steps, timing = self._meter, self._request.steps, Timing()
         allocator.unpin()
         data = self.case.context.data
         codec_speeds = [] if data is None or self._bytes_of_an_epoch() is None else data.codec_speeds()
@@ -283,7 +284,7 @@ class _Work:
         """Run the phase ``evaluate``, if the model gives logits."""
         if not self.case.model.gives_logits:
             return
-        case, reference = self.case, self._asked.reference
+        case, reference = self.case, self._request.reference
         with self._meter.phase("evaluate", "pinned"):
             module.eval()
             found = quality.evaluate(

@@ -52,8 +52,8 @@ def main(request: Request, channel: socket.socket) -> None:
         raise
 
 
-def _prepare(asked: PrepareModel, meter: Meter) -> None:
-    model = create("model", asked.model)
+def _prepare(work: PrepareModel, meter: Meter) -> None:
+    model = create("model", work.model)
     model.prepare(lambda done, total, what: meter.send(Progress(done, total, what)))
 
 

@@ -50,18 +50,18 @@ def pieces(model: Any, module: nn.Module, workload: Workload) -> list[Piece]:
     """
     vocabulary = model.vocabulary(module)
     most_tokens = max(2, _LARGEST_REFERENCE_BYTES // (4 * vocabulary))
-    wanted = max(1, min(_PIECE_TOKENS, most_tokens // _FEWEST_PIECES))
+    preferred = max(1, min(_PIECE_TOKENS, most_tokens // _FEWEST_PIECES))
     if workload.decoded_tokens_per_step() is not None:
-        wanted = max(wanted, workload.longest_sequence())
+        preferred = max(preferred, workload.longest_sequence())
     longest = model.max_tokens()
-    length = min(wanted, most_tokens, wanted if longest is None else longest)
+    length = min(preferred, most_tokens, preferred if longest is None else longest)
     text = corpus.split()[1]
     ends: Sequence[int] | None
     source: Sequence[int]
     if (encoded := model.encode(text)) is not None:
         source, ends = encoded, model.token_ends(text)
-    elif (wanted := workload.corpus()) is not None and tokens.are_words(model, vocabulary):
-        ranks = tokens.words_of(wanted.source, wanted.most_bytes).ranks(text)
+    elif (spec := workload.corpus()) is not None and tokens.are_words(model, vocabulary):
+        ranks = tokens.words_of(spec.source, spec.most_bytes).ranks(text)
         source, ends = [min(rank, vocabulary - 1) for rank in ranks], None
     else:
         source = corpus.ids(vocabulary, held_out=True)
