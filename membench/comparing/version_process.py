@@ -60,14 +60,14 @@ def _serve(order: Mapping[str, Any], requests: TextIO, tell: Any) -> None:
     checkouts: Checkouts | None = None
     if order["not_from"]:
         checkouts = Checkouts(order["not_from"], order["root"])
-        _refuse_foreign_code(suite, Path(order["not_from"]), Path(order["root"]))
+        _refuse_other_checkout(suite, Path(order["not_from"]), Path(order["root"]))
     chosen = suite.cases if order["ids"] is None else suite.select(lambda case_id: case_id in order["ids"])
     if not chosen:
         tell("ready", {"path": None, "ids": []})
         return
     cases = {case.id: case for case in chosen}
 
-    def tell_but_records(event: str, details: Mapping[str, Any]) -> None:
+    def tell_except_records(event: str, details: Mapping[str, Any]) -> None:
         if event != "record":  # a record is reported below, once it is certain that it measured this version
             tell(event, details)
 
@@ -75,7 +75,7 @@ def _serve(order: Mapping[str, Any], requests: TextIO, tell: Any) -> None:
         suite,
         chosen,
         Path(order["output"]),
-        tell=tell_but_records,
+        tell=tell_except_records,
         executor=LocalExecutor,
         code=order["code"],
         checkouts=checkouts,
@@ -89,7 +89,7 @@ def _serve(order: Mapping[str, Any], requests: TextIO, tell: Any) -> None:
             tell("record", {"id": record.id, "status": record.status, "duration_s": record.duration_s})
 
 
-def _refuse_foreign_code(suite: Suite, other: Path, own: Path) -> None:
+def _refuse_other_checkout(suite: Suite, other: Path, own: Path) -> None:
     """Refuse plug-ins from the other version's folder. Workers check all other modules that they import.
 
     Raises:
