@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +26,7 @@ from membench.protocol.case import Plugin
 from membench.protocol.requests import MeasureCase
 from membench.units import format_bytes
 from membench.worker import device
+from membench.worker.child_process import run_in_child
 from membench.worker.rehearsal_model import RehearsalModel
 from membench.worker.weights import fingerprint
 
@@ -39,9 +38,6 @@ if TYPE_CHECKING:
 
 
 _REHEARSED_BYTES = 2**17
-
-_UNSUITABLE_EXIT_CODE = 3
-"""The exit code of a preparing process if a technique cannot be applied to the case."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,7 +262,7 @@ class Assembly:
         for position, technique in reversed(list(enumerate(self.techniques))):
             if type(technique).prepare is not plugins.Technique.prepare:
                 rest = self.techniques[position + 1 :] if technique.prepares_rest else ()
-                found = _run_in_child(functools.partial(self._prepare_one, technique, rest))
+                found = run_in_child(functools.partial(self._prepare_one, technique, rest))
                 self.context.idle.extend(rest[place] for place in found["idle"])
                 self.context.diverged.extend(found["diverged"])
 
@@ -377,39 +373,3 @@ def _acts_while_running(technique: plugins.Technique) -> bool:
     """Whether a technique acts while steps run; then an unchanged model is not a problem."""
     stages = ("optimizer", "step_context", "training_step", "generate_options")
     return any(getattr(type(technique), stage) is not getattr(plugins.Technique, stage) for stage in stages)
-
-
-def _run_in_child(work: Callable[[], dict[str, list[Any]]]) -> dict[str, list[Any]]:
-    """Run a function in a forked process and return its result, which must be representable in JSON.
-
-    Raises:
-        RuntimeError: if the process fails; the message is its error.
-        plugins.Unsuitable: if ``work`` raises it.
-    """
-    read_end, write_end = os.pipe()
-    child = os.fork()
-    if child == 0:
-        output, code = b"", 0
-        try:
-            os.close(read_end)
-            output = json.dumps(work()).encode()
-        except plugins.Unsuitable as error:
-            output, code = str(error).encode()[:4096], _UNSUITABLE_EXIT_CODE
-        except BaseException as error:
-            output = f"{type(error).__name__}: {error}".encode()[:4096]
-            code = 1
-        finally:
-            with os.fdopen(write_end, "wb") as pipe:
-                pipe.write(output)
-            os._exit(code)
-    os.close(write_end)
-    with os.fdopen(read_end, "rb") as pipe:
-        output = pipe.read()
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    if code == _UNSUITABLE_EXIT_CODE:
-        raise plugins.Unsuitable(output.decode(errors="replace"))
-    if code:
-        raise RuntimeError(output.decode(errors="replace") or f"preparing the case ended with {code}")
-    found: dict[str, list[Any]] = json.loads(output)
-    return found
