@@ -14,7 +14,7 @@ from membench.data import corpus
 from membench.plugins import Context
 from membench.records.record import Record
 from membench.worker import quality
-from membench.worker.rehearsal_model import StandIn
+from membench.worker.rehearsal_model import RehearsalModel
 from tests import made_up
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def test_a_note_names_what_kept_int8_from_its_factor_with_bytes(records: dict[st
     assert records["bf16"].notes == ()
 
 
-class _Given(StandIn):
+class _Given(RehearsalModel):
     """A module whose logits are what is told, whatever it reads: held-out quality by hand."""
 
     scale: float = 1.0
@@ -151,7 +151,7 @@ class _Given(StandIn):
 def test_divergence_and_agreement_are_those_of_the_distributions(tmp_path: Path) -> None:
     import torch
 
-    context = Context("cpu", 0, StandIn(), lambda name: pytest.fail(name), {}, tmp_path)
+    context = Context("cpu", 0, RehearsalModel(), lambda name: pytest.fail(name), {}, tmp_path)
     reference, other = _Given(scale=1.0), _Given(scale=-0.5)
     workload, kept = Forward.model_validate({}), tmp_path / "logits.npy"
     quality.evaluate(reference, reference.build(context), [], workload, context, kept, True)

@@ -26,7 +26,7 @@ from membench.plugins import DoesNotFit, Unsuitable
 from membench.plugins.storage import Damaged
 from membench.records.record import Record
 from membench.worker import quality
-from membench.worker.rehearsal_model import StandIn
+from membench.worker.rehearsal_model import RehearsalModel
 
 if TYPE_CHECKING:
     from torch import nn
@@ -447,7 +447,7 @@ def test_less_text_and_held_out_text_have_the_ids_of_the_whole(tmp_path: Path) -
     assert found.tolist() == [3, 0, 1]
     assert words.ranks(b"unheard words").tolist() == [4, 0, 1]
 
-    class OfWords(StandIn):
+    class OfWords(RehearsalModel):
         def vocabulary(self, module: nn.Module) -> int:
             return 300
 

@@ -73,14 +73,14 @@ def _serve(setup: Setup, requests: TextIO, send: Callable[[VersionMessage], None
     checkouts: Checkouts | None = None
     if setup.not_from:
         checkouts = Checkouts(setup.not_from, setup.root)
-        _refuse_foreign_code(suite, Path(setup.not_from), Path(setup.root))
+        _refuse_other_checkout(suite, Path(setup.not_from), Path(setup.root))
     chosen = suite.cases if ids is None else suite.select(lambda case_id: case_id in ids)
     if not chosen:
         send(Ready(None, []))
         return
     cases = {case.id: case for case in chosen}
 
-    def report_but_records(event: str, details: Mapping[str, Any]) -> None:
+    def report_except_records(event: str, details: Mapping[str, Any]) -> None:
         if event != "record":  # a record is reported below, once it is certain that it measured this version
             send(SessionEvent(event, details))
 
@@ -88,7 +88,7 @@ def _serve(setup: Setup, requests: TextIO, send: Callable[[VersionMessage], None
         suite,
         chosen,
         Path(setup.output),
-        tell=report_but_records,
+        tell=report_except_records,
         executor=LocalExecutor,
         code=dataclasses.asdict(setup.code),
         checkouts=checkouts,
@@ -104,7 +104,7 @@ def _serve(setup: Setup, requests: TextIO, send: Callable[[VersionMessage], None
             send(SessionEvent("record", ended))
 
 
-def _refuse_foreign_code(suite: Suite, other: Path, own: Path) -> None:
+def _refuse_other_checkout(suite: Suite, other: Path, own: Path) -> None:
     """Refuse plug-ins from the other version's folder. Workers check all other modules that they import.
 
     Raises:

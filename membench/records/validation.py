@@ -15,7 +15,7 @@ from membench.errors import did_you_mean, nearest
 
 _LONGEST_VALUE = 80
 
-_WANTED = {
+_EXPECTED = {
     "model_type": "a table",
     "dict_type": "a table",
     "list_type": "a list",
@@ -160,8 +160,8 @@ def _remedy(error: Any) -> str:
     kind, context = error["type"], error.get("ctx", {})
     if kind == "list_type" and isinstance(error["input"], str):
         return f"a list is wanted: [{shown(error['input'])}]"
-    if kind in _WANTED:
-        return f"{_WANTED[kind]} is wanted"
+    if kind in _EXPECTED:
+        return f"{_EXPECTED[kind]} is wanted"
     if kind in _BOUNDS:
         whole = {key: int(v) if isinstance(v, float) and v.is_integer() else v for key, v in context.items()}
         return f"must be {_BOUNDS[kind].format(**whole)}"

@@ -33,7 +33,7 @@ _BOUNDS = {
 def overview(kinds: tuple[str, ...] = KINDS) -> Iterator[str]:
     """Yield a line for each model, technique, workload, quality metric and suite; for broken ones with the error.
 
-    Plug-in files in the current folder and in ./suites are included.
+    Plug-in files beside the suites in the current folder and in ./suites are included.
     """
     files, broken = _files_here()
     for kind in kinds:
@@ -45,7 +45,7 @@ def overview(kinds: tuple[str, ...] = KINDS) -> Iterator[str]:
 
 
 def _files_here() -> tuple[list[PluginFile], list[tuple[PluginFile, str]]]:
-    """Find the plug-in files in the current folder and in ./suites.
+    """Find the plug-in files beside the suites in the current folder and in ./suites.
 
     Returns:
         the files that load, and the files that do not, each with its error.

@@ -32,29 +32,29 @@ def parse(expression: str) -> Predicate:
         position += 1
         return word
 
-    def either(depth: int) -> Predicate:
-        choices = [both(depth)]
+    def disjunction(depth: int) -> Predicate:
+        choices = [conjunction(depth)]
         while peek() == "or":
             take()
-            choices.append(both(depth))
+            choices.append(conjunction(depth))
         return lambda id: any(choice(id) for choice in choices)
 
-    def both(depth: int) -> Predicate:
-        demands = [single(depth)]
+    def conjunction(depth: int) -> Predicate:
+        demands = [term(depth)]
         while peek() == "and":
             take()
-            demands.append(single(depth))
+            demands.append(term(depth))
         return lambda id: all(demand(id) for demand in demands)
 
-    def single(depth: int) -> Predicate:
+    def term(depth: int) -> Predicate:
         if depth > _DEEPEST:
             raise SuiteError(f"-k: more than {_DEEPEST} brackets and 'not' within each other")
         word = take()
         if word == "not":
-            inner = single(depth + 1)
+            inner = term(depth + 1)
             return lambda id: not inner(id)
         if word == "(":
-            inner = either(depth + 1)
+            inner = disjunction(depth + 1)
             if take() != ")":
                 raise SuiteError(f"-k '{expression}': ')' is missing")
             return inner
@@ -62,7 +62,7 @@ def parse(expression: str) -> Predicate:
             raise SuiteError(f"-k '{expression}': '{word}' stands where a part of an id belongs")
         return lambda id: word in id
 
-    predicate = either(0)
+    predicate = disjunction(0)
     if peek() is not None:
         raise SuiteError(f"-k '{expression}': '{peek()}' stands where 'and' or 'or' belongs")
     return predicate

@@ -1,1 +1,1 @@
-"""Inside the measured process: a case's stages, the meter, the allocator, what holds memory, quality."""
+"""Code that runs in the measured process: phases of a case, memory measurement, the allocator, and quality."""

@@ -1,4 +1,4 @@
-"""glibc's malloc, pinned (freed memory goes back at once, so resident is live) or as a user's process has it."""
+"""Control of glibc's malloc: default, or pinned, so that freed memory is returned at once and resident is live."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def _libc() -> ctypes.CDLL | None:
 
 
 def pin() -> bool:
-    """Give every block over 64 KiB a mapping of its own. False where the C library is not glibc."""
+    """Make malloc map every block over 64 KiB separately. Return whether it did; only glibc can."""
     libc = _libc()
     if libc is None:
         return False
-    # Huge pages would make untouched neighbours resident.
+    # With huge pages, touching a page would make its untouched neighbours resident.
     libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
     settings = ((_MMAP_THRESHOLD, 65536), (_TRIM_THRESHOLD, 65536), (_ARENA_MAX, 1))
     accepted = [libc.mallopt(key, value) == 1 for key, value in settings]
@@ -29,10 +29,11 @@ def pin() -> bool:
 
 
 def unpin() -> None:
-    """Behave like the default again.
+    """Restore the behavior of the default allocator.
 
-    mallopt switches glibc's dynamic threshold off for good. Left alone it rises to the largest mapped block that was
-    ever freed, 32 MiB at most, so after the first step every freed size is served from the heap: 32 MiB is that state.
+    mallopt disables glibc's dynamic mmap threshold permanently. By default, the threshold rises to the size of the
+    largest mapped block that was freed, up to 32 MiB. After the first step of a case, blocks of all sizes that were
+    freed therefore come from the heap. A fixed threshold of 32 MiB reproduces that state.
     """
     libc = _libc()
     if libc is not None:
@@ -43,7 +44,7 @@ def unpin() -> None:
 
 
 def settle() -> None:
-    """Collect garbage and hand free heap back to the kernel, with the packing buffers that MKL keeps between calls."""
+    """Collect garbage, and return free heap memory and MKL's cached packing buffers to the kernel."""
     gc.collect()
     _free_mkl_buffers()
     libc = _libc()
@@ -52,7 +53,7 @@ def settle() -> None:
 
 
 def _free_mkl_buffers() -> None:
-    """Some 10 MiB that a matrix product in fp32 leaves behind; torch carries MKL inside libtorch_cpu."""
+    """Free the buffers, some 10 MiB, that MKL keeps after a matrix product in fp32; torch links MKL in libtorch_cpu."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.__file__:
         return

@@ -1,4 +1,4 @@
-"""Puts a case together inside the worker: its plug-ins, its files, its rehearsal, its module."""
+"""Assembly of a case in the worker: its plug-ins, its training data, its rehearsal and its module."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +26,8 @@ from membench.protocol.case import Plugin
 from membench.protocol.requests import MeasureCase
 from membench.units import format_bytes
 from membench.worker import device
-from membench.worker.rehearsal_model import StandIn
+from membench.worker.child_process import run_in_child
+from membench.worker.rehearsal_model import RehearsalModel
 from membench.worker.weights import fingerprint
 
 if TYPE_CHECKING:
@@ -40,13 +39,15 @@ if TYPE_CHECKING:
 
 _REHEARSED_BYTES = 2**17
 
-_UNSUITABLE = 3
-"""How a process that prepares ends where a technique cannot serve the case."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Assembly:
-    """A case's plug-ins; ``names`` are the stack's members as the suite wrote them, ``metrics`` are by field."""
+    """The plug-ins of a case.
+
+    Attributes:
+        names: the members of the stack, as written in the suite.
+        metrics: the custom quality metrics, by field.
+    """
 
     model: plugins.Model
     techniques: tuple[plugins.Technique, ...]
@@ -58,22 +59,23 @@ class Assembly:
     @classmethod
     def of(
         cls,
-        asked: MeasureCase,
+        request: MeasureCase,
         device: str,
         scratch: Path,
         part: Callable[[str], contextlib.AbstractContextManager[None]],
     ) -> Assembly:
-        """Create what a request names.
+        """Create the plug-ins that a request names.
 
         Args:
-            device: of this rank, as torch names it.
-            part: marks a part of a step.
+            device: the device of this rank, as torch names it.
+            scratch: the folder for files of this case.
+            part: returns a context manager that marks a part of a step.
 
         Raises:
-            plugins.Unsuitable: if a member cannot serve the case, or wants a library that is not installed.
+            plugins.Unsuitable: if a technique cannot be applied to the case, or needs a library that is not installed.
         """
-        model, workload = create("model", asked.model), create("workload", asked.workload)
-        techniques = tuple(create("technique", named) for named in asked.techniques)
+        model, workload = create("model", request.model), create("workload", request.workload)
+        techniques = tuple(create("technique", named) for named in request.techniques)
         for position, technique in enumerate(techniques):
             for module, distribution in technique.needs.items():
                 if importlib.util.find_spec(module) is None:
@@ -82,29 +84,32 @@ class Assembly:
             reason = technique.refuse(plugins.Setting(model, workload, device, before, after))
             if reason:
                 raise plugins.Unsuitable(reason)
-        context = plugins.Context(device, asked.seed, model, part, {}, scratch, corpus=workload.corpus())
-        metrics = {field: create("metric", named) for field, named in asked.metrics.items()}
-        return cls(model, techniques, workload, tuple(asked.members), context, metrics)
+        context = plugins.Context(device, request.seed, model, part, {}, scratch, corpus=workload.corpus())
+        metrics = {field: create("metric", named) for field, named in request.metrics.items()}
+        return cls(model, techniques, workload, tuple(request.members), context, metrics)
 
     def rehearsed(self) -> Assembly | None:
-        """The same case on a miniature of its model, or a stand-in, unheard by the runner.
+        """Return the same case with a tiny model: the model's own miniature, or a generic one. Nothing is measured.
 
-        ``None`` for a model that gives no logits: nothing can stand in for it.
+        ``None`` if the model has no miniature and gives no logits, since no generic model can then replace it.
         """
-        miniature = self.model.miniature() or (StandIn() if self.model.gives_logits else None)
+        miniature = self.model.miniature() or (RehearsalModel() if self.model.gives_logits else None)
         if miniature is None:
             return None
         scratch = self.context.scratch / "rehearsal"
         scratch.mkdir(exist_ok=True)
         context = dataclasses.replace(
-            self.context, model=miniature, part=_unheard, inventory={}, scratch=scratch, idle=[], diverged=[],
+            self.context, model=miniature, part=_unmeasured, inventory={}, scratch=scratch, idle=[], diverged=[],
             facts={}, rehearsal=True,
         )  # fmt: skip
         return dataclasses.replace(self, model=miniature, context=context)
 
     @property
     def applied(self) -> list[plugins.Technique]:
-        """The members whose ``load`` and ``apply`` are called: those after one that ``applies_rest`` have been."""
+        """Return the members whose ``load`` and ``apply`` are called here: all up to the first that ``applies_rest``.
+
+        That member applies the later ones itself.
+        """
         found = []
         for technique in self.techniques:
             found.append(technique)
@@ -119,7 +124,7 @@ class Assembly:
         return build()
 
     def apply(self, module: nn.Module) -> nn.Module:
-        """Phase ``apply``; members that change nothing in the module are kept in ``context.idle``."""
+        """Apply the techniques to a module; members that change nothing in it are added to ``context.idle``."""
         for technique in self.applied:
             if type(technique).apply is plugins.Technique.apply:
                 continue
@@ -130,11 +135,11 @@ class Assembly:
         return module
 
     def make(self) -> nn.Module:
-        """The module with every technique applied, as ``load`` and ``apply`` leave it."""
+        """Load the module and apply the techniques."""
         return self.apply(self.load())
 
     def remarks_on_idle(self) -> list[str]:
-        """On each member that converts the model, does nothing else, and changed nothing in it."""
+        """Return a remark for each technique that only converts the model but changed nothing in it."""
         return [
             f"'{name}' changed nothing in the model"
             for name, technique in zip(self.names, self.techniques, strict=True)
@@ -142,51 +147,51 @@ class Assembly:
         ]
 
     def read_text(self) -> None:
-        """Read and encode the text now: it is the harness's and belongs to the baseline."""
+        """Read and encode the text before the baseline is taken, since the text belongs to the harness."""
         corpus.read()
         self.model.encode(corpus.split()[0])
         self.workload.samples()
-        if (wanted := self.workload.corpus()) is None:
+        if (spec := self.workload.corpus()) is None:
             return
-        sources.documents(wanted.source, wanted.most_bytes)
-        with contextlib.suppress(NotImplementedError):  # a model without a skeleton says its vocabulary later
+        sources.documents(spec.source, spec.most_bytes)
+        with contextlib.suppress(NotImplementedError):  # without a skeleton, the vocabulary is known only after loading
             vocabulary = self.model.vocabulary(self.model.skeleton())
             if are_words := tokens.are_words(self.model, vocabulary):
-                tokens.replaced_in(wanted.source, wanted.most_bytes)
+                tokens.replaced_in(spec.source, spec.most_bytes)
             if not self._changes_corpus:
-                self._rows(wanted, vocabulary)
+                self._rows(spec, vocabulary)
             elif are_words:
-                tokens.words_of(wanted.source, wanted.most_bytes)
+                tokens.words_of(spec.source, spec.most_bytes)
 
     def notes_on_text(self, module: nn.Module) -> list[str]:
-        """A note if some of the corpus is no text, and was replaced."""
-        wanted = self.workload.corpus()
-        if wanted is None or not tokens.are_words(self.model, self.model.vocabulary(module)):
+        """Return a note if parts of the corpus are not valid text and were replaced."""
+        spec = self.workload.corpus()
+        if spec is None or not tokens.are_words(self.model, self.model.vocabulary(module)):
             return []
-        count = tokens.replaced_in(wanted.source, wanted.most_bytes)
+        count = tokens.replaced_in(spec.source, spec.most_bytes)
         return [f"not UTF-8, and read as U+FFFD: {count:,} bytes or cut-off characters of the text"] if count else []
 
     def digest(self) -> str:
-        """A hash of the text that the workload works on, before any technique."""
-        wanted = self.workload.corpus()
-        return corpus.digest() if wanted is None else sources.digest(wanted.source, wanted.most_bytes)
+        """Return a hash of the workload's text, before any technique changes it."""
+        spec = self.workload.corpus()
+        return corpus.digest() if spec is None else sources.digest(spec.source, spec.most_bytes)
 
     @property
     def _changes_corpus(self) -> bool:
         return any(type(technique).corpus is not plugins.Technique.corpus for technique in self.techniques)
 
-    def _rows(self, wanted: plugins.Corpus, vocabulary: int) -> tuple[Ids, int]:
-        """Rows of token ids, and how many of them are padding."""
-        most_bytes, padded = wanted.most_bytes, self._storage().padded
+    def _rows(self, spec: plugins.Corpus, vocabulary: int) -> tuple[Ids, int]:
+        """Return the rows of token ids, and the number of padding tokens in them."""
+        most_bytes, padded = spec.most_bytes, self._storage().padded
         if self.context.rehearsal:
             most_bytes = min(_REHEARSED_BYTES, most_bytes or _REHEARSED_BYTES)
         if not self._changes_corpus:
-            return _rows_of(wanted.source, most_bytes, self.model, vocabulary, wanted.length, padded)
-        found = sources.documents(wanted.source, most_bytes)
+            return _rows_of(spec.source, most_bytes, self.model, vocabulary, spec.length, padded)
+        found = sources.documents(spec.source, most_bytes)
         for technique in self.techniques:
             found = plugins.given_back(technique.corpus(found, self.context), technique, "corpus", "documents")
-        words = functools.partial(tokens.words_of, wanted.source, wanted.most_bytes)
-        return tokens.rows(tokens.encoded(found, self.model, vocabulary, words), wanted.length, padded)
+        words = functools.partial(tokens.words_of, spec.source, spec.most_bytes)
+        return tokens.rows(tokens.encoded(found, self.model, vocabulary, words), spec.length, padded)
 
     def _storage(self) -> Storage:
         storage = Storage(Shards(), Integers("int64"))
@@ -196,45 +201,48 @@ class Assembly:
         return storage
 
     def store(self, module: nn.Module) -> Assembly:
-        """Keep the training data as the stack says, and read them once to see that they are right.
+        """Store the training data as the stack specifies, and read them once to check them.
+
+        Returns:
+            the case with the stored data in its context.
 
         Raises:
-            plugins.Unsuitable: if there are too few for one batch.
+            plugins.Unsuitable: if the data are too few for one batch.
         """
         if (samples := self.workload.samples()) is not None:
             return self._store_samples(samples)
-        wanted = self.workload.corpus()
-        if wanted is None:
+        spec = self.workload.corpus()
+        if spec is None:
             return self
         vocabulary = self.model.vocabulary(module)
-        rows, padding = self._rows(wanted, vocabulary)
-        if len(rows) < wanted.batch_size:
+        rows, padding = self._rows(spec, vocabulary)
+        if len(rows) < spec.batch_size:
             raise plugins.Unsuitable(
-                f"the data give {len(rows)} rows of {wanted.length} tokens, and a batch wants {wanted.batch_size}"
+                f"the data give {len(rows)} rows of {spec.length} tokens, and a batch wants {spec.batch_size}"
             )
         folder, storage = self.context.scratch / "data", self._storage()
         with self.context.part("compress") if storage.codec else contextlib.nullcontext():
             data = Dataset.written(rows, storage, vocabulary, folder, padding)
-        # What a technique says itself stands: a generator is what has to be kept, not what it has generated.
+        # A technique's own facts take precedence: for generated data, the generator is stored and not its output.
         self.context.facts.update(data.facts() | self.context.facts)
         return dataclasses.replace(self, context=dataclasses.replace(self.context, data=data))
 
     def _store_samples(self, samples: plugins.Samples) -> Assembly:
         if isinstance(samples, StoredSamples):
-            samples = samples.copied()  # those that were read before the baseline are the harness's
+            samples = samples.copied()  # the originals were read before the baseline and belong to the harness
         for technique in self.techniques:
             samples = plugins.given_back(technique.samples(samples, self.context), technique, "samples", "samples")
         self.context.facts["data_bytes"] = (samples.kept_bytes, "bytes of what samples are drawn from, as it is kept")
         return dataclasses.replace(self, context=dataclasses.replace(self.context, samples=samples))
 
     def tokens(self, module: nn.Module) -> plugins.Tokens:
-        """The training text as the model reads it: batches of the data, or where there are none, from its start."""
+        """Return the source of training tokens: batches of the stored data, or else the text from its start."""
         import torch
 
         if self.context.samples is not None:
             return _no_tokens
-        if (data := self.context.data) is not None and (wanted := self.workload.corpus()) is not None:
-            batches = endless(data, wanted.batch_size, self.context.seed, wanted.workers)
+        if (data := self.context.data) is not None and (spec := self.workload.corpus()) is not None:
+            batches = endless(data, spec.batch_size, self.context.seed, spec.workers)
             return lambda count: next(batches).flatten().to(torch.int64)
         vocabulary = self.model.vocabulary(module)
         encoded = self.model.encode(corpus.split()[0])
@@ -242,24 +250,29 @@ class Assembly:
         return lambda count: torch.tensor(following(count), dtype=torch.long)
 
     def prepare(self) -> None:
-        """Let techniques prepare their files in a process of their own, so that nothing of it is left in this one.
+        """Let techniques prepare their files, each in a forked process, so that no memory of it remains in this one.
 
-        To be called before this process has threads: they do not come along.
+        It must be called before this process starts threads, because a fork does not copy them.
 
         Raises:
-            RuntimeError: if that process did not end well, with the last line it had to say.
-            plugins.Unsuitable: if the technique said so.
+            RuntimeError: if that process fails; the message is its error.
+            plugins.Unsuitable: if a technique cannot be applied to the case.
         """
-        # From the last to the first: who prepares the rest of the stack needs what the rest has prepared.
+        # Last to first: a technique that prepares the rest of the stack needs the files that the rest prepared.
         for position, technique in reversed(list(enumerate(self.techniques))):
             if type(technique).prepare is not plugins.Technique.prepare:
                 rest = self.techniques[position + 1 :] if technique.prepares_rest else ()
-                found = _in_a_process_of_its_own(functools.partial(self._prepare_one, technique, rest))
+                found = run_in_child(functools.partial(self._prepare_one, technique, rest))
                 self.context.idle.extend(rest[place] for place in found["idle"])
                 self.context.diverged.extend(found["diverged"])
 
     def _prepare_one(self, technique: plugins.Technique, rest: Sequence[plugins.Technique]) -> dict[str, list[Any]]:
-        """Prepare; the places of those of the rest that changed nothing, and trainings that diverged."""
+        """Let one technique prepare its files.
+
+        Returns:
+            the positions in ``rest`` of the techniques that changed nothing (``idle``), and messages on trainings that
+            diverged (``diverged``).
+        """
         import torch
 
         def prepare(assembly: Assembly) -> None:
@@ -269,36 +282,36 @@ class Assembly:
 
         rehearsed = self.rehearsed()
         if rehearsed is not None:
-            with contextlib.suppress(Exception):  # as in rehearse
+            with contextlib.suppress(Exception):  # a failing rehearsal is not an error; see ``rehearse``
                 prepare(rehearsed)
-        torch.manual_seed(self.context.seed)  # as the measured process does before it loads
+        torch.manual_seed(self.context.seed)  # the measured process does the same before it loads the model
         prepare(self)
         idle = [place for place, member in enumerate(rest) if any(member is each for each in self.context.idle)]
         return {"idle": idle, "diverged": self.context.diverged}
 
     def plain_weight_bytes(self) -> int | None:
-        """Bytes of the model's weights in fp32 before any technique, by its shapes; ``None`` where it has none."""
+        """Return the bytes of the model's weights in fp32, without techniques; ``None`` if it has no skeleton."""
         try:
             return sum(parameter.numel() * 4 for parameter in self.model.skeleton().parameters())
-        except Exception:  # a model that cannot be made of shapes alone
+        except Exception:  # the model cannot be built from shapes alone
             return None
 
     def rehearse(self) -> str | None:
-        """Go through the case on a miniature of its model, so that what is set up once is there before the baseline.
+        """Run the case on a tiny model before the baseline, so that libraries complete their one-time initialization.
 
-        Thread pool, CUDA context, kernels' code pages, lazily imported modules: some 10 MiB that the first step of
-        whatever comes first would be charged for.
+        Otherwise the first measured phase would include thread pools, the CUDA context, code pages of kernels and
+        lazily imported modules, some 10 MiB.
 
         Returns:
-            why it did not get to its end, if it did not: it fails again where it is measured, or the small shape alone
-            was why.
+            the error, if the rehearsal fails. The measured case then either fails, too, or the error was due to the
+            small shapes.
         """
-        device.wake(self.context.device)
+        device.initialize(self.context.device)
         assembly = self.rehearsed()
         if assembly is None:
             return None
         with contextlib.suppress(Exception):
-            self.model.skeleton()  # imports the model's own code, which a stand-in would not
+            self.model.skeleton()  # imports the model's own code, which the generic model does not use
         try:
             module = assembly.make()
             module.train(self.workload.trains)
@@ -310,15 +323,15 @@ class Assembly:
         return None
 
     def refuse_what_cannot_fit(self) -> None:
-        """Compare what the shapes need with what is free, before anything is loaded.
+        """Compare the memory that loading needs with the free memory, before anything is loaded.
 
         Raises:
-            plugins.DoesNotFit: if it is more.
+            plugins.DoesNotFit: if it needs more.
         """
         import torch
 
         if any(type(technique).load is not plugins.Technique.load for technique in self.techniques):
-            return  # loaded in a way of its own, a model may need less than it has weights
+            return  # a technique that loads the model may need less memory than the plain weights
         needed = self.model.needed_bytes()
         if needed is None:
             return
@@ -331,10 +344,10 @@ class Assembly:
 
 
 def create(kind: str, named: Plugin) -> Any:
-    """A plug-in of a request.
+    """Create a plug-in that a request names.
 
     Raises:
-        PluginError: if it is not there, or the file that it is in has changed.
+        PluginError: if it does not exist, or if its file has changed since the suite was read.
     """
     return registry.create(kind, named.use, named.options, named.files)
 
@@ -351,48 +364,12 @@ def _no_tokens(count: int) -> torch.Tensor:
     raise TypeError(f"{count} tokens are asked for, and this workload trains on labelled samples")
 
 
-def _unheard(name: str) -> contextlib.AbstractContextManager[None]:
+def _unmeasured(name: str) -> contextlib.AbstractContextManager[None]:
     del name
     return contextlib.nullcontext()
 
 
 def _acts_while_running(technique: plugins.Technique) -> bool:
-    """Whether a technique does something besides loading and converting: then an unchanged model is no fault."""
+    """Whether a technique acts while steps run; then an unchanged model is not a problem."""
     stages = ("optimizer", "step_context", "training_step", "generate_options")
     return any(getattr(type(technique), stage) is not getattr(plugins.Technique, stage) for stage in stages)
-
-
-def _in_a_process_of_its_own(work: Callable[[], dict[str, list[Any]]]) -> dict[str, list[Any]]:
-    """What ``work`` returns, done in a child; JSON must have it.
-
-    Raises:
-        RuntimeError: if the child did not end well, with the last line it had to say.
-        plugins.Unsuitable: if ``work`` did.
-    """
-    read_end, write_end = os.pipe()
-    child = os.fork()
-    if child == 0:
-        said, code = b"", 0
-        try:
-            os.close(read_end)
-            said = json.dumps(work()).encode()
-        except plugins.Unsuitable as error:
-            said, code = str(error).encode()[:4096], _UNSUITABLE
-        except BaseException as error:
-            said = f"{type(error).__name__}: {error}".encode()[:4096]
-            code = 1
-        finally:
-            with os.fdopen(write_end, "wb") as pipe:
-                pipe.write(said)
-            os._exit(code)
-    os.close(write_end)
-    with os.fdopen(read_end, "rb") as pipe:
-        said = pipe.read()
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    if code == _UNSUITABLE:
-        raise plugins.Unsuitable(said.decode(errors="replace"))
-    if code:
-        raise RuntimeError(said.decode(errors="replace") or f"preparing the case ended with {code}")
-    found: dict[str, list[Any]] = json.loads(said)
-    return found

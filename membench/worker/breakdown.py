@@ -1,4 +1,4 @@
-"""What holds memory: bytes by category at the highest moment of a step, found by walking storages."""
+"""The memory breakdown: bytes by category at the peak of a step, found by walking storages of tensors."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _DEEPEST = 8
 
 
 def tensors_in(held: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in an object: in its attributes, and in lists, tuples and mappings, to a depth of eight."""
+    """Yield all tensors in an object: in its attributes, and in lists, tuples and mappings, to a depth of eight."""
     return (tensor for _, tensor in named_tensors_in(held))
 
 
 def named_tensors_in(held: Any, name: str = "", depth: int = _DEEPEST) -> Iterator[tuple[str, torch.Tensor]]:
-    """As ``tensors_in``, each with the name of the attribute, or the key, that it is in."""
+    """Yield all tensors in an object like ``tensors_in``, each with the name of its attribute or its key."""
     import torch
 
     if isinstance(held, torch.Tensor):
@@ -39,10 +39,10 @@ def named_tensors_in(held: Any, name: str = "", depth: int = _DEEPEST) -> Iterat
 
 
 def storages(tensors: Iterable[torch.Tensor]) -> dict[tuple[str, int], int]:
-    """Bytes by storage (device, address), each once, quantized tensors opened."""
+    """Return the bytes of each storage of tensors, by device and address; quantized tensors are opened."""
     found: dict[tuple[str, int], int] = {}
     for tensor in tensors:
-        # Not detached first: a detached copy may hold tables of its own, gone before they are counted.
+        # Not detached first: a detached copy may own inner tensors, which would be freed before they are counted.
         for plain in plain_tensors(tensor):
             if plain.device.type != "meta":
                 storage = plain.untyped_storage()
@@ -52,27 +52,28 @@ def storages(tensors: Iterable[torch.Tensor]) -> dict[tuple[str, int], int]:
 
 @dataclass
 class _Saved:
-    """A tensor that autograd keeps for the backward pass; tells the census when it lets go."""
+    """A tensor that autograd keeps for the backward pass. It notifies the watcher when autograd releases it."""
 
     tensor: torch.Tensor
-    census: Census
+    watcher: MemoryWatcher
     key: tuple[str, int]
 
     def __del__(self) -> None:
-        self.census.release(self.key)
+        self.watcher.release(self.key)
 
 
-class Census:
-    """Watches one step and keeps what held memory at the highest moment of each of its parts.
+class MemoryWatcher:
+    """Watches one step and keeps the memory breakdown at the peak of each of its parts.
 
-    Looks are taken at the end of each part of the step and whenever a gradient is ready; what a kernel takes for a
-    moment between two looks is in no category.
+    It samples at the end of each part of the step and whenever a gradient is ready. Memory that is allocated and freed
+    between two samples is in no category.
 
     Args:
         module: the model.
-        inventory: by category, what holds its tensors (optimizer states, key-value cache).
-        held_bytes: live memory now, above the baseline.
-        part: the part of the step that runs now, ``None`` between parts.
+        inventory: for each category (optimizer states, key-value cache), a function that returns the object that holds
+            its tensors.
+        held_bytes: returns the current live memory above the baseline.
+        part: returns the current part of the step; ``None`` between parts.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Census:
         self._highest: dict[str | None, tuple[int, dict[str, int]]] = {}
 
     def release(self, key: tuple[str, int]) -> None:
+        """Count one reference less to a storage that autograd keeps."""
         entry = self._saved[key]
         entry[0] -= 1
         if not entry[0]:
@@ -109,8 +111,8 @@ class Census:
     def _unpack(self, saved: torch.Tensor | _Saved) -> torch.Tensor:
         return saved.tensor if isinstance(saved, _Saved) else saved
 
-    def look(self, *_: Any) -> None:
-        """Keep the categories if memory has never been higher in this part."""
+    def sample(self, *_: Any) -> None:
+        """Keep the current breakdown if live memory is the highest so far in this part."""
         held, part = self._held_bytes(), self._part()
         if part in self._highest and held <= self._highest[part][0]:
             return
@@ -129,24 +131,27 @@ class Census:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch what runs inside."""
+        """Watch the step that runs in this context."""
         import torch
 
-        hooks = [p.register_post_accumulate_grad_hook(self.look) for p in self._module.parameters() if p.requires_grad]
+        hooks = [
+            p.register_post_accumulate_grad_hook(self.sample) for p in self._module.parameters() if p.requires_grad
+        ]
         try:
             with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
                 yield
-            self.look()
+            self.sample()
         finally:
             for hook in hooks:
                 hook.remove()
 
     def breakdown(self, peaks: Mapping[str, int]) -> dict[str, dict[str, int]]:
-        """Bytes by part of the step and category, at the part's highest moment.
+        """Return the bytes by part of the step and category, at the part's peak.
+
+        The category ``other`` is the rest of the live peak: temporaries, buffers of libraries and small objects.
 
         Args:
-            peaks: the exact live peak of each part, as far as they are known. ``other`` is what of it is in no
-                category: temporaries, buffers of libraries, small objects.
+            peaks: the exact live peaks of the parts, in bytes, where they are known.
         """
         return {
             part: {**found, "other": peaks.get(part, held) - sum(found.values())}

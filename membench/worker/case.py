@@ -1,8 +1,8 @@
-"""Inside the measured process: a case's phases, one after the other.
+"""Measurement of a case, phase by phase.
 
-Live memory is measured in ``store``, ``warmup``, ``run`` and ``breakdown`` under the pinned allocator; ``time`` runs
-other steps under the default one, for durations and for the footprint that a user's process would show, and ``finish``
-those that are left where a workload has so many in all.
+Live memory is measured in ``load``, ``apply``, ``store``, ``warmup``, ``run`` and ``breakdown`` under the pinned
+allocator. ``time`` runs further steps under the default allocator, to measure durations and the footprint that a user's
+process would have. ``finish`` runs the remaining steps of a workload that has a fixed number of steps.
 """
 
 from __future__ import annotations
@@ -29,69 +29,78 @@ if TYPE_CHECKING:
 
 
 class Diverged(Exception):
-    """A training whose loss is no number any more; all that was measured stands."""
+    """A training whose loss became non-finite. All measurements remain valid.
+
+    Attributes:
+        phase: the phase in which it happened; ``None``: while a technique prepared its files.
+    """
 
     def __init__(self, phase: str | None, message: str) -> None:
         super().__init__(message)
         self.phase = phase
 
 
-def measure(asked: MeasureCase, rank: Rank, scratch: Path, meter: Meter) -> None:
-    """The life of a case, phase by phase; what is known is told before whatever may still fail.
+def measure(request: MeasureCase, rank: Rank, scratch: Path, meter: Meter) -> None:
+    """Measure a case, phase by phase. Results are sent before each phase that may fail.
 
     Raises:
-        Diverged: at the end, if the training did.
+        Diverged: after all phases, if a training diverged.
     """
-    work = _Work(asked, rank, scratch, meter)
-    module = work.load_and_apply(work.make_ready())
-    _refuse_foreign_code(asked)
+    work = _Work(request, rank, scratch, meter)
+    module = work.load_and_apply(work.prepare())
+    _refuse_other_checkout(request)
     work.store(module)
     step = work.run_for_memory(module)
     work.run_for_time(step)
     work.finish(module, step)
-    del step  # and with it the optimizer
+    del step  # it refers to the optimizer, which is freed with it
     work.case.context.inventory.clear()
     work.evaluate(module)
     work.save(module)
-    _refuse_foreign_code(asked)
+    _refuse_other_checkout(request)
     if work.diverged is not None:
         raise work.diverged
 
 
-def _refuse_foreign_code(asked: MeasureCase) -> None:
-    if asked.checkouts:
-        import_guard.refuse_imported(Path(asked.checkouts.other), Path(asked.checkouts.own))
+def _refuse_other_checkout(request: MeasureCase) -> None:
+    if request.checkouts:
+        import_guard.refuse_imported(Path(request.checkouts.other), Path(request.checkouts.own))
 
 
 class _Work:
-    """A case under way: what it measures gathers in its result."""
+    """A case that is being measured, with its result so far."""
 
-    def __init__(self, asked: MeasureCase, rank: Rank, scratch: Path, meter: Meter) -> None:
-        self.case = Assembly.of(asked, rank.device, scratch, meter.part)
+    def __init__(self, request: MeasureCase, rank: Rank, scratch: Path, meter: Meter) -> None:
+        self.case = Assembly.of(request, rank.device, scratch, meter.part)
         self.losses: list[float] = []
         self.diverged: Diverged | None = None
-        self._asked, self._rank, self._scratch, self._meter = asked, rank, scratch, meter
+        self._request, self._rank, self._scratch, self._meter = request, rank, scratch, meter
         self._remarks: list[str] = []
         self._notes: list[str] = []
         self._result = Result(pinned=False, is_trained=self.case.model.quality)
 
-    def _learn(self, **known: Any) -> None:
-        """Put what is known now into the result."""
+    def _update_result(self, **known: Any) -> None:
+        """Set fields of the result."""
         self._result = replace(self._result, **known)
 
-    def make_ready(self) -> int | None:
-        """Do all that must not be measured, up to the baseline; bytes of the plain weights, if they are known."""
+    def prepare(self) -> int | None:
+        """Do everything that must not be measured, and take the baseline.
+
+        Returns:
+            bytes of the weights in fp32, if a technique converts them while loading and they are known.
+        """
         import torch
 
         case, where = self.case, self._rank.device
         if self._meter.on_gpu:
             device.refuse_missing(where)
-        allocator.pin()  # else large blocks of the text leave holes in the heap, which count once something fills them
+        # Without pinning, the text leaves holes in the heap, and allocations that fill these would count as growth.
+        allocator.pin()
         case.read_text()
-        self._learn(corpus=case.digest())
+        self._update_result(corpus=case.digest())
         allocator.unpin()
         case.prepare()
-        self._learn(pinned=allocator.pin())
+        self._update_result(pinned=allocator.pin())
         torch.set_num_threads(self._rank.threads)
         case.refuse_what_cannot_fit()
         if (failed := case.rehearse()) is not None:
@@ -101,13 +110,17 @@ class _Work:
         converted = any(technique.applies_rest for technique in case.techniques)
         plain_bytes = case.plain_weight_bytes() if converted else None
         if case.context.diverged:
-            self.diverged = Diverged(None, case.context.diverged[0])  # in the process that prepared the case
+            self.diverged = Diverged(None, case.context.diverged[0])  # it diverged in the preparing process
         self._meter.set_baseline()
-        torch.manual_seed(self._asked.seed)
+        torch.manual_seed(self._request.seed)
         return plain_bytes
 
     def load_and_apply(self, plain_bytes: int | None) -> nn.Module:
-        """Phases ``load`` and ``apply``; ``plain_bytes``: of the weights in fp32, where loading already converts."""
+        """Run the phases ``load`` and ``apply``.
+
+        Args:
+            plain_bytes: bytes of the weights in fp32, if a technique converts them while loading.
+        """
         with self._meter.phase("load", "pinned"):
             self._meter.memory_in_parts = True
             module = self.case.load()
@@ -123,7 +136,7 @@ class _Work:
         return module
 
     def store(self, module: nn.Module) -> None:
-        """Phase ``store``, where the workload reads a corpus or trains on samples."""
+        """Run the phase ``store``, if the workload reads a corpus or trains on samples."""
         if self.case.workload.corpus() is None and self.case.workload.samples() is None:
             return
         with self._meter.phase("store", "pinned"):
@@ -131,7 +144,7 @@ class _Work:
             self.case = self.case.store(module)
             self._meter.memory_in_parts = False
 
-    def _hear(self, loss: torch.Tensor | None) -> None:
+    def _add_loss(self, loss: torch.Tensor | None) -> None:
         if loss is None:
             return
         self.losses.append(loss.item())
@@ -140,24 +153,28 @@ class _Work:
             self.diverged = Diverged(self._meter.current_phase, message)
 
     def run_for_memory(self, module: nn.Module) -> plugins.Step:
-        """Phases ``warmup``, ``run`` and ``breakdown``, under the pinned allocator; the step that they run."""
+        """Run the phases ``warmup``, ``run`` and ``breakdown`` under the pinned allocator.
+
+        Returns:
+            the workload's step, for the later phases.
+        """
         case, meter = self.case, self._meter
         with meter.phase("warmup", "pinned"):
             step = case.workload.start(module, case.tokens(module), case.techniques, case.context)
-            self._hear(step())
+            self._add_loss(step())
         if case.workload.trains:
             trained_bytes = sum(breakdown.storages(p for p in module.parameters() if p.requires_grad).values())
-            # Packed weights are no parameters: what is not trained is found by what is left.
-            self._learn(
+            # Packed weights are not parameters, so frozen weights are counted as all weights less the trained ones.
+            self._update_result(
                 trained_weights_bytes=trained_bytes, frozen_weights_bytes=weight_bytes(module) - trained_bytes
             )  # fmt: skip
         with meter.phase("run", "pinned") as run:
             meter.memory_in_parts = True
             for _ in range(STEPS_FOR_MEMORY):
-                self._hear(step())
+                self._add_loss(step())
             meter.memory_in_parts = False
-        # Counted only now: some libraries pack weights anew in their first pass.
-        self._learn(weights_bytes=weight_bytes(module), modules_bytes=bytes_by_module(module))
+        # Weights are counted after the steps, because some libraries repack them in the first forward pass.
+        self._update_result(weights_bytes=weight_bytes(module), modules_bytes=bytes_by_module(module))
         self._notes += case.notes_on_text(module)
         self._notes += notes.on_weights(module, case.techniques, self._plain_bytes)
         if (optimizer := case.context.inventory.get("optimizer")) is not None:
@@ -165,22 +182,22 @@ class _Work:
             self._notes += notes.on_states(optimizer(), trained, case.techniques)
         if case.context.inventory:
             with meter.phase("breakdown", "pinned"):
-                watch = breakdown.Census(
+                watcher = breakdown.MemoryWatcher(
                     module, case.context.inventory, meter.held_live_bytes, lambda: meter.current_part
                 )
-                on_cache: list[str] = []
+                cache_notes: list[str] = []
 
-                def look() -> None:
-                    watch.look()
-                    on_cache[:] = self._notes_on_cache()  # the last look finds the cache full
+                def sample() -> None:
+                    watcher.sample()
+                    cache_notes[:] = self._notes_on_cache()  # the cache is full at the last sample
 
-                with watch.watching(), meter.looking(look):
-                    self._hear(step())
-            self._notes += on_cache
+                with watcher.watching(), meter.sampling_parts(sample):
+                    self._add_loss(step())
+            self._notes += cache_notes
             known = meter.on_gpu or self._result.pinned
             peaks = _live_peaks(run.peaks_of_parts()) if known else {}
-            self._learn(
-                breakdown_bytes=watch.breakdown(peaks),
+            self._update_result(
+                breakdown_bytes=watcher.breakdown(peaks),
                 peak_part=max(peaks, key=lambda part: peaks[part], default=None),
             )
         for name, technique in zip(case.names, case.techniques, strict=True):
@@ -193,27 +210,28 @@ class _Work:
         if tokens is None or shape is None or "cache" not in case.context.inventory:
             return []
         if any(technique.nominal_share() != 1 for technique in case.techniques):
-            return []  # another shape has another cache
+            return []  # the technique changes the model's shape, and with it the size of the cache
         plain_bytes = 4 * 2 * shape.layers * shape.key_value_heads * (shape.width // shape.heads) * tokens
         return notes.on_cache(case.context.inventory["cache"](), plain_bytes, case.techniques)
 
     def run_for_time(self, step: plugins.Step) -> None:
-        """Phase ``time``, under the default allocator."""
-        meter, steps, timing = self._meter, self._asked.steps, Timing()
+        """Run the phase ``time`` under the default allocator."""
+        meter, steps, timing = self._meter, self._request.steps, Timing()
         allocator.unpin()
         data = self.case.context.data
         codec_speeds = [] if data is None or self._bytes_of_an_epoch() is None else data.codec_speeds()
         with meter.phase("time", "default") as timed:
             timed.steps = steps.warmup + steps.measured
             for _ in range(steps.warmup):
-                self._hear(step())
+                self._add_loss(step())
             meter.parts.clear()
             for _ in range(steps.measured):
-                self._hear(timing.take_up(meter.timed(step)))
+                self._add_loss(timing.add(meter.timed(step)))
         if data is not None:
-            self.case.context.facts.update(data.timed_afresh(codec_speeds))  # here, as the steps were
+            # Opening and the codec are timed under the same allocator as the steps.
+            self.case.context.facts.update(data.timed_afresh(codec_speeds))
         allocator.pin()
-        self._learn(
+        self._update_result(
             durations_s=timing.durations_s,
             waited_s=timing.waited_s,
             losses_nats=self._losses_nats(),
@@ -221,73 +239,77 @@ class _Work:
             epoch_bytes=self._bytes_of_an_epoch(),
             decoded_tokens=self.case.workload.decoded_tokens_per_step(),
         )
-        self._tell("the case ended before the checkpoint was saved")
+        self._send_result("the case ended before the checkpoint was saved")
 
     def _losses_nats(self) -> list[float | None]:
         return [loss if math.isfinite(loss) else None for loss in self.losses]
 
     def finish(self, module: nn.Module, step: plugins.Step) -> None:
-        """Phase ``finish``, where the workload trains for so many steps in all: those left, and its result."""
+        """Run the phase ``finish``, if the workload has a fixed number of steps: the remaining ones and its result."""
         case, all_steps = self.case, self.case.workload.steps_in_all()
         if all_steps is None:
             return
-        allocator.unpin()  # no memory is measured here, and it is faster so
+        allocator.unpin()  # no memory is measured here, and the default allocator is faster
         with self._meter.phase("finish", "default"):
             while len(self.losses) < all_steps and self.diverged is None:
-                self._hear(step())
+                self._add_loss(step())
                 self._meter.parts.clear()
             module.eval()
             case.workload.examine(module, case.techniques, case.context)
         allocator.pin()
-        self._learn(losses_nats=self._losses_nats())
-        self._tell("the case ended before the checkpoint was saved")
+        self._update_result(losses_nats=self._losses_nats())
+        self._send_result("the case ended before the checkpoint was saved")
 
     def _tokens_of_an_epoch(self) -> int | None:
         data = self.case.context.data
         return None if data is None else data.tokens()
 
     def _bytes_of_an_epoch(self) -> int | None:
-        """Packed bytes that a step reads, where it reads an epoch."""
+        """Return the packed bytes that a step reads, if a step is an epoch."""
         data = self.case.context.data
         return None if data is None or self.case.workload.tokens_per_step() is not None else data.packed_bytes()
 
-    def _tell(self, not_saved: str | None = None) -> None:
-        """Say what is known so far; ``not_saved``: why there is no checkpoint, if it stays so."""
+    def _send_result(self, not_saved: str | None = None) -> None:
+        """Send the result so far to the runner.
+
+        Args:
+            not_saved: the reason for the missing checkpoint, in case the process ends before it is saved.
+        """
         facts = {name: Fact(value, source) for name, (value, source) in self.case.context.facts.items()}
-        self._learn(facts=facts, remarks=self._remarks, notes=self._notes)
-        said = self._result if not_saved is None else replace(self._result, disk_bytes=None, disk_format=not_saved)
-        self._meter.tell(ResultSoFar(said))
+        self._update_result(facts=facts, remarks=self._remarks, notes=self._notes)
+        result = self._result if not_saved is None else replace(self._result, disk_bytes=None, disk_format=not_saved)
+        self._meter.send(ResultSoFar(result))
 
     def evaluate(self, module: nn.Module) -> None:
-        """Phase ``evaluate``, where the model gives logits."""
+        """Run the phase ``evaluate``, if the model gives logits."""
         if not self.case.model.gives_logits:
             return
-        case, reference = self.case, self._asked.reference
+        case, reference = self.case, self._request.reference
         with self._meter.phase("evaluate", "pinned"):
             module.eval()
             found = quality.evaluate(
                 case.model, module, case.techniques, case.workload, case.context,
                 Path(reference.path), reference.is_written_here,
             )  # fmt: skip
-            figures, failed = quality.own(
+            figures, failed = quality.custom_figures(
                 case.metrics, case.model, module, case.techniques, case.workload, case.context, Path(reference.path)
             )
-        self._learn(quality=found, custom_figures=figures)
+        self._update_result(quality=found, custom_figures=figures)
         self._remarks += failed
         if None in found.nats and self.diverged is None:
             self._remarks.append("the logits of held-out text are not finite")
-        self._tell("the checkpoint was not saved")
+        self._send_result("the checkpoint was not saved")
 
     def save(self, module: nn.Module) -> None:
-        """Phase ``save``."""
+        """Run the phase ``save``."""
         with self._meter.phase("save", "pinned"):
             size_bytes, how = checkpoint.save(module, self._scratch)
-        self._learn(disk_bytes=size_bytes, disk_format=how)
-        self._tell()
+        self._update_result(disk_bytes=size_bytes, disk_format=how)
+        self._send_result()
 
 
 def _live_peaks(parts: Mapping[str, PartReading]) -> dict[str, int]:
-    """The live peak of each part of a step, where it was read."""
+    """Return the live peak of each part of a step, where it was measured."""
     return {
         name: peak_bytes
         for name, part in parts.items()

@@ -1,4 +1,4 @@
-"""Saving a module as its user would, to see what it takes on disk."""
+"""Saving a module as a user would, to measure its size on disk."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def save(module: nn.Module, folder: Path) -> tuple[int | None, str]:
-    """Write a checkpoint and remove it again.
+    """Write a checkpoint, measure its size and remove it.
 
-    safetensors where every tensor is plain; ``torch.save`` of the state dict where some are subclasses such as
-    torchao's, whose outer storage safetensors cannot read.
+    It is written by safetensors if all tensors are plain. If some are tensor subclasses such as torchao's, whose outer
+    storage safetensors cannot read, it is written by ``torch.save`` of the state dict.
 
     Returns:
-        its size in bytes and the library that wrote it, or ``None`` and the reason.
+        the size in bytes and the library that wrote it, or ``None`` and the reason why it was not written.
     """
     import safetensors.torch
     import torch

@@ -1,4 +1,4 @@
-"""Inside the measured process: its threads and its GPU, before anything is measured."""
+"""Initialization of the measured process's device, before anything is measured."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from membench.worker.meter import Meter
 
 
 def refuse_missing(device: str) -> None:
-    """See that there is such a GPU.
+    """Check that a GPU exists.
 
     Raises:
-        plugins.Unsuitable: if there is not.
+        plugins.Unsuitable: if it does not.
     """
     import torch
 
@@ -23,8 +23,8 @@ def refuse_missing(device: str) -> None:
         raise plugins.Unsuitable(f"there is no {device} here: the last is cuda:{last}")
 
 
-def wake(device: str) -> None:
-    """Let torch set up what it sets up once: thread pool, CUDA context, kernels' code pages."""
+def initialize(device: str) -> None:
+    """Trigger torch's one-time initialization: thread pool, CUDA context, and code pages of kernels."""
     import torch
 
     layer = torch.nn.Linear(256, 256, device=device)
@@ -32,13 +32,13 @@ def wake(device: str) -> None:
 
 
 def announce_gpu(meter: Meter, device: str) -> None:
-    """Tell the runner which device it is, so that it can find it in NVML, where devices have another order."""
+    """Send the identity of the GPU to the runner, which looks it up in NVML, where devices may have another order."""
     import torch
 
-    # cuBLAS keeps workspaces of the rehearsal in torch's allocator; a case that needs them takes them anew.
+    # cuBLAS keeps workspaces of the rehearsal in torch's allocator; a case that needs them allocates them again.
     torch._C._cuda_clearCublasWorkspaces()
     properties = torch.cuda.get_device_properties(device)
-    meter.tell(
+    meter.send(
         GpuFound(
             GpuReading(
                 uuid=str(properties.uuid),

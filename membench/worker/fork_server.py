@@ -1,8 +1,8 @@
-"""A clean process that has imported what cases need and forks the workers of one job at a time, or starts a program.
+"""The fork server: a clean process that imports what cases need and forks the workers of one job, or starts a program.
 
-It speaks ``protocol.forking`` over the socket on its standard input. It watches that socket: when the runner dies,
-however it dies, the workers and all their descendants are killed and the scratch folder, which the runner made, is
-removed.
+It communicates by ``protocol.forking`` over the socket on its standard input. When the runner ends in any way, the
+socket closes; the fork server then kills the workers and all their descendants, and removes the scratch folder that the
+runner made.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from membench.worker import allocator
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _WORKER_FAILED = 70
-_CANNOT_BE_STARTED = 127  # as a shell has it
+_CANNOT_BE_STARTED = 127  # the exit code that shells use for a command that was not found
 
 
 def die_with_parent() -> None:
-    """Be killed when the parent dies."""
+    """Ask the kernel to kill this process when its parent dies."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
@@ -46,13 +46,13 @@ def _kill(pids: list[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def _kill_descendants(but: Collection[int] = ()) -> None:
-    """Kill and reap until none is left; whoever loses its parent becomes a child of this process.
+def _kill_descendants(keep: Collection[int] = ()) -> None:
+    """Kill and reap all descendants. Orphaned ones are found, too, since they become children of this process.
 
     Args:
-        but: workers that go on, and what they have started.
+        keep: workers to leave running, with their descendants.
     """
-    while descendants := _descendants(but):
+    while descendants := _descendants(keep):
         _kill(descendants)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
@@ -60,13 +60,13 @@ def _kill_descendants(but: Collection[int] = ()) -> None:
         select.select([], [], [], 0.002)
 
 
-def _descendants(but: Collection[int]) -> list[int]:
-    kept = {pid for worker in but for pid in (worker, *procfs.children(worker))}
+def _descendants(keep: Collection[int]) -> list[int]:
+    kept = {pid for worker in keep for pid in (worker, *procfs.children(worker))}
     return [pid for pid in procfs.children(os.getpid()) if pid not in kept]
 
 
 def _left_running(grace_s: float) -> list[str]:
-    """The names of descendants that do not end by themselves within the grace that they have."""
+    """Return the names of descendants that are still running after a grace period, in seconds; none if it is 0."""
     if not grace_s:
         return []
     deadline = time.monotonic() + grace_s
@@ -106,9 +106,11 @@ def _fork_worker(request: Mapping[str, Any], pipe: int, output: int, server: soc
 
 
 def _start_program(command: Sequence[str], pipe: int, errors: int, streams: Sequence[int]) -> int:
-    """Start a program as its user would, but for its standard error and a way to mark phases.
+    """Start a program as its user would, except for its standard error and a channel to mark phases.
 
     Args:
+        pipe: the channel for marks of phases.
+        errors: its standard error.
         streams: its standard input and output.
     """
     pid = os.fork()
@@ -143,7 +145,7 @@ def _spawn_worker(request: Mapping[str, Any], pipe: int, output: int) -> int:
     assert process.stdin is not None
     process.stdin.write(json.dumps(request).encode())
     process.stdin.close()
-    process.returncode = 0  # the loop below reaps it, not subprocess
+    process.returncode = 0  # so that subprocess does not reap it; ``_Server`` does
     return process.pid
 
 
@@ -153,51 +155,55 @@ class _Server:
         self._folder = folder
         self._workers: set[int] = set()
         self._grace_s = 0.0
-        # A pipe turns the signal of a dead child into something that select sees.
-        self._wake, wake_end = os.pipe()
+        # The signal of an ended child is written to a pipe, so that select wakes up.
+        self._child_ended, wake_end = os.pipe()
         os.set_blocking(wake_end, False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(wake_end)
 
-    def _tell(self, answer: forking.Answer) -> None:
+    def _answer(self, answer: forking.Answer) -> None:
         self._server.sendall(forking.encode_answer(answer))
 
     def serve(self) -> None:
-        self._tell(forking.Ready())
+        """Handle orders until the runner closes the socket."""
+        self._answer(forking.Ready())
         while True:
-            ready, _, _ = select.select([self._server.fileno(), self._wake], [], [])
-            if self._wake in ready:
-                os.read(self._wake, 4096)
+            ready, _, _ = select.select([self._server.fileno(), self._child_ended], [], [])
+            if self._child_ended in ready:
+                os.read(self._child_ended, 4096)
                 self._reap()
-            if self._server.fileno() in ready and not self._obey():
+            if self._server.fileno() in ready and not self._handle_order():
                 return
 
     def _reap(self) -> None:
         with contextlib.suppress(ChildProcessError):
             while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
-                # As long as it is not reaped, the kernel tells of it.
+                # Read what the kernel knows of the process before it is reaped.
                 is_worker = ended.si_pid in self._workers
                 had_children = is_worker and procfs.waited_for_children(ended.si_pid)
                 pid, status, usage = os.wait4(ended.si_pid, 0)
                 if is_worker:
                     self._workers.remove(pid)
-                    self._put_away(pid, status, usage.ru_maxrss * 1024, had_children)
+                    self._clean_up(pid, status, usage.ru_maxrss * 1024, had_children)
 
-    def _put_away(self, pid: int, status: int, peak_bytes: int, had_children: bool) -> None:
-        """Kill what a worker left behind, and answer how it ended; its files go with those of the job's last worker."""
+    def _clean_up(self, pid: int, status: int, peak_bytes: int, had_children: bool) -> None:
+        """Kill the descendants of an ended worker, and report how it ended.
+
+        The workers' files are removed after the last worker of the job.
+        """
         ended_at_s = time.monotonic()
         left = _left_running(self._grace_s)
-        _kill_descendants(but=self._workers)
+        _kill_descendants(keep=self._workers)
         if not self._workers:
             scratch.empty(self._folder)
-        self._tell(
+        self._answer(
             forking.WorkerEnded(
                 pid, status, ended_at_s, peak_bytes, procfs.resident().peak_bytes, had_children, tuple(left)
             )
         )
 
-    def _obey(self) -> bool:
-        """Do what the runner asks; False when it has gone."""
+    def _handle_order(self) -> bool:
+        """Execute the runner's next order; return ``False`` if the runner has closed the socket."""
         data, descriptors, _, _ = socket.recv_fds(self._server, 2**20, 4)
         if not data:
             return False
@@ -206,15 +212,15 @@ class _Server:
             for worker in self._workers:
                 _kill([*procfs.children(worker), worker])
             return True
-        worker = self._started(order, descriptors)
+        worker = self._start(order, descriptors)
         self._workers.add(worker)
         self._grace_s = order.grace_s
         for descriptor in descriptors:
             os.close(descriptor)
-        self._tell(forking.Started(worker))
+        self._answer(forking.Started(worker))
         return True
 
-    def _started(self, order: forking.StartWorker | forking.StartProgram, descriptors: Sequence[int]) -> int:
+    def _start(self, order: forking.StartWorker | forking.StartProgram, descriptors: Sequence[int]) -> int:
         pipe, output, *streams = descriptors
         if isinstance(order, forking.StartProgram):
             return _start_program(order.command, pipe, output, streams)
@@ -227,19 +233,20 @@ class _Server:
 
 
 def serve(folder: Path, preload: list[str]) -> None:
-    """Import ``preload``, then serve requests until the runner closes the socket.
+    """Import modules, then serve requests until the runner closes the socket.
 
     Args:
-        folder: for the workers' files; emptied after each job, removed at the end.
+        folder: the folder for the workers' files; emptied after each job, removed at the end.
+        preload: the names of the modules to import.
     """
     server = socket.socket(fileno=os.dup(0))
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     for name in preload:
-        # What cannot be imported here fails again in the worker that needs it, and is told there.
+        # A module that cannot be imported fails again in the worker that needs it, where the error is reported.
         with contextlib.suppress(Exception):
             importlib.import_module(name)
     if preload:
-        corpus.read()  # some 40 ms that no case has to take
+        corpus.read()  # saves each case some 40 ms
     allocator.settle()
     gc.freeze()
     try:

@@ -1,4 +1,4 @@
-"""Inside the measured process: a function of the user's, called under the same meter as the steps of a workload."""
+"""Measurement of a user's function, called by the same meter as the steps of a workload."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from membench.worker import allocator, device
 from membench.worker.meter import STEPS_FOR_MEMORY, Meter, Timing
 
 _SKIPPING = ("Skipped", "SkipTest")
-"""By which pytest and unittest skip a test."""
+"""The names of the exceptions by which pytest and unittest skip a test."""
 
 
 class _Raised(Exception):
-    """The function raised something, which has been left for the caller."""
+    """The function raised an exception, which has been saved for the caller."""
 
 
 def measure(work: MeasureFunction, rank: Rank, meter: Meter) -> None:
-    """Measure calls in the phases ``warmup``, ``run`` and ``time``; nothing is loaded or converted before them.
+    """Measure calls of a function in the phases ``warmup``, ``run`` and ``time``.
 
-    Function and arguments are there before the baseline, so what they hold is in no figure. What a call returns is
-    kept until the next one, so that it counts as held.
+    The function and its arguments exist before the baseline, so memory that they hold is excluded. The result of a call
+    is kept until the next call, so that it counts as held memory.
 
     Args:
-        work: ``pickled``: a file of the caller's ``path`` (of modules), ``folder`` and ``environment``, and as bytes
-            of their own its ``call``: function, arguments and keyword arguments. ``raised``: where an exception of the
-            function goes, as bytes of its own or ``None``, beside the text of its traceback.
+        work: the files to use. ``pickled`` holds the caller's import ``path``, ``folder`` and ``environment``, and its
+            ``call`` as nested pickle: function, arguments and keyword arguments. ``raised`` receives an exception of
+            the function, as nested pickle or ``None``, and the text of its traceback.
     """
     where = rank.device
     if meter.on_gpu:
@@ -45,25 +45,29 @@ def measure(work: MeasureFunction, rank: Rank, meter: Meter) -> None:
     function, arguments, options = _unpickled(Path(work.pickled))
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(rank.threads)
-        device.wake(where)
+        device.initialize(where)
     if meter.on_gpu:
         device.announce_gpu(meter, where)
-    gc.freeze()  # what the caller's modules made is no garbage of the function's
+    gc.freeze()  # objects of the caller's modules are not garbage of the function
     calls = _Calls(lambda: function(*arguments, **options), Path(work.raised))
     meter.set_baseline()
     try:
-        durations_s, waited_s = _gone_through(calls, meter, work.steps)
+        durations_s, waited_s = _measure_phases(calls, meter, work.steps)
     except _Raised as raised:
         error = raised.__cause__
         assert error is not None
         status = "out-of-memory" if is_out_of_memory(error) else "failed"
-        meter.tell(EndedBadly(status, summary(error)[:500]))
+        meter.send(EndedBadly(status, summary(error)[:500]))
         return
-    meter.tell(ResultSoFar(Result(pinned=pinned, durations_s=durations_s, waited_s=waited_s)))
+    meter.send(ResultSoFar(Result(pinned=pinned, durations_s=durations_s, waited_s=waited_s)))
 
 
-def _gone_through(calls: _Calls, meter: Meter, steps: Steps) -> tuple[list[float], list[float] | None]:
-    """The phases; how long the timed calls took, and what of it they waited for a core."""
+def _measure_phases(calls: _Calls, meter: Meter, steps: Steps) -> tuple[list[float], list[float] | None]:
+    """Measure the phases.
+
+    Returns:
+        the durations of the timed calls, and for how long each waited for a core, if the kernel reports it; in seconds.
+    """
     with meter.phase("warmup", "pinned"):
         calls.next()
     with meter.phase("run", "pinned"):
@@ -76,7 +80,7 @@ def _gone_through(calls: _Calls, meter: Meter, steps: Steps) -> tuple[list[float
         for _ in range(steps.warmup):
             calls.next()
         for _ in range(steps.measured):
-            timing.take_up(meter.timed(calls.next))
+            timing.add(meter.timed(calls.next))
     return timing.durations_s, timing.waited_s
 
 
@@ -90,29 +94,37 @@ def _unpickled(path: Path) -> Any:
 
 
 class _Calls:
+    """Repeated calls of the function, with the result of the latest call kept."""
+
     def __init__(self, call: Callable[[], Any], raised: Path) -> None:
         self._call = call
         self._raised = raised
         self._returned: Any = None
 
     def next(self) -> None:
+        """Call the function.
+
+        Raises:
+            plugins.Unsuitable: if the function skips its test.
+            _Raised: if the function raises any other exception.
+        """
         self._returned = None
         try:
             self._returned = self._call()
-        except BaseException as error:  # sys.exit, too
+        except BaseException as error:  # includes SystemExit of sys.exit
             if type(error).__name__ in _SKIPPING:
                 raise plugins.Unsuitable(str(error)) from None
-            self._keep(error)
+            self._save(error)
             raise _Raised from error
 
-    def _keep(self, error: BaseException) -> None:
-        """Leave the exception for the caller; the frames of this module are not part of its traceback."""
+    def _save(self, error: BaseException) -> None:
+        """Save the exception for the caller, without the frames of this module in its traceback."""
         frames = error.__traceback__
         for _ in range(2):
             frames = frames.tb_next if frames else None
         text = "".join(traceback.format_exception(type(error), error, frames))
         try:
             pickled = pickling.as_bytes(error.with_traceback(None), by_value=())
-        except Exception:  # it holds what cannot be sent; its text can
+        except Exception:  # the exception cannot be pickled; its text still reaches the caller
             pickled = None
         self._raised.write_bytes(pickle.dumps((pickled, text)))

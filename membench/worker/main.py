@@ -1,4 +1,4 @@
-"""Inside the measured process: does what the runner asks, and says how it ended."""
+"""The entry point of a worker: executes the runner's request and reports the outcome."""
 
 from __future__ import annotations
 
@@ -22,9 +22,13 @@ _LONGEST_MESSAGE = 500
 
 
 def main(request: Request, channel: socket.socket) -> None:
-    """Do what ``request`` asks and say over ``channel`` how it ended."""
+    """Execute a request, and report the outcome over the channel.
+
+    Raises:
+        Exception: whatever the request fails with, after it was reported, so that the process ends with a traceback.
+    """
     with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, it is this process that goes
+        Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, the kernel kills this process first
     meter = Meter(channel, request.rank)
     try:
         match request.work:
@@ -34,23 +38,23 @@ def main(request: Request, channel: socket.socket) -> None:
                 function.measure(request.work, request.rank, meter)
             case MeasureCase():
                 measured_case.measure(request.work, request.rank, Path(request.scratch), meter)
-        meter.tell(Done())
+        meter.send(Done())
     except plugins.Unsuitable as error:
-        meter.tell(EndedBadly("skipped", str(error)))
+        meter.send(EndedBadly("skipped", str(error)))
     except plugins.DoesNotFit as error:
-        meter.tell(EndedBadly("out-of-memory", str(error)))
+        meter.send(EndedBadly("out-of-memory", str(error)))
     except measured_case.Diverged as error:
-        meter.tell(EndedBadly("diverged", str(error), error.phase))
+        meter.send(EndedBadly("diverged", str(error), error.phase))
     except (Exception, SystemExit) as error:  # a plug-in must not end the process
         status = "out-of-memory" if is_out_of_memory(error) else "failed"
-        said = f"{type(error).__name__}: {error}".partition("\n")[0]
-        meter.tell(EndedBadly(status, said[:_LONGEST_MESSAGE]))
+        message = f"{type(error).__name__}: {error}".partition("\n")[0]
+        meter.send(EndedBadly(status, message[:_LONGEST_MESSAGE]))
         raise
 
 
-def _prepare(asked: PrepareModel, meter: Meter) -> None:
-    model = create("model", asked.model)
-    model.prepare(lambda done, total, what: meter.tell(Progress(done, total, what)))
+def _prepare(work: PrepareModel, meter: Meter) -> None:
+    model = create("model", work.model)
+    model.prepare(lambda done, total, what: meter.send(Progress(done, total, what)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measures phases, and parts of a step, from inside the measured process, and says so to the runner."""
+"""Measurement of phases, and of parts of a step, from inside the measured process."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from membench.worker import allocator
 
 _T = TypeVar("_T")
 
-# The kernel counts pages per core and may read some 0.1 MiB low; the highest of five steps comes close to the truth.
 STEPS_FOR_MEMORY = 5
+"""The kernel counts pages per core, so a reading may be some 0.1 MiB too low; the maximum of five steps is accurate."""
 
 _GPU_PEAKS = ("cuda_peak_allocated_bytes", "cuda_peak_reserved_bytes")
 
 
 class Timing:
-    """The durations of timed steps, and for how long their threads waited for cores that others had."""
+    """The durations of timed steps, and for how long their threads waited for cores that other processes used."""
 
     def __init__(self) -> None:
         self.durations_s: list[float] = []
         self._waited_s: list[float | None] = []
 
-    def take_up(self, timed: tuple[_T, float, float | None]) -> _T:
-        """Keep what ``Meter.timed`` says of a step; what the step returned."""
+    def add(self, timed: tuple[_T, float, float | None]) -> _T:
+        """Add the result of ``Meter.timed``, and return what the step returned."""
         returned, duration_s, waited_s = timed
         self.durations_s.append(duration_s)
         self._waited_s.append(waited_s)
@@ -40,13 +40,13 @@ class Timing:
 
     @property
     def waited_s(self) -> list[float] | None:
-        """Of each step; ``None`` where the kernel does not tell of one."""
+        """Return the waiting time of each step in seconds; ``None`` if the kernel did not report one of them."""
         known = [waited_s for waited_s in self._waited_s if waited_s is not None]
         return known if len(known) == len(self._waited_s) else None
 
 
 class Part:
-    """A part of a step: the durations of its passes, and the highest that was read of its memory."""
+    """A part of a step: the durations of its passes, and its peak memory over all passes."""
 
     def __init__(self) -> None:
         self.durations_s: list[float] = []
@@ -57,22 +57,28 @@ class Part:
 
 
 class Phase:
-    """A phase under way. ``steps`` may be set meanwhile; ``reading`` is there once it has ended."""
+    """A phase that is being measured.
+
+    Attributes:
+        steps: the number of its steps, which the caller may set while it runs.
+        reading: the measurement; ``None`` until the phase has ended.
+    """
 
     def __init__(self) -> None:
         self.steps: int | None = None
         self.reading: PhaseReading | None = None
 
     def peaks_of_parts(self) -> Mapping[str, PartReading]:
-        """What was read of the parts of its steps."""
+        """Return the readings of the parts of its steps."""
         assert self.reading is not None, "the phase has ended"
         return self.reading.parts
 
 
 class Meter:
-    """Says to the runner when phases begin and end and what they took.
+    """Measures phases and sends the readings to the runner.
 
-    The runner acknowledges both ends, so that what it reads from outside falls on the boundary.
+    The runner acknowledges the begin and the end of each phase, so that its own readings from outside coincide with
+    these boundaries.
     """
 
     def __init__(self, channel: socket.socket, rank: Rank) -> None:
@@ -81,36 +87,36 @@ class Meter:
         self.parts: dict[str, Part] = {}
         self.current_phase: str | None = None
         self.current_part: str | None = None
-        self._look: Callable[[], None] | None = None
+        self._sample: Callable[[], None] | None = None
         self._device = rank.device
         self._cores = environment.usable_cores()
-        # The ranks of a job are children of one fork server: what they use of the cores, no stranger has.
+        # The ranks of a job are children of one fork server; the cores that they use are not lost to other processes.
         self._family = os.getppid() if rank.of > 1 else None
         self._channel = channel
         self._answers = channel.makefile("rb")
-        self._baseline = self._stretch_start = procfs.resident()
+        self._baseline = self._interval_start = procfs.resident()
         self._highest: dict[str, int] = {}
 
-    def tell(self, message: Message) -> None:
-        """Send the runner a message; it never waits for an answer."""
+    def send(self, message: Message) -> None:
+        """Send a message to the runner, without waiting for an answer."""
         self._channel.sendall(encode(message))
 
-    def _acknowledged(self, message: Message) -> None:
-        self.tell(message)
+    def _send_and_wait(self, message: Message) -> None:
+        self.send(message)
         self._answers.readline()
 
     def synchronize(self) -> None:
-        """Wait for the GPU, if the case runs on one: before every look at a clock or a counter."""
+        """Wait for the GPU, if the case runs on one. It precedes each reading of a clock or a counter."""
         if self.on_gpu:
             import torch
 
             torch.cuda.synchronize(self._device)
 
     def set_baseline(self) -> None:
-        """What is resident now belongs to the interpreter, the libraries and the harness."""
+        """Take the baseline: the memory of the interpreter, the libraries and the harness."""
         self._settle()
         self._baseline = procfs.resident()
-        self.tell(BaselineTaken(Baseline(self._baseline.anonymous_bytes, self._baseline.file_bytes)))
+        self.send(BaselineTaken(Baseline(self._baseline.anonymous_bytes, self._baseline.file_bytes)))
 
     def _settle(self) -> None:
         allocator.settle()
@@ -121,7 +127,7 @@ class Meter:
             torch.cuda.empty_cache()
 
     def held_live_bytes(self) -> int:
-        """Live memory at this moment, above the baseline."""
+        """Return the current live memory above the baseline."""
         if self.on_gpu:
             import torch
 
@@ -129,8 +135,11 @@ class Meter:
         return procfs.resident().anonymous_bytes - self._baseline.anonymous_bytes
 
     def timed(self, step: Callable[[], _T]) -> tuple[_T, float, float | None]:
-        """What a step returns, its duration, and of that what its threads waited for cores that others had, all
-        together; in seconds.
+        """Run and time a step.
+
+        Returns:
+            what the step returns; its duration in seconds; and for how long its threads, all together, waited for cores
+            that other processes used, in seconds, or ``None`` if the kernel does not report it.
         """
         self.synchronize()
         before = procfs.cores(self._family)
@@ -144,36 +153,40 @@ class Meter:
         return returned, duration_s, after.waited_for_others_s(before, duration_s, self._cores)
 
     @contextlib.contextmanager
-    def looking(self, look: Callable[[], None]) -> Iterator[None]:
-        """Call ``look`` at the end of each part of a step."""
-        self._look = look
+    def sampling_parts(self, sample: Callable[[], None]) -> Iterator[None]:
+        """Call a function at the end of each part of the steps that run in this context."""
+        self._sample = sample
         yield
-        self._look = None
+        self._sample = None
 
     @contextlib.contextmanager
     def phase(self, name: str, allocator_name: str) -> Iterator[Phase]:
-        """Measure a phase: exact peaks while it runs, what is held once things have settled."""
+        """Measure a phase: its exact peaks, and the memory that is held after garbage collection at its end.
+
+        Args:
+            allocator_name: the state of the allocator, for the record.
+        """
         self._settle()
         if self.on_gpu:
             import torch
 
             torch.cuda.reset_peak_memory_stats(self._device)
         self.current_phase = name
-        self._acknowledged(PhaseBegins(name))
-        start = self._begin_stretch()
+        self._send_and_wait(PhaseBegins(name))
+        start = self._begin_interval()
         began = time.perf_counter()
         phase = Phase()
         yield phase
         self.synchronize()
         duration_s = time.perf_counter() - began
-        end, _ = self._end_stretch()
+        end, _ = self._end_interval()
         measured: dict[str, Any] = self._highest | {
             "file_start_bytes": start.file_bytes - self._baseline.file_bytes,
             "file_end_bytes": end.file_bytes - self._baseline.file_bytes,
         }
         self._highest = {}
         if self.on_gpu:
-            self._raise_gpu_peaks(measured)
+            self._update_gpu_peaks(measured)
             for part in self.parts.values():
                 for key in _GPU_PEAKS:
                     measured[key] = max(measured[key], part.memory.get(key, 0))
@@ -190,23 +203,27 @@ class Meter:
             allocator=allocator_name,
             duration_s=duration_s,
             steps=phase.steps,
-            parts={of: part.reading() for of, part in parts.items()},
+            parts={part_name: part.reading() for part_name, part in parts.items()},
             **measured,
         )
-        self._acknowledged(PhaseEnds(phase.reading))
+        self._send_and_wait(PhaseEnds(phase.reading))
 
-    def _begin_stretch(self) -> procfs.Resident:
-        """Begin what lies between two boundaries, be they of phases or of parts; how it begins."""
-        self._stretch_start = procfs.resident()
+    def _begin_interval(self) -> procfs.Resident:
+        """Begin an interval between two boundaries of phases or parts; return the memory at its begin."""
+        self._interval_start = procfs.resident()
         procfs.reset_peak()
-        return self._stretch_start
+        return self._interval_start
 
-    def _end_stretch(self) -> tuple[procfs.Resident, dict[str, int]]:
-        """How the stretch ends, and its peaks; the phase's are the highest of its stretches.
+    def _end_interval(self) -> tuple[procfs.Resident, dict[str, int]]:
+        """End an interval, and include its peaks in those of the phase.
 
-        The kernel knows the peak of all pages; less the file pages at the stretch's two ends brackets the live part.
+        The kernel reports only the peak of all resident pages. The file pages at the two ends of the interval give an
+        upper and a lower bound of the live peak.
+
+        Returns:
+            the memory at the end of the interval, and the peaks in it above the baseline.
         """
-        base, start, end = self._baseline, self._stretch_start, procfs.resident()
+        base, start, end = self._baseline, self._interval_start, procfs.resident()
         fewest, most = sorted((start.file_bytes, end.file_bytes))
         lowest = max(end.peak_bytes - most, start.anonymous_bytes, end.anonymous_bytes)
         peaks = {
@@ -220,7 +237,7 @@ class Meter:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Mark a part of a step: its duration, and in ``load`` and ``run`` its memory."""
+        """Measure a part of a step: its duration, and its memory while ``memory_in_parts`` is set."""
         entry = self.parts.setdefault(name, Part())
         self.current_part = name
         self.synchronize()
@@ -230,33 +247,33 @@ class Meter:
         yield
         self.synchronize()
         entry.durations_s.append(time.perf_counter() - began)
-        if self._look:
-            self._look()
+        if self._sample:
+            self._sample()
         self.current_part = None
         if self.memory_in_parts:
             self._end_memory_of_part(entry.memory)
 
     def _begin_memory_of_part(self) -> None:
-        self._end_stretch()
+        self._end_interval()
         if self.on_gpu:
-            # The peak since the last boundary belongs to what ran between the parts.
-            self._raise_gpu_peaks(self.parts.setdefault("between", Part()).memory)
-        self._begin_stretch()
+            # The peak since the last boundary belongs to the code that ran between the parts.
+            self._update_gpu_peaks(self.parts.setdefault("between", Part()).memory)
+        self._begin_interval()
 
     def _end_memory_of_part(self, memory: dict[str, int]) -> None:
-        end, peaks = self._end_stretch()
+        end, peaks = self._end_interval()
         if "peak_live_bytes" not in memory or peaks["peak_live_bytes"] > memory["peak_live_bytes"]:
             memory |= peaks | {"file_end_bytes": end.file_bytes - self._baseline.file_bytes}
         memory["held_live_bytes"] = end.anonymous_bytes - self._baseline.anonymous_bytes
-        self._begin_stretch()
+        self._begin_interval()
         if self.on_gpu:
             import torch
 
-            self._raise_gpu_peaks(memory)
+            self._update_gpu_peaks(memory)
             memory["cuda_held_allocated_bytes"] = torch.cuda.memory_allocated(self._device)
 
-    def _raise_gpu_peaks(self, memory: dict[str, int]) -> None:
-        """Raise an entry's peaks to torch's own since the last look, and begin anew."""
+    def _update_gpu_peaks(self, memory: dict[str, int]) -> None:
+        """Include torch's peaks since the last call in an entry's peaks, and reset them."""
         import torch
 
         peaks = (torch.cuda.max_memory_allocated(self._device), torch.cuda.max_memory_reserved(self._device))

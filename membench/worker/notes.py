@@ -1,4 +1,7 @@
-"""Why a technique saved less than it is known for, with bytes, from the module's and the optimizer's own storages."""
+"""Notes that explain, in bytes, why a technique saved more or less than its nominal factor.
+
+The causes are found in the storages of the module, the optimizer and the cache.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,21 @@ if TYPE_CHECKING:
 
     from membench.plugins import Technique
 
-_WORTH_A_NOTE = 0.2
-_NOT_MADE = "of states not yet made"
+_LARGEST_DEVIATION = 0.2
+"""The relative deviation from the nominal factor above which a note is made."""
+
+_MISSING_STATES = "of states not yet made"
 _SCALES_OF_A_CACHE = ("scale", "lowest")
 _ADAMW_BYTES = 8
-"""Two moments in fp32: what the states' nominal factor is against."""
+"""Bytes per parameter of two moments in fp32. The nominal factor of optimizer states is relative to these."""
 _SCALES = ("scale", "zero", "absmax", "offset", "code", "quant_map", "factor", "nf4", "SCB")
 
 
 def on_weights(module: nn.Module, techniques: Sequence[Technique], plain_bytes: int | None) -> list[str]:
-    """A note if the weights are more than 20% away from what the stack is known for.
+    """Return a note if the size of the weights is more than 20% off the stack's nominal factor.
 
     Args:
-        plain_bytes: the weights in fp32 before any technique; ``None`` where that is not known, and then no note.
+        plain_bytes: bytes of the weights in fp32, before any technique; ``None``: not known, and then no note is made.
     """
     bits = [stated for technique in techniques if (stated := technique.nominal_bits()) is not None]
     share = 1.0
@@ -39,7 +44,7 @@ def on_weights(module: nn.Module, techniques: Sequence[Technique], plain_bytes: 
     fewest_bits = min(bits, default=32)
     nominal = fewest_bits / 32 * share
     measured = weight_bytes(module) / plain_bytes if plain_bytes else nominal
-    if abs(measured / nominal - 1) <= _WORTH_A_NOTE:
+    if abs(measured / nominal - 1) <= _LARGEST_DEVIATION:
         return []
     adapted = any(technique.trains_adapters for technique in techniques)
     causes = _causes(module, fewest_bits, adapted, share < 1)
@@ -51,11 +56,11 @@ def on_states(
     trained: Iterable[torch.Tensor],
     techniques: Sequence[Technique],
 ) -> list[str]:
-    """A note if the optimizer's states are more than 20% away from what a member of the stack is known for.
+    """Return a note if the size of the optimizer states is more than 20% off the nominal factor of a technique.
 
     Args:
-        states: by parameter, as ``torch.optim.Optimizer.state`` has them.
-        trained: the parameters that the optimizer steps.
+        states: the states by parameter, as in ``torch.optim.Optimizer.state``.
+        trained: the parameters that the optimizer updates.
     """
     stated = [size for technique in techniques if (size := technique.nominal_state_bytes()) is not None]
     parameters = list(trained)
@@ -70,7 +75,7 @@ def on_states(
             name: value for name, value in kept.items() if hasattr(value, "untyped_storage") and value.numel() > 1
         }
         if not tensors:
-            _add(causes, _NOT_MADE, int(stated[-1] * parameter.numel()))
+            _add(causes, _MISSING_STATES, int(stated[-1] * parameter.numel()))
         for name, tensor in tensors.items():
             for inner, plain in _named_plain(name, tensor):
                 storage = plain.untyped_storage()
@@ -79,18 +84,18 @@ def on_states(
                     found[key] = storage.nbytes()
                     _add(causes, _cause_of_state(name, inner, plain), storage.nbytes())
     measured, nominal = sum(found.values()) / adamw_bytes, stated[-1] / _ADAMW_BYTES
-    if abs(measured / nominal - 1) <= _WORTH_A_NOTE:
+    if abs(measured / nominal - 1) <= _LARGEST_DEVIATION:
         return []
     causes.pop("", None)
     return [_note("optimizer states", measured, nominal, causes)]
 
 
 def on_cache(cache: Any, plain_bytes: int, techniques: Sequence[Technique]) -> list[str]:
-    """A note if the key-value cache is more than 20% away from what a member of the stack is known for.
+    """Return a note if the size of the key-value cache is more than 20% off the nominal factor of a technique.
 
     Args:
-        cache: whatever holds its tensors.
-        plain_bytes: what it would take in fp32.
+        cache: the object that holds the tensors of the cache.
+        plain_bytes: bytes of the same cache in fp32.
     """
     bits = [stated for technique in techniques if (stated := technique.nominal_cache_bits()) is not None]
     if not bits or not plain_bytes:
@@ -107,13 +112,13 @@ def on_cache(cache: Any, plain_bytes: int, techniques: Sequence[Technique]) -> l
                 elif tensor.is_floating_point():
                     _add(causes, f"of the newest tokens, not quantized yet, in {type_name}", size)
     measured, nominal = sum(found.values()) / plain_bytes, min(bits) / 32
-    if abs(measured / nominal - 1) <= _WORTH_A_NOTE:
+    if abs(measured / nominal - 1) <= _LARGEST_DEVIATION:
         return []
     return [_note("keys and values", measured, nominal, causes)]
 
 
 def _cause_of_state(name: str, inner: str, plain: torch.Tensor) -> str:
-    """What a tensor of a state is besides the codes that it is known for; nothing for these."""
+    """Describe a tensor of a state that is not quantized codes; empty for codes."""
     if inner == "codes":
         return ""
     type_name = str(plain.dtype).removeprefix("torch.")
@@ -131,9 +136,9 @@ def _add(causes: dict[str, int], cause: str, size: int) -> None:
 
 
 def _note(what: str, measured: float, nominal: float, causes: Mapping[str, int]) -> str:
-    """What is said of a factor that is not the nominal one; only missing states explain one that is smaller."""
+    """Format the note. Only missing states can explain a factor below the nominal one."""
     if measured < nominal:
-        causes = {cause: size for cause, size in causes.items() if cause == _NOT_MADE}
+        causes = {cause: size for cause, size in causes.items() if cause == _MISSING_STATES}
     largest_first = sorted(causes.items(), key=lambda cause: -cause[1])
     unnamed = "more was saved" if measured < nominal else "no cause was found"
     named = ", ".join(f"{format_bytes(size)} {cause}" for cause, size in largest_first if size) or unnamed
@@ -141,11 +146,11 @@ def _note(what: str, measured: float, nominal: float, causes: Mapping[str, int])
 
 
 def _causes(module: nn.Module, bits: float, adapted: bool, pruned: bool) -> dict[str, int]:
-    """Bytes by what keeps them above ``bits`` a weight; each storage counts once.
+    """Return the bytes by cause for which the weights take more than ``bits`` per weight; each storage counts once.
 
     Args:
-        adapted: what can be trained came on top of the weights.
-        pruned: weights were to go, so what was left whole is a cause, and so are zeros.
+        adapted: whether a technique adds trainable adapters to the weights.
+        pruned: whether a technique removes weights; then unpruned layers and zeros that are stored are causes, too.
     """
     head = getattr(module, "get_output_embeddings", lambda: None)()
     found: dict[str, int] = {}
@@ -170,7 +175,7 @@ def _causes(module: nn.Module, bits: float, adapted: bool, pruned: bool) -> dict
 
 
 def _zero_bytes(plain: torch.Tensor) -> int:
-    """Bytes of the zeros in a matrix of plain numbers."""
+    """Return the bytes of the zeros in a matrix of floating-point numbers of at least 16 bits; else 0."""
     if plain.ndim < 2 or not plain.is_floating_point() or plain.element_size() < 2:
         return 0
     return (plain.numel() - int(plain.count_nonzero())) * plain.element_size()
@@ -208,7 +213,7 @@ def _cause(
         return f"indices of sparse values in {type_name}"
     stored_bits = plain.element_size() * 8
     if bits < 8 and plain.dtype in (torch.int8, torch.uint8):
-        # Packed codes are fewer than the weights, or lie in a plain tensor.
+        # Packed codes have fewer elements than the weights, or are stored in a plain tensor.
         packed = inner == name or plain.numel() < tensor.numel()
         return None if packed else f"of {bits:g}-bit weights stored a byte each"
     if stored_bits <= bits and not pruned:

@@ -1,4 +1,4 @@
-"""What a technique costs in quality: held-out text through the module, beside the reference's logits."""
+"""Quality on held-out text: the loss of the module, and the divergence of its logits from the reference's."""
 
 from __future__ import annotations
 
@@ -30,33 +30,38 @@ _NO_REFERENCE = "the reference's logits are not there"
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of held-out tokens, the first given and the others to be predicted, and the bytes that these stand for."""
+    """A sequence of held-out tokens.
+
+    Attributes:
+        ids: the token ids; the first is given, the others are predicted.
+        bytes: the bytes of text that the predicted tokens encode; ``None`` if not known.
+    """
 
     ids: list[int]
     bytes: int | None
 
 
 def pieces(model: Any, module: nn.Module, workload: Workload) -> list[Piece]:
-    """The held-out text for a model: as much as leaves the reference's logits below 64 MiB.
+    """Return the held-out text for a model, as much as keeps the reference's logits below 64 MiB.
 
-    A piece is 256 tokens, or fewer where there would not be eight pieces; for a workload that generates, at least as
-    many as it generates with, so that what its cache loses shows. Bytes are known where the tokens are bytes or the
-    model's tokenizer knows them.
+    A piece has 256 tokens, or fewer if there would be less than eight pieces. For a workload that generates, it has at
+    least the workload's longest sequence, so that the quality loss of its cache is measured. Bytes are known if tokens
+    are bytes or if the model's tokenizer reports them.
     """
     vocabulary = model.vocabulary(module)
     most_tokens = max(2, _LARGEST_REFERENCE_BYTES // (4 * vocabulary))
-    wanted = max(1, min(_PIECE_TOKENS, most_tokens // _FEWEST_PIECES))
+    preferred = max(1, min(_PIECE_TOKENS, most_tokens // _FEWEST_PIECES))
     if workload.decoded_tokens_per_step() is not None:
-        wanted = max(wanted, workload.longest_sequence())
+        preferred = max(preferred, workload.longest_sequence())
     longest = model.max_tokens()
-    length = min(wanted, most_tokens, wanted if longest is None else longest)
+    length = min(preferred, most_tokens, preferred if longest is None else longest)
     text = corpus.split()[1]
     ends: Sequence[int] | None
     source: Sequence[int]
     if (encoded := model.encode(text)) is not None:
         source, ends = encoded, model.token_ends(text)
-    elif (wanted := workload.corpus()) is not None and tokens.are_words(model, vocabulary):
-        ranks = tokens.words_of(wanted.source, wanted.most_bytes).ranks(text)
+    elif (spec := workload.corpus()) is not None and tokens.are_words(model, vocabulary):
+        ranks = tokens.words_of(spec.source, spec.most_bytes).ranks(text)
         source, ends = [min(rank, vocabulary - 1) for rank in ranks], None
     else:
         source = corpus.ids(vocabulary, held_out=True)
@@ -77,11 +82,12 @@ def evaluate(
     reference: Path,
     is_reference: bool,
 ) -> QualityReading:
-    """Held-out loss, and where the reference's logits are kept, how far this module's are from them.
+    """Measure the held-out loss and, if the reference's logits are available, the divergence from them.
 
     Args:
-        workload: says how the module reads the text: through a key-value cache, perhaps.
-        reference: the file of the reference's logits (tokens, vocabulary), fp32; written if this is the reference.
+        workload: computes the logits, possibly through a key-value cache.
+        reference: the file of the reference's logits (tokens, vocabulary), fp32.
+        is_reference: whether this case is the reference; then the file is written.
     """
     import numpy
     import torch
@@ -104,7 +110,7 @@ def evaluate(
             ids = torch.tensor(piece.ids, dtype=torch.long, device=context.device)
             with stepping(techniques, context):
                 read = workload.logits(module, ids[:-1], techniques, context)
-            # Half-precision losses would shift more than the quantization that is measured.
+            # In half precision, rounding of the loss would exceed the effect of quantization.
             logits = read.float()
             own = logits.log_softmax(-1)
             nats.append(-own.gather(1, ids[1:, None]).sum().item())
@@ -129,17 +135,17 @@ def evaluate(
         return dataclasses.replace(own_loss, unknown=_NO_REFERENCE)
     if not reference_nats:
         return own_loss
-    # The largest of logits that are no numbers is the first, which the reference may happen to predict.
+    # For logits that are NaN, argmax returns the first token, which the reference may predict by chance.
     top1_agreement = agreed / count * 100 if math.isfinite(divergence) else math.nan
     return dataclasses.replace(
         own_loss,
         reference_nats=[_finite(each) for each in reference_nats],
-        kl_nats=_finite(_not_negative(divergence / count)),  # which rounding of fp32 logarithms can make it
+        kl_nats=_finite(_not_negative(divergence / count)),  # rounding of fp32 logarithms can make it negative
         top1_agreement_percent=_finite(top1_agreement),
     )
 
 
-def own(
+def custom_figures(
     metrics: Mapping[str, QualityMetric],
     model: Any,
     module: nn.Module,
@@ -148,10 +154,14 @@ def own(
     context: Context,
     reference: Path,
 ) -> tuple[dict[str, CustomFigure], list[str]]:
-    """The figures of metrics that are plug-ins, by field, and remarks on those that failed.
+    """Measure custom quality metrics.
 
     Args:
-        reference: the file of the reference's logits, as ``evaluate`` has written it.
+        metrics: the metrics, by field.
+        reference: the file of the reference's logits, written by ``evaluate``.
+
+    Returns:
+        the values by field, and remarks on the metrics that failed.
     """
     import torch
 
@@ -200,7 +210,7 @@ def own(
 
 
 def _kept_logits(reference: Path) -> Any | None:
-    """The reference's logits (tokens, vocabulary) as they lie in their file, if there is one."""
+    """Map the file of the reference's logits (tokens, vocabulary); ``None`` if there is none."""
     import numpy
 
     return numpy.load(reference, mmap_mode="r") if reference.exists() else None
@@ -211,5 +221,5 @@ def _not_negative(value: float) -> float:
 
 
 def _finite(value: float) -> float | None:
-    """``None`` in place of what is not finite: JSON has no such number."""
+    """Replace a number that is not finite by ``None``, since JSON cannot represent it."""
     return value if math.isfinite(value) else None

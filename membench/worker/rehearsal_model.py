@@ -1,4 +1,4 @@
-"""The smallest model that a case can be rehearsed on, where its own has no miniature."""
+"""A tiny generic model for rehearsing cases whose own model has no miniature."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class StandIn(Model):
+class RehearsalModel(Model):
     """An embedding and two linear layers: token ids (B, T) to logits (B, T, 256)."""
 
     def build(self, context: Context) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Bytes of a module's weights, counted where they are kept."""
+"""Sizes of a module's weights, from the storages of its tensors, and fingerprints to detect changes of a module."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The plain tensors inside a tensor: itself, or what a subclass such as torchao's keeps (data, scales, …)."""
+    """Yield the plain tensors in a tensor: itself, or the inner tensors (data, scales) of a quantized one."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from plain_tensors(getattr(tensor, name))
@@ -27,20 +27,20 @@ _DEEPEST = 3
 
 
 def own_tensors(layer: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors that a layer itself keeps, by name: parameters, buffers, and what lies beside them.
+    """Yield the tensors of a layer without its sublayers, by name: parameters, buffers, and tensors in attributes.
 
-    bitsandbytes keeps its scales in attributes of parameters and in objects of layers, torch's pruning a second mask in
-    a hook: neither ``parameters()`` nor ``buffers()`` finds them.
+    ``parameters()`` and ``buffers()`` miss some tensors: bitsandbytes keeps scales in attributes of parameters and in
+    objects of layers, and torch's pruning keeps a second mask in a hook.
     """
     for name, tensor in [*layer._parameters.items(), *layer._buffers.items()]:
         if tensor is not None:
             yield name, tensor
-            yield from _beside(vars(tensor), _DEEPEST)
+            yield from _in_attributes(vars(tensor), _DEEPEST)
     listed = ("_parameters", "_buffers", "_modules")
-    yield from _beside({name: value for name, value in vars(layer).items() if name not in listed}, _DEEPEST)
+    yield from _in_attributes({name: value for name, value in vars(layer).items() if name not in listed}, _DEEPEST)
 
 
-def _beside(attributes: Mapping[Any, Any], depth: int) -> Iterator[tuple[str, torch.Tensor]]:
+def _in_attributes(attributes: Mapping[Any, Any], depth: int) -> Iterator[tuple[str, torch.Tensor]]:
     import torch
 
     for name, value in attributes.items():
@@ -49,18 +49,18 @@ def _beside(attributes: Mapping[Any, Any], depth: int) -> Iterator[tuple[str, to
         elif not depth or isinstance(value, torch.nn.Module | type):
             continue
         elif isinstance(value, Mapping):
-            yield from _beside(value, depth - 1)
+            yield from _in_attributes(value, depth - 1)
         elif hasattr(value, "__dict__"):
-            yield from _beside(vars(value), depth - 1)
+            yield from _in_attributes(vars(value), depth - 1)
 
 
 def kept_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
-    """Every tensor that a module and its layers keep; the same one may come twice."""
+    """Yield all tensors of a module and its sublayers; a tensor may occur more than once."""
     return (tensor for layer in module.modules() for _, tensor in own_tensors(layer))
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes of parameters, buffers and what is kept beside them, each storage counted once and whole."""
+    """Return the bytes of parameters, buffers and tensors in attributes, each storage counted once and in full."""
     storages: dict[tuple[str, int], int] = {}
     for tensor in kept_tensors(module):
         for plain in plain_tensors(tensor):
@@ -77,10 +77,10 @@ _MOST_GROUPS = 100
 
 
 def bytes_by_module(module: nn.Module) -> list[ModulesReading]:
-    """What a module's weights are made of, the largest first; each storage counts once, where it is met first.
+    """Return the bytes of a module's weights by layer, largest first.
 
-    Layers whose names differ in numbers alone and whose sizes are the same are one entry, named with ``*`` for numbers
-    that differ. Beyond a hundred entries the smallest are summed up.
+    Each storage counts for the first layer that has it. Layers of the same size whose names differ only in numbers are
+    one entry; ``*`` replaces the numbers that differ. The smallest entries beyond a hundred are summed up in one.
     """
     seen: set[tuple[str, int]] = set()
     groups: dict[tuple[str, int], list[str]] = {}
@@ -96,7 +96,7 @@ def bytes_by_module(module: nn.Module) -> list[ModulesReading]:
         if own:
             groups.setdefault((_NUMBER_IN_NAME.sub("*", name), own), []).append(name or "the model itself")
     found = [
-        ModulesReading(_in_common(names), len(names), own * len(names)) for (_, own), names in groups.items()
+        ModulesReading(_common_name(names), len(names), own * len(names)) for (_, own), names in groups.items()
     ]  # fmt: skip
     found.sort(key=lambda entry: -entry.bytes)
     kept, rest = found[:_MOST_GROUPS], found[_MOST_GROUPS:]
@@ -108,41 +108,41 @@ def bytes_by_module(module: nn.Module) -> list[ModulesReading]:
     return kept
 
 
-def _in_common(names: Sequence[str]) -> str:
-    """The name that fits them all: those of layers of one kind differ in numbers alone."""
+def _common_name(names: Sequence[str]) -> str:
+    """Return the names of similar layers as one, with ``*`` for the numbers that differ."""
     parts = zip(*(name.split(".") for name in names), strict=True)
     return ".".join(part[0] if len(set(part)) == 1 else "*" for part in parts)
 
 
 def fingerprint(module: nn.Module) -> list[tuple[object, ...]]:
-    """What a technique would change if it did anything.
+    """Return a fingerprint of a module, which differs after a technique has changed the module.
 
-    Modules, their settings and their configuration's (which attention, whether activations are kept), and the kind,
-    shape and place of their tensors, with some of their values.
+    It covers the modules with their settings and configurations (such as the attention implementation or activation
+    checkpointing), and the types, shapes and addresses of their tensors with a sample of their values.
     """
     tensors = [*module.named_parameters(), *module.named_buffers()]
     modules = list(module.named_modules())
     configurations = {id(child.config): child.config for _, child in modules if hasattr(child, "config")}
-    lent = procfs.file_mappings()
+    mapped = procfs.file_mappings()
     return [
         *((name, type(child), _settings(child)) for name, child in modules),
         *(("", type(configuration), _settings(configuration)) for configuration in configurations.values()),
         *(
-            (name, type(t), t.dtype, tuple(t.shape), t.requires_grad, t._version, _contents(t, lent))
+            (name, type(t), t.dtype, tuple(t.shape), t.requires_grad, t._version, _sample(t, mapped))
             for name, t in tensors
         ),
     ]
 
 
 _SAMPLED = 4096
-_STRIDE = 2_654_435_761  # a prime: it goes through all rows and columns
+_STRIDE = 2_654_435_761  # a prime, so that samples cover all rows and columns
 
 
-def _contents(tensor: torch.Tensor, lent: Sequence[tuple[int, int]]) -> tuple[object, ...]:
-    """Where a tensor's data lie and some values of it: what is written to ``.data`` raises no version.
+def _sample(tensor: torch.Tensor, mapped: Sequence[tuple[int, int]]) -> tuple[object, ...]:
+    """Return the address and a sample of the values of a tensor, since writes to ``.data`` do not change its version.
 
     Args:
-        lent: ranges of addresses that files lend. What lies there is not read: that would bring its pages in.
+        mapped: address ranges of mapped files. Values there are not read, since that would make the pages resident.
     """
     import numpy
     import torch
@@ -153,11 +153,11 @@ def _contents(tensor: torch.Tensor, lent: Sequence[tuple[int, int]]) -> tuple[ob
             continue
         address = plain.data_ptr()
         found.append(address)
-        if not any(first <= address < last for first, last in lent):
+        if not any(first <= address < last for first, last in mapped):
             count = plain.untyped_storage().nbytes() // plain.element_size()
             flat = plain.as_strided((count,), (1,), 0).view(torch.uint8).view(count, plain.element_size())
             places = numpy.arange(min(_SAMPLED, count)) * _STRIDE % count
-            # By numpy on a CPU: torch would want its threads, which a process that prepares a case does not have.
+            # numpy is used on the CPU, because torch needs its threads, which a forked preparing process does not have.
             sample = (
                 flat.numpy()[places] if plain.device.type == "cpu" else flat[torch.from_numpy(places)].cpu().numpy()
             )
@@ -166,9 +166,9 @@ def _contents(tensor: torch.Tensor, lent: Sequence[tuple[int, int]]) -> tuple[ob
 
 
 def _settings(holder: object) -> int:
-    """A hash of an object's plain attributes, of how many hooks and parts it has, and of what kind the others are.
+    """Return a hash of an object's attributes: the values of plain ones, the sizes of dicts, the types of the others.
 
-    Whether it is in training mode is left out: the workload settles that.
+    The training mode is excluded, because the workload sets it.
     """
     kept: list[tuple[str, object]] = []
     for name, value in getattr(holder, "__dict__", {}).items():
