@@ -201,7 +201,7 @@ def test_a_fork_server_that_dies_costs_one_case_at_most(tmp_path: Path) -> None:
 
     def kill_the_fork_server(event: str, details: Mapping[str, Any]) -> None:
         if event == "case" and details["number"] == 2:
-            (server,) = (pid for pid in procfs.children(os.getpid()) if b"forkserver" in
+            (server,) = (pid for pid in procfs.children(os.getpid()) if b"fork_server" in
                          Path(f"/proc/{pid}/cmdline").read_bytes())  # fmt: skip
             os.kill(server, signal.SIGKILL)
 
