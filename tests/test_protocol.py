@@ -27,7 +27,8 @@ _RESULT = messages.Result(
     pinned=True, durations_s=[0.1], losses_nats=[None, 2.5], weights_bytes=4, remarks=["a"], notes=[],
     modules_bytes=[ModulesReading("h.*", 2, 8)], breakdown_bytes={"forward": {"other": -3}},
     quality=QualityReading(nats=[1.0, None], tokens=[4, 4], bytes=[16, None]),
-    facts={"data_bytes": messages.Fact(3.0, "files")}, custom_figures={"own.x.lower": messages.CustomFigure(None, "r")},
+    facts={"data_bytes": messages.Fact(3, "files"), "open_s": messages.Fact(0.5, "clock")},
+    custom_figures={"own.x.lower": messages.CustomFigure(None, "r")},
 )  # fmt: skip
 
 
@@ -37,7 +38,7 @@ _RESULT = messages.Result(
         messages.PhaseBegins("load"), messages.PhaseEnds(_PHASE), messages.MarkEntered("train"),
         messages.MarkLeft("train", "ValueError"), messages.BaselineTaken(Baseline(5, 6)),
         messages.GpuFound(GpuReading(uuid="u", capability=[9, 0])), messages.ResultSoFar(_RESULT),
-        messages.EndedBadly("failed", "why"), messages.Done(), messages.Progress(1, 2, "training"),
+        messages.EndedBadly("failed", "why", None), messages.Done(), messages.Progress(1, 2, "training"),
     ],
     ids=lambda message: message.event,
 )  # fmt: skip

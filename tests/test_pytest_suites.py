@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import membench
+from membench.protocol.readings import QualityReading
 from membench.records.record import Record
 
 pytest_plugins = ["pytester"]
@@ -240,7 +241,7 @@ def module():
 """
 
 
-def _quality(run: membench.Run) -> dict[str, Any]:
+def _quality(run: membench.Run) -> dict[str, QualityReading | None]:
     return {record.id: record.processes[0].quality for record in run.records if record.case["workload"] == "long"}
 
 
@@ -249,7 +250,9 @@ def test_workers_of_xdist_compare_cases_with_their_references_as_membench_run_do
     (inner.path / "logits.toml").write_text(_LOGITS)
     suite = membench.load_suite("logits.toml")
     expected = membench.run(suite, keep=lambda id: "bf16/long" in id, output="by-membench")
-    assert _quality(expected)["tiny/bf16/long/cpu"]["kl_nats"] > 0
+    of_bf16 = _quality(expected)["tiny/bf16/long/cpu"]
+    assert of_bf16 is not None
+    assert (of_bf16.kl_nats or 0) > 0
 
     inner.runpytest_subprocess("logits.toml", "-n2", "-q").assert_outcomes(passed=4)
     run = _kept(inner)

@@ -33,8 +33,8 @@ def executor(tmp_path: Path) -> Iterator[LocalExecutor]:
 
 def _job(folder: Path, function: Callable[[], Any], **settings: Any) -> FunctionJob:
     call = pickling.as_bytes((function, (), {}), by_value=[sys.modules[__name__]])
-    request = {"path": sys.path, "folder": str(folder), "environment": environment.worker_environment(1), "call": call}
-    (folder / "call").write_bytes(pickle.dumps(request))
+    sent = pickling.FunctionCall(tuple(sys.path), str(folder), environment.worker_environment(1), call)
+    (folder / "call").write_bytes(pickle.dumps(sent))
     return FunctionJob(
         id="f", repeat=0, device=_DEVICE, model="file", workload="test", pickled=folder / "call",
         raised=folder / "raised", settings=Settings.model_validate({"measured_steps": 2, **settings}),

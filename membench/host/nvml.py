@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
+from membench.host.device import Device
+
 
 @dataclass(frozen=True)
 class GpuReading:
@@ -89,7 +91,7 @@ class Gpus:
 
     def of_device(self, device: str) -> Gpu | None:
         """Find the device that ``cuda:1`` means to a program: among those it may see, in the order of the PCI bus."""
-        number = int(device.partition(":")[2] or 0)
+        number = Device.parse(device).index or 0
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if visible is not None:
             names = [name.strip() for name in visible.split(",")]

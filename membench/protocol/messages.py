@@ -157,7 +157,7 @@ class ResultSoFar(Reading):
 
 @dataclass(frozen=True)
 class EndedBadly(Reading):
-    """The job failed: its status, and the phase if that is not the current one."""
+    """The job failed: its status, and the phase that it failed in; ``None`` before the first."""
 
     event: ClassVar[str] = "status"
     status: str

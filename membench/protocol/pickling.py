@@ -5,10 +5,27 @@ from __future__ import annotations
 import io
 import sys
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import cloudpickle
+
+
+@dataclass(frozen=True)
+class FunctionCall:
+    """A call of a function for a process that did not define it, with the surroundings that it runs in.
+
+    Attributes:
+        import_path: the caller's ``sys.path``.
+        folder: the current folder.
+        call: function, arguments and keyword arguments as ``as_bytes`` made them: unpickled after the path is set.
+    """
+
+    import_path: Sequence[str]
+    folder: str
+    environment: Mapping[str, str]
+    call: bytes
 
 
 def as_bytes(value: Any, by_value: Iterable[types.ModuleType]) -> bytes:

@@ -17,7 +17,7 @@ from membench.units import LARGEST_SIZE
 
 # Strict: strings and booleans are not accepted as numbers.
 Count = Annotated[int, Field(strict=True)]
-Number = Annotated[float, Field(strict=True)]
+Number = Annotated[int, Field(strict=True)] | Annotated[float, Field(strict=True)]
 Size = Annotated[int, Field(strict=True, ge=0, le=LARGEST_SIZE)]
 SignedSize = Annotated[int, Field(strict=True, ge=-LARGEST_SIZE, le=LARGEST_SIZE)]
 """Bytes above a baseline; negative if memory of the baseline was freed."""

@@ -26,7 +26,7 @@ from membench.pytest_plugin.timing import durations_s
 from membench.records.encoding import as_json
 from membench.records.metrics import METRICS
 from membench.records.record import Record
-from membench.running.jobs.function import FunctionJob
+from membench.running.jobs.function import PRELOADED, FunctionJob
 from membench.running.needs import Needs
 from membench.running.session import run_header
 from membench.suite.schema import Settings
@@ -141,8 +141,8 @@ class MembenchFixture:
         except Exception as error:
             what = f"'{name}' or an argument cannot be sent to a process of its own: {summary(error)}"
             raise pytest.fail.Exception(what) from None
-        request = {"path": sys.path, "folder": str(Path.cwd()), "environment": executor.environment(), "call": call}
-        pickled.write_bytes(pickle.dumps(request))
+        sent = pickling.FunctionCall(tuple(sys.path), str(Path.cwd()), executor.environment(), call)
+        pickled.write_bytes(pickle.dumps(sent))
         try:
             job = FunctionJob(
                 **self._names(),
@@ -222,10 +222,10 @@ class _FunctionExecutor:
             (Device.parse(device),),
             environment.usable_cores(),
             sharing.folder,
-            ("membench.protocol.pickling", "membench.worker.main", *known),
+            (*PRELOADED, *known),
             self._gpu.variables,
         )
-        self._executor = executing.open_executor(config, needs)
+        self._executor = executing.open_executor(config, needs).__enter__()
         config.add_cleanup(lambda: self._executor.__exit__(None, None, None))
 
     @classmethod

@@ -121,7 +121,7 @@ class Sharing:
     def gpu(self, devices: Sequence[str]) -> Gpu:
         """Return the GPU assigned to this worker, if the devices do not name one (``cuda`` without an index)."""
         named = [device for device in map(Device.parse, devices) if device.on_gpu]
-        if self.worker is None or not named or any(device.index is not None for device in named):
+        if self.worker is None or not named or any(device.index is not None or device.count > 1 for device in named):
             return Gpu({}, nullcontext())
         return self.gpu_among(_visible_gpus())
 

@@ -8,11 +8,17 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from membench.protocol.readings import ProcessReading, outer_phase, plain
+from membench.protocol.readings import PhaseReading, ProcessReading, outer_phase, plain
 from membench.records.record import Record
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Record))
 _PROCESS = TypeAdapter(ProcessReading)
+_OBSERVED = (
+    "samples", "file_peak_bytes", "children_peak_bytes", "family_rss_bytes", "family_anonymous_bytes",
+    "gpu_process_peak_bytes", "gpu_used_peak_bytes", "began_s", "ended_s", "gpu_energy_j", "gpu_process_end_bytes",
+    "gpu_used_end_bytes", "gpu_unknown", "peak_footprint_bytes",
+)  # fmt: skip
+"""Fields of a phase that are written as ``null`` if they are not known; readers of runs' files rely on them."""
 
 
 def as_json(record: Record) -> dict[str, Any]:
@@ -23,11 +29,19 @@ def as_json(record: Record) -> dict[str, Any]:
     }
 
 
+def _phase(phase: PhaseReading) -> dict[str, Any]:
+    """Return a phase as JSON: what the observer did not see is ``null``, what a meter has no reading of is left out."""
+    return {**dict.fromkeys(_OBSERVED), **plain(phase)}
+
+
 def _process(process: ProcessReading) -> dict[str, Any]:
     """Encode the reading of a process: all its fields, and of its phases the fields that are known."""
     names = (field.name for field in dataclasses.fields(process))
     known = {name: plain(getattr(process, name)) for name in names}
-    if known["exit_code"] is None:  # only scripts have one
+    known["phases"] = [_phase(phase) for phase in process.phases]
+    if process.quality is not None and process.quality.is_compared:
+        known["quality"] = {"kl_nats": None, "top1_agreement_percent": None, **known["quality"]}
+    if not process.includes_interpreter:  # only scripts have one
         del known["exit_code"]
     return known
 

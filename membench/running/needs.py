@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,15 +30,25 @@ class Needs:
 
     @classmethod
     def of(
-        cls, jobs: Iterable[RunnableJob], references: Path, variables: Mapping[str, str] | None = None
-    ) -> Needs:  # fmt: skip
-        """Return the combined requirements of jobs."""
+        cls,
+        jobs: Iterable[RunnableJob],
+        references: Path,
+        variables: Mapping[str, str] | None = None,
+        *,
+        described: Sequence[RunnableJob] | None = None,
+    ) -> Needs:
+        """Return the combined requirements of jobs.
+
+        Args:
+            described: the jobs that the machine is described for, if a later run of others may continue this one.
+        """
         known = list(jobs)
+        described = described or known
         # A spawned interpreter imports its modules itself: preloading does not help it.
         modules = {module for job in known if job.settings.isolation == "fork" for module in job.modules}
         return cls(
-            tuple(dict.fromkeys(job.device for job in known)),
-            known[0].threads if known else None,
+            tuple(dict.fromkeys(job.device for job in described)),
+            described[0].threads if described else None,
             references,
             tuple(sorted(modules)),
             variables or {},

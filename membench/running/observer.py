@@ -54,7 +54,7 @@ def _most(a: int | None, b: int | None) -> int | None:
 
 
 class Observer:
-    """Samples a process and its descendants. Times are seconds since the observer was created."""
+    """Samples a process and its descendants. Times are seconds since the first process of the job was started."""
 
     def __init__(
         self, pid: int, gpus: Gpus | None, idle_bytes: Mapping[str, int], timeline: Timeline, rank: int = 0
@@ -74,7 +74,7 @@ class Observer:
         self._gpus = gpus
         self._idle_bytes = idle_bytes
         self._gpu: Gpu | None = None
-        self._began = time.monotonic()
+        self._began = timeline.begin()
         self._reading: GpuReading | None = None
         self._energy_mj: int | None = None
         self._seen: Observed | None = None

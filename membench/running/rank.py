@@ -103,7 +103,7 @@ class Rank:
                 if message.status not in get_args(Status):
                     raise BrokenMessage(f"a worker ended as {message.status!r}, which is no status")
                 self.status, self.message = message.status, message.message  # type: ignore[assignment]
-                self.phase = message.phase or self.phase
+                self.phase = message.phase
             case Done():
                 self.is_done = True
             case Progress():
@@ -121,6 +121,11 @@ class Rank:
 
     def on_end(self, ended: WorkerEnded) -> None:
         """Process the end of the process; ``RunningJob.settle_status`` sets a status that is still missing."""
+
+    def ended_well(self, ended: WorkerEnded) -> bool:
+        """Whether the process ended after it had done all, as far as is known when it ends."""
+        del ended
+        return self.is_done
 
     def last_line(self) -> str:
         """Return its last line of output if that explains how it ended, else an empty string."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from membench.host import procfs
 from membench.host.device import Device
 from membench.host.nvml import gpus
-from membench.protocol.messages import BrokenMessage
+from membench.protocol.messages import BrokenMessage, Result
 from membench.records.metrics import METRIC_OF_FIELD
 from membench.records.record import Record
 from membench.running.deriving import JobReadings
@@ -133,7 +133,6 @@ class Runner:
             found, status, message = Figures(), "failed", str(error)
         if message and len(finished.ranks) > 1:
             message = f"rank {deciding.number}: {message}"
-        first = finished.ranks[0].result
         return Record(
             case=job.names,
             id=job.id,
@@ -147,14 +146,23 @@ class Runner:
             reasons=found.reasons,
             obtained=found.obtained,
             processes=processes,
-            remarks=(*(first.remarks if first else ()), *_unchecked_limits(found, status, job.limits)),
-            notes=tuple(first.notes if first else ()),
+            remarks=(*_of_all(results, "remarks"), *_unchecked_limits(found, status, job.limits)),
+            notes=_of_all(results, "notes"),
             broken_limits=_broken_limits(found, job.limits),
             timeline=finished.timeline.columns(),
             output_tail="" if status in ("ok", "skipped") else deciding.tail.decode(errors="replace"),
-            machine=self._machine,
+            machine={**self._machine, "threads": job.threads},
             settings=job.settings.model_dump(),
         )
+
+
+def _of_all(results: Sequence[Result | None], what: Literal["remarks", "notes"]) -> tuple[str, ...]:
+    """Return the remarks or notes of all ranks; what an earlier rank has said is not repeated."""
+    found: list[str] = []
+    for result in results:
+        said: Sequence[str] = getattr(result, what) if result else ()
+        found += [line for line in said if line not in found] if found else said
+    return tuple(found)
 
 
 def _unchecked_limits(found: Figures, status: str, limits: Mapping[str, float]) -> list[str]:

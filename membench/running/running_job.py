@@ -95,7 +95,7 @@ class RunningJob:
         self._server: ForkServer | None = None
         self._channels: dict[Rank, _Channels] = {}
         self._ended: dict[Rank, WorkerEnded] = {}
-        self._arrived: dict[Rank, Message] = {}
+        self._arrived: dict[Rank, PhaseBegins | PhaseEnds] = {}
 
     def __enter__(self) -> RunningJob:
         return self
@@ -212,23 +212,30 @@ class RunningJob:
     def _handle(self, rank: Rank, message: Message) -> None:
         match message:
             case PhaseBegins() | PhaseEnds():
-                # Phases are common to all ranks: none continues before the last has arrived.
                 self._arrived[rank] = message
-                if len(self._arrived) == len(self.ranks):
-                    self._pass_boundary(message)
+                self._pass_boundary()
             case MarkEntered() | MarkLeft():
                 rank.handle(message)
                 self._acknowledge(rank)
             case _:
                 rank.handle(message)
 
-    def _pass_boundary(self, message: PhaseBegins | PhaseEnds) -> None:
+    def _pass_boundary(self) -> None:
+        """Let the ranks continue once all that have not ended are at the same boundary of a phase."""
+        if not self._arrived or any(rank not in self._arrived for rank in self.ranks if rank not in self._ended):
+            return
         arrived, self._arrived = self._arrived, {}
-        if isinstance(message, PhaseBegins):
-            self.wait_for_turn(alone=message.phase == "time")
+        first, *others = arrived.values()
+        if any(_boundary(other) != _boundary(first) for other in others):
+            for rank in arrived:
+                rank.status, rank.message = "failed", "the ranks go through different phases"
+            self._kill()
+            return
+        if isinstance(first, PhaseBegins):
+            self.wait_for_turn(alone=first.phase == "time")
         for rank, own in arrived.items():
             rank.handle(own)
-        if isinstance(message, PhaseEnds):
+        if isinstance(first, PhaseEnds):
             self.wait_for_turn()
         for rank in arrived:
             self._acknowledge(rank)
@@ -244,10 +251,20 @@ class RunningJob:
         while ended is not None:
             for rank in self.ranks:
                 if rank.pid == ended.pid:
-                    self._ended[rank] = ended
-                    if not rank.is_done and len(self.ranks) > 1:
-                        self._kill()
+                    self._end(rank, ended)
             ended = self._server.next_ended(wait=False)
+
+    def _end(self, rank: Rank, ended: WorkerEnded) -> None:
+        """Take in the end of a rank. If it ended early, the others are killed."""
+        pipe = self._channels[rank].pipe
+        while select.select([pipe], [], [], 0)[0] and self._read_pipe(rank):
+            pass  # its last messages say whether it is done
+        self._ended[rank] = ended
+        self._arrived.pop(rank, None)
+        self.timeline.end(rank.number)
+        if not rank.ended_well(ended) and len(self.ranks) > 1:
+            self._kill()
+        self._pass_boundary()
 
     def _look(self, next_sample_at_s: float) -> float:
         """Sample each rank if a sample is due; return when the next is due, by the monotonic clock."""
@@ -274,6 +291,10 @@ class RunningJob:
                 _settle_status(rank, self._ended[rank].status, self.timed_out, timeout_s, oom_kills_before)
             if rank.message and (line := rank.last_line()):
                 rank.message += f": {line}"
+
+
+def _boundary(message: PhaseBegins | PhaseEnds) -> tuple[type, str]:
+    return type(message), message.phase if isinstance(message, PhaseBegins) else message.reading.name
 
 
 def kernel_killed_for_memory(oom_kills_before: int | None) -> bool:

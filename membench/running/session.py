@@ -107,7 +107,8 @@ class Session:
         header = header_of(suite, datetime.now(UTC))
         self.path = resumed or run_path(output, header)
         jobs = [self._job(case, 0) for case in cases]
-        self._executor = executor(Needs.of(jobs, references(self.path)), tell)
+        described = [self._job(case, 0) for case in suite.cases]
+        self._executor = executor(Needs.of(jobs, references(self.path), described=described), tell)
         try:
             machine = self._executor.machine
             if resumed:

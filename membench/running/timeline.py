@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 _MOST_SAMPLES = 2000
@@ -36,6 +37,7 @@ class Timeline:
         self._pending: Sample | None = None
         self._samples: list[Sample] = []
         self._latest: dict[int, Sample] = {}
+        self._began_s: float | None = None
 
     def add(self, rank: int, sample: Sample) -> None:
         """Add a sample of a rank to the latest samples of the other ranks."""
@@ -51,6 +53,16 @@ class Timeline:
             self._per_sample *= 2
             odd = self._samples[len(self._samples) // 2 * 2 :]
             self._samples = [*map(_merged, self._samples[::2], self._samples[1::2]), *odd]
+
+    def begin(self) -> float:
+        """Return the start that times of samples count from: that of the job's first process."""
+        if self._began_s is None:
+            self._began_s = time.monotonic()
+        return self._began_s
+
+    def end(self, rank: int) -> None:
+        """Count a rank no more: it has ended and holds nothing."""
+        self._latest.pop(rank, None)
 
     def columns(self) -> dict[str, list[float | int | None]]:
         """Return the samples as columns, without columns that have no values."""

@@ -65,12 +65,12 @@ def _descendants(keep: Collection[int]) -> list[int]:
     return [pid for pid in procfs.children(os.getpid()) if pid not in kept]
 
 
-def _left_running(grace_s: float) -> list[str]:
+def _left_running(grace_s: float, keep: Collection[int]) -> list[str]:
     """Return the names of descendants that are still running after a grace period, in seconds; none if it is 0."""
     if not grace_s:
         return []
     deadline = time.monotonic() + grace_s
-    while names := [name for pid in procfs.children(os.getpid()) if (name := procfs.running(pid)) is not None]:
+    while names := [name for pid in _descendants(keep) if (name := procfs.running(pid)) is not None]:
         if time.monotonic() > deadline:
             break
         select.select([], [], [], 0.01)
@@ -192,7 +192,7 @@ class _Server:
         The workers' files are removed after the last worker of the job.
         """
         ended_at_s = time.monotonic()
-        left = _left_running(self._grace_s)
+        left = _left_running(self._grace_s, keep=self._workers)
         _kill_descendants(keep=self._workers)
         if not self._workers:
             scratch.empty(self._folder)
@@ -225,7 +225,8 @@ class _Server:
         if isinstance(order, forking.StartProgram):
             return _start_program(order.command, pipe, output, streams)
         folder = self._folder / f"rank-{order.rank}"
-        folder.mkdir(exist_ok=True)
+        with contextlib.suppress(OSError):  # a worker without its folder fails by itself when it needs it
+            folder.mkdir(exist_ok=True)
         request = {**order.request, "scratch": str(folder)}
         if order.isolation == "spawn":
             return _spawn_worker(request, pipe, output)

@@ -57,7 +57,7 @@ def measure(work: MeasureFunction, rank: Rank, meter: Meter) -> None:
         error = raised.__cause__
         assert error is not None
         status = "out-of-memory" if is_out_of_memory(error) else "failed"
-        meter.send(EndedBadly(status, summary(error)[:500]))
+        meter.send(EndedBadly(status, summary(error)[:500], meter.current_phase))
         return
     meter.send(ResultSoFar(Result(pinned=pinned, durations_s=durations_s, waited_s=waited_s)))
 
@@ -85,12 +85,12 @@ def _measure_phases(calls: _Calls, meter: Meter, steps: Steps) -> tuple[list[flo
 
 
 def _unpickled(path: Path) -> Any:
-    given = pickle.loads(path.read_bytes())
-    sys.path[:] = given["path"]
-    os.chdir(given["folder"])
+    sent: pickling.FunctionCall = pickle.loads(path.read_bytes())
+    sys.path[:] = sent.import_path
+    os.chdir(sent.folder)
     os.environ.clear()
-    os.environ.update(given["environment"])
-    return pickle.loads(given["call"])
+    os.environ.update(sent.environment)
+    return pickle.loads(sent.call)
 
 
 class _Calls:

@@ -40,15 +40,15 @@ def main(request: Request, channel: socket.socket) -> None:
                 measured_case.measure(request.work, request.rank, Path(request.scratch), meter)
         meter.send(Done())
     except plugins.Unsuitable as error:
-        meter.send(EndedBadly("skipped", str(error)))
+        meter.send(EndedBadly("skipped", str(error), meter.current_phase))
     except plugins.DoesNotFit as error:
-        meter.send(EndedBadly("out-of-memory", str(error)))
+        meter.send(EndedBadly("out-of-memory", str(error), meter.current_phase))
     except measured_case.Diverged as error:
         meter.send(EndedBadly("diverged", str(error), error.phase))
     except (Exception, SystemExit) as error:  # a plug-in must not end the process
         status = "out-of-memory" if is_out_of_memory(error) else "failed"
         message = f"{type(error).__name__}: {error}".partition("\n")[0]
-        meter.send(EndedBadly(status, message[:_LONGEST_MESSAGE]))
+        meter.send(EndedBadly(status, message[:_LONGEST_MESSAGE], meter.current_phase))
         raise
 
 

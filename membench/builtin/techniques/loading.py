@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from membench.builtin.techniques.mapped_checkpoint import Held, MappedCheckpoint, held_by, needs_room, write
+from membench.host.device import Device
 from membench.plugins import Context, LayerWise, Setting, Technique, Unsuitable, output_head, replaced
 from membench.worker.weights import fingerprint, kept_tensors, weight_bytes
 
@@ -32,7 +33,7 @@ class _Loading(Technique):
     def refuse(self, setting: Setting) -> str | None:
         if setting.before:
             return "it loads the model, so it has to come first in the stack"
-        if setting.device.partition(":")[0] not in self.devices:
+        if Device.parse(setting.device).kind not in self.devices:
             return "pages of a file can be weights on a CPU only"
         return None
 

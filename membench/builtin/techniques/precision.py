@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import PrivateAttr
 
+from membench.host.device import Device
 from membench.plugins import Context, LayerWise, Setting, Technique, TrainingStep, Unsuitable
 
 if TYPE_CHECKING:
@@ -170,4 +171,4 @@ class _ScaledSteps:
 
 
 def _device_type(context: Context) -> str:
-    return context.device.partition(":")[0]
+    return Device.parse(context.device).kind

@@ -17,6 +17,9 @@ from membench.running.figures import Figures
 from membench.running.jobs.kind import RunnableJob
 from membench.running.references import References
 
+PRELOADED = ("membench.protocol.pickling", "membench.worker.main", "safetensors.torch")
+"""Modules that the fork server imports once: torch among them, since most functions use it sooner or later."""
+
 _EXPECTED = ("peak_live_bytes", "held_live_bytes", "peak_footprint_bytes", "held_footprint_bytes", "step_median_s")
 """Metrics that every record of a function has, as a value or as the reason why it is unknown."""
 
@@ -37,15 +40,23 @@ class FunctionJob(RunnableJob):
     raised: Path
 
     @property
+    def modules(self) -> frozenset[str]:
+        return frozenset(PRELOADED)
+
+    @property
     def names(self) -> Mapping[str, Any]:
         # No technique is applied and no other job belongs to it: it is its own reference.
         return {
             "model": self.model, "technique": REFERENCE, "workload": self.workload, "device": str(self.device),
         }  # fmt: skip
 
+    def raised_by(self, number: int) -> str:
+        """Return the file for an exception of a rank; that of rank 0 is ``raised`` itself."""
+        return f"{self.raised}-{number}" if number else str(self.raised)
+
     def order(self, number: int, references: References) -> StartWorker:
         del references
-        work = requests.MeasureFunction(str(self.pickled), str(self.raised), self.steps)
+        work = requests.MeasureFunction(str(self.pickled), self.raised_by(number), self.steps)
         request = requests.encode(requests.Request(work, self.rank_request(number)))
         return StartWorker(request, number, self.settings.isolation)
 

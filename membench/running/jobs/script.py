@@ -128,6 +128,9 @@ class _Program(Rank):
         else:
             self.is_done = os.WIFEXITED(ended.status)
 
+    def ended_well(self, ended: WorkerEnded) -> bool:
+        return ended.status == 0
+
     def last_line(self) -> str:
         return program_ending.last_line(self.tail)
 
