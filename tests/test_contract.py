@@ -16,6 +16,7 @@ from membench.cli import main
 from membench.errors import PluginError
 from membench.plugins import registry
 from membench.plugins.checking import complaint
+from membench.plugins.options import CONTRACT_VERSION
 from membench.plugins.screen import contract_lines
 from tests.installing import install
 
@@ -45,6 +46,41 @@ def test_every_stage_and_class_variable_is_on_the_screen(name: str) -> None:
             assert line.endswith("  # must be there") == (stage in owner.required)
     variables = inspect.get_annotations(owner).keys() - {"model_config", "required"}
     assert {line.partition(":")[0].strip() for line in declared if " = " in line} == variables
+
+
+_VERSION_1 = {
+    "Technique": [
+        "acts_on", "devices", "needs", "applies_rest", "prepares_rest", "trains_adapters", "needs_all_gradients",
+        "check(setting)", "refuse(setting)", "nominal_bits()", "nominal_cache_bits()", "nominal_state_bytes()",
+        "nominal_share()", "corpus(documents, context)", "data_storage(storage, context)", "samples(samples, context)",
+        "prepare(make, context)", "load(build, rest, context)", "apply(module, context)",
+        "optimizer(optimizer, module, context)", "step_context(context)", "training_step(step, context)",
+        "generate_options(options, context)", "remark(module, context)",
+    ],
+    "LayerWise": ["convert(name, layer, head)", "for_rehearsal(context)"],
+    "Model": [
+        "gives_logits", "quality", "shape", "check()", "prepare(progress)", "build(context)", "skeleton()",
+        "miniature()", "vocabulary(module)", "encode(text)", "token_ends(text)", "max_tokens()", "needed_bytes()",
+    ],
+    "Workload": [
+        "trains", "check()", "longest_sequence()", "tokens_per_step()", "corpus()", "samples()", "steps_in_all()",
+        "examine(module, techniques, context)", "decoded_tokens_per_step()", "cached_tokens()",
+        "logits(module, ids, techniques, context)", "start(module, tokens, techniques, context)",
+    ],
+    "QualityMetric": ["unit", "better", "measure(module, held_out, context)"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _VERSION_1)
+def test_the_classes_have_every_stage_and_argument_that_version_1_promises(name: str) -> None:
+    assert CONTRACT_VERSION == 1
+    owner = getattr(plugins, name)
+    for promised in _VERSION_1[name]:
+        stage, is_called, arguments = promised.partition("(")
+        assert hasattr(owner, stage) or stage in inspect.get_annotations(owner), promised
+        if is_called:
+            found = list(inspect.signature(getattr(owner, stage)).parameters)[1:]
+            assert found == [each for each in arguments.rstrip(")").split(", ") if each], promised
 
 
 def test_the_screen_names_the_entry_point_groups() -> None:

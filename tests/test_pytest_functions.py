@@ -33,6 +33,22 @@ def _kept(inner: pytest.Pytester) -> membench.Run:
     return membench.read_run(path)
 
 
+def test_torch_that_a_function_imports_in_its_body_is_not_in_its_figures(inner: pytest.Pytester) -> None:
+    inner.makepyfile(
+        """
+        def test_it(membench):
+            def step():
+                import torch
+                return torch.ones(2**20)
+
+            result = membench(step)
+            assert "3.9 MiB" < result.peak_live < "6 MiB"
+            assert result.warmup_time < "1 s"
+        """
+    )
+    inner.runpytest_subprocess("-q").assert_outcomes(passed=1)
+
+
 def test_a_function_is_measured_whatever_kind_it_is_of(inner: pytest.Pytester) -> None:
     inner.makeconftest("def twice(mib):\n    return 2 * mib\n")
     inner.makepyfile(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import sys
@@ -15,8 +16,10 @@ import pytest
 from membench.host import environment
 from membench.host.device import Device
 from membench.protocol import pickling
+from membench.protocol.case import Case, Plugin
 from membench.running.executors.local import LocalExecutor
 from membench.running.jobs.function import FunctionJob
+from membench.running.jobs.script import ScriptJob
 from membench.running.needs import Needs
 from membench.running.session import silent
 from membench.suite.schema import Settings
@@ -95,3 +98,20 @@ def test_a_timeout_kills_all_ranks(executor: LocalExecutor, tmp_path: Path) -> N
     record = executor.measure(_job(tmp_path, lambda: time.sleep(600), timeout_s=2))
     assert record.status == "timeout"
     assert record.message in ("rank 0: not done after 2 s", "rank 1: not done after 2 s")
+
+
+def test_scripts_on_two_ranks_may_end_one_after_the_other(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "import os, time\ntry:\n    os.mkdir('first')\nexcept FileExistsError:\n    time.sleep(0.5)\n"
+    )
+    command = (sys.executable, "own.py")
+    case = Case(
+        "own", "none", "script", "2xcpu", Plugin("script"), (Plugin("none"),), Plugin("script"), command=command
+    )
+    job = ScriptJob(id=case.id, repeat=0, device=_DEVICE, settings=Settings.model_validate({}), case=case)
+    with contextlib.chdir(tmp_path), LocalExecutor(Needs.of([job], tmp_path), silent) as executor:
+        record = executor.measure(job)
+    assert (record.status, record.message, record.remarks) == ("ok", None, ())
+    assert [process.exit_code for process in record.processes] == [0, 0]
+    first, second = sorted(process.phases[0].duration_s for process in record.processes)
+    assert second - first > 0.3

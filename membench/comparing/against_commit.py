@@ -235,6 +235,11 @@ class _VersionProcess:
         self._errors.seek(0)
         written = self._errors.read().decode(errors="replace").strip().splitlines()
         last = written[-1] if written else "without a word"
+        if f"No module named '{__package__}" in last:
+            raise MembenchError(
+                f"{self.name}: the membench of that commit cannot be measured in turn with this one;"
+                " measure both, then 'membench compare BASE NEW'"
+            )
         raise MembenchError(f"{self.name}: its process in {self._folder} ended unexpectedly: {last}")
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from membench.records.run_file import Run, read_run
+from membench.running.executors.executor import Opener
+from membench.running.executors.local import LocalExecutor
 from membench.running.session import Session, silent
 from membench.suite.suite import Suite
 
@@ -18,6 +20,7 @@ def calibrate(
     keep: Callable[[str], bool] = lambda _: True,
     output: str | Path = "results",
     tell: Callable[[str, Mapping[str, Any]], None] = silent,
+    executor: Opener = LocalExecutor,
 ) -> Run:
     """Measure each case ``repeats`` times, each time from a new fork server, as in runs that are compared.
 
@@ -28,6 +31,6 @@ def calibrate(
         ResultsError: if the run's file cannot be written.
     """
     cases = suite.select(keep)
-    with Session(suite.with_repeats(repeats), cases, Path(output), tell=tell) as session:
+    with Session(suite.with_repeats(repeats), cases, Path(output), tell=tell, executor=executor) as session:
         session.measure_all([(case, repeat) for repeat in range(repeats) for case in cases], afresh=True)
     return read_run(session.path)

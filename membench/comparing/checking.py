@@ -12,6 +12,8 @@ from membench.regression.judging import judge
 from membench.regression.measured import Measured, MeasuredCase, of_run
 from membench.regression.verdict import Judgement
 from membench.running import session
+from membench.running.executors.executor import Opener
+from membench.running.executors.local import LocalExecutor
 from membench.suite.suite import Suite
 from membench.suite.tolerances import Tolerances
 
@@ -31,6 +33,7 @@ def check(
     output: str | Path = "results",
     across_machines: bool = False,
     tell: Callable[[str, Mapping[str, Any]], None] = session.silent,
+    executor: Opener = LocalExecutor,
 ) -> tuple[Run, Judgement]:
     """Run a suite and judge it. Suspects are measured again, in the same run, before the final judgement.
 
@@ -38,7 +41,7 @@ def check(
         ResultsError: if the run's file cannot be written.
     """
     return suspects.confirm(
-        session.run(suite, keep=keep, output=output, tell=tell),
+        session.run(suite, keep=keep, output=output, tell=tell, executor=executor),
         judge=lambda run: judge(base, of_run(run), tolerances, across_machines=across_machines),
-        measure_again=lambda run, ids, repeats: session.measure_again(suite, run.path, ids, repeats, tell),
+        measure_again=lambda run, ids, repeats: session.measure_again(suite, run.path, ids, repeats, tell, executor),
     )

@@ -33,6 +33,7 @@ from membench.host.import_guard import ON_PATH, ForeignCode, is_foreign
 from membench.plugins import registry
 from membench.protocol.case import Case, Plugin
 from membench.protocol.requests import Checkouts
+from membench.running.executors.executor import Opener
 from membench.running.executors.local import LocalExecutor
 from membench.running.session import Session
 from membench.suite.loading import load_suite
@@ -58,7 +59,7 @@ def main() -> int:
         try:
             setup = decode(requests.readline())
             assert isinstance(setup, Setup), "it comes first"
-            _serve(setup, requests, send)
+            _serve(setup, requests, send, LocalExecutor)
         except MembenchError as error:
             send(Refused(str(error)))
             return error.exit_code
@@ -67,7 +68,9 @@ def main() -> int:
     return console.main(work)
 
 
-def _serve(setup: Setup, requests: TextIO, send: Callable[[VersionMessage], None]) -> None:
+def _serve(
+    setup: Setup, requests: TextIO, send: Callable[[VersionMessage], None], executor: Opener
+) -> None:  # fmt: skip
     suite = load_suite(setup.suite, None if setup.devices is None else list(setup.devices))
     suite, ids = suite.with_repeats(setup.repeats), setup.ids
     checkouts: Checkouts | None = None
@@ -89,7 +92,7 @@ def _serve(setup: Setup, requests: TextIO, send: Callable[[VersionMessage], None
         chosen,
         Path(setup.output),
         tell=report_except_records,
-        executor=LocalExecutor,
+        executor=executor,
         code=dataclasses.asdict(setup.code),
         checkouts=checkouts,
     ) as session:
