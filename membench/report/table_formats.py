@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import html
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -66,6 +65,12 @@ def _harmless(value: object) -> object:
     return f"'{one_line(value)}" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else one_line(value)
 
 
+def _html_heading(text: str) -> str:
+    import html
+
+    return f"<h3>{html.escape(one_line(text))}</h3>"
+
+
 def _json(rows: Rows) -> str:
     return json.dumps(rows, indent=2)
 
@@ -79,9 +84,7 @@ FORMATS: Mapping[str, TableFormat] = {
     "latex": TableFormat(
         _tabulated("latex"), heading=lambda text: rf"\subsection*{{{latex.escaped(text)}}}", is_for_machines=True
     ),
-    "html": TableFormat(
-        _tabulated("html"), heading=lambda text: f"<h3>{html.escape(one_line(text))}</h3>", is_for_machines=True
-    ),
+    "html": TableFormat(_tabulated("html"), heading=_html_heading, is_for_machines=True),
     "plain": TableFormat(_tabulated("plain"), breaks=True),
 }
 """By the name that ``--format`` takes, in the order of the help."""

@@ -9,15 +9,17 @@ import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from membench.errors import RuleError, did_you_mean
 from membench.protocol.case import REFERENCE
 from membench.records.metric import Metric
 from membench.records.metrics import metrics_by_name
-from membench.records.record import Record
 from membench.records.validation import shown
 from membench.units import format_bytes, format_number, format_seconds, parse_bytes, parse_seconds
+
+if TYPE_CHECKING:
+    from membench.records.record import Record  # costs as much to import as all else here
 
 _LONGEST_RULE = 400
 _DEEPEST = 20

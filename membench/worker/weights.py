@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from membench.host import procfs
-from membench.protocol.readings import ModulesReading
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from membench.protocol.readings import ModulesReading
 
 
 def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -82,6 +83,8 @@ def bytes_by_module(module: nn.Module) -> list[ModulesReading]:
     Each storage counts for the first layer that has it. Layers of the same size whose names differ only in numbers are
     one entry; ``*`` replaces the numbers that differ. The smallest entries beyond a hundred are summed up in one.
     """
+    from membench.protocol.readings import ModulesReading  # techniques import this module when they are listed
+
     seen: set[tuple[str, int]] = set()
     groups: dict[tuple[str, int], list[str]] = {}
     for name, layer in module.named_modules():
