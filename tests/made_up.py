@@ -14,8 +14,8 @@ from membench.protocol.readings import ProcessReading
 from membench.records.encoding import process_of
 from membench.records.record import Record
 from membench.records.run_file import Run
+from membench.running.derived_metrics import DerivedMetrics
 from membench.running.deriving import JobReadings
-from membench.running.figures import Figures
 from membench.running.jobs.case import CaseJob
 from membench.suite.schema import Settings
 
@@ -46,7 +46,7 @@ def process(**read: Any) -> ProcessReading:
     return process_of({"role": "worker", "rank": 0, "device": "cpu", "phases": phases, **read})
 
 
-def case_figures(phases: Sequence[Mapping[str, Any]], result: Mapping[str, Any], device: str = "cpu") -> Figures:
+def case_figures(phases: Sequence[Mapping[str, Any]], result: Mapping[str, Any], device: str = "cpu") -> DerivedMetrics:
     """The metrics of a case that ended well, from what a worker would have said."""
     job = CaseJob(
         id="c", repeat=0, device=Device.parse(device), settings=Settings.model_validate({}), case=cast(Case, None)

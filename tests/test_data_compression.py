@@ -35,7 +35,7 @@ from membench.data.shards import Shards
 from membench.errors import SuiteError
 from membench.plugins.storage import Codec, Damaged, Storage
 from membench.records.record import Record
-from membench.running.figures import resolution_bytes
+from membench.running.derived_metrics import resolution_bytes
 
 _CODECS: dict[str, Callable[[], Codec]] = {
     "lzw": codecs.Lzw,

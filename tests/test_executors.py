@@ -11,7 +11,7 @@ from typing import Any
 import membench
 from membench.records.record import Record
 from membench.running.executors.local import LocalExecutor
-from membench.running.jobs.kind import RunnableJob
+from membench.running.jobs.runnable import RunnableJob
 from membench.running.needs import Needs
 from membench.running.rank import Tell
 from membench.running.session import run

@@ -16,7 +16,7 @@ from membench.builtin.workloads.forward import Forward
 from membench.builtin.workloads.generate import Generate
 from membench.data import corpus
 from membench.plugins import Workload, registry
-from membench.running import figures
+from membench.running import derived_metrics
 from membench.worker import quality
 
 MIB = 2**20
@@ -116,7 +116,7 @@ def test_a_pretrained_model_is_read_from_a_folder(tmp_path: Path) -> None:
     assert load is not None
     assert load.peak_live_bytes is not None
     assert load.held_live_bytes == pytest.approx(weights_bytes, rel=0.05)
-    assert load.peak_live_bytes < 1.2 * weights_bytes + 2 * figures.resolution_bytes()
+    assert load.peak_live_bytes < 1.2 * weights_bytes + 2 * derived_metrics.resolution_bytes()
     assert here.metrics["bits_per_byte"] is None
     assert here.reasons["bits_per_byte"] == "the model has no tokenizer: no text can be put to it"
     assert hub.status == "failed"

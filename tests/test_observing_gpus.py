@@ -14,8 +14,8 @@ from membench.host.nvml import Gpus
 from membench.protocol.case import Case
 from membench.protocol.messages import Result
 from membench.protocol.readings import PhaseReading, ProcessReading
+from membench.running.derived_metrics import DerivedMetrics
 from membench.running.deriving import JobReadings
-from membench.running.figures import Figures
 from membench.running.jobs.script import ScriptJob
 from membench.running.marked_phases import MarkedPhases
 from membench.running.observer import Observer
@@ -198,7 +198,7 @@ def test_an_unknown_device_is_named() -> None:
     assert Observer(os.getpid(), gpus, {}, Timeline()).use_gpu("cc") == "NVML knows no device with the UUID cc"
 
 
-def _gpu_case(**seen: Any) -> Figures:
+def _gpu_case(**seen: Any) -> DerivedMetrics:
     phase = {
         "duration_s": 1.0, "parts": {}, "steps": 5, "cuda_peak_allocated_bytes": 100 * MIB,
         "cuda_held_allocated_bytes": 80 * MIB, "cuda_peak_reserved_bytes": 128 * MIB,
@@ -275,7 +275,7 @@ def test_a_programs_device_is_among_those_that_it_may_see(
     assert (gpu.uuid if gpu else None) == uuid
 
 
-def _program(nvml: FakeNvml) -> tuple[list[PhaseReading], Figures]:
+def _program(nvml: FakeNvml) -> tuple[list[PhaseReading], DerivedMetrics]:
     """A program that takes 1 GiB on a device in a phase, and half of it outside."""
     gpus = Gpus(nvml)
     observer = Observer(os.getpid(), gpus, gpus.used_bytes(), Timeline())

@@ -9,14 +9,14 @@ import pytest
 from membench.records.metrics import METRICS
 from membench.records.record import Record
 from membench.report.text import comparison, explanation
-from membench.running.figures import Figures
+from membench.running.derived_metrics import DerivedMetrics
 from tests import made_up
 
 GIB = 2**30
 _FIELD = "peak_over_held_ratio"
 
 
-def _figures(*, pinned: bool = True, **run: Any) -> Figures:
+def _figures(*, pinned: bool = True, **run: Any) -> DerivedMetrics:
     phase = {"duration_s": 1.0, "parts": {}, "steps": 2, "peak_live_bytes": 6 * GIB,
              "peak_live_at_least_bytes": 6 * GIB, "peak_footprint_bytes": 1, "held_live_bytes": 4 * GIB,
              "held_footprint_bytes": 1}  # fmt: skip

@@ -21,7 +21,7 @@ from membench import cli
 from membench.errors import SuiteError
 from membench.protocol.readings import plain
 from membench.records.record import Record
-from membench.running.figures import resolution_bytes
+from membench.running.derived_metrics import resolution_bytes
 
 _MIB = 2**20
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from membench.protocol.case import Case
     from membench.records.record import Record
     from membench.running.executors.executor import Executor
-    from membench.running.jobs.kind import RunnableJob
+    from membench.running.jobs.runnable import RunnableJob
     from membench.suite.suite import Suite
 
 _MAKES_SUITE = re.compile(r"^[^#\n]*\bSuite\s*\(", re.MULTILINE)
@@ -203,9 +203,9 @@ class SuiteFile(pytest.File):
             return [executor.measure(self._job(case, repeat)) for repeat in repeats]
 
     def _job(self, case: Case, repeat: int) -> RunnableJob:
-        from membench.running.jobs.of_suite import job_of
+        from membench.running.jobs.from_case import job_from_case
 
-        return job_of(case, repeat, self.suite.settings, self.suite.limits)
+        return job_from_case(case, repeat, self.suite.settings, self.suite.limits)
 
     def _selected(self) -> tuple[Case, ...]:
         """Return the selected cases and the references they need."""

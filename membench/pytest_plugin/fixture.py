@@ -46,7 +46,7 @@ class Result:
 
     Attributes:
         record: the record of the first repeat, with the source of each figure.
-        records: the records of all repeats. Figures are medians over them.
+        records: the records of all repeats. DerivedMetrics are medians over them.
         peak_live: peak of live memory during a call, above the memory in use before the first call.
         held_live: live memory after a call, its return value included.
         peak_footprint: peak of memory taken from the machine during a call under the default allocator.

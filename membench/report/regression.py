@@ -17,7 +17,7 @@ _ALWAYS_SHOWN = ("weights", "peak_live", "time")
 
 
 def table(judgements: Sequence[Judgement], form: str = DEFAULT) -> str:
-    """Figures by case, those of the base first, then a column for each measurement that is held against it.
+    """DerivedMetrics by case, those of the base first, then a column for each measurement that is held against it.
 
     For reading: weights, live peak and time of each case, and whatever else is watched or shown in tables and changed
     by more than it may. In a flat format: every figure, with bytes, seconds, ratios and verdicts apart.

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from membench.protocol.messages import BrokenMessage, Result
 from membench.protocol.readings import Baseline, MemoryReading, PhaseReading, ProcessReading
 from membench.records.record import Status
-from membench.running.figures import Figures, resolution_bytes
+from membench.running.derived_metrics import DerivedMetrics, resolution_bytes
 
 _WIDE_BRACKET = 0.01
 _NOT_PINNED = "the C library's malloc cannot be pinned: only glibc's can"
@@ -73,7 +73,7 @@ def require(value: _N | None) -> _N:
     return value
 
 
-def live(found: Figures, reading: MemoryReading, name: str, memory: WorkerMemory) -> None:
+def live(found: DerivedMetrics, reading: MemoryReading, name: str, memory: WorkerMemory) -> None:
     """Add the live peak of a phase or of a part of a step."""
     if memory.on_gpu:
         found.add(name, require(reading.cuda_peak_allocated_bytes), "torch.cuda.max_memory_allocated")
@@ -112,14 +112,14 @@ def _passing_file_pages(reading: MemoryReading, baseline_bytes: int) -> int:
     return 0 if seen is None or looked_at is None else max(0, seen - baseline_bytes - looked_at)
 
 
-def step_memory(found: Figures, run: PhaseReading, memory: WorkerMemory) -> None:
+def step_memory(found: DerivedMetrics, run: PhaseReading, memory: WorkerMemory) -> None:
     """Add the live memory of a step: its peak, the live memory held after it, and the ratio of the two."""
     live(found, run, "peak_live_bytes", memory)
     _held(found, run, memory)
     _peak_over_held(found)
 
 
-def _held(found: Figures, run: PhaseReading, memory: WorkerMemory) -> None:
+def _held(found: DerivedMetrics, run: PhaseReading, memory: WorkerMemory) -> None:
     if memory.on_gpu:
         found.add("held_live_bytes", require(run.cuda_held_allocated_bytes), "torch.cuda.memory_allocated")
     elif memory.pinned:
@@ -129,7 +129,7 @@ def _held(found: Figures, run: PhaseReading, memory: WorkerMemory) -> None:
         found.add_unknown("held_live_bytes", _NOT_PINNED)
 
 
-def _peak_over_held(found: Figures) -> None:
+def _peak_over_held(found: DerivedMetrics) -> None:
     """Add the ratio of the live peak of a step to the live memory held after it."""
     name = "peak_over_held_ratio"
     for part in ("peak_live_bytes", "held_live_bytes"):
@@ -146,13 +146,15 @@ def _peak_over_held(found: Figures) -> None:
         found.add(name, peak_bytes / held_bytes, "live peak over live held", how["bound"])
 
 
-def warmup(found: Figures, phase: PhaseReading, memory: WorkerMemory) -> None:
+def warmup(found: DerivedMetrics, phase: PhaseReading, memory: WorkerMemory) -> None:
     """Add the live peak and the duration of the first step."""
     live(found, phase, "warmup_peak_live_bytes", memory)
     found.add("warmup_s", phase.duration_s, "monotonic clock, under the pinned allocator")
 
 
-def footprint(found: Figures, run: PhaseReading, time: PhaseReading, memory: WorkerMemory, interval_s: float) -> None:
+def footprint(
+    found: DerivedMetrics, run: PhaseReading, time: PhaseReading, memory: WorkerMemory, interval_s: float
+) -> None:
     """Add the footprint during the timed steps."""
     if memory.on_gpu:
         _gpu_footprint(found, run, time, interval_s)
@@ -165,7 +167,7 @@ def footprint(found: Figures, run: PhaseReading, time: PhaseReading, memory: Wor
               resolution_bytes=resolution_bytes(), children=False)  # fmt: skip
 
 
-def _gpu_footprint(found: Figures, run: PhaseReading, time: PhaseReading, interval_s: float) -> None:
+def _gpu_footprint(found: DerivedMetrics, run: PhaseReading, time: PhaseReading, interval_s: float) -> None:
     """Add the footprint on a GPU: by process if NVML's value is plausible, else by device above its idle level."""
     found.add("peak_reserved_bytes", require(time.cuda_peak_reserved_bytes), "torch.cuda.max_memory_reserved")
     process, used = time.gpu_process_peak_bytes, time.gpu_used_peak_bytes
@@ -204,7 +206,7 @@ def _gpu_footprint(found: Figures, run: PhaseReading, time: PhaseReading, interv
         found.add("energy_j", energy_j, "NVML's counter over the phase time, whole device")
 
 
-def children(found: Figures, phases: Sequence[PhaseReading], interval_s: float) -> None:
+def children(found: DerivedMetrics, phases: Sequence[PhaseReading], interval_s: float) -> None:
     """Add the peak memory of child processes over all phases."""
     held = [phase.children_peak_bytes for phase in phases if phase.children_peak_bytes]
     if held:
@@ -212,7 +214,7 @@ def children(found: Figures, phases: Sequence[PhaseReading], interval_s: float) 
                   interval_s=interval_s)  # fmt: skip
 
 
-def times(found: Figures, result: Result, time: PhaseReading, *, on_gpu: bool) -> None:
+def times(found: DerivedMetrics, result: Result, time: PhaseReading, *, on_gpu: bool) -> None:
     """Add durations of steps and of their parts, and the throughput."""
     source = "monotonic clock, " + ("after a synchronize" if on_gpu else "under the default allocator")
     durations = result.durations_s

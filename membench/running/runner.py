@@ -14,11 +14,11 @@ from membench.host.nvml import gpus
 from membench.protocol.messages import BrokenMessage, Result
 from membench.records.metrics import METRIC_OF_FIELD
 from membench.records.record import Record
+from membench.running.derived_metrics import DerivedMetrics
 from membench.running.deriving import JobReadings
-from membench.running.figures import Figures
 from membench.running.fork_client import ForkServer, ForkServerLost
-from membench.running.jobs.kind import RunnableJob
 from membench.running.jobs.preparing import PreparingJob
+from membench.running.jobs.runnable import RunnableJob
 from membench.running.needs import Needs
 from membench.running.rank import Tell
 from membench.running.references import References
@@ -130,7 +130,7 @@ class Runner:
         try:
             found = job.derive(JobReadings(status, job.device.on_gpu, interval_s, processes, results))
         except BrokenMessage as error:  # the worker reported its end without its readings
-            found, status, message = Figures(), "failed", str(error)
+            found, status, message = DerivedMetrics(), "failed", str(error)
         if message and len(finished.ranks) > 1:
             message = f"rank {deciding.number}: {message}"
         return Record(
@@ -165,7 +165,7 @@ def _of_all(results: Sequence[Result | None], what: Literal["remarks", "notes"])
     return tuple(found)
 
 
-def _unchecked_limits(found: Figures, status: str, limits: Mapping[str, float]) -> list[str]:
+def _unchecked_limits(found: DerivedMetrics, status: str, limits: Mapping[str, float]) -> list[str]:
     """Return remarks on limits that could not be checked: these must not look as if they were kept."""
     if status != "ok":
         return []
@@ -177,7 +177,7 @@ def _unchecked_limits(found: Figures, status: str, limits: Mapping[str, float]) 
     ]
 
 
-def _broken_limits(found: Figures, limits: Mapping[str, float]) -> tuple[str, ...]:
+def _broken_limits(found: DerivedMetrics, limits: Mapping[str, float]) -> tuple[str, ...]:
     broken = []
     for name, limit in limits.items():
         value, metric = found.metrics.get(name), METRIC_OF_FIELD[name]

@@ -25,7 +25,7 @@ from membench.protocol.messages import (
     decode,
 )
 from membench.running.fork_client import ForkServer
-from membench.running.jobs.kind import RunnableJob
+from membench.running.jobs.runnable import RunnableJob
 from membench.running.observer import Observer
 from membench.running.rank import Rank, Tell
 from membench.running.references import References

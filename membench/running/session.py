@@ -21,8 +21,8 @@ from membench.records.record import Record
 from membench.records.run_file import Run, RunFile, find_run, read_run
 from membench.running.executors.executor import Opener
 from membench.running.executors.local import LocalExecutor, machine_here
-from membench.running.jobs.kind import RunnableJob
-from membench.running.jobs.of_suite import job_of
+from membench.running.jobs.from_case import job_from_case
+from membench.running.jobs.runnable import RunnableJob
 from membench.running.needs import Needs
 from membench.running.rank import Tell
 from membench.running.runner import Interrupted
@@ -134,7 +134,7 @@ class Session:
             self._file.__exit__(kind, error, at)
 
     def _job(self, case: Case, repeat: int) -> RunnableJob:
-        return job_of(case, repeat, self._suite.settings, self._suite.limits, self._checkouts)
+        return job_from_case(case, repeat, self._suite.settings, self._suite.limits, self._checkouts)
 
     def measure_all(self, todo: Sequence[tuple[Case, int]], *, afresh: bool = False) -> None:
         """Measure cases in order, each with the number of its repeat.
@@ -206,7 +206,7 @@ def resumable(suite: Suite, output: str | Path, since: str = "") -> Path | None:
 
 def machine_of(suite: Suite) -> dict[str, Any]:
     """Return the description of this machine for the records of a suite."""
-    jobs = [job_of(case, 0, suite.settings) for case in suite.cases]
+    jobs = [job_from_case(case, 0, suite.settings) for case in suite.cases]
     return machine_here(jobs[0].threads, [job.device for job in jobs])
 
 

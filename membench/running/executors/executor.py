@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from membench.records.record import Record
-from membench.running.jobs.kind import RunnableJob
+from membench.running.jobs.runnable import RunnableJob
 from membench.running.needs import Needs
 from membench.running.rank import Tell
 

@@ -9,7 +9,7 @@ from typing import Any
 from membench.host import environment
 from membench.host.device import Device
 from membench.records.record import Record
-from membench.running.jobs.kind import RunnableJob
+from membench.running.jobs.runnable import RunnableJob
 from membench.running.needs import Needs
 from membench.running.rank import Tell
 from membench.running.runner import Runner

@@ -15,9 +15,9 @@ from membench.protocol.forking import StartWorker
 from membench.protocol.messages import Result
 from membench.protocol.readings import Baseline, ProcessReading, QualityReading
 from membench.running import deriving
+from membench.running.derived_metrics import DerivedMetrics
 from membench.running.deriving import JobReadings, WorkerMemory
-from membench.running.figures import Figures
-from membench.running.jobs.kind import RunnableJob
+from membench.running.jobs.runnable import RunnableJob
 from membench.running.references import References
 
 _EXPECTED = (
@@ -78,14 +78,14 @@ class CaseJob(RunnableJob):
         request = requests.encode(requests.Request(work, self.rank_request(number)))
         return StartWorker(request, number, self.settings.isolation)
 
-    def derive(self, readings: JobReadings) -> Figures:
+    def derive(self, readings: JobReadings) -> DerivedMetrics:
         """Derive the metrics of a case with one rank."""
         process, result = readings.processes[0], readings.results[0]
         baseline = process.baseline or Baseline()
         if result is None:
             return _derive_partial(readings, process, WorkerMemory(readings.on_gpu, True, baseline))
         memory = WorkerMemory(readings.on_gpu, result.pinned, baseline)
-        found = Figures()
+        found = DerivedMetrics()
         if result.weights_bytes is not None:
             found.add("weights_bytes", result.weights_bytes, "walk over parameters and buffers")
         _memory(found, readings, process, result, memory)
@@ -133,9 +133,9 @@ def _plugin_fields(plugin: Plugin) -> dict[str, Any]:
     return {"use": plugin.use, "options": dict(plugin.options), **own}
 
 
-def _derive_partial(readings: JobReadings, process: ProcessReading, memory: WorkerMemory) -> Figures:
+def _derive_partial(readings: JobReadings, process: ProcessReading, memory: WorkerMemory) -> DerivedMetrics:
     """Derive the metrics of a case that did not reach its end."""
-    found = Figures()
+    found = DerivedMetrics()
     for name in _EXPECTED:
         found.add_unknown(name, f"the case ended as {readings.status}")
     for name in ("load", "apply"):
@@ -145,7 +145,7 @@ def _derive_partial(readings: JobReadings, process: ProcessReading, memory: Work
 
 
 def _memory(
-    found: Figures, readings: JobReadings, process: ProcessReading, result: Result, memory: WorkerMemory
+    found: DerivedMetrics, readings: JobReadings, process: ProcessReading, result: Result, memory: WorkerMemory
 ) -> None:
     """Add the memory and the duration of phases, and the facts that stages reported."""
     load, apply, run, time = (deriving.phase_of(process, name) for name in ("load", "apply", "run", "time"))
@@ -166,7 +166,7 @@ def _memory(
             deriving.live(found, compressing, "compress_peak_live_bytes", on_cpu)
 
 
-def _holdings(found: Figures, result: Result) -> None:
+def _holdings(found: DerivedMetrics, result: Result) -> None:
     """Add the live memory by category, and the sizes of trained and frozen weights."""
     for category, name in _CATEGORIES.items():
         sizes = [part[category] for part in (result.breakdown_bytes or {}).values() if category in part]
@@ -179,7 +179,7 @@ def _holdings(found: Figures, result: Result) -> None:
         found.add("frozen_weights_bytes", result.frozen_weights_bytes, source)
 
 
-def _loss(found: Figures, result: Result) -> None:
+def _loss(found: DerivedMetrics, result: Result) -> None:
     if not result.losses_nats:
         return
     last = result.losses_nats[-1]
@@ -189,7 +189,7 @@ def _loss(found: Figures, result: Result) -> None:
         found.add("final_loss_nats", last, "cross entropy in fp32 of the last step")
 
 
-def _quality(found: Figures, quality: QualityReading, *, is_trained: bool) -> None:
+def _quality(found: DerivedMetrics, quality: QualityReading, *, is_trained: bool) -> None:
     """Add quality from the loss of each piece of text, and the difference to the reference from paired pieces."""
     source = "cross entropy in fp32 over held-out text"
     nats, all_bytes = quality.nats, None if None in quality.bytes else sum(b for b in quality.bytes if b)

@@ -12,9 +12,9 @@ from membench.protocol.case import REFERENCE
 from membench.protocol.forking import StartWorker
 from membench.protocol.readings import Baseline
 from membench.running import deriving
+from membench.running.derived_metrics import DerivedMetrics
 from membench.running.deriving import JobReadings, WorkerMemory
-from membench.running.figures import Figures
-from membench.running.jobs.kind import RunnableJob
+from membench.running.jobs.runnable import RunnableJob
 from membench.running.references import References
 
 PRELOADED = ("membench.protocol.pickling", "membench.worker.main", "safetensors.torch")
@@ -60,9 +60,9 @@ class FunctionJob(RunnableJob):
         request = requests.encode(requests.Request(work, self.rank_request(number)))
         return StartWorker(request, number, self.settings.isolation)
 
-    def derive(self, readings: JobReadings) -> Figures:
+    def derive(self, readings: JobReadings) -> DerivedMetrics:
         """Derive the metrics that need no model and no quality."""
-        found = Figures()
+        found = DerivedMetrics()
         process, result = readings.processes[0], readings.results[0]
         if result is None:
             for name in _EXPECTED:

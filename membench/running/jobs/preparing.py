@@ -9,9 +9,9 @@ from typing import Any
 from membench.protocol import requests
 from membench.protocol.case import Plugin
 from membench.protocol.forking import StartWorker
+from membench.running.derived_metrics import DerivedMetrics
 from membench.running.deriving import JobReadings
-from membench.running.figures import Figures
-from membench.running.jobs.kind import RunnableJob
+from membench.running.jobs.runnable import RunnableJob
 from membench.running.references import References
 
 
@@ -30,6 +30,6 @@ class PreparingJob(RunnableJob):
         request = requests.encode(requests.Request(requests.PrepareModel(self.model), self.rank_request(number)))
         return StartWorker(request, number, self.settings.isolation)
 
-    def derive(self, readings: JobReadings) -> Figures:
+    def derive(self, readings: JobReadings) -> DerivedMetrics:
         del readings
-        return Figures()
+        return DerivedMetrics()

@@ -14,10 +14,10 @@ from membench.protocol.forking import StartProgram, WorkerEnded
 from membench.protocol.messages import MarkEntered, MarkLeft, Message, Result
 from membench.protocol.readings import PhaseReading
 from membench.running import deriving, program_ending
+from membench.running.derived_metrics import DerivedMetrics, resolution_bytes
 from membench.running.deriving import JobReadings
-from membench.running.figures import Figures, resolution_bytes
 from membench.running.jobs.case import case_names
-from membench.running.jobs.kind import RunnableJob
+from membench.running.jobs.runnable import RunnableJob
 from membench.running.marked_phases import MOST_PHASES, MarkedPhases
 from membench.running.observer import Observer
 from membench.running.rank import Rank, Tell
@@ -53,9 +53,9 @@ class ScriptJob(RunnableJob):
         assert self.case.command is not None
         return StartProgram(self.case.command, number, _GRACE_S)
 
-    def derive(self, readings: JobReadings) -> Figures:
+    def derive(self, readings: JobReadings) -> DerivedMetrics:
         """Derive the metrics up to the end of the program, however it ended; no baseline is subtracted."""
-        found = Figures()
+        found = DerivedMetrics()
         found.add_unknown("peak_live_bytes", NO_LIVE)
         process, result = readings.processes[0], readings.results[0]
         if not process.phases or result is None:
@@ -135,7 +135,7 @@ class _Program(Rank):
         return program_ending.last_line(self.tail)
 
 
-def _footprint(found: Figures, whole: PhaseReading, interval_s: float, *, had_children: bool) -> None:
+def _footprint(found: DerivedMetrics, whole: PhaseReading, interval_s: float, *, had_children: bool) -> None:
     how: dict[str, Any] = {"source": "kernel's peak (VmHWM, ru_maxrss), under the script's own allocator",
                            "bound": whole.bound or "exact", "resolution_bytes": resolution_bytes(),
                            "children": False}  # fmt: skip
@@ -149,7 +149,7 @@ def _footprint(found: Figures, whole: PhaseReading, interval_s: float, *, had_ch
     found.add("peak_footprint_bytes", deriving.require(whole.peak_footprint_bytes), **how)
 
 
-def _gpu_footprint(found: Figures, whole: PhaseReading, interval_s: float) -> None:
+def _gpu_footprint(found: DerivedMetrics, whole: PhaseReading, interval_s: float) -> None:
     """Add the footprint on a GPU: of the processes, or of the device above its idle level if the driver hides them."""
     peak_bytes, used_bytes = whole.gpu_process_peak_bytes, whole.gpu_used_peak_bytes
     source = "NVML per process, sampled"

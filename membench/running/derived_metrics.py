@@ -19,7 +19,7 @@ def resolution_bytes() -> int:
 
 
 @dataclass
-class Figures:
+class DerivedMetrics:
     """The ``metrics``, ``reasons`` and ``obtained`` of a ``Record``, by metric field."""
 
     metrics: dict[str, float | int | None] = field(default_factory=dict)

@@ -8,12 +8,12 @@ from membench.host.device import Device
 from membench.protocol.case import Case
 from membench.protocol.requests import Checkouts
 from membench.running.jobs.case import CaseJob
-from membench.running.jobs.kind import RunnableJob
+from membench.running.jobs.runnable import RunnableJob
 from membench.running.jobs.script import ScriptJob
 from membench.suite.schema import Settings
 
 
-def job_of(
+def job_from_case(
     case: Case,
     repeat: int,
     settings: Settings,

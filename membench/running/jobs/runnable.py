@@ -13,8 +13,8 @@ from membench.protocol.forking import StartProgram, StartWorker
 from membench.protocol.job import Job
 from membench.protocol.requests import Rank as RankRequest
 from membench.protocol.requests import Steps
+from membench.running.derived_metrics import DerivedMetrics
 from membench.running.deriving import JobReadings
-from membench.running.figures import Figures
 from membench.running.rank import Rank, Tell
 from membench.running.references import References
 from membench.suite.schema import Settings
@@ -71,7 +71,7 @@ class RunnableJob(Job, ABC):
         """Return the order to the fork server that starts rank ``number``."""
 
     @abstractmethod
-    def derive(self, readings: JobReadings) -> Figures:
+    def derive(self, readings: JobReadings) -> DerivedMetrics:
         """Derive the metrics of the job from the readings of its ranks.
 
         Raises:
