@@ -27,7 +27,7 @@ class Executor(Protocol):
         """
 
     def restart(self) -> None:
-        """Discard all state of previous jobs, as if a new run began."""
+        """End what was started for previous jobs: the next one starts as the first of a run does."""
 
     def __enter__(self) -> Executor: ...
 
