@@ -13,4 +13,4 @@ from membench.running.session import silent
 
 def open_executor(config: pytest.Config, needs: Needs) -> Executor:
     """Open an executor on this machine that is coordinated with those of other workers of xdist."""
-    return LocalExecutor(needs, silent, Sharing.of(config).turn())
+    return LocalExecutor(needs, silent, Sharing.of(config).turn()).__enter__()

@@ -225,7 +225,7 @@ class _FunctionExecutor:
             (*PRELOADED, *known),
             self._gpu.variables,
         )
-        self._executor = executing.open_executor(config, needs).__enter__()
+        self._executor = executing.open_executor(config, needs)
         config.add_cleanup(lambda: self._executor.__exit__(None, None, None))
 
     @classmethod
