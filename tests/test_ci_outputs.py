@@ -210,6 +210,21 @@ def test_an_export_of_a_run_without_figures_is_empty_json(form: str) -> None:
     assert json.loads(formats.EXPORTS[form]([_record(status="failed")])) in ({}, [])
 
 
+@pytest.mark.parametrize("form", ["bencher", "benchmark-action"])
+def test_exporting_a_run_without_figures_fails_in_one_line_and_prints_no_document(tmp_path: Path, form: str) -> None:
+    # The ballast is no language model, so that its case fails in the first step.
+    (tmp_path / "none.toml").write_text(
+        '[suite]\nname = "none"\n[matrix]\nmodel = ["ballast"]\ntechnique = ["none"]\nworkload = ["forward"]\n'
+    )
+    assert _membench(tmp_path, "run", "none.toml").returncode == 1
+    (kept,) = (tmp_path / "results").glob("*.jsonl")
+    done = _membench(tmp_path, "export", form)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"membench: results/{kept.name}: nothing to export: no case has figures (ballast/none/forward/cpu failed)\n"
+    )
+
+
 def test_a_check_fails_for_what_got_worse_and_not_for_what_was_broken_before() -> None:
     weights = {"weights_bytes": 2**20}
     broken: dict[str, Any] = {

@@ -16,6 +16,7 @@ from membench.builtin.workloads.forward import Forward
 from membench.builtin.workloads.generate import Generate
 from membench.data import corpus
 from membench.plugins import Workload, registry
+from membench.records.record import Record
 from membench.running import derived_metrics
 from membench.worker import quality
 
@@ -121,6 +122,78 @@ def test_a_pretrained_model_is_read_from_a_folder(tmp_path: Path) -> None:
     assert here.reasons["bits_per_byte"] == "the model has no tokenizer: no text can be put to it"
     assert hub.status == "failed"
     assert "source = 'nobody/nothing' is no folder here and cannot be had from the hub" in (hub.message or "")
+
+
+def _checkpoint(folder: Path, *, tied: bool = False) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=2, max_position_embeddings=512, tie_word_embeddings=tied)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder / "model.safetensors"
+
+
+def _run_pretrained(folder: Path, options: str = "") -> Record:
+    path = folder / "pretrained.toml"
+    path.write_text(
+        '[suite]\nname = "pretrained"\n[matrix]\nmodel = ["here"]\ntechnique = ["none"]\nworkload = ["forward"]\n'
+        f'[model.here]\nuse = "pretrained"\nsource = "model"\n{options}\n[settings]\nmeasured_steps = 1\n'
+    )
+    (record,) = membench.run(membench.load_suite(path), output=folder).records
+    return record
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_that_lacks_a_tensor_is_an_error_unless_its_name_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    monkeypatch.chdir(tmp_path)
+    saved = _checkpoint(tmp_path / "model")
+    tensors = load_file(saved)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, saved, metadata={"format": "pt"})
+    failed = _run_pretrained(tmp_path)
+    assert failed.status == "failed"
+    assert failed.message == (
+        "ValueError: source = 'model': the checkpoint lacks model.layers.1.mlp.up_proj.weight; if the task does not"
+        " need that, list names or patterns in allow_missing"
+    )
+    assert _run_pretrained(tmp_path, 'allow_missing = ["lm_head.*"]').status == "failed"
+    assert _run_pretrained(tmp_path, 'allow_missing = ["model.layers.*.up_proj.*"]').status == "ok"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tied", [False, True])
+def test_missing_unexpected_and_mismatched_tensors_are_named_and_tied_ones_are_not_missing(
+    tmp_path: Path, *, tied: bool
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    saved = _checkpoint(tmp_path, tied=tied)
+    tensors = load_file(saved)
+    assert ("lm_head.weight" in tensors) is not tied
+    model = Pretrained(source=str(tmp_path))
+    context = plugins.Context("cpu", 0, model, lambda name: contextlib.nullcontext(), {}, tmp_path)
+    model.build(context)
+    names = [name for name in tensors if name.startswith("model.layers.")][:7]
+    for name in names:
+        del tensors[name]
+    tensors |= {"model.norm.weight": torch.ones(3), "score.weight": torch.ones(2)}
+    save_file(tensors, saved, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="the checkpoint lacks") as raised:
+        model.build(context)
+    assert str(raised.value) == (
+        f"source = '{tmp_path}': the checkpoint lacks {', '.join(sorted(names)[:5])} and 2 more; has another shape of"
+        " model.norm.weight ([3], not [32]); has in addition score.weight; if the task does not need that, list names"
+        " or patterns in allow_missing and allow_unexpected"
+    )
+    allowed = Pretrained(
+        source=str(tmp_path), allow_missing=("model.layers.*", "model.norm.*"), allow_unexpected=("score.weight",)
+    )
+    allowed.build(context)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -349,6 +349,17 @@ _BAD = {
     ("--script", "own.py", "quickstart"): (
         "--script runs one program, and 'quickstart' is a suite; what is for the program stands behind '--'"
     ),
+    ("--script", "own.py", "--epochs", "3"): (
+        "membench run has no option '--epochs'; put -- before the program's own arguments:"
+        " membench run --script own.py -- --epochs"
+    ),
+    ("--script", "own.py", "--epochs=3", "-x"): (
+        "membench run has no option '--epochs=3'; put -- before the program's own arguments:"
+        " membench run --script own.py -- --epochs=3"
+    ),
+    ("-m", "own", "-x"): (
+        "membench run has no option '-x'; put -- before the program's own arguments: membench run -m own -- -x"
+    ),
     ("--script", "own.py", "--resume"): "--resume goes on with a suite; it does not go with --script",
     ("--script", "own.py", "--device", "tpu"): "script.device = 'tpu': write cpu, cuda or cuda:0",
     ("--script", "own.py", "--limit", "peak_footprint"): (
@@ -374,6 +385,19 @@ def test_what_cannot_be_run_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
         assert main(["run", *words]) == 2
         said[words] = capfd.readouterr().err
     assert said == {words: f"membench: {message}\n" for words, message in _BAD.items()}
+
+
+def test_an_option_that_no_verb_has_is_refused_as_before_if_no_program_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    from membench.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    for words in (["run", "quickstart", "--epochs", "3"], ["list", "--epochs"]):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 2
+        assert "unrecognized arguments: --epochs" in capfd.readouterr().err
 
 
 _KNOWN = "known: peak_footprint, children_peak, time, energy"

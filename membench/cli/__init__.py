@@ -32,7 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         words, program_arguments = script.split_arguments(sys.argv[1:] if argv is None else argv)
-        arguments = _parser().parse_args(words)
+        parser = _parser()
+        arguments, unknown = parser.parse_known_args(words)
+        script.refuse_unknown_options(arguments, unknown)
+        if unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         arguments.program_arguments = program_arguments
         code: int = arguments.do(arguments)
         return code

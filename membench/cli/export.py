@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from pathlib import Path
 
 from membench.cli.output import RESULTS, Verbs
-from membench.errors import EXIT_OK
+from membench.errors import EXIT_CASES_FAILED, EXIT_OK, one_line
 from membench.report.formats import EXPORTS
 
 
@@ -21,6 +23,15 @@ def add(verbs: Verbs) -> None:
 def _export(arguments: argparse.Namespace) -> int:
     import membench
 
-    run = membench.read_run(arguments.run or membench.newest_run(arguments.output))
-    print(EXPORTS[arguments.format](run.records))
+    file = arguments.run or membench.newest_run(arguments.output)
+    records = membench.read_run(file).records
+    exported = EXPORTS[arguments.format](records)
+    if not json.loads(exported):
+        # A service would take an empty document for a run and show a gap in its history, or nothing at all.
+        ends = ", ".join(f"{record.id} {record.status}" for record in records[:3])
+        more = f" and {len(records) - 3} more" if len(records) > 3 else ""
+        reason = f"no case has figures ({ends}{more})" if records else "the run has no cases"
+        print(f"membench: {one_line(f'{file}: nothing to export: {reason}')}", file=sys.stderr)
+        return EXIT_CASES_FAILED
+    print(exported)
     return EXIT_OK

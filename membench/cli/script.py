@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,6 +39,23 @@ def split_arguments(words: Sequence[str]) -> tuple[list[str], list[str] | None]:
         at = words.index("--")
         return list(words[:at]), list(words[at + 1 :])
     return list(words), None
+
+
+def refuse_unknown_options(arguments: argparse.Namespace, unknown: Sequence[str]) -> None:
+    """Refuse options that membench does not know, if the command line names a program that they may be meant for.
+
+    Raises:
+        MembenchError: if it does, and there are some.
+    """
+    program = None
+    if arguments.verb == "run" and unknown:
+        named = (("--script", arguments.script), ("-m", arguments.module))
+        program = next((f"{option} {shlex.quote(value)}" for option, value in named if value is not None), None)
+    if program is not None:
+        raise MembenchError(
+            f"membench run has no option '{unknown[0]}'; put -- before the program's own arguments:"
+            f" membench run {program} -- {shlex.quote(unknown[0])}"
+        )
 
 
 def is_asked_for(arguments: argparse.Namespace) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from membench.errors import one_line
 from membench.protocol.messages import BrokenMessage, Result
 from membench.protocol.readings import Baseline, MemoryReading, PhaseReading, ProcessReading
 from membench.records.record import Status
@@ -14,6 +15,7 @@ from membench.running.derived_metrics import DerivedMetrics, resolution_bytes
 
 _WIDE_BRACKET = 0.01
 _NOT_PINNED = "the C library's malloc cannot be pinned: only glibc's can"
+_GLIBC = ("pinned", "default")
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,26 @@ class WorkerMemory:
     """The context for interpreting a worker's memory readings.
 
     Attributes:
-        pinned: whether its allocator returned freed memory at once, which makes resident memory equal to live memory.
+        unpinned: why resident memory is not live memory, if its allocator does not return freed memory at once.
     """
 
     on_gpu: bool
-    pinned: bool
+    unpinned: str | None
     baseline: Baseline
+
+    @classmethod
+    def of(cls, process: ProcessReading, result: Result | None, *, on_gpu: bool) -> WorkerMemory:
+        """Return the context of a worker's readings; ``result`` is ``None`` if it did not reach its end."""
+        others = (phase.allocator for phase in process.phases if phase.allocator not in _GLIBC)
+        unpinned = _NOT_PINNED if result is not None and not result.pinned else None
+        if (other := next(others, None)) is not None:
+            unpinned = f"live is not available under {one_line(other)}"
+        return cls(on_gpu, unpinned, process.baseline or Baseline())
+
+    @property
+    def clock(self) -> str:
+        """Return the source of durations of phases in which memory is measured."""
+        return "monotonic clock" if self.unpinned else "monotonic clock, under the pinned allocator"
 
 
 def phase_of(process: ProcessReading, name: str) -> PhaseReading:
@@ -78,8 +94,8 @@ def live(found: DerivedMetrics, reading: MemoryReading, name: str, memory: Worke
     if memory.on_gpu:
         found.add(name, require(reading.cuda_peak_allocated_bytes), "torch.cuda.max_memory_allocated")
         return
-    if not memory.pinned:
-        found.add_unknown(name, _NOT_PINNED)
+    if memory.unpinned:
+        found.add_unknown(name, memory.unpinned)
         return
     peak_bytes = require(reading.peak_live_bytes)
     together = reading.family_anonymous_bytes if isinstance(reading, PhaseReading) else None
@@ -122,11 +138,11 @@ def step_memory(found: DerivedMetrics, run: PhaseReading, memory: WorkerMemory) 
 def _held(found: DerivedMetrics, run: PhaseReading, memory: WorkerMemory) -> None:
     if memory.on_gpu:
         found.add("held_live_bytes", require(run.cuda_held_allocated_bytes), "torch.cuda.memory_allocated")
-    elif memory.pinned:
+    elif memory.unpinned:
+        found.add_unknown("held_live_bytes", memory.unpinned)
+    else:
         found.add("held_live_bytes", require(run.held_live_bytes), "RssAnon after collecting and trimming",
                   resolution_bytes=resolution_bytes(), children=False)  # fmt: skip
-    else:
-        found.add_unknown("held_live_bytes", _NOT_PINNED)
 
 
 def _peak_over_held(found: DerivedMetrics) -> None:
@@ -149,7 +165,7 @@ def _peak_over_held(found: DerivedMetrics) -> None:
 def warmup(found: DerivedMetrics, phase: PhaseReading, memory: WorkerMemory) -> None:
     """Add the live peak and the duration of the first step."""
     live(found, phase, "warmup_peak_live_bytes", memory)
-    found.add("warmup_s", phase.duration_s, "monotonic clock, under the pinned allocator")
+    found.add("warmup_s", phase.duration_s, memory.clock)
 
 
 def footprint(
@@ -161,7 +177,8 @@ def footprint(
         return
     baseline_bytes = memory.baseline.resident_bytes
     how = _with_children(time, require(time.peak_footprint_bytes), time.family_rss_bytes, baseline_bytes)
-    found.add("peak_footprint_bytes", source="kernel's peak (VmHWM), under the default allocator",
+    under = "the default allocator" if time.allocator in _GLIBC else one_line(time.allocator)
+    found.add("peak_footprint_bytes", source=f"kernel's peak (VmHWM), under {under}",
               resolution_bytes=resolution_bytes(), **how)  # fmt: skip
     found.add("held_footprint_bytes", require(time.held_footprint_bytes), "RSS after collecting and trimming",
               resolution_bytes=resolution_bytes(), children=False)  # fmt: skip

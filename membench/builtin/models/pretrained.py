@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,16 +17,25 @@ from membench.plugins import Context, Model
 if TYPE_CHECKING:
     from torch import nn
 
+_MOST_NAMES = 5
+
 _WANTED_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.py"]
 
 
 class Pretrained(Model):
-    """A causal language model from a folder or a hub id, safetensors only."""
+    """A causal language model from a folder or a hub id, safetensors only.
+
+    Attributes:
+        allow_missing: patterns of weights that the checkpoint may lack, or have in another shape; they are random then.
+        allow_unexpected: patterns of tensors in the checkpoint for which the model has no place.
+    """
 
     imports = ("torch", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto")
     quality: ClassVar[bool] = True
     source: str = Field(min_length=1)
     trust_remote_code: bool = False
+    allow_missing: tuple[str, ...] = ()
+    allow_unexpected: tuple[str, ...] = ()
 
     def check(self) -> str | None:
         said = f"source = '{self.source}'"
@@ -83,14 +93,53 @@ class Pretrained(Model):
         import torch
         from transformers import AutoModelForCausalLM
 
-        module: nn.Module = AutoModelForCausalLM.from_pretrained(
+        module: nn.Module
+        module, loaded = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=self.trust_remote_code,
-            local_files_only=True,
+            local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
+        self._refuse_other_weights(loaded)
         for parameter in module.parameters():
             # transformers maps the file: the weights would be file pages in the reference and live memory elsewhere.
             parameter.data = own_copy(parameter.data)
         return module
+
+    def _refuse_other_weights(self, loaded: dict[str, Any]) -> None:
+        """Refuse a checkpoint that does not have the model's weights: transformers fills in random ones.
+
+        Args:
+            loaded: transformers' account of loading, in which tied weights are not missing.
+
+        Raises:
+            ValueError: if weights are missing, unexpected or of another shape, and not allowed to be.
+        """
+        mismatched = [
+            f"{name} ({list(there)}, not {list(expected)})"
+            for name, there, expected in sorted(loaded["mismatched_keys"])
+            if not _matches(name, self.allow_missing)
+        ]
+        missing = [name for name in sorted(loaded["missing_keys"]) if not _matches(name, self.allow_missing)]
+        unexpected = [name for name in sorted(loaded["unexpected_keys"]) if not _matches(name, self.allow_unexpected)]
+        wrong = [
+            f"{what} {_first(names)}"
+            for what, names in (
+                ("lacks", missing),
+                ("has another shape of", mismatched),
+                ("has in addition", unexpected),
+            )
+            if names
+        ]
+        if not wrong:
+            return
+        options = [
+            option
+            for option, names in (("allow_missing", [*missing, *mismatched]), ("allow_unexpected", unexpected))
+            if names
+        ]
+        raise ValueError(
+            f"source = '{self.source}': the checkpoint {'; '.join(wrong)}; if the task does not need that, list names"
+            f" or patterns in {' and '.join(options)}"
+        )
 
     def _config(self) -> Any:
         from transformers import AutoConfig
@@ -120,6 +169,15 @@ class Pretrained(Model):
 
     def token_ends(self, text: bytes) -> Sequence[int] | None:
         return _encoded(str(self.folder()), self.trust_remote_code, text)[1]
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _first(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
 
 
 @functools.cache
