@@ -432,3 +432,34 @@ def test_every_metric_may_be_as_small_as_its_source_makes_it(path: Path, entries
         else:
             with pytest.raises(ResultsError, match="must be at least 0"):
                 read_run(path)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("timeline", "rss_bytes"), [1], "timeline.rss_bytes has 1 entries and timeline.at_s has 2: "),
+        (("timeline", "rss_bytes", 1), 10**400, "timeline.rss_bytes.1 = a very large number: "),
+        (("timeline", "at_s", 1), None, "timeline.at_s.1 = null: a number is wanted"),
+        (("timeline", "1" * 5000), [], f"timeline.{'1' * 79}… has 0 entries and timeline.at_s has 2: "),
+        (("timeline",), {"rss_bytes": []}, "'timeline.at_s' is missing"),
+        (("machine", "cores"), 10**400, "machine.cores = a very large number: must be at most "),
+        (("machine", "page_bytes"), [4096], "machine.page_bytes = [4096]: a whole number is wanted"),
+        (("machine", "architecture"), 7, "machine.architecture = 7: text is wanted"),
+        (("machine", "cpu"), {"instructions": [{}]}, "machine.cpu.instructions.0 = {}: text is wanted"),
+        (("machine", "cpu"), {"model": []}, "machine.cpu.model = []: text is wanted"),
+        (("machine", "threads"), -1, "machine.threads = -1: must be at least 0"),
+        (("metrics", "1" * 5000), "x", f"metrics.{'1' * 79}… = 'x': a number is wanted"),
+        (("duration_s",), 1e308, "duration_s = 1e+308: must be at most "),
+        (("processes", 0, "phases", 0, "began_s"), 1e308, "processes.0.phases.0.began_s = 1e+308: must be at most "),
+        (("processes", 0, "phases", 0, "steps"), 10**400, "processes.0.phases.0.steps = a very large number: must be "),
+    ],
+)  # fmt: skip
+def test_entries_of_other_types_columns_of_unequal_length_and_numbers_without_end_are_told_with_their_key(
+    path: Path, entries: list[dict[str, Any]], place: tuple[Any, ...], value: Any, message: str
+) -> None:
+    changed = copy.deepcopy(entries)
+    _at(changed[1], place[:-1])[place[-1]] = value
+    _write(path, changed)
+    with pytest.raises(ResultsError) as raised:
+        read_run(path)
+    assert _clear(raised, path).startswith(f"{path}, line 2: {message}")

@@ -13,15 +13,18 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from membench.units import LARGEST_SIZE
+from membench.units import LARGEST_SIZE, LARGEST_VALUE
 
 # Strict: strings and booleans are not accepted as numbers.
-Count = Annotated[int, Field(strict=True)]
-Number = Annotated[int, Field(strict=True)] | Annotated[float, Field(strict=True)]
+Count = Annotated[int, Field(strict=True, ge=-LARGEST_SIZE, le=LARGEST_SIZE)]
+Number = Count | Annotated[float, Field(strict=True, ge=-LARGEST_VALUE, le=LARGEST_VALUE)]
+"""A figure: sums and products of some of them are finite."""
 Size = Annotated[int, Field(strict=True, ge=0, le=LARGEST_SIZE)]
 SignedSize = Annotated[int, Field(strict=True, ge=-LARGEST_SIZE, le=LARGEST_SIZE)]
 """Bytes above a baseline; negative if memory of the baseline was freed."""
 Seconds = Annotated[float, Field(strict=True, ge=0)]
+Duration = Annotated[float, Field(strict=True, ge=0, le=1e12)]
+"""Seconds that a clock can have counted, so that sums of them are finite."""
 Bound = Literal["exact", "at least", "at most"]
 
 
@@ -100,7 +103,7 @@ class MemoryReading(Reading):
 class PartReading(MemoryReading):
     """A part of a step, such as ``forward``: the duration of each pass, and its memory if it was read."""
 
-    durations_s: Sequence[Seconds] = ()
+    durations_s: Sequence[Duration] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +127,7 @@ class PhaseReading(MemoryReading):
 
     name: str
     allocator: str
-    duration_s: Seconds = 0.0
+    duration_s: Duration = 0.0
     steps: Count | None = None
     parts: Mapping[str, PartReading] = field(default_factory=dict)
     file_start_bytes: SignedSize | None = None
@@ -132,8 +135,8 @@ class PhaseReading(MemoryReading):
     passes: Count | None = None
     bound: Bound | None = None
     own_peak_bytes: Size | None = None
-    began_s: Number | None = None
-    ended_s: Number | None = None
+    began_s: Duration | None = None
+    ended_s: Duration | None = None
     samples: Count | None = None
     file_peak_bytes: Size | None = None
     children_peak_bytes: Size | None = None
@@ -208,7 +211,7 @@ class ProcessReading(Reading):
     baseline: Baseline | None = None
     phases: Sequence[PhaseReading]
     durations_s: Sequence[Seconds] | None = None
-    waited_s: Sequence[Seconds] | None = None
+    waited_s: Sequence[Duration] | None = None
     corpus: str | None = None
     losses_nats: Sequence[Number | None] | None = None
     modules_bytes: Sequence[ModulesReading] | None = None

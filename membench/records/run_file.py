@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,14 +13,14 @@ from types import TracebackType
 from typing import Any
 
 from membench.errors import ResultsError
-from membench.records.encoding import as_json, record_of
+from membench.records.encoding import record_of
+from membench.records.keepable import LONGEST_LINE_BYTES, encoded, keepable
 from membench.records.record import SCHEMA_VERSION, Record
 from membench.records.schema import Membership, check_header, check_record, check_version
 from membench.records.strict_json import open_file, parsed
 from membench.units import format_bytes
 
-_LONGEST_LINE_BYTES = 2**29
-"""Larger than any record, which is largest with the durations of each part of the most steps a suite may have."""
+_LONGEST_LINE_BYTES = LONGEST_LINE_BYTES
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class RunFile:
             raise ResultsError(f"{path.parent}: no folder for results: {error.strerror}") from None
         created = cls(path, os.O_CREAT | os.O_EXCL)
         try:
-            created._write({"schema": SCHEMA_VERSION, **header})
+            created._write(encoded({"schema": SCHEMA_VERSION, **header}))
         except ResultsError:
             created._close()
             path.unlink(missing_ok=True)
@@ -101,24 +100,27 @@ class RunFile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._close()
 
-    def append(self, record: Record) -> None:
+    def append(self, record: Record) -> Record:
         """Append a record and flush it to disk.
+
+        Returns:
+            the record as it is kept: a ``failed`` one if no reader would take all of it.
 
         Raises:
             ResultsError: if that fails; the file then ends with the previous record.
         """
         try:
-            self._write(as_json(record))
+            kept, line = keepable(record)
+            self._write(line)
         except ResultsError as error:
             raise ResultsError(f"{error}; what was finished before is kept") from None
+        return kept
 
     def _close(self) -> None:
         os.close(self._descriptor)
 
-    def _write(self, entry: dict[str, Any]) -> None:
-        text = json.dumps(entry, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-        # File names in messages may contain invalid characters, which readers refuse.
-        line = memoryview(text.encode(errors="replace") + b"\n")
+    def _write(self, encoded_line: bytes) -> None:
+        line = memoryview(encoded_line)
         before = os.lseek(self._descriptor, 0, os.SEEK_END)
         try:
             while line:

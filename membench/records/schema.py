@@ -10,13 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from membench.errors import ResultsError
 from membench.protocol.case import REFERENCE
-from membench.protocol.readings import ProcessReading, Seconds, SignedSize, Size
+from membench.protocol.readings import Duration, ProcessReading, SignedSize, Size
 from membench.records.metric import is_own
 from membench.records.metrics import is_possible_value, known_metric
 from membench.records.names import checked_device, checked_name, checked_plugin, checked_stack, members
 from membench.records.record import SCHEMA_VERSION, Status
-from membench.records.validation import problem, shown
-from membench.units import BYTES
+from membench.records.validation import problem, shortened, shown
+from membench.units import BYTES, LARGEST_SIZE
 
 _LONGEST_TEXT = 1000
 
@@ -35,16 +35,26 @@ class _Gpu(_Table):
     driver: str | None
 
 
+class _Cpu(_Table):
+    vendor: str | None = None
+    family: str | None = None
+    model: str | None = None
+    stepping: str | None = None
+    instructions: list[str] | None = None
+
+
 class _Machine(_Table):
     system: str | None = None
+    architecture: str | None = None
+    page_bytes: Size | None = None
     processor: str | None = None
-    cpu: dict[str, Any] | None = None
-    cores: int | None = None
+    cpu: _Cpu | None = None
+    cores: Size | None = None
     memory_bytes: Size | None = None
     python: str | None = None
     packages: dict[str, str | None] | None = None
     commit: str | None = None
-    threads: int | None = None
+    threads: Size | None = None
     variables: dict[str, str | None] | None = None
     gpus: list[_Gpu] | str | None = None
 
@@ -90,7 +100,7 @@ class _How(_Table):
     resolution_bytes: Size = 0
     at_least_bytes: Size | None = None
     at_most_bytes: SignedSize | None = None
-    interval_s: Seconds | None = None
+    interval_s: Duration | None = None
     children: bool | None = None
 
 
@@ -102,7 +112,7 @@ class _Record(_Table):
     ended_in: str | None
     message: str | None
     started_at: str
-    duration_s: Seconds
+    duration_s: Duration
     metrics: dict[str, float | None]
     reasons: dict[str, str]
     obtained: dict[str, _How]
@@ -165,19 +175,20 @@ def check_record(entry: Mapping[str, Any]) -> list[ProcessReading]:
         metric = known_metric(field)  # None: a metric of a later version, whose valid range is not known
         if is_own(field) and metric is None:
             raise ResultsError(
-                f"metrics.{field}: a plug-in's metric is 'own.NAME.lower' or 'own.NAME.higher', and a unit"
+                f"metrics.{shortened(field)}: a plug-in's metric is 'own.NAME.lower' or 'own.NAME.higher', and a unit"
             )
         if value is None:
             continue
         if value < 0 and metric is not None and metric.signed == "no":
-            raise ResultsError(f"metrics.{field} = {shown(value)}: must be at least 0")
+            raise ResultsError(f"metrics.{shortened(field)} = {shown(value)}: must be at least 0")
         if not is_possible_value(field, value):
             why = (
                 "no machine has so much"
                 if metric is not None and metric.unit is BYTES and abs(value) > 1
                 else "no figure is of such a size"
             )
-            raise ResultsError(f"metrics.{field} = {shown(value)}: {why}")
+            raise ResultsError(f"metrics.{shortened(field)} = {shown(value)}: {why}")
+    _check_timeline(entry["timeline"])
     case = entry["case"]
     _check_name("case.device", case["device"], checked_device)
     if "model_plugin" not in case:  # a test function, whose names are those of its file and test
@@ -190,6 +201,29 @@ def check_record(entry: Mapping[str, Any]) -> list[ProcessReading]:
     if entry["id"] != own:
         raise ResultsError(f"id = {shown(entry['id'])}: the case is {own}")
     return processes
+
+
+def _check_timeline(columns: Mapping[str, Sequence[float | None]]) -> None:
+    """Check that each sample of a timeline has its time, and a value or ``null`` in each column.
+
+    Raises:
+        ResultsError: if that is not so.
+    """
+    if not columns:
+        return
+    if "at_s" not in columns:
+        raise ResultsError("'timeline.at_s' is missing")
+    if None in columns["at_s"]:
+        raise ResultsError(f"timeline.at_s.{columns['at_s'].index(None)} = null: a number is wanted")
+    for name, column in columns.items():
+        if len(column) != len(columns["at_s"]):
+            raise ResultsError(
+                f"timeline.{shortened(name)} has {len(column)} entries and timeline.at_s has {len(columns['at_s'])}:"
+                " there must be as many"
+            )
+        for number, value in enumerate(column):
+            if value is not None and abs(value) > LARGEST_SIZE:
+                raise ResultsError(f"timeline.{shortened(name)}.{number} = {shown(value)}: no sample is of such a size")
 
 
 def _check(schema: type[_T], entry: Mapping[str, Any]) -> _T:

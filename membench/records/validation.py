@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from membench.errors import did_you_mean, nearest
+from membench.errors import did_you_mean, nearest, one_line
 
 _LONGEST_VALUE = 80
 
@@ -102,6 +102,12 @@ def shown(value: Any) -> str:
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
 
 
+def shortened(name: str) -> str:
+    """Format the name of a key on one line, shortened."""
+    name = one_line(name[:_LONGEST_VALUE]) + name[_LONGEST_VALUE:]
+    return name if len(name) <= _LONGEST_VALUE else name[: _LONGEST_VALUE - 1] + "…"
+
+
 def _written(value: Any) -> str:
     match value:
         case None:
@@ -120,8 +126,7 @@ def _written(value: Any) -> str:
 
 
 def _dotted(path: Sequence[str | int]) -> str:
-    names = map(str, path)
-    return ".".join(name if len(name) <= _LONGEST_VALUE else name[: _LONGEST_VALUE - 1] + "…" for name in names)
+    return ".".join(shortened(str(name)) for name in path)
 
 
 def _place(path: Sequence[str | int], given: Any) -> tuple[str | int, ...]:

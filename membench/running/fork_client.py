@@ -110,7 +110,10 @@ class ForkServer:
             self._errors.seek(0)
             written = self._errors.read().decode(errors="replace").strip().splitlines()
             raise ForkServerLost(f"the fork server ended unexpectedly: {written[-1] if written else 'without a word'}")
-        return forking.decode_answer(data)
+        try:
+            return forking.decode_answer(data)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise ForkServerLost(f"the fork server sent what is no answer: {data[:80]!r}") from None
 
     def start(self, order: forking.StartWorker | forking.StartProgram, descriptors: Sequence[int]) -> int:
         """Start a worker and return its process id.

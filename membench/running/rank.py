@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, get_args
 
+from membench.errors import one_line
 from membench.host.device import Device
 from membench.protocol.forking import WorkerEnded
 from membench.protocol.messages import (
@@ -29,6 +30,8 @@ Tell = Callable[[str, Mapping[str, Any]], None]
 """Callback for the events of a run: name and details, as ``session.run`` lists them."""
 
 _TAIL_BYTES = 4096
+_MOST_PHASES = 100
+_LONGEST_TEXT, _LONGEST_QUOTE = 2000, 80
 
 
 class Rank:
@@ -51,6 +54,8 @@ class Rank:
         self.tail = b""
         self.is_done = False
         self.is_interrupted = False
+        self._measuring: str | None = None
+        self._begun: set[str] = set()
         self._observer: Observer | None = None
         self._baseline: Baseline | None = None
         self._gpu: GpuReading | None = None
@@ -76,6 +81,28 @@ class Rank:
         if self._observer:
             self._observer.close()
 
+    def check_order(self, message: PhaseBegins | PhaseEnds) -> None:
+        """Check that a phase begins once and outside of others, and ends only after it has begun.
+
+        Raises:
+            BrokenMessage: if it does not.
+        """
+        if isinstance(message, PhaseEnds):
+            name = message.reading.name
+            if name != self._measuring:
+                raise BrokenMessage(f"a worker ended phase {_quoted(name)}, which had not begun")
+            self._measuring = None
+            return
+        name = message.phase
+        if self._measuring is not None:
+            raise BrokenMessage(f"a worker began phase {_quoted(name)} within phase {_quoted(self._measuring)}")
+        if name in self._begun:
+            raise BrokenMessage(f"a worker began phase {_quoted(name)} a second time")
+        if len(self._begun) == _MOST_PHASES:
+            raise BrokenMessage(f"a worker began more than {_MOST_PHASES} phases")
+        self._begun.add(name)
+        self._measuring = name
+
     def handle(self, message: Message) -> None:
         """Process a message of the worker.
 
@@ -100,16 +127,16 @@ class Rank:
             case ResultSoFar():
                 self.result = message.result
             case EndedBadly():
-                if message.status not in get_args(Status):
-                    raise BrokenMessage(f"a worker ended as {message.status!r}, which is no status")
-                self.status, self.message = message.status, message.message  # type: ignore[assignment]
-                self.phase = message.phase
+                if message.status not in get_args(Status) or message.status == "ok":
+                    raise BrokenMessage(f"a worker ended badly as {_quoted(message.status)}, which is no such status")
+                self.status, self.message = message.status, message.message[:_LONGEST_TEXT]  # type: ignore[assignment]
+                self.phase = message.phase and message.phase[:_LONGEST_TEXT]
             case Done():
                 self.is_done = True
             case Progress():
                 self._tell("progress", dataclasses.asdict(message))
             case _:
-                raise BrokenMessage(f"a worker marks no phases of its own: '{message.phase}'")
+                raise BrokenMessage(f"a worker marks no phases of its own: {_quoted(message.phase)}")
 
     def add_output(self, data: bytes) -> None:
         """Keep the tail of what the process printed."""
@@ -153,3 +180,7 @@ class Rank:
             quality=result.quality,
             exit_code=result.exit_code,
         )
+
+
+def _quoted(name: str) -> str:
+    return f"'{one_line(name[:_LONGEST_QUOTE])}'"

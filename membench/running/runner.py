@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Literal
 
+from membench.errors import summary
 from membench.host import procfs
 from membench.host.device import Device
 from membench.host.nvml import gpus
@@ -128,9 +129,16 @@ class Runner:
         results = tuple(rank.result for rank in finished.ranks)
         interval_s = job.settings.sampling_interval_s
         try:
+            if status == "ok" and any(result is None for result in results):
+                raise BrokenMessage("a worker came to its end without its results")
             found = job.derive(JobReadings(status, job.device.on_gpu, interval_s, processes, results))
         except BrokenMessage as error:  # the worker reported its end without its readings
-            found, status, message = DerivedMetrics(), "failed", str(error)
+            said = f"; before that: {message}" if message else ""
+            found, status, message = DerivedMetrics(), "failed", f"{error}{said}"
+        except Exception as error:  # valid messages may have readings that do not go together
+            said = f"; before that: {message}" if message else ""
+            found, status = DerivedMetrics(), "failed"
+            message = f"no figures follow from what a worker read: {summary(error)}{said}"
         if message and len(finished.ranks) > 1:
             message = f"rank {deciding.number}: {message}"
         return Record(

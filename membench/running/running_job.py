@@ -30,11 +30,14 @@ from membench.running.observer import Observer
 from membench.running.rank import Rank, Tell
 from membench.running.references import References
 from membench.running.timeline import Timeline
+from membench.units import format_bytes
 
 _SAMPLING_SHARE = 0.1
 """The largest share of a core that sampling may take during timed steps: reading the memory of a child process walks
 its page tables, which takes milliseconds."""
 _LARGEST_READ_BYTES = 65536
+_LARGEST_LINE_BYTES, _LARGEST_OF_A_STEP_BYTES = 2**24, 4000
+"""The longest message: what does not grow with the number of timed steps, and the durations of a step's parts."""
 
 
 class Turn(Protocol):
@@ -56,7 +59,23 @@ class _Channels:
     def __init__(self) -> None:
         self.pipe, self._their_pipe = socket.socketpair()
         self.output, self._their_output = os.pipe()
-        self.unread = b""
+        self.is_broken = False
+        self._unread = bytearray()
+
+    def lines(self, data: bytes, longest_bytes: int) -> list[bytes]:
+        """Return the lines that data from the pipe complete, and keep the rest for the next call.
+
+        Raises:
+            BrokenMessage: if the rest is longer than any message.
+        """
+        head, end, rest = data.rpartition(b"\n")
+        found = bytes(self._unread + head).split(b"\n") if end else []
+        if end:
+            self._unread.clear()
+        self._unread += rest
+        if len(self._unread) > longest_bytes:
+            raise BrokenMessage(f"a line over the worker's pipe has no end after {format_bytes(longest_bytes)}")
+        return found
 
     def for_rank(self) -> tuple[int, int]:
         """Return the descriptors that the rank inherits: its pipe and its output."""
@@ -200,18 +219,25 @@ class RunningJob:
             data = channels.pipe.recv(_LARGEST_READ_BYTES)
         except ConnectionResetError:
             data = b""
-        *lines, channels.unread = (channels.unread + data).split(b"\n")
-        for line in lines:
-            try:
+        if channels.is_broken:
+            return bool(data)
+        steps = self._job.steps
+        longest_bytes = _LARGEST_LINE_BYTES + _LARGEST_OF_A_STEP_BYTES * (steps.warmup + steps.measured)
+        try:
+            for line in channels.lines(data, longest_bytes):
                 self._handle(rank, decode(line))
-            except BrokenMessage as error:
-                rank.status, rank.message = "failed", str(error)
-                self._kill()
+        except BrokenMessage as error:
+            # Nothing that it sends later can be trusted.
+            channels.is_broken = True
+            self._arrived.pop(rank, None)
+            rank.status, rank.message = "failed", str(error)
+            self._kill()
         return bool(data)
 
     def _handle(self, rank: Rank, message: Message) -> None:
         match message:
             case PhaseBegins() | PhaseEnds():
+                rank.check_order(message)
                 self._arrived[rank] = message
                 self._pass_boundary()
             case MarkEntered() | MarkLeft():
@@ -241,8 +267,9 @@ class RunningJob:
             self._acknowledge(rank)
 
     def _acknowledge(self, rank: Rank) -> None:
+        # A worker that reads no answers must not hold up this process once their buffer is full.
         with contextlib.suppress(OSError):
-            self._channels[rank].pipe.sendall(ACKNOWLEDGED)
+            self._channels[rank].pipe.send(ACKNOWLEDGED, socket.MSG_DONTWAIT)
 
     def _collect_ended(self, *, wait: bool) -> None:
         """Collect ranks that have ended. If one ended early the others are killed: they would wait for it forever."""
@@ -297,6 +324,13 @@ def _boundary(message: PhaseBegins | PhaseEnds) -> tuple[type, str]:
     return type(message), message.phase if isinstance(message, PhaseBegins) else message.reading.name
 
 
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # real-time signals have no names of their own
+        return f"signal {number}"
+
+
 def kernel_killed_for_memory(oom_kills_before: int | None) -> bool:
     """Whether the kernel has killed a process for lack of memory since the counter was read."""
     now = procfs.oom_kills()
@@ -313,7 +347,7 @@ def _settle_status(rank: Rank, exited: int, timed_out: bool, timeout_s: float, o
         if number == signal.SIGKILL and kernel_killed_for_memory(oom_kills_before):
             rank.status, rank.message = "out-of-memory", "killed by the kernel for want of memory"
         else:
-            rank.status, rank.message = "crashed", f"killed by {signal.Signals(number).name}"
+            rank.status, rank.message = "crashed", f"killed by {_signal_name(number)}"
     else:
         rank.status = "crashed"
         rank.message = f"ended with exit code {os.WEXITSTATUS(exited)} before it was done"

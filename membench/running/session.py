@@ -152,7 +152,7 @@ class Session:
             self.measure(case, repeat)
 
     def measure(self, case: Case, repeat: int) -> Record:
-        """Measure a case, write its record and return it.
+        """Measure a case, write its record and return it as it was written.
 
         Raises:
             Interrupted: if a user's program was interrupted; its record is written.
@@ -163,7 +163,7 @@ class Session:
         except Interrupted as interrupted:
             self._file.append(interrupted.record)
             raise
-        self._file.append(record)
+        record = self._file.append(record)
         self._tell("record", {"id": case.id, "status": record.status, "duration_s": record.duration_s})
         return record
 

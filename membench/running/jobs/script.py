@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from membench.protocol.case import Case
 from membench.protocol.forking import StartProgram, WorkerEnded
-from membench.protocol.messages import MarkEntered, MarkLeft, Message, Result
+from membench.protocol.messages import BrokenMessage, MarkEntered, MarkLeft, Message, PhaseBegins, PhaseEnds, Result
 from membench.protocol.readings import PhaseReading
 from membench.running import deriving, program_ending
 from membench.running.derived_metrics import DerivedMetrics, resolution_bytes
@@ -95,7 +95,10 @@ class _Program(Rank):
             case MarkLeft():
                 self._marked.leave(message.phase, message.raised)
             case _:
-                super().handle(message)
+                raise BrokenMessage("a program's pipe is for marks of phases alone; it sent something else")
+
+    def check_order(self, message: PhaseBegins | PhaseEnds) -> None:
+        self.handle(message)
 
     def add_output(self, data: bytes) -> None:
         super().add_output(data)
@@ -123,6 +126,8 @@ class _Program(Rank):
         )
         if self.is_interrupted:
             self.status, self.message = "crashed", "interrupted"
+        elif self.status is not None:
+            pass  # it was ended for what it sent
         elif found := program_ending.outcome(ended.status, line):
             self.status, self.message = found
         else:
