@@ -24,9 +24,11 @@ too-large = tests.amounts:TooLarge
 [membench.workloads]
 known-burst = tests.amounts:Burst
 parent-then-child = tests.amounts:Apart
+reports = tests.odd_values:Reports
 [membench.techniques]
 ends = tests.amounts:Ends
 grows = tests.growth:Grows
+reports-fact = tests.odd_values:ReportsFact
 """
 
 

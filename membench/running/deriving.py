@@ -214,8 +214,12 @@ def children(found: DerivedMetrics, phases: Sequence[PhaseReading], interval_s: 
                   interval_s=interval_s)  # fmt: skip
 
 
-def times(found: DerivedMetrics, result: Result, time: PhaseReading, *, on_gpu: bool) -> None:
-    """Add durations of steps and of their parts, and the throughput."""
+def times(found: DerivedMetrics, result: Result, time: PhaseReading, *, on_gpu: bool, is_complete: bool = True) -> None:
+    """Add durations of steps and of their parts, and the throughput.
+
+    Args:
+        is_complete: whether the worker reported all; if it failed at its end, a number of tokens may be missing.
+    """
     source = "monotonic clock, " + ("after a synchronize" if on_gpu else "under the default allocator")
     durations = result.durations_s
     median = statistics.median(durations)
@@ -238,7 +242,9 @@ def times(found: DerivedMetrics, result: Result, time: PhaseReading, *, on_gpu: 
     }
     if "prefill" in parts:
         found.add("time_to_first_token_s", parts["prefill"], source)
-    if "decode" in parts:
+    if "decode" in parts and result.decoded_tokens is None and not is_complete:
+        found.add_unknown("decode_tokens_per_s", "the workload reports no valid number of tokens")
+    elif "decode" in parts:
         found.add("decode_tokens_per_s", require(result.decoded_tokens) / parts["decode"], source)
     for part in ("forward", "backward", "optimizer"):
         if part in parts:

@@ -133,10 +133,12 @@ class Runner:
                 raise BrokenMessage("a worker came to its end without its results")
             found = job.derive(JobReadings(status, job.device.on_gpu, interval_s, processes, results))
         except BrokenMessage as error:  # the worker reported its end without its readings
-            found, status, message = DerivedMetrics(), "failed", str(error)
+            said = f"; before that: {message}" if message else ""
+            found, status, message = DerivedMetrics(), "failed", f"{error}{said}"
         except Exception as error:  # valid messages may have readings that do not go together
+            said = f"; before that: {message}" if message else ""
             found, status = DerivedMetrics(), "failed"
-            message = f"no figures follow from what a worker read: {summary(error)}"
+            message = f"no figures follow from what a worker read: {summary(error)}{said}"
         if message and len(finished.ranks) > 1:
             message = f"rank {deciding.number}: {message}"
         return Record(

@@ -27,6 +27,7 @@ from membench.protocol.requests import MeasureCase
 from membench.units import format_bytes
 from membench.worker import device
 from membench.worker.child_process import run_in_child
+from membench.worker.plugin_values import Facts
 from membench.worker.rehearsal_model import RehearsalModel
 from membench.worker.weights import fingerprint
 
@@ -84,9 +85,19 @@ class Assembly:
             reason = technique.refuse(plugins.Setting(model, workload, device, before, after))
             if reason:
                 raise plugins.Unsuitable(reason)
-        context = plugins.Context(device, request.seed, model, part, {}, scratch, corpus=workload.corpus())
+        context = plugins.Context(
+            device, request.seed, model, part, {}, scratch, facts=Facts(), corpus=workload.corpus()
+        )
         metrics = {field: create("metric", named) for field, named in request.metrics.items()}
         return cls(model, techniques, workload, tuple(request.members), context, metrics)
+
+    def name_of(self, plugin: object) -> str:
+        """Return the kind and the name of a plug-in of the case for a message."""
+        for name, technique in zip(self.names, self.techniques, strict=True):
+            if technique is plugin:
+                return f"technique '{name}'"
+        kind = {id(self.workload): "workload", id(self.model): "model"}.get(id(plugin))
+        return f"{kind} '{type(plugin).__name__}'" if kind else "a plug-in"
 
     def rehearsed(self) -> Assembly | None:
         """Return the same case with a tiny model: the model's own miniature, or a generic one. Nothing is measured.

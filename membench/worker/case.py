@@ -7,18 +7,20 @@ process would have. ``finish`` runs the remaining steps of a workload that has a
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from membench import plugins
 from membench.host import import_guard
-from membench.protocol.messages import Fact, Result, ResultSoFar
+from membench.protocol.messages import Result, ResultSoFar
 from membench.protocol.readings import PartReading
 from membench.protocol.requests import MeasureCase, Rank
-from membench.worker import allocator, breakdown, checkpoint, device, notes, quality
+from membench.units import LARGEST_VALUE
+from membench.worker import allocator, breakdown, checkpoint, device, notes, plugin_values, quality
 from membench.worker.assembly import Assembly
 from membench.worker.meter import STEPS_FOR_MEMORY, Meter, Timing
 from membench.worker.weights import bytes_by_module, weight_bytes
@@ -26,6 +28,8 @@ from membench.worker.weights import bytes_by_module, weight_bytes
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+_V = TypeVar("_V")
 
 
 class Diverged(Exception):
@@ -45,6 +49,7 @@ def measure(request: MeasureCase, rank: Rank, scratch: Path, meter: Meter) -> No
 
     Raises:
         Diverged: after all phases, if a training diverged.
+        InvalidValue: after all phases, if a plug-in returned a value that no record can hold.
     """
     work = _Work(request, rank, scratch, meter)
     module = work.load_and_apply(work.prepare())
@@ -58,6 +63,8 @@ def measure(request: MeasureCase, rank: Rank, scratch: Path, meter: Meter) -> No
     work.evaluate(module)
     work.save(module)
     _refuse_other_checkout(request)
+    if work.invalid:
+        raise plugin_values.InvalidValue("; ".join(work.invalid))
     if work.diverged is not None:
         raise work.diverged
 
@@ -73,15 +80,26 @@ class _Work:
     def __init__(self, request: MeasureCase, rank: Rank, scratch: Path, meter: Meter) -> None:
         self.case = Assembly.of(request, rank.device, scratch, meter.part)
         self.losses: list[float] = []
+        self.invalid: list[str] = []  # of each field once
         self.diverged: Diverged | None = None
         self._request, self._rank, self._scratch, self._meter = request, rank, scratch, meter
         self._remarks: list[str] = []
         self._notes: list[str] = []
-        self._result = Result(pinned=False, is_trained=self.case.model.quality)
+        self._result = Result(pinned=False, is_trained=bool(self.case.model.quality))
 
     def _update_result(self, **known: Any) -> None:
         """Set fields of the result."""
         self._result = replace(self._result, **known)
+
+    def _valid(self, field: str, check: Callable[[], _V], owner: object = None) -> _V | None:
+        """Return a value of a plug-in; ``None`` if no record can hold it, which is reported at the end of the case."""
+        try:
+            return check()
+        except plugin_values.InvalidValue as error:
+            problem = f"{self.case.name_of(owner)}: {field} = {error}"
+            if not any(known.startswith(problem.partition(" = ")[0]) for known in self.invalid):
+                self.invalid.append(problem)
+            return None
 
     def prepare(self) -> int | None:
         """Do everything that must not be measured, and take the baseline.
@@ -147,7 +165,11 @@ class _Work:
     def _add_loss(self, loss: torch.Tensor | None) -> None:
         if loss is None:
             return
-        self.losses.append(loss.item())
+        item: object = loss.item() if hasattr(loss, "item") else loss
+        known = self._valid("the loss of a step", lambda: plugin_values.loss(item), self.case.workload)
+        self.losses.append(math.nan if known is None else known)
+        if known is None:
+            return
         if self.diverged is None and not math.isfinite(self.losses[-1]):
             message = f"the training loss became {self.losses[-1]} in step {len(self.losses)}"
             self.diverged = Diverged(self._meter.current_phase, message)
@@ -235,14 +257,19 @@ class _Work:
             durations_s=timing.durations_s,
             waited_s=timing.waited_s,
             losses_nats=self._losses_nats(),
-            tokens_per_step=self.case.workload.tokens_per_step() or self._tokens_of_an_epoch(),
+            tokens_per_step=self._count("tokens_per_step") or self._tokens_of_an_epoch(),
             epoch_bytes=self._bytes_of_an_epoch(),
-            decoded_tokens=self.case.workload.decoded_tokens_per_step(),
+            decoded_tokens=self._count("decoded_tokens_per_step"),
         )
         self._send_result("the case ended before the checkpoint was saved")
 
+    def _count(self, method: str) -> float | None:
+        """Return a number of tokens as the workload reports it."""
+        workload = self.case.workload
+        return self._valid(f"{method}()", lambda: plugin_values.count(getattr(workload, method)()), workload)
+
     def _losses_nats(self) -> list[float | None]:
-        return [loss if math.isfinite(loss) else None for loss in self.losses]
+        return [loss if abs(loss) <= LARGEST_VALUE else None for loss in self.losses]
 
     def finish(self, module: nn.Module, step: plugins.Step) -> None:
         """Run the phase ``finish``, if the workload has a fixed number of steps: the remaining ones and its result."""
@@ -275,7 +302,13 @@ class _Work:
         Args:
             not_saved: the reason for the missing checkpoint, in case the process ends before it is saved.
         """
-        facts = {name: Fact(value, source) for name, (value, source) in self.case.context.facts.items()}
+        facts = {}
+        for name, fact in self.case.context.facts.items():
+            field = f"context.facts[{plugin_values.field_of(name)}]"
+            owner = plugin_values.owner_of(self.case.context.facts, name)
+            checked = self._valid(field, functools.partial(plugin_values.checked_fact, name, fact), owner)
+            if checked is not None:
+                facts[name] = checked
         self._update_result(facts=facts, remarks=self._remarks, notes=self._notes)
         result = self._result if not_saved is None else replace(self._result, disk_bytes=None, disk_format=not_saved)
         self._meter.send(ResultSoFar(result))

@@ -93,7 +93,9 @@ class CaseJob(RunnableJob):
             found.add_unknown("disk_bytes", result.disk_format)
         else:
             found.add("disk_bytes", result.disk_bytes, f"size of the file written by {result.disk_format}")
-        deriving.times(found, result, deriving.phase_of(process, "time"), on_gpu=memory.on_gpu)
+        is_complete = readings.status in ("ok", "diverged")
+        time = deriving.phase_of(process, "time")
+        deriving.times(found, result, time, on_gpu=memory.on_gpu, is_complete=is_complete)
         run = deriving.phase_of(process, "run")
         for part in _PARTS:
             if part in run.parts:
