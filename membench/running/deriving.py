@@ -231,9 +231,7 @@ def children(found: DerivedMetrics, phases: Sequence[PhaseReading], interval_s: 
                   interval_s=interval_s)  # fmt: skip
 
 
-def times(
-    found: DerivedMetrics, result: Result, time: PhaseReading, *, on_gpu: bool, is_complete: bool = True
-) -> None:
+def times(found: DerivedMetrics, result: Result, time: PhaseReading, *, on_gpu: bool, is_complete: bool = True) -> None:
     """Add durations of steps and of their parts, and the throughput.
 
     Args:
