@@ -62,9 +62,10 @@ def test_the_breakdown_of_training_agrees_with_arithmetic(records: dict[str, Rec
     assert [found["forward"]["gradients"], found["optimizer"]["activations"]] == [0, 0]
     assert found["optimizer"]["gradients"] == pytest.approx(weights, rel=0.001)
     # AdamW works on one parameter after the other, with two temporaries of the largest, the embedding; and the
-    # packing buffers of the matrix library stay until things settle.
+    # packing buffers of the matrix library stay until things settle: below 16 MiB where its instructions are AVX2,
+    # 26 MiB where they are AVX-512.
     temporaries = 2 * 4 * 32000 * 288
-    assert temporaries < found["optimizer"]["other"] < temporaries + 16 * 2**20
+    assert temporaries < found["optimizer"]["other"] < temporaries + 32 * 2**20
     # Logits and their logarithm alone are 2 × 128 tokens × 32,000 words × 4 bytes each.
     assert found["forward"]["activations"] > 2 * 2 * 127 * 32000 * 4
     assert record.metrics["optimizer_state_bytes"] == found["optimizer"]["optimizer"]
