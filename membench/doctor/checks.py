@@ -320,7 +320,7 @@ def _listing() -> Finding:
     durations = []
     for _ in range(5):
         began = time.perf_counter()
-        ran = subprocess.run([sys.executable, "-m", "membench", "list"], capture_output=True, text=True)
+        ran = subprocess.run([sys.executable, "-P", "-m", "membench", "list"], capture_output=True, text=True)
         durations.append(time.perf_counter() - began)
         if ran.returncode:
             return _unproven("membench list", ran.stderr.strip().rpartition("\n")[2])
