@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from membench.cli.output import RESULTS, Verbs
+from membench.cli.output import RESULTS, Verbs, print_table
 from membench.errors import EXIT_OK
 from membench.report.formats import EXPORTS
 
@@ -22,5 +22,5 @@ def _export(arguments: argparse.Namespace) -> int:
     import membench
 
     run = membench.read_run(arguments.run or membench.newest_run(arguments.output))
-    print(EXPORTS[arguments.format](run.records))
+    print_table(EXPORTS[arguments.format](run.records), "json")
     return EXIT_OK

@@ -6,6 +6,7 @@ import argparse
 
 from membench.cli.output import Verbs
 from membench.errors import EXIT_OK, MembenchError
+from membench.host.console import put
 
 
 def add(verbs: Verbs) -> None:
@@ -41,5 +42,5 @@ def _list(arguments: argparse.Namespace) -> int:
     else:
         lines = catalog.details(arguments.what)
     for line in lines:
-        print(line)
+        put(line)
     return EXIT_OK
