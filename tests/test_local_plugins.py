@@ -333,23 +333,62 @@ def test_pytest_measures_a_suite_with_its_own_plug_ins(inner: pytest.Pytester) -
     result.stdout.fnmatch_lines(["*FAILED own.toml::small/none/still/cpu*"])
 
 
-def test_listing_knows_the_files_that_lie_here(
+def test_listing_names_the_files_that_lie_here_and_runs_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("membench_plugins.py").write_text(_HALVED.format(share=0.5))
+    runs = f"from pathlib import Path\nPath({str(tmp_path / 'was-run')!r}).touch()\n"
+    Path("membench_plugins.py").write_text(runs + _HALVED.format(share=0.5))
     Path("suites").mkdir()
-    Path("suites", "membench_plugins.py").write_text("import absent\n")
-    assert main(["list", "techniques"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:3] for line in lines if "keeps-a-part" in line] == [["keeps-a-part", "on", "weights"]]
-    assert lines[-2:] == [
-        "plug-in files",
-        f"  {tmp_path}/suites/membench_plugins.py  broken: membench_plugins.py, line 1:"
-        " ModuleNotFoundError: No module named 'absent'",
-    ]
-    assert main(["list", "a-quarter"]) == 0
-    assert "share  number  default 0.25" in capsys.readouterr().out
+    Path("suites", "membench_plugins.py").write_text(runs)
+    for words in (["list"], ["list", "techniques"]):
+        assert main(words) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert not any("keeps-a-part" in line for line in lines)
+        assert [line.split() for line in lines[-3:]] == [
+            ["plug-in", "files"],
+            [f"{tmp_path}/membench_plugins.py", *["loaded", "for", "the", "suites", "beside", "it", "alone"]],
+            [f"{tmp_path}/suites/membench_plugins.py", *["loaded", "for", "the", "suites", "beside", "it", "alone"]],
+        ]
+    assert main(["list", "a-quarter"]) == 2
+    assert main(["list", "bf16"]) == 0
+    assert not Path("was-run").exists()
+
+
+def test_listing_a_suite_knows_the_files_of_that_suite(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "membench_plugins.py").write_text(_HALVED.format(share=0.5))
+    path = _suite(tmp_path, ["a-quarter"])
+    for name in (path.name, str(path)):
+        assert main(["list", name]) == 0
+        assert capsys.readouterr().out == "small/none/still/cpu\nsmall/a-quarter/still/cpu\n"
+        assert main(["list", name, "a-quarter"]) == 0
+        assert "share  number  default 0.25" in capsys.readouterr().out
+    assert main(["list", "techniques", "a-quarter"]) == 2
+    assert "'techniques' is not a suite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("isolation", ["fork", "spawn"])
+def test_a_file_of_the_current_folder_replaces_no_module_of_python_in_the_measured_process(
+    tmp_path: Path, isolation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("json", "socket", "ctypes", "random", "pydantic"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')\nraise SystemExit(name)\n")
+    (tmp_path / "helper_of_mine.py").write_text("SHARE = 0.5\n")
+    (tmp_path / "membench_plugins.py").write_text(
+        "from membench.plugins import Technique\nclass Halved(Technique):\n    acts_on = 'weights'\n"
+        "    def apply(self, module, context):\n        import helper_of_mine, torch\n"
+        "        kept = int(len(module.weight) * helper_of_mine.SHARE)\n"
+        "        module.weight = torch.nn.Parameter(module.weight[:kept].clone(), False)\n        return module\n"
+    )
+    path = _suite(tmp_path, ["halved"])
+    path.write_text(f'{path.read_text()}isolation = "{isolation}"\n')
+    monkeypatch.chdir(tmp_path)
+    run = membench.run(membench.load_suite(path), output=tmp_path / "results")
+    assert _weights_mib(run) == {"none": 8, "halved": 4}
+    assert not (tmp_path / "was-run").exists()
 
 
 def test_a_package_is_chosen_in_matrix_stack_variant_and_preset(

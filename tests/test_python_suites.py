@@ -181,6 +181,14 @@ def test_a_file_that_makes_no_suite_to_run_is_one_line(tmp_path: Path, monkeypat
         assert "\n" not in str(raised.value)
 
 
+def test_a_file_beside_a_suite_replaces_no_module_of_python(tmp_path: Path) -> None:
+    written(tmp_path, "raise RuntimeError('this was run')\n", "colorsys.py")
+    written(tmp_path, "NAME = 'one'\n", "names_of_mine.py")
+    path = written(tmp_path, f"{_SMALL}import colorsys, names_of_mine\none = small(names_of_mine.NAME)\n")
+    assert membench.load_suite(path).name == "one"
+    assert str(tmp_path) not in sys.path
+
+
 def test_a_suite_that_imports_torch_is_refused(tmp_path: Path) -> None:
     written(tmp_path, f"{_SMALL}import torch\none = small('one')\n")
     code = "import sys; from membench.cli import main; sys.exit(main(['list', 'suites.py']))"

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from membench.cli.output import Verbs
-from membench.errors import EXIT_CASES_FAILED, EXIT_OK, MembenchError, one_line
+from membench.errors import EXIT_CASES_FAILED, EXIT_OK, MembenchError
+from membench.host.console import put
 
 
 def add(verbs: Verbs) -> None:
@@ -39,5 +40,5 @@ def _advise(arguments: argparse.Namespace) -> int:
         raise MembenchError(f"{run.path}: no case was finished: there is nothing to advise from")
     given = advice.advise(run.records, budget_bytes, most)
     for line in advice.lines(run.records, given):
-        print(one_line(line))
+        put(line)
     return EXIT_OK if all(one.technique for one in given) else EXIT_CASES_FAILED

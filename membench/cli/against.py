@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from membench.cli import ci, rules
-from membench.cli.output import remarks_stream
+from membench.cli.output import print_remarks
 from membench.cli.regression import print_judgements
 from membench.comparing.git import Repository
 from membench.errors import EXIT_CASES_FAILED, MembenchError
@@ -95,10 +95,7 @@ def run(arguments: argparse.Namespace, suite: Suite) -> int:
     checked = rules.check(suite.gates, sides.head.records)
     checked.print_gates(arguments.format)
     checked.print_limits(arguments.format)
-    print(
-        "kept in {} and {}".format(*(os.path.relpath(side.path) for side in sides)),
-        file=remarks_stream(arguments.format),
-    )
+    print_remarks(["kept in {} and {}".format(*(os.path.relpath(side.path) for side in sides))], arguments.format)
     cases = case_outcomes.of_check(judgement, checked.records, checked.outcomes)
     ci.write(arguments, regression.summary(judgement), cases, [regression.table([judgement], "github")])
     return EXIT_CASES_FAILED if checked.are_broken else judgement.exit_code

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from membench.cli.output import RESULTS, Verbs, add_format, remarks_stream
+from membench.cli.output import RESULTS, Verbs, add_format, print_remarks, print_table, remarks_stream
 from membench.errors import EXIT_CASES_FAILED, EXIT_OK, CannotCompare, MembenchError
+from membench.host.console import put
 
 if TYPE_CHECKING:
     from membench import Suite
@@ -56,26 +57,23 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     with Display(Console(stderr=True, force_terminal=sys.stderr.isatty())) as display:
         run = calibrate(suite, arguments.repeats, keep=keep, output=arguments.output, tell=display)
     noise = Noise.of_records(run.records)
-    print(report.table(run.records, noise, arguments.format))
+    print_table(report.table(run.records, noise, arguments.format), arguments.format)
     if not noise.spreads:
         raise MembenchError(f"no case ended well twice, so no noise can be estimated; see {run.path}")
     # The noise of other cases is kept; that of these cases is replaced.
     spreads = {**(kept.noise.spreads if kept else {}), **noise.spreads}
     baselines.write(dataclasses.replace(kept or of_run(run), noise=Noise(spreads)), path)
-    for line in (
-        "",
+    put(file=remarks_stream(arguments.format))
+    remarks = [
         f"each case was measured {arguments.repeats} times, each time out of a fork server of its own",
         "range: the highest less the lowest; noise: three standard deviations of the difference of two runs, estimated"
         " from it: no tolerance of memory is below that, and no time that changed by less is called slower",
         f"kept in {path}" + (", whose figures are as they were" if kept else ", which is a baseline of this code"),
         f"measured in {run.path}",
-    ):
-        print(line, file=remarks_stream(arguments.format))
+    ]
     if arguments.repeats < RUNS_FOR_TIMES:
-        print(
-            f"with less than {RUNS_FOR_TIMES} repeats the noise of times stays unknown",
-            file=remarks_stream(arguments.format),
-        )
+        remarks.append(f"with less than {RUNS_FOR_TIMES} repeats the noise of times stays unknown")
+    print_remarks(remarks, arguments.format)
     return EXIT_CASES_FAILED if any(record.status not in ("ok", "skipped") for record in run.records) else EXIT_OK
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from membench.errors import MembenchError, ResultsError
+from membench.host.console import put_workflow_command
 
 if TYPE_CHECKING:
     from membench.report.case_outcomes import CheckedCase
@@ -45,7 +45,7 @@ def write(arguments: argparse.Namespace, heading: str, cases: Sequence[CheckedCa
 
     if arguments.annotations:
         for line in github.workflow_commands(cases):
-            print(line, file=sys.stderr)  # GitHub reads it too, and a program may read standard output
+            put_workflow_command(line)
     if arguments.summary:
         _write(arguments.summary, "a", github.summary(heading, cases, tables))
     if arguments.junit:

@@ -7,8 +7,9 @@ import json
 import sys
 from pathlib import Path
 
-from membench.cli.output import RESULTS, Verbs
+from membench.cli.output import RESULTS, Verbs, print_table
 from membench.errors import EXIT_CASES_FAILED, EXIT_OK, one_line
+from membench.host.console import put
 from membench.report.formats import EXPORTS
 
 
@@ -31,7 +32,7 @@ def _export(arguments: argparse.Namespace) -> int:
         ends = ", ".join(f"{record.id} {record.status}" for record in records[:3])
         more = f" and {len(records) - 3} more" if len(records) > 3 else ""
         reason = f"no case has figures ({ends}{more})" if records else "the run has no cases"
-        print(f"membench: {one_line(f'{file}: nothing to export: {reason}')}", file=sys.stderr)
+        put(f"membench: {one_line(f'{file}: nothing to export: {reason}')}", file=sys.stderr)
         return EXIT_CASES_FAILED
-    print(exported)
+    print_table(exported, "json")
     return EXIT_OK

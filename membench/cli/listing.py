@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from membench.cli.output import Verbs
-from membench.errors import EXIT_OK
+from membench.errors import EXIT_OK, MembenchError
+from membench.host.console import put
 
 
 def add(verbs: Verbs) -> None:
@@ -16,6 +17,9 @@ def add(verbs: Verbs) -> None:
         help="models, techniques, workloads, metrics or suites; a suite's name or path, for its cases;"
         " the name of a model, technique, workload or metric, for its options; contract, for the plug-in contract",
     )
+    listing.add_argument(
+        "plugin", nargs="?", help="after a suite: a plug-in's name, for its options; the suite's own files have more"
+    )
     listing.set_defaults(do=_list)
 
 
@@ -25,7 +29,11 @@ def _list(arguments: argparse.Namespace) -> int:
     from membench.suite.loading import is_suite, load_suite
 
     # A kind first, then a suite, then a plug-in: what a name means must not depend on what is installed.
-    if arguments.what is None or arguments.what in catalog.KINDS:
+    if arguments.plugin is not None:
+        if not is_suite(arguments.what):
+            raise MembenchError(f"'{arguments.what}' is not a suite; write 'membench list SUITE NAME'")
+        lines = catalog.details(arguments.plugin, load_suite(arguments.what).plugin_files)
+    elif arguments.what is None or arguments.what in catalog.KINDS:
         lines = catalog.overview((arguments.what,) if arguments.what else catalog.KINDS)
     elif arguments.what == "contract":
         lines = screen.contract_lines()
@@ -34,5 +42,5 @@ def _list(arguments: argparse.Namespace) -> int:
     else:
         lines = catalog.details(arguments.what)
     for line in lines:
-        print(line)
+        put(line)
     return EXIT_OK

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from membench.cli.output import Verbs
 from membench.errors import EXIT_OK
+from membench.host.console import put
 
 KINDS = ("technique", "model", "workload", "suite")
 
@@ -27,7 +28,7 @@ def _new(arguments: argparse.Namespace) -> int:
 
     folder, paths = skeletons.write(arguments.kind, arguments.name, arguments.into)
     for path in paths:
-        print(folder / path)
+        put(str(folder / path))
     suite = arguments.name if arguments.kind == "suite" else f"{arguments.name}.toml"
-    print(f"next: cd {shlex.quote(str(folder))} && pip install -e '.[test]' && pytest && membench run {suite}")
+    put(f"next: cd {shlex.quote(str(folder))} && pip install -e '.[test]' && pytest && membench run {suite}")
     return EXIT_OK

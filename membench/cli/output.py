@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, TypeAlias
 
 from membench.errors import MembenchError
+from membench.host.console import put
 from membench.report.table_formats import DEFAULT, FORMATS
 
 if TYPE_CHECKING:
@@ -32,19 +33,30 @@ def remarks_stream(form: str) -> TextIO:
     return sys.stderr if FORMATS[form].is_for_machines else sys.stdout
 
 
+def print_table(text: str, form: str) -> None:
+    """Print a table in its format."""
+    put(text, coded=FORMATS[form].coded)
+
+
+def print_remarks(lines: Iterable[str], form: str) -> None:
+    """Print lines that accompany a table, where ``remarks_stream`` says."""
+    for line in lines:
+        put(FORMATS[form].remark(line), file=remarks_stream(form))
+
+
 def print_run(run: Run, form: str, explain: bool) -> None:
     """Print a run's table, and its remarks where ``remarks_stream`` says."""
     from membench.report import savings, text
 
     # In a terminal a table must fit; a program behind a pipe and a reader of Markdown expect whole rows.
     fits = sys.stdout.isatty() and FORMATS[form].breaks
-    print(text.comparison(run.records, form, shutil.get_terminal_size().columns if fits else None))
+    print_table(text.comparison(run.records, form, shutil.get_terminal_size().columns if fits else None), form)
     if explain and not FORMATS[form].is_flat:
-        print(f"\n{text.explanation(run.records, form)}")
+        print_table(f"\n{text.explanation(run.records, form)}", form)
     if not FORMATS[form].is_for_machines:
-        print()
-    for line in (*text.remarks(run.records), *savings.verdicts(run.records), *_nothing(run), f"kept in {run.path}"):
-        print(line, file=remarks_stream(form))
+        put()
+    remarks = (*text.remarks(run.records), *savings.verdicts(run.records), *_nothing(run), f"kept in {run.path}")
+    print_remarks(remarks, form)
 
 
 def select_cases(run: Run, expression: str, *, with_others: bool) -> Run:

@@ -11,6 +11,8 @@ from rich.console import Console, ConsoleOptions
 from rich.live import Live
 from rich.text import Text
 
+from membench.errors import one_line
+from membench.host.console import without_commands
 from membench.units import format_bytes, format_seconds
 
 _REFRESH_S = 0.5
@@ -79,10 +81,11 @@ class Display:
             self._live.refresh()
 
     def _print(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        shown = without_commands(one_line(line))
+        self._console.print(shown, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        yield Text(self.line(options.max_width), no_wrap=True, overflow="crop")
+        yield Text(one_line(self.line(options.max_width)), no_wrap=True, overflow="crop")
 
     def line(self, width: int) -> str:
         """Return the live line in at most ``width`` characters.

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from membench.cli import ci, rules, script
-from membench.cli.output import RESULTS, Verbs, add_format, remarks_stream
+from membench.cli.output import RESULTS, Verbs, add_format, print_remarks, print_table, remarks_stream
 from membench.errors import EXIT_CANNOT_COMPARE, EXIT_CASES_FAILED, EXIT_OK, CannotCompare, MembenchError, one_line
+from membench.host.console import put
 
 if TYPE_CHECKING:
     from membench.records.metric import Metric
@@ -134,10 +135,7 @@ def _check(arguments: argparse.Namespace) -> int:
     is_of_file = run is None or "suite_tables" not in run.header
     if is_kept and is_of_file and any(change.repeats == 1 for change in judgement.regressions):
         what = f"'membench check {judgement.new.suite}'" if judgement.new.suite else "a check of its suite"
-        print(
-            f"each was measured once; {what} runs the suite and measures suspects again",
-            file=remarks_stream(arguments.format),
-        )
+        print_remarks([f"each was measured once; {what} runs the suite and measures suspects again"], arguments.format)
     # A baseline has no records: its rules were checked when it was a run.
     checked = rules.check(
         gates, run.records if run else (), _keep(arguments.expression) if arguments.expression else None
@@ -246,12 +244,10 @@ def print_judgements(judgements: Sequence[Judgement], form: str) -> None:
     """Print a comparison's table, and its remarks where ``remarks_stream`` says."""
     from membench.report import regression
 
-    print(regression.table(judgements, form))
-    where = remarks_stream(form)
-    print(file=where)
+    print_table(regression.table(judgements, form), form)
+    put(file=remarks_stream(form))
     for judgement in judgements:
-        for line in (*regression.remarks(judgement), regression.summary(judgement)):
-            print(line, file=where)
+        print_remarks((*regression.remarks(judgement), regression.summary(judgement)), form)
 
 
 def _update(base: Measured, judgement: Judgement, arguments: argparse.Namespace, code: int) -> None:
@@ -268,10 +264,10 @@ def _update(base: Measured, judgement: Judgement, arguments: argparse.Namespace,
     assert path is not None
     if code != EXIT_OK or judgement.undecided:
         why = "something failed or cannot be compared" if code != EXIT_OK else "some results are undecided"
-        print(f"{path} stays as it is: {why}", file=sys.stderr)
+        put(f"{path} stays as it is: {why}", file=sys.stderr)
         return
     baselines.write_into(judgement.new, path)
-    print(f"{path} is moved to {judgement.new.name}", file=sys.stderr)
+    put(f"{path} is moved to {judgement.new.name}", file=sys.stderr)
 
 
 def _baseline_named(name: str, results: Path) -> Path | None:
@@ -295,10 +291,10 @@ def _save(arguments: argparse.Namespace) -> int:
     path = baselines.path_of(arguments.name or baselines.default_name(measured), folder)
     is_there = path.is_file()
     baselines.write_anew(measured, path)
-    print(f"{path}: {len(measured.cases)} cases of {measured.name}{', replacing the earlier one' if is_there else ''}")
+    put(f"{path}: {len(measured.cases)} cases of {measured.name}{', replacing the earlier one' if is_there else ''}")
     for case in measured.cases.values():
         if not case.is_measured:
-            print(f"{case.id}: kept as {case.status}; later runs are not compared with it")
+            put(f"{case.id}: kept as {case.status}; later runs are not compared with it")
     kept = baselines.read(path)
     remedy = (
         f"repeats = {LEAST_REPEATS} in [settings] tells, or 'membench calibrate {kept.suite or 'SUITE'} {path.stem}'"
@@ -306,7 +302,7 @@ def _save(arguments: argparse.Namespace) -> int:
     if all((case.stands_for.get("workload") or {}).get("use") == "script" for case in kept.cases.values()):
         remedy = f"--repeats {LEAST_REPEATS} tells"
     if said := said_of_few_times(kept, kept.cases, remedy):
-        print(said)
+        put(said)
     return EXIT_OK
 
 
@@ -317,7 +313,7 @@ def _list(arguments: argparse.Namespace) -> int:
     for name in baselines.names(folder):
         measured = baselines.read(baselines.path_of(name, folder))
         repeats = f"noise of {len(measured.noise.spreads)} cases known" if measured.noise.spreads else "noise not known"
-        print(one_line(f"{name}  {len(measured.cases)} cases  {measured.measured_at[:10]}  {repeats}"))
+        put(one_line(f"{name}  {len(measured.cases)} cases  {measured.measured_at[:10]}  {repeats}"))
     return EXIT_OK
 
 
@@ -326,7 +322,7 @@ def _show(arguments: argparse.Namespace) -> int:
     from membench.report import regression
 
     found = baselines.named(arguments.name, arguments.output / baselines.FOLDER.name)
-    print(regression.figures(found, arguments.format))
+    print_table(regression.figures(found, arguments.format), arguments.format)
     return EXIT_OK
 
 

@@ -6,9 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from membench.cli.output import Verbs, select_cases
+from membench.cli.output import Verbs, print_table, select_cases
 from membench.errors import EXIT_OK, MembenchError, ResultsError
+from membench.host.console import without_commands
 from membench.report.formats import DEFAULT_REPORT, PICTURES, REPORTS
+from membench.report.table_formats import FORMATS
 
 
 def add(verbs: Verbs) -> None:
@@ -38,13 +40,21 @@ def _report(arguments: argparse.Namespace) -> int:
         raise MembenchError("a page is for a browser: write it to a file with -o report.html")
     made = REPORTS[form or DEFAULT_REPORT].write([membench.read_run(path) for path in arguments.run])
     if arguments.file is None:
-        print(made)
+        _print(made, form or DEFAULT_REPORT)
         return EXIT_OK
     try:
         arguments.file.write_text(f"{made}\n", encoding="utf-8", newline="\n")
     except OSError as error:
         raise ResultsError(f"{arguments.file}: cannot be written: {error.strerror}") from None
     return EXIT_OK
+
+
+def _print(made: str, form: str) -> None:
+    if form == "html":
+        # Its texts are escaped, and its scripts must stay as they are: their hashes are in it.
+        print(without_commands(made, FORMATS[form].coded))
+    else:
+        print_table(made, "github" if form == "md" else form)
 
 
 def _plot(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from membench.cli.output import remarks_stream
+from membench.cli.output import print_remarks, remarks_stream
+from membench.host.console import put
 from membench.report.table_formats import DEFAULT, FORMATS
 
 if TYPE_CHECKING:
@@ -41,20 +42,16 @@ class Rules:
 
         where = remarks_stream(form)
         if self.outcomes:
-            table = regression.gates(self.outcomes, DEFAULT if FORMATS[form].is_for_machines else form)
-            print(f"\n{table}\n", file=where)
-        for outcome in self.outcomes:
-            if not outcome.holds:
-                print(outcome.sentence(), file=where)
+            readable = DEFAULT if FORMATS[form].is_for_machines else form
+            put(f"\n{regression.gates(self.outcomes, readable)}\n", file=where, coded=FORMATS[readable].coded)
+        print_remarks((outcome.sentence() for outcome in self.outcomes if not outcome.holds), form)
         for text in dict.fromkeys(outcome.gate.text for outcome in self.left_out):
             cases = [outcome.case_id for outcome in self.left_out if outcome.gate.text == text]
-            print(f"not judged, since -k leaves it out: {text} in {', '.join(cases)}", file=where)
+            print_remarks([f"not judged, since -k leaves it out: {text} in {', '.join(cases)}"], form)
 
     def print_limits(self, form: str) -> None:
         """Print a line for each broken limit."""
-        for record in self.records:
-            for limit in record.broken_limits:
-                print(f"{record.id}: {limit}", file=remarks_stream(form))
+        print_remarks((f"{record.id}: {limit}" for record in self.records for limit in record.broken_limits), form)
 
 
 def check(gates: Sequence[Gate], records: Sequence[Record], keep: Callable[[str], bool] | None = None) -> Rules:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from membench.cli import against, ci, rules, script
-from membench.cli.output import EXPLAIN, RESULTS, Verbs, add_format, print_run, remarks_stream
+from membench.cli.output import EXPLAIN, RESULTS, Verbs, add_format, print_remarks, print_run
 from membench.cli.regression import add_fail
 from membench.errors import EXIT_CASES_FAILED, EXIT_INTERRUPTED, EXIT_OK, MembenchError, ResultsError
+from membench.host.console import put
 from membench.report.table_formats import DEFAULT
 
 if TYPE_CHECKING:
@@ -72,11 +73,11 @@ def _run(arguments: argparse.Namespace) -> int:
         if suite.select(keep):
             chosen[name] = suite
         else:
-            print(f"membench: {name} is left out: -k '{arguments.expression}' fits none of its cases", file=sys.stderr)
+            put(f"membench: {name} is left out: -k '{arguments.expression}' fits none of its cases", file=sys.stderr)
     if not chosen:
         raise selection.no_case_matches(arguments.expression)
     if arguments.dry_run:
-        print("\n".join(case.id for suite in chosen.values() for case in suite.select(keep)))
+        put("\n".join(case.id for suite in chosen.values() for case in suite.select(keep)))
         return EXIT_OK
     ci.refuse_unwritable(arguments)
     alone: str | None = None
@@ -89,7 +90,7 @@ def _run(arguments: argparse.Namespace) -> int:
             return against.run(arguments, suite)
         if arguments.repeats:
             chosen[name] = suite.with_repeats(arguments.repeats)
-        print(alone, file=remarks_stream(arguments.format))
+        print_remarks([alone], arguments.format)
     elif not is_script and (arguments.repeats or arguments.fail):
         raise MembenchError(f"--{'repeats' if arguments.repeats else 'fail'} belongs to --against-ref GIT_REF")
     from membench.report import case_outcomes, markdown, text
@@ -120,12 +121,12 @@ def _run(arguments: argparse.Namespace) -> int:
             tables.append(text.comparison(run.records, "github"))
     except KeyboardInterrupt:
         if is_script and kept_in:
-            print(f"interrupted; what was measured is kept in {kept_in}", file=sys.stderr)
+            put(f"interrupted; what was measured is kept in {kept_in}", file=sys.stderr)
             return EXIT_INTERRUPTED
         if not left or is_script:
             raise
         command = _command(arguments, left, has_begun or bool(resumed[len(chosen) - len(left)]))
-        print(f"interrupted; what is done is kept. To go on: {command}", file=sys.stderr)
+        put(f"interrupted; what is done is kept. To go on: {command}", file=sys.stderr)
         code = EXIT_INTERRUPTED
         cases.append(ci.unfinished(" ".join(left), "interrupted"))
     ci.write(arguments, f"membench run {' '.join(suite.name for suite in chosen.values())}", cases, tables)

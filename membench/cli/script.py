@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from membench.cli.output import print_table
 from membench.errors import MembenchError, SuiteError
 from membench.report.table_formats import FORMATS
 
@@ -161,4 +162,4 @@ def print_phases(records: Sequence[Any], form: str) -> None:
         if any(phase.inside for process in record.processes for phase in process.phases)
     ]  # fmt: skip
     if marked and not FORMATS[form].is_for_machines:
-        print(f"{phase_table.phases(marked, form)}\n")
+        print_table(f"{phase_table.phases(marked, form)}\n", form)

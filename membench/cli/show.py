@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from membench.cli.output import EXPLAIN, RESULTS, Verbs, add_format, print_run, select_cases
+from membench.cli.output import EXPLAIN, RESULTS, Verbs, add_format, print_run, print_table, select_cases
 from membench.errors import EXIT_OK
 
 
@@ -28,7 +28,7 @@ def _show(arguments: argparse.Namespace) -> int:
     if arguments.expression:
         run = select_cases(run, arguments.expression, with_others=not arguments.phases)
     if arguments.phases:
-        print(phase_table.phases(run.records, arguments.format))
+        print_table(phase_table.phases(run.records, arguments.format), arguments.format)
     else:
         print_run(run, arguments.format, arguments.explain)
     return EXIT_OK

@@ -174,7 +174,7 @@ class _VersionProcess:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(self._paths)}
         self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "membench.comparing.version_process"],
+            [sys.executable, "-P", "-m", "membench.comparing.version_process"],
             cwd=self._folder, env=environment, text=True, encoding="utf-8",
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
             start_new_session=True,  # Ctrl-C in the terminal reaches only this process, which then ends the other

@@ -28,7 +28,7 @@ from membench.comparing.version_messages import (
     encode,
 )
 from membench.errors import EXIT_OK, MembenchError
-from membench.host import console
+from membench.host import console, import_path
 from membench.host.import_guard import ON_PATH, ForeignCode, is_foreign
 from membench.plugins import registry
 from membench.protocol.case import Case, Plugin
@@ -141,4 +141,5 @@ def _functions(plugin: Plugin) -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    import_path.add_current_folder()
     sys.exit(main())

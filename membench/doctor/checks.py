@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from membench.errors import EXIT_CASES_FAILED, EXIT_OK
 from membench.host import procfs
+from membench.host.console import put
 from membench.host.nvml import gpus
 from membench.records.metrics import METRIC_OF_FIELD
 from membench.records.record import Record
@@ -320,7 +321,7 @@ def _listing() -> Finding:
     durations = []
     for _ in range(5):
         began = time.perf_counter()
-        ran = subprocess.run([sys.executable, "-m", "membench", "list"], capture_output=True, text=True)
+        ran = subprocess.run([sys.executable, "-P", "-m", "membench", "list"], capture_output=True, text=True)
         durations.append(time.perf_counter() - began)
         if ran.returncode:
             return _unproven("membench list", ran.stderr.strip().rpartition("\n")[2])
@@ -346,7 +347,7 @@ def table(findings: list[Finding], form: str) -> str:
             "error": finding.error,
             "allowed": finding.allowed,
             "": finding.verdict,
-            "note": finding.note,
+            "note": FORMATS[form].cell(finding.note),
         }
         for finding in findings
     ]
@@ -358,5 +359,5 @@ def report(*, full: bool, form: str = DEFAULT) -> int:
     findings = known_amounts()
     if full:
         findings += promises()
-    print(table(findings, form))
+    put(table(findings, form), coded=FORMATS[form].coded)
     return EXIT_CASES_FAILED if any(finding.verdict == "OFF" for finding in findings) else EXIT_OK

@@ -6,15 +6,56 @@ import codecs
 import errno
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
-from membench.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, MembenchError
+from membench.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, MembenchError, one_line
 
 # Replacements for signs in our own output that the encoding lacks.
 _PLAIN = {"×": "x", "·": "|", "–": "-", "±": "+-", "µ": "u", "…": "...", "●": "*", "━": "=", "─": "-"}
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What a CI service that reads a log takes for a command: '::error::' at the beginning of a line, '##[error]' anywhere.
+_COMMAND = re.compile(r"^([ \t]*):(?=:)|#(?=#\w*\[)", re.MULTILINE)
+# Tabs and the line ends of CSV are neither.
+_UNSAFE = re.compile(r"[^\n\t\r]+|\r(?!\n)")
+
+
+def as_escape(sign: str) -> str:
+    """Write a sign by its number, as texts for people have it."""
+    return rf"\x{ord(sign):02x}"
+
+
+def without_commands(text: str, coded: Callable[[str], str] = as_escape) -> str:
+    """Return a text in which a CI service that reads the log finds no command.
+
+    Args:
+        coded: writes a sign in another way, which the text's format shows as that sign.
+    """
+    return _COMMAND.sub(lambda found: (found[1] or "") + coded(found[0][-1]), text)
+
+
+def harmless(text: str, coded: Callable[[str], str] = as_escape) -> str:
+    """Return a text of several lines in which neither a terminal nor a CI service finds a command."""
+    return without_commands(_UNSAFE.sub(lambda found: one_line(found[0]), text), coded)
+
+
+def put(text: str = "", *, file: TextIO | None = None, coded: Callable[[str], str] = as_escape) -> None:
+    """Print a text with names and messages that others wrote: in records, files, plug-ins and workers.
+
+    Every verb prints by this function alone.
+    """
+    print(harmless(text, coded), file=file or sys.stdout)
+
+
+def put_workflow_command(line: str) -> None:
+    """Print a command for GitHub Actions that membench gives itself; whatever is in it is escaped already.
+
+    GitHub reads standard error too, and a program may read standard output.
+    """
+    print(line, file=sys.stderr)
 
 
 def main(do: Callable[[], int]) -> int:
@@ -31,7 +72,7 @@ def main(do: Callable[[], int]) -> int:
         code = do()
         sys.stdout.flush()
     except MembenchError as error:
-        print(f"membench: {error}", file=sys.stderr)
+        put(f"membench: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("membench: interrupted", file=sys.stderr)

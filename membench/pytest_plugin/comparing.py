@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from membench.errors import RuleError, UnknownMetric
+from membench.errors import RuleError, UnknownMetric, one_line
 from membench.pytest_plugin.judging import command_line_tolerances, refuse_unknown
 from membench.records.metrics import METRIC_OF_FIELD
 from membench.suite.tolerances import Tolerances
@@ -72,7 +72,7 @@ class Comparison:
     def summarize(self, terminal: Any) -> None:
         """Print the findings of ``finish``."""
         for line in self._messages:
-            terminal.write_line(f"membench: {line}")
+            terminal.write_line(one_line(f"membench: {line}"))
 
 
 def _listed(cases: Sequence[str] | Mapping[str, None]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from membench.errors import MembenchError
+from membench.errors import MembenchError, one_line
 from membench.pytest_plugin import saving
 from membench.pytest_plugin.sharing import Sharing
 from membench.records.encoding import record_of
@@ -88,6 +88,6 @@ class Keeper:
         for path, run_file in self._runs.items():
             count = run_file.repeats.total()
             records = "record" if count == 1 else "records"
-            terminal.write_line(f"membench: {count} {records} kept in {saving.shown_path(path)}")
+            terminal.write_line(one_line(f"membench: {count} {records} kept in {saving.shown_path(path)}"))
         for line in self._messages:
-            terminal.write_line(f"membench: {line}")
+            terminal.write_line(one_line(f"membench: {line}"))

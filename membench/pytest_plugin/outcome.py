@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
+from membench.errors import one_line
+from membench.host import console
 from membench.records.comparison import Comparison
 from membench.records.record import Record
 from membench.suite.gates import Gate, outcomes
@@ -33,13 +35,14 @@ def settle(item: pytest.Item, records: Sequence[Record], more_failures: Sequence
     messages = [*(text for record in records for text in failures(record)), *more_failures]
     for record in records:
         for remark in record.remarks:
-            item.warn(MembenchWarning(f"{record.id}: {remark}"))
+            item.warn(MembenchWarning(one_line(f"{record.id}: {remark}")))
     if messages:
         add_output(item, records)
-        raise pytest.fail.Exception("\n".join(dict.fromkeys(messages)), pytrace=False)
+        lines = map(one_line, dict.fromkeys(messages))
+        raise pytest.fail.Exception(console.without_commands("\n".join(lines)), pytrace=False)
     skipped = next((record for record in records if record.status == "skipped"), None)
     if skipped is not None:
-        raise pytest.skip.Exception(str(skipped.message))
+        raise pytest.skip.Exception(one_line(str(skipped.message)))
 
 
 def broken_gates(
@@ -54,7 +57,7 @@ def broken_gates(
         if found.case_id != records[0].id:
             continue
         if found.holds is None:
-            item.warn(MembenchWarning(found.sentence()))
+            item.warn(MembenchWarning(one_line(found.sentence())))
         elif not found.holds:
             lines.append(found.sentence())
     return lines
@@ -75,4 +78,4 @@ def add_output(item: pytest.Item, records: Sequence[Record]) -> None:
     """Add the tail of the measured processes' output to the report of a test."""
     for record in records:
         if record.output_tail:
-            item.add_report_section("call", f"output of {record.id}", record.output_tail)
+            item.add_report_section("call", f"output of {one_line(record.id)}", console.harmless(record.output_tail))

@@ -25,7 +25,11 @@ def table(records: Sequence[Record], noise: Noise, form: str = DEFAULT) -> str:
     style = FORMATS[form]
     if style.is_flat:
         return style.render(rows)
-    shown = [{"case": style.cell(row["case"]), **_shown(row)} for row in rows if row["metric"] in _WATCHED]
+    shown = [
+        {"case": style.cell(row["case"]), **_shown(row), "note": style.cell(row["reason"] or "")}
+        for row in rows
+        if row["metric"] in _WATCHED
+    ]
     return style.render(shown)
 
 
@@ -73,5 +77,4 @@ def _shown(row: dict[str, Any]) -> dict[str, str]:
         "range": metric.format(row["range"]) if known else "–",
         "noise": metric.format(row["noise"]) if known else "–",
         "of median": share,
-        "note": row["reason"] or "",
     }

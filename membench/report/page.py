@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from membench.errors import MembenchError, one_line
+from membench.host import console
 from membench.records.comparison import Comparison, Group
 from membench.records.metric import Metric
 from membench.records.record import Record, metrics_in
 from membench.records.run_file import Run
 from membench.report import bars, cells, history, outcomes, pareto, savings, summary, text, timeline
+from membench.report.table_formats import FORMATS
 from membench.units import format_bytes, format_ratio, format_seconds
 
 _FOLDER = Path(__file__).parent
@@ -60,7 +62,7 @@ def page(runs: Sequence[Run]) -> str:
         style=markupsafe.Markup((_FOLDER / "page.css").read_text(encoding="utf-8")),
         library=markupsafe.Markup(library),
         script=markupsafe.Markup(script),
-        data=markupsafe.Markup(_json(shown.data())),
+        data=markupsafe.Markup(console.without_commands(_json(shown.data()), FORMATS["json"].coded)),
         runs=[_told(run) for run in runs],
         how_to_read=summary.HOW_TO_READ,
         columns=shown.columns,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from membench.errors import one_line
+from membench.host import console
 from membench.report import latex, markdown
 
 Rows = Sequence[Mapping[str, object]]
@@ -22,6 +23,8 @@ class TableFormat:
         render: turns rows into text; the keys of the first row are the columns' titles.
         cell: makes a name from elsewhere safe as a cell or as a column's title.
         heading: writes a table's title; as a cell if not given.
+        remark: makes a line below a table safe; it is plain text for people unless the format says otherwise.
+        coded: writes a sign in another way that means the same, where the sign itself would be a command in a log.
         is_flat: one table of numbers, every metric of every case; else several tables of text for reading.
         is_for_machines: a program reads the output, so nothing but tables may be in it.
         breaks: a table that is wider than the terminal is broken into several.
@@ -30,6 +33,8 @@ class TableFormat:
     render: Callable[[Rows], str]
     cell: Callable[[str], str] = one_line
     heading: Callable[[str], str] | None = None
+    remark: Callable[[str], str] = one_line
+    coded: Callable[[str], str] = console.as_escape
     is_flat: bool = False
     is_for_machines: bool = False
     breaks: bool = False
@@ -71,6 +76,10 @@ def _html_heading(text: str) -> str:
     return f"<h3>{html.escape(one_line(text))}</h3>"
 
 
+def _as_entity(sign: str) -> str:
+    return f"&#{ord(sign)};"
+
+
 def _json(rows: Rows) -> str:
     return json.dumps(rows, indent=2)
 
@@ -78,13 +87,16 @@ def _json(rows: Rows) -> str:
 # Tabulate itself escapes the cells of HTML and LaTeX.
 FORMATS: Mapping[str, TableFormat] = {
     "simple": TableFormat(_tabulated("simple"), breaks=True),
-    "github": TableFormat(_tabulated("github"), cell=markdown.escaped),
+    "github": TableFormat(_tabulated("github"), cell=markdown.escaped, remark=markdown.verbatim, coded=_as_entity),
     "csv": TableFormat(_csv, is_flat=True, is_for_machines=True),
-    "json": TableFormat(_json, is_flat=True, is_for_machines=True),
+    "json": TableFormat(_json, coded=lambda sign: f"\\u{ord(sign):04x}", is_flat=True, is_for_machines=True),
     "latex": TableFormat(
-        _tabulated("latex"), heading=lambda text: rf"\subsection*{{{latex.escaped(text)}}}", is_for_machines=True
+        _tabulated("latex"),
+        heading=lambda text: rf"\subsection*{{{latex.escaped(text)}}}",
+        coded=lambda sign: f"{{}}{sign}",
+        is_for_machines=True,
     ),
-    "html": TableFormat(_tabulated("html"), heading=_html_heading, is_for_machines=True),
+    "html": TableFormat(_tabulated("html"), heading=_html_heading, coded=_as_entity, is_for_machines=True),
     "plain": TableFormat(_tabulated("plain"), breaks=True),
 }
 """By the name that ``--format`` takes, in the order of the help."""

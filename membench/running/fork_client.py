@@ -55,7 +55,7 @@ class ForkServer:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115, closed with the server
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "membench.worker.fork_server", str(self._scratch.path), *preload],
+                [sys.executable, "-P", "-m", "membench.worker.fork_server", str(self._scratch.path), *preload],
                 stdin=child.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=self._errors,

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from membench.errors import PluginError, SuiteError, did_you_mean, one_line
-from membench.plugins import Options, QualityMetric, Technique, local_files, registry
+from membench.errors import SuiteError, did_you_mean, one_line
+from membench.plugins import Options, QualityMetric, Technique, registry
+from membench.plugins.local_files import BESIDE_A_SUITE
 from membench.protocol.case import PluginFile
 from membench.suite import lookup
 from membench.suite.loading import description
@@ -33,32 +34,16 @@ _BOUNDS = {
 def overview(kinds: tuple[str, ...] = KINDS) -> Iterator[str]:
     """Yield a line for each model, technique, workload, quality metric and suite; for broken ones with the error.
 
-    Plug-in files beside the suites in the current folder and in ./suites are included.
+    Plug-in files in the current folder and in ./suites are named and not run: they are loaded for suites beside them.
     """
-    files, broken = _files_here()
     for kind in kinds:
         yield kind
-        yield from _columns(list(_suites() if kind == "suites" else _families(kind.removesuffix("s"), files)))
-    if broken:
+        yield from _columns(list(_suites() if kind == "suites" else _families(kind.removesuffix("s"))))
+    here = [folder / BESIDE_A_SUITE for folder in (Path.cwd(), Path.cwd() / "suites")]
+    files = [path for path in here if path.is_file()]
+    if files:
         yield "plug-in files"
-        yield from _columns([(file.path, f"broken: {error}") for file, error in broken])
-
-
-def _files_here() -> tuple[list[PluginFile], list[tuple[PluginFile, str]]]:
-    """Find the plug-in files beside the suites in the current folder and in ./suites.
-
-    Returns:
-        the files that load, and the files that do not, each with its error.
-    """
-    good, broken = [], []
-    for folder in (Path.cwd(), Path.cwd() / "suites"):
-        for file in local_files.named((), folder):
-            try:
-                list(local_files.classes(file))
-                good.append(file)
-            except PluginError as error:
-                broken.append((file, str(error)))
-    return good, broken
+        yield from _columns([(str(path), "loaded for the suites beside it alone") for path in files])
 
 
 def _suites() -> Iterator[tuple[str, ...]]:
@@ -69,8 +54,8 @@ def _suites() -> Iterator[tuple[str, ...]]:
             yield name, suite.origin, f"broken: {error}"
 
 
-def _families(kind: str, files: Sequence[PluginFile]) -> Iterator[tuple[str, ...]]:
-    for family in registry.families(kind, files):
+def _families(kind: str) -> Iterator[tuple[str, ...]]:
+    for family in registry.families(kind):
         if family.loaded is None:
             yield family.name, f"{'ambiguous' if family.is_ambiguous else 'broken'}: {family.error}"
             continue
@@ -99,14 +84,16 @@ def _columns(rows: list[tuple[str, ...]]) -> Iterator[str]:
         yield one_line("  " + "  ".join([*padded, row[-1]])).rstrip()
 
 
-def details(name: str) -> Iterator[str]:
+def details(name: str, files: Sequence[PluginFile] = ()) -> Iterator[str]:
     """Yield the docstrings and options of all plug-ins of a name, of any kind.
+
+    Args:
+        files: the plug-in files of a suite, which are run.
 
     Raises:
         PluginError: if one of them is broken.
         SuiteError: if there is none; the message suggests the closest known name.
     """
-    files, _ = _files_here()
     kinds = [kind for kind in registry.KINDS if registry.is_taken(kind, name, files)]
     if not kinds:
         known = [

@@ -75,7 +75,10 @@ def _parsed(path: Path) -> tuple[str, ast.Module, CodeType]:
 @contextlib.contextmanager
 def _importing_from(folder: Path) -> Iterator[None]:
     entry = os.path.abspath(folder)
-    sys.path.insert(0, entry)
+    if entry in sys.path:
+        yield
+        return
+    sys.path.append(entry)  # last: a file in it must not replace a module of the standard library
     try:
         yield
     finally:

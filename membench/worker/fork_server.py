@@ -135,7 +135,7 @@ def _start_program(command: Sequence[str], pipe: int, errors: int, streams: Sequ
 
 def _spawn_worker(request: Mapping[str, Any], pipe: int, output: int) -> int:
     process = subprocess.Popen(
-        [sys.executable, "-m", "membench.worker.main", str(pipe)],
+        [sys.executable, "-P", "-m", "membench.worker.main", str(pipe)],
         stdin=subprocess.PIPE,
         stdout=output,
         stderr=output,
@@ -240,6 +240,9 @@ def serve(folder: Path, preload: list[str]) -> None:
         folder: the folder for the workers' files; emptied after each job, removed at the end.
         preload: the names of the modules to import.
     """
+    from membench.host import import_path
+
+    import_path.add_current_folder()
     server = socket.socket(fileno=os.dup(0))
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     for name in preload:

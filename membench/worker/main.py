@@ -10,6 +10,7 @@ from pathlib import Path
 
 from membench import plugins
 from membench.errors import is_out_of_memory
+from membench.host import import_path
 from membench.protocol import requests
 from membench.protocol.messages import Done, EndedBadly, Progress
 from membench.protocol.requests import MeasureCase, MeasureFunction, PrepareModel, Request
@@ -58,5 +59,6 @@ def _prepare(work: PrepareModel, meter: Meter) -> None:
 
 
 if __name__ == "__main__":
+    import_path.add_current_folder()
     main(requests.decode_json(sys.stdin.buffer.read()), socket.socket(fileno=int(sys.argv[1])))
     os._exit(0)

@@ -101,8 +101,8 @@ def _spec(module: str, folders: list[str] | None) -> ModuleSpec | None:
     importlib.invalidate_caches()
     if folders is not None:
         return PathFinder.find_spec(module, folders)
-    # Workers have the folder that the run was started in on their path; the runner itself may not.
-    found = PathFinder.find_spec(module, [os.getcwd(), *sys.path])
+    # Workers have the folder that the run was started in at the end of their path; the runner itself may not.
+    found = PathFinder.find_spec(module, [*sys.path, os.getcwd()])
     if found is None:
         try:
             return importlib.util.find_spec(module)
