@@ -159,17 +159,9 @@ def _breakdown(found: Comparison, group: Group, chain: Sequence[str]) -> dict[st
 
 
 def remarks(records: Sequence[Record]) -> list[str]:
-    """Return a line per failure, broken limit, remark and note, and per conversion that needs more than running.
-
-    A table leaves out columns without figures, so that a line says why there is no live memory in it.
-    """
+    """Return a line per failure, broken limit, remark and note, and per conversion that needs more than running."""
     found = Comparison(records)
-    phases = [phase for record in records for process in record.processes for phase in process.phases]
-    lines = [
-        f"live is not available under {phase.allocator}"
-        for phase in phases
-        if phase.allocator not in ("pinned", "default") and not phase.reads_gpu_itself
-    ]
+    lines = []
     for record in records:
         lines += [f"{record.id}: {text}" for text in said_of(record)]
         if found.reads_other_text(record):
