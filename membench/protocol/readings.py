@@ -111,8 +111,7 @@ class PhaseReading(MemoryReading):
     """A phase of a job.
 
     Attributes:
-        allocator: ``pinned`` (freed memory is returned at once), ``default`` (as in a user's process), or the name of
-            an allocator that cannot be pinned, such as ``jemalloc``.
+        allocator: ``pinned`` (freed memory is returned at once) or ``default`` (as in a user's process).
         steps: the number of steps in the phase, warm-up steps included.
         inside: the enclosing phase, if phases are nested.
         passes: how often a script entered the phase.

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from membench.errors import one_line
 from membench.protocol.messages import BrokenMessage, Result
 from membench.protocol.readings import Baseline, MemoryReading, PhaseReading, ProcessReading
 from membench.records.record import Status
@@ -15,7 +14,6 @@ from membench.running.derived_metrics import DerivedMetrics, resolution_bytes
 
 _WIDE_BRACKET = 0.01
 _NOT_PINNED = "the C library's malloc cannot be pinned: only glibc's can"
-_GLIBC = ("pinned", "default")
 
 
 @dataclass(frozen=True)
@@ -41,26 +39,12 @@ class WorkerMemory:
     """The context for interpreting a worker's memory readings.
 
     Attributes:
-        unpinned: why resident memory is not live memory, if its allocator does not return freed memory at once.
+        pinned: whether its allocator returned freed memory at once, which makes resident memory equal to live memory.
     """
 
     on_gpu: bool
-    unpinned: str | None
+    pinned: bool
     baseline: Baseline
-
-    @classmethod
-    def of(cls, process: ProcessReading, result: Result | None, *, on_gpu: bool) -> WorkerMemory:
-        """Return the context of a worker's readings; ``result`` is ``None`` if it did not reach its end."""
-        others = (phase.allocator for phase in process.phases if phase.allocator not in _GLIBC)
-        unpinned = _NOT_PINNED if result is not None and not result.pinned else None
-        if (other := next(others, None)) is not None:
-            unpinned = f"live is not available under {one_line(other)}"
-        return cls(on_gpu, unpinned, process.baseline or Baseline())
-
-    @property
-    def clock(self) -> str:
-        """Return the source of durations of phases in which memory is measured."""
-        return "monotonic clock" if self.unpinned else "monotonic clock, under the pinned allocator"
 
 
 def phase_of(process: ProcessReading, name: str) -> PhaseReading:
@@ -94,8 +78,8 @@ def live(found: DerivedMetrics, reading: MemoryReading, name: str, memory: Worke
     if memory.on_gpu:
         found.add(name, require(reading.cuda_peak_allocated_bytes), "torch.cuda.max_memory_allocated")
         return
-    if memory.unpinned:
-        found.add_unknown(name, memory.unpinned)
+    if not memory.pinned:
+        found.add_unknown(name, _NOT_PINNED)
         return
     peak_bytes = require(reading.peak_live_bytes)
     together = reading.family_anonymous_bytes if isinstance(reading, PhaseReading) else None
@@ -138,11 +122,11 @@ def step_memory(found: DerivedMetrics, run: PhaseReading, memory: WorkerMemory) 
 def _held(found: DerivedMetrics, run: PhaseReading, memory: WorkerMemory) -> None:
     if memory.on_gpu:
         found.add("held_live_bytes", require(run.cuda_held_allocated_bytes), "torch.cuda.memory_allocated")
-    elif memory.unpinned:
-        found.add_unknown("held_live_bytes", memory.unpinned)
-    else:
+    elif memory.pinned:
         found.add("held_live_bytes", require(run.held_live_bytes), "RssAnon after collecting and trimming",
                   resolution_bytes=resolution_bytes(), children=False)  # fmt: skip
+    else:
+        found.add_unknown("held_live_bytes", _NOT_PINNED)
 
 
 def _peak_over_held(found: DerivedMetrics) -> None:
@@ -165,7 +149,7 @@ def _peak_over_held(found: DerivedMetrics) -> None:
 def warmup(found: DerivedMetrics, phase: PhaseReading, memory: WorkerMemory) -> None:
     """Add the live peak and the duration of the first step."""
     live(found, phase, "warmup_peak_live_bytes", memory)
-    found.add("warmup_s", phase.duration_s, memory.clock)
+    found.add("warmup_s", phase.duration_s, "monotonic clock, under the pinned allocator")
 
 
 def footprint(
@@ -177,8 +161,7 @@ def footprint(
         return
     baseline_bytes = memory.baseline.resident_bytes
     how = _with_children(time, require(time.peak_footprint_bytes), time.family_rss_bytes, baseline_bytes)
-    under = "the default allocator" if time.allocator in _GLIBC else one_line(time.allocator)
-    found.add("peak_footprint_bytes", source=f"kernel's peak (VmHWM), under {under}",
+    found.add("peak_footprint_bytes", source="kernel's peak (VmHWM), under the default allocator",
               resolution_bytes=resolution_bytes(), **how)  # fmt: skip
     found.add("held_footprint_bytes", require(time.held_footprint_bytes), "RSS after collecting and trimming",
               resolution_bytes=resolution_bytes(), children=False)  # fmt: skip

@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
 import platform
-import re
 import sys
 from pathlib import Path
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 _PR_SET_THP_DISABLE = 41
-_BLOCK_BYTES = 2**20
-
-_REPLACEMENTS = {"jemalloc": "mallctl", "tcmalloc": "tc_version", "mimalloc": "mi_version", "musl": None}
-"""Allocators by a part of their file's name, and a function that only they have, for builds into other files."""
-
-_REPLACEMENT: str | None = None
-"""What ``pin`` found in this process instead of a malloc that can be pinned."""
 
 
 def _libc() -> ctypes.CDLL | None:
@@ -26,82 +17,15 @@ def _libc() -> ctypes.CDLL | None:
 
 
 def pin() -> bool:
-    """Make malloc map every block over 64 KiB separately. Return whether it does; only glibc's can."""
-    global _REPLACEMENT  # the malloc of a process is one for all of its modules
+    """Make malloc map every block over 64 KiB separately. Return whether it did; only glibc can."""
     libc = _libc()
-    if libc is not None:
-        # With huge pages, touching a page would make its untouched neighbours resident.
-        libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
-        for key, value in ((_MMAP_THRESHOLD, 65536), (_TRIM_THRESHOLD, 65536), (_ARENA_MAX, 1)):
-            libc.mallopt(key, value)
-    # mallopt is no witness: glibc's accepts settings while another malloc is called, and tcmalloc's accepts everything.
-    _REPLACEMENT = None if libc is not None and _maps_blocks(libc) else _malloc_called()
-    return _REPLACEMENT is None
-
-
-def state(wanted: str) -> str:
-    """Return the state of the allocator for a record: as wanted, or the name of a malloc that cannot be pinned."""
-    return _REPLACEMENT or wanted
-
-
-class _Counts(ctypes.Structure):
-    """The C struct ``mallinfo``."""
-
-    _fields_ = [
-        (name, ctypes.c_int)
-        for name in (
-            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
-        )
-    ]  # fmt: skip
-
-
-def _maps_blocks(libc: ctypes.CDLL) -> bool:
-    """Return whether glibc counts a mapping for each large block that the process gets.
-
-    That holds too if a profiler's malloc passes calls on to glibc's. Tensors come from posix_memalign, arrays of numpy
-    from malloc.
-    """
-    libc.mallinfo.restype = _Counts
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    libc.free.argtypes = [ctypes.c_void_p]
-    libc.posix_memalign.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
-
-    def is_mapped(is_aligned: bool) -> bool:
-        before = libc.mallinfo().hblks
-        block = ctypes.c_void_p()
-        if is_aligned:
-            libc.posix_memalign(ctypes.byref(block), 64, _BLOCK_BYTES)
-        else:
-            block.value = libc.malloc(_BLOCK_BYTES)
-        after = libc.mallinfo().hblks
-        libc.free(block)
-        return bool(after > before)
-
-    # Another thread may free a block in between.
-    return all(any(is_mapped(is_aligned) for _ in range(3)) for is_aligned in (False, True))
-
-
-class _Symbol(ctypes.Structure):
-    """The C struct ``Dl_info``."""
-
-    _fields_ = [
-        ("file", ctypes.c_char_p), ("base", ctypes.c_void_p), ("name", ctypes.c_char_p), ("address", ctypes.c_void_p),
-    ]  # fmt: skip
-
-
-def _malloc_called() -> str:
-    """Return the name of the allocator whose malloc this process calls."""
-    process, found = ctypes.CDLL(None), _Symbol()
-    process.dladdr.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-    files: dict[str, str] = {}
-    for function in ("malloc", "posix_memalign"):
-        if process.dladdr(ctypes.cast(getattr(process, function), ctypes.c_void_p), ctypes.byref(found)):
-            files.setdefault(Path(os.fsdecode(found.file or b"")).name, function)
-    for name, own_function in _REPLACEMENTS.items():
-        if any(name in file for file in files) or (own_function and hasattr(process, own_function)):
-            return name
-    foreign = [file for file in files if not re.match(r"libc[.-]", file)]
-    return f"the {files[foreign[0]]} of {foreign[0]}" if foreign else "glibc's malloc with these settings"
+    if libc is None:
+        return False
+    # With huge pages, touching a page would make its untouched neighbours resident.
+    libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
+    settings = ((_MMAP_THRESHOLD, 65536), (_TRIM_THRESHOLD, 65536), (_ARENA_MAX, 1))
+    accepted = [libc.mallopt(key, value) == 1 for key, value in settings]
+    return all(accepted)
 
 
 def unpin() -> None:

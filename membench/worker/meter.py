@@ -164,7 +164,7 @@ class Meter:
         """Measure a phase: its exact peaks, and the memory that is held after garbage collection at its end.
 
         Args:
-            allocator_name: the state of the allocator for the record, if it is one that can be pinned.
+            allocator_name: the state of the allocator, for the record.
         """
         self._settle()
         if self.on_gpu:
@@ -200,7 +200,7 @@ class Meter:
         parts, self.parts = self.parts, {}
         phase.reading = PhaseReading(
             name=name,
-            allocator=allocator.state(allocator_name),
+            allocator=allocator_name,
             duration_s=duration_s,
             steps=phase.steps,
             parts={part_name: part.reading() for part_name, part in parts.items()},
