@@ -13,22 +13,36 @@ SMALLEST_VALUE, LARGEST_VALUE = 1e-100, 1e200
 """The ratio of any two values in this range is a finite number."""
 
 _STEPS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+"""The units in which sizes are written, and the bytes in each."""
+
+_SIZES_READ = {"B": 1} | {
+    unit: int(step**power)
+    for power, prefix in enumerate("KMGT", 1)
+    for step, units in ((1024, (f"{prefix}iB", prefix, prefix.lower(), f"{prefix}iB".lower())),
+                        (1000, (f"{prefix}B", f"{prefix}B".lower(), *(["kB"] if prefix == "K" else []))))
+    for unit in units
+}  # fmt: skip
+"""The units in which sizes are read. As for GNU coreutils, GB is 1000^3 bytes; G is 1024^3, as for SLURM and Docker."""
+
 _SECONDS = {"µs": 1e-6, "us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B)\s*")
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
 _SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(µs|us|ms|s|min|h)\s*")
 
 
 def parse_bytes(text: str) -> int:
-    """Parse a size such as '2 GiB' or '512 MiB' into bytes.
+    """Parse a size such as '2 GiB', '24G' or '24 GB' into bytes.
 
     Raises:
-        ValueError: if the text is not a valid size; units are B, KiB, MiB, GiB and TiB (1024-based).
+        ValueError: if the text is not a valid size; GiB and G are 1024^3 bytes, GB is 1000^3, and so for K, M and T.
     """
     match = _SIZE.fullmatch(text)
-    if match is None:
-        raise ValueError(f"'{text}' is no size; write a number and B, KiB, MiB, GiB or TiB, such as '2 GiB'")
-    size_bytes = float(match[1]) * _STEPS[match[2]]
+    if match is None or match[2] not in _SIZES_READ:
+        raise ValueError(
+            f"'{text}' is no size; write a number and B, KiB, MiB, GiB or TiB, such as '2 GiB'"
+            " (2G is 2 GiB; 2 GB is 2 * 1000^3 bytes)"
+        )
+    size_bytes = float(match[1]) * _SIZES_READ[match[2]]
     if not math.isfinite(size_bytes):
         raise ValueError(f"'{text}' is more than can be counted")
     return round(size_bytes)

@@ -70,7 +70,7 @@ def test_a_broken_rule_says_both_sides(records: tuple[Record, ...]) -> None:
         ("peak_live < 5", "column 11: '<': a size stands on its left and a bare number on its right"),
         ("peak_live <= 2 s", "column 11: '<=': a size stands on its left and a duration on its right"),
         ("peak_live <= 60% * reference", "column 14: '60': write 0.6 for a share of 60%"),
-        ("peak_live <= 5 MB", "column 14: '5': unit 'MB' is none of B, KiB, MiB, GiB, TiB, µs, ms, s, min and h"),
+        ("peak_live <= 5 Mb", "column 14: '5': unit 'Mb' is none of B, KiB, MiB, GiB, TiB, µs, ms, s, min and h"),
         ("peak_live + time < 1 GiB", "column 11: '+': a size and a duration do not add up"),
         ("time > 3 ms +", "column 14: the end: a number, a metric or 'reference' is wanted here"),
         ("(time <= 3 ms", "column 7: '<=': ')' is missing"),
@@ -171,7 +171,7 @@ def test_a_suite_states_tolerances_and_gates_for_all_cases_and_for_some(tmp_path
     [
         ('[regression]\npeek_live = "2%"', "regression.peek_live = '2%': no metric is named 'peek_live';"
          " did you mean 'peak_live'?"),
-        ('[regression]\npeak_live = "2 MB"', "regression.peak_live = '2 MB': write a share such as '2%', or a size in"
+        ('[regression]\npeak_live = "2 Mb"', "regression.peak_live = '2 Mb': write a share such as '2%', or a size in"
          " B, KiB, MiB, GiB or TiB, such as '2 GiB', or 'off'"),
         ('[[regression.case]]\npeak_live = "2%"', "regression.case.0.match: a pattern over case ids is wanted, such as"
          " 'llama-*/train/*'"),

@@ -204,7 +204,7 @@ def test_a_wrong_marker_is_one_clear_line(inner: pytest.Pytester) -> None:
     @pytest.mark.membench(limt="1 GiB")
     def test_key(membench): ...
 
-    @pytest.mark.membench(limit="1 GB")
+    @pytest.mark.membench(limit="1 Gb")
     def test_size(membench): ...
 
     @pytest.mark.membench(limit=2**30)
@@ -227,7 +227,7 @@ def test_a_wrong_marker_is_one_clear_line(inner: pytest.Pytester) -> None:
     ran.stdout.fnmatch_lines(
         [
             "@pytest.mark.membench(limt='1 GiB'): unknown key 'limt'; did you mean 'limit'?",
-            "@pytest.mark.membench(limit='1 GB'): limit = '1 GB': '1 GB' is no size; write a number and B, KiB, MiB*",
+            "@pytest.mark.membench(limit='1 Gb'): limit = '1 Gb': '1 Gb' is no size; write a number and B, KiB, MiB*",
             "@pytest.mark.membench(limit=1073741824): limit = 1073741824: write a size with its unit, such as '1 GiB'",
             "@pytest.mark.membench(compare='2 percent'): compare = '2 percent': write a share such as '2%', a size*",
             "@pytest.mark.membench('1 GiB'): it takes no values without a name; known: limit, compare, device, repeats",

@@ -370,7 +370,7 @@ def test_too_little_text_for_a_batch_is_said(tmp_path: Path) -> None:
         ('use = "read-data"\ndata = "/nowhere/at/all"', "data = '/nowhere/at/all' is neither topics nor library"),
         ('use = "read-data"\ndata = ""', "data = '' is neither topics nor library, nor a folder here"),
         ('use = "read-data"\ndata_size = "a lot"', "option 'data_size' = 'a lot'"),
-        ('use = "read-data"\ndata_size = "1 KB"', "option 'data_size' = '1 KB'"),
+        ('use = "read-data"\ndata_size = "1 Kb"', "option 'data_size' = '1 Kb'"),
         ('use = "read-data"\ndata_size = 1023', "option 'data_size' = 1023: must be at least 1024"),
         ('use = "read-data"\nworkers = -1', "option 'workers' = -1: must be at least 0"),
     ],

@@ -287,7 +287,7 @@ def _suite(folder: Path, techniques: str, more: str = "") -> Path:
     ("options", "message"),
     [
         ("size = '2 KiB'\nper_class = 3", "size and per_class both say how many samples there are to be: name one"),
-        ("size = '11 kB'", "'11 kB' is no size; write a number and B, KiB, MiB, GiB or TiB"),
+        ("size = '11 kb/s'", "'11 kb/s' is no size; write a number and B, KiB, MiB, GiB or TiB"),
         ("per_class = 0", "option 'per_class' = 0: "),
     ],
 )

@@ -201,7 +201,7 @@ _LIMITS = {
     _limit("peak_live = true"): f"limits.peak_live = true: {_SIZE}",
     _limit('peak_live = ["2 GiB"]'): f"limits.peak_live = ['2 GiB']: {_SIZE}",
     _limit("peak_live = 2"): f"limits.peak_live = 2: {_SIZE}",
-    _limit('peak_live = "2 GB"'): f"limits.peak_live = '2 GB': {_SIZE}",
+    _limit('peak_live = "2 Gb"'): f"limits.peak_live = '2 Gb': {_SIZE}",
     _limit('peak_live = "-2 GiB"'): f"limits.peak_live = '-2 GiB': {_SIZE}",
     _limit(f'peak_live = "{_MANY_DIGITS} GiB"'): f"limits.peak_live = '{_MANY_DIGITS[:77]}…': {_SIZE}",
     _limit("time = -5"): "limits.time = -5: a limit must not be negative",

@@ -16,9 +16,22 @@ def test_a_size_is_printed_and_read_back(size_bytes: int, text: str) -> None:
     assert units.parse_bytes(text) == size_bytes
 
 
-def test_a_decimal_unit_is_refused() -> None:
-    with pytest.raises(ValueError, match="KiB, MiB, GiB"):
-        units.parse_bytes("2 GB")
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [
+        ("24GB", 24 * 10**9), ("24 GB", 24 * 10**9), ("24gb", 24 * 10**9), ("1.5 kB", 1500), ("1 KB", 1000),
+        ("24G", 24 * 2**30), ("24 G", 24 * 2**30), ("24g", 24 * 2**30), ("24GiB", 24 * 2**30), ("512m", 512 * 2**20),
+        ("2T", 2 * 2**40), ("2 TB", 2 * 10**12), ("7 B", 7),
+    ],
+)  # fmt: skip
+def test_decimal_and_binary_units_are_read_as_other_tools_of_linux_do(text: str, size_bytes: int) -> None:
+    assert units.parse_bytes(text) == size_bytes
+
+
+@pytest.mark.parametrize("text", ["24", "24 Gb", "24 Gi", "24 Bytes", "-2 GB", "2 GB GB", "24 E"])
+def test_what_is_no_size_is_refused_and_the_message_tells_the_two_kinds_of_unit_apart(text: str) -> None:
+    with pytest.raises(ValueError, match=r"2G is 2 GiB; 2 GB is 2 \* 1000\^3 bytes"):
+        units.parse_bytes(text)
 
 
 @pytest.mark.parametrize(

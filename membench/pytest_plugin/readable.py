@@ -42,7 +42,7 @@ class ByteSize(_Readable, int):
     """A size in bytes.
 
     Raises:
-        ValueError: on comparison with text that is not a valid size; units are B, KiB, MiB, GiB and TiB (1024-based).
+        ValueError: on comparison with text that is not a valid size; GiB and G are 1024^3 bytes, GB is 1000^3.
     """
 
     def _parse(self, text: str) -> int:
