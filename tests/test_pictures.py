@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import membench
+from membench import cli
 from membench.errors import MembenchError
 from membench.records.comparison import Comparison
 from membench.report import bars, files, formats, history, pareto, timeline
@@ -312,16 +313,25 @@ def test_a_name_in_a_file_is_text_whatever_signs_are_in_it(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "count", "message"),
+    ("kind", "name", "message"),
     [
-        ("pareto", "picture.pdf", 1, "a picture's file ends in .png or .svg"),
-        ("history", "picture.png", 1, "no record there has what 'history' shows"),
-        ("pareto", "nowhere/picture.png", 1, "cannot be written: No such file or directory"),
-        ("pareto", "picture.png", 13, "13 panels are more than one file holds (12); take some of them with -k"),
+        ("pareto", "picture.pdf", "a picture's file ends in .png or .svg"),
+        ("history", "picture.png", "no record there has what 'history' shows"),
+        ("pareto", "nowhere/picture.png", "cannot be written: No such file or directory"),
     ],
 )
-def test_what_cannot_be_drawn_is_said(kind: str, name: str, count: int, message: str, tmp_path: Path) -> None:
-    records = [record("none", f"work-{n}", peak_live_bytes=MIB, step_median_s=1.0) for n in range(count)]
+def test_what_cannot_be_drawn_is_said(kind: str, name: str, message: str, tmp_path: Path) -> None:
+    records = [record("none", peak_live_bytes=MIB, step_median_s=1.0)]
     with pytest.raises(MembenchError) as raised:
         files.draw([run(records)], kind, tmp_path / name)
     assert message in str(raised.value)
+
+
+def test_what_is_too_much_for_one_file_goes_into_further_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(files, "_MOST_PANELS", 2)
+    path = str(tmp_path / "picture.svg")
+    assert cli.main(["plot", str(_KEPT), "memory", "-o", path, "-k", "llama-60m"]) == 0
+    assert sorted(drawn.name for drawn in tmp_path.iterdir()) == ["picture-2.svg", "picture-3.svg", "picture.svg"]
+    assert f"drawn into 3 files, {path} to picture-3.svg" in capsys.readouterr().out

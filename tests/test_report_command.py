@@ -78,6 +78,34 @@ def test_several_runs_go_into_one_table_with_the_name_of_each(capsys: pytest.Cap
     assert (first["case"], first["weights_bytes"]) == ("llama-60m/none/forward/cpu", 232294656)
 
 
+def test_show_prints_several_runs_with_the_name_of_each(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [str(read_run(path).header["run"]) for path in (_QUICKSTART, _DATA)]
+    assert cli.main(["show", _QUICKSTART, _DATA, "-k", "llama-60m or read"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first, second = map(lines.index, names)
+    assert (first, lines[second - 1]) == (0, "")
+    assert f"kept in {_QUICKSTART}" in lines[first:second]
+    assert f"kept in {_DATA}" in lines[second:]
+    assert cli.main(["show", _QUICKSTART, _DATA, "-k", "llama-60m"]) == 0
+    assert names[1] not in capsys.readouterr().out  # it has no such case
+    for more in ((), ("--phases",)):
+        assert cli.main(["show", _QUICKSTART, _DATA, "--format", "csv", *more]) == 0
+        rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+        assert list(dict.fromkeys(row["run"] for row in rows)) == names
+
+
+def test_rows_of_runs_with_metrics_of_their_own_go_into_one_table() -> None:
+    rows = [{"case": "a", "own": 1}, {"case": "b", "other": 2}]
+    assert table_formats.FORMATS["csv"].render(rows).splitlines() == ["case,own,other", "a,1,", "b,,2"]
+
+
+def test_the_reference_is_explained_too_by_what_is_known_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["show", _QUICKSTART, "--explain", "-k", "llama-60m/none/forward/cpu"]) == 0
+    explained = capsys.readouterr().out.partition("\nllama-60m/none/forward/cpu\n")[2]
+    assert "warm-up peak    274.7 MiB" in explained
+    assert "KL" not in explained
+
+
 def test_a_page_is_one_file(tmp_path: Path) -> None:
     assert cli.main(["report", _QUICKSTART, "-o", str(tmp_path / "report.html")]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]

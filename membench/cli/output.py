@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, TypeAlias
 
@@ -44,9 +44,25 @@ def print_remarks(lines: Iterable[str], form: str) -> None:
         put(FORMATS[form].remark(line), file=remarks_stream(form))
 
 
+def print_runs(runs: Sequence[Run], form: str, explain: bool) -> None:
+    """Print the tables of runs, each with its remarks; in a flat format one table, of which each row names its run."""
+    from membench.report import documents
+
+    if len(runs) > 1 and FORMATS[form].is_flat:
+        print_table(documents.flat_table(runs, form), form)
+        for run in runs:
+            print_remarks(_remarks(run), form)
+        return
+    for number, run in enumerate(runs):
+        if len(runs) > 1:
+            blank = "\n" if number else ""
+            print_table(f"{blank}{FORMATS[form].title(str(run.header.get('run')))}\n", form)
+        print_run(run, form, explain)
+
+
 def print_run(run: Run, form: str, explain: bool) -> None:
     """Print a run's table, and its remarks where ``remarks_stream`` says."""
-    from membench.report import savings, text
+    from membench.report import text
 
     # In a terminal a table must fit; a program behind a pipe and a reader of Markdown expect whole rows.
     fits = sys.stdout.isatty() and FORMATS[form].breaks
@@ -55,12 +71,17 @@ def print_run(run: Run, form: str, explain: bool) -> None:
         print_table(f"\n{text.explanation(run.records, form)}", form)
     if not FORMATS[form].is_for_machines:
         put()
-    remarks = (*text.remarks(run.records), *savings.verdicts(run.records), *_nothing(run), f"kept in {run.path}")
-    print_remarks(remarks, form)
+    print_remarks(_remarks(run), form)
 
 
-def select_cases(run: Run, expression: str, *, with_others: bool) -> Run:
-    """Return a run with only the cases that match an expression.
+def _remarks(run: Run) -> tuple[str, ...]:
+    from membench.report import savings, text
+
+    return (*text.remarks(run.records), *savings.verdicts(run.records), *_nothing(run), f"kept in {run.path}")
+
+
+def select_cases(runs: Sequence[Run], expression: str, *, with_others: bool) -> list[Run]:
+    """Return the runs with only the cases that match an expression, without runs that have none.
 
     Args:
         with_others: also keep the cases that their ratios refer to.
@@ -72,10 +93,15 @@ def select_cases(run: Run, expression: str, *, with_others: bool) -> Run:
     from membench.suite import selection
 
     keep = selection.parse(expression)
-    kept = tuple(record for record in run.records if keep(record.id))
-    if not kept:
-        raise MembenchError(f"-k '{expression}' fits no case in {run.path}")
-    return dataclasses.replace(run, records=with_compared(run.records, kept) if with_others else kept)
+    selected = []
+    for run in runs:
+        kept = tuple(record for record in run.records if keep(record.id))
+        if kept:
+            records = with_compared(run.records, kept) if with_others else kept
+            selected.append(dataclasses.replace(run, records=records))
+    if not selected:
+        raise MembenchError(f"-k '{expression}' fits no case in {', '.join(str(run.path) for run in runs)}")
+    return selected
 
 
 def _nothing(run: Run) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from membench.cli.output import Verbs, print_table, select_cases
 from membench.errors import EXIT_OK, MembenchError, ResultsError
-from membench.host.console import without_commands
+from membench.host.console import put, without_commands
 from membench.report.formats import DEFAULT_REPORT, PICTURES, REPORTS
 from membench.report.table_formats import FORMATS
 
@@ -23,7 +23,13 @@ def add(verbs: Verbs) -> None:
     plot = verbs.add_parser("plot", help="draw one kind of picture into a PNG or SVG file")
     plot.add_argument("run", nargs="+", type=Path)
     plot.add_argument("kind", choices=PICTURES)
-    plot.add_argument("-o", dest="file", type=Path, required=True, help="file to write, ending in .png or .svg")
+    plot.add_argument(
+        "-o",
+        dest="file",
+        type=Path,
+        required=True,
+        help="file to write, ending in .png or .svg; what is too much for one goes into further ones: FILE-2.png",
+    )
     plot.add_argument("-k", dest="expression", help="only cases whose id matches, such as 'int8 and not train'")
     plot.set_defaults(do=_plot)
 
@@ -64,6 +70,8 @@ def _plot(arguments: argparse.Namespace) -> int:
     runs = [membench.read_run(path) for path in arguments.run]
     if arguments.expression:
         others = arguments.kind != "timeline"
-        runs = [select_cases(run, arguments.expression, with_others=others) for run in runs]
-    files.draw(runs, arguments.kind, arguments.file)
+        runs = select_cases(runs, arguments.expression, with_others=others)
+    drawn = files.draw(runs, arguments.kind, arguments.file)
+    if len(drawn) > 1:
+        put(f"drawn into {len(drawn)} files, {drawn[0]} to {drawn[-1].name}; -k takes some of the cases")
     return EXIT_OK

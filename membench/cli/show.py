@@ -1,17 +1,17 @@
-"""``membench show``: print the table of a run."""
+"""``membench show``: print the tables of runs."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from membench.cli.output import EXPLAIN, RESULTS, Verbs, add_format, print_run, print_table, select_cases
+from membench.cli.output import EXPLAIN, RESULTS, Verbs, add_format, print_runs, print_table, select_cases
 from membench.errors import EXIT_OK
 
 
 def add(verbs: Verbs) -> None:
-    show = verbs.add_parser("show", help="print the table of a run (default: the newest)")
-    show.add_argument("run", nargs="?", type=Path)
+    show = verbs.add_parser("show", help="print the tables of runs (default: of the newest)")
+    show.add_argument("run", nargs="*", type=Path)
     show.add_argument("--output", type=Path, default=RESULTS, help="folder of the newest run")
     show.add_argument("--phases", action="store_true", help="print the phases of each case instead")
     show.add_argument("--explain", action="store_true", help=EXPLAIN)
@@ -24,11 +24,12 @@ def _show(arguments: argparse.Namespace) -> int:
     import membench
     from membench.report import phase_table
 
-    run = membench.read_run(arguments.run or membench.newest_run(arguments.output))
+    files = arguments.run or [membench.newest_run(arguments.output)]
+    runs = [membench.read_run(file) for file in files]
     if arguments.expression:
-        run = select_cases(run, arguments.expression, with_others=not arguments.phases)
+        runs = select_cases(runs, arguments.expression, with_others=not arguments.phases)
     if arguments.phases:
-        print_table(phase_table.phases(run.records, arguments.format), arguments.format)
+        print_table(phase_table.phases_of_runs(runs, arguments.format), arguments.format)
     else:
-        print_run(run, arguments.format, arguments.explain)
+        print_runs(runs, arguments.format, arguments.explain)
     return EXIT_OK

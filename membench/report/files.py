@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _ENDINGS = (".png", ".svg")
 
 _MOST_PANELS = 12
+"""In one file: more would be too small to read, or too large to open."""
+
 _REFERENCE = "#767676"
 # Those of the light page: told apart from each other by people who see few colours, and seen on white.
 _COLOURS = ("#0072b2", "#c95700", "#00855f", "#b9568f", "#9c6f00", "#2b8cc4", "#6b4226")
@@ -29,22 +31,31 @@ _LONGEST_NAME = 44
 Panel = tuple[str, Cloud | Bars | Timeline | Lines]
 
 
-def draw(runs: Sequence[Run], kind: str, path: Path) -> None:
+def draw(runs: Sequence[Run], kind: str, path: Path) -> list[Path]:
     """Draw one of ``formats.PICTURES``, a panel for each group (or case, for ``timeline``), into a file.
 
+    What does not fit into one file goes into further ones: 'picture-2.png', 'picture-3.png' and so on.
+
+    Returns:
+        the files.
+
     Raises:
-        MembenchError: if the file's ending is none that can be drawn, there is nothing to draw or too much for one
-            file, the file cannot be written, or the library that draws is not installed.
+        MembenchError: if the file's ending is none that can be drawn, there is nothing to draw, a file cannot be
+            written, or the library that draws is not installed.
     """
     if path.suffix.lower() not in _ENDINGS:
         raise MembenchError(f"{path}: a picture's file ends in {' or '.join(_ENDINGS)}")
     panels = list(_panels(runs, kind))
     if not panels:
         raise MembenchError(f"no record there has what '{kind}' shows")
-    if len(panels) > _MOST_PANELS:
-        raise MembenchError(
-            f"{len(panels)} panels are more than one file holds ({_MOST_PANELS}); take some of them with -k"
-        )
+    pages = [panels[first : first + _MOST_PANELS] for first in range(0, len(panels), _MOST_PANELS)]
+    files = [path, *(path.with_stem(f"{path.stem}-{number}") for number in range(2, len(pages) + 1))]
+    for file, page in zip(files, pages, strict=True):
+        _draw_page(page, file)
+    return files
+
+
+def _draw_page(panels: Sequence[Panel], path: Path) -> None:
     try:
         import matplotlib
         from matplotlib.figure import Figure

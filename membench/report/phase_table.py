@@ -9,6 +9,7 @@ from typing import Any
 from membench.errors import one_line
 from membench.protocol.readings import PartReading, PhaseReading
 from membench.records.record import Record
+from membench.records.run_file import Run
 from membench.report.cells import SIGNS
 from membench.report.table_formats import DEFAULT, FORMATS
 from membench.units import format_bytes, format_seconds
@@ -21,6 +22,18 @@ _PHASE_TITLES = {
     "gpu_peak_bytes": "GPU peak",
     "file_pages_bytes": "file pages",
 }
+
+
+def phases_of_runs(runs: Sequence[Run], form: str = DEFAULT) -> str:
+    """Format the phases of each case of runs; of several runs each table, or row of a flat table, names its run."""
+    style = FORMATS[form]
+    if len(runs) == 1:
+        return phases(runs[0].records, form)
+    if style.is_flat:
+        rows = [{"run": run.header.get("run"), **row}
+                for run in runs for record in run.records for row in _phase_rows(record)]  # fmt: skip
+        return style.render(rows)
+    return "\n\n".join(f"{style.title(str(run.header.get('run')))}\n\n{phases(run.records, form)}" for run in runs)
 
 
 def phases(records: Sequence[Record], form: str = DEFAULT) -> str:

@@ -57,7 +57,7 @@ def _tabulated(name: str) -> Callable[[Rows], str]:
 
 def _csv(rows: Rows) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [])
+    writer = csv.DictWriter(text, list(dict.fromkeys(title for row in rows for title in row)))
     writer.writeheader()
     writer.writerows({key: _harmless(value) for key, value in row.items()} for row in rows)
     return text.getvalue().rstrip()

@@ -113,17 +113,20 @@ def _fitting(rows: list[dict[str, str]], style: TableFormat, width: int | None) 
 
 
 def explanation(records: Sequence[Record], form: str = DEFAULT) -> str:
-    """Format every metric of every case, and what each member of a stack changes, with a table per case."""
+    """Format every metric of every case, and what each member of a stack changes, with a table per case.
+
+    That of the reference has its own figures alone.
+    """
     style, found = FORMATS[form], Comparison(records)
     tables = []
     for group in found.groups:
         for technique in found.techniques(group):
-            if technique == REFERENCE:
-                continue
-            chain = [REFERENCE, *prefixes(technique)]
+            chain = list(dict.fromkeys((REFERENCE, *prefixes(technique))))
             rows = []
             for metric in found.metrics:
-                if not found.is_known(group, metric.field):
+                if not found.is_known(group, metric.field) or (
+                    technique == REFERENCE and metric.field not in found.repeats(group, technique)[0].metrics
+                ):
                     continue
                 row = {"metric": metric.title}
                 for before, step in zip([None, *chain], chain, strict=False):
