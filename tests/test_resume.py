@@ -61,14 +61,15 @@ def test_a_run_goes_on_after_its_last_whole_record(tmp_path: Path) -> None:
     first = membench.run(suite, output=tmp_path)
     _cut_to(first.path, 2, torn=b'{"schema":1,"id":"small/bf')
     heard: list[tuple[str, Any]] = []
-    run = membench.run(
-        suite, output=tmp_path, resume=True, tell=lambda event, details: heard.append((event, details.get("id")))
-    )
+    run = membench.run(suite, output=tmp_path, resume=True, tell=lambda event, details: heard.append((event, details)))
     assert run.path == first.path
     assert _techniques(run) == ["none", "bf16"]
     assert run.records[0] == first.records[0]
     assert run.records[1].machine == run.header["machine"]
-    assert [id for event, id in heard if event == "case"] == ["small/bf16/still/cpu"]
+    (start,) = [details for event, details in heard if event == "start"]
+    assert (start["done"], start["of"]) == (1, 2)
+    (case,) = [details for event, details in heard if event == "case"]
+    assert case == {"id": "small/bf16/still/cpu", "number": 2, "of": 2}
     assert run.path.read_bytes().count(b"\n") == 3
 
     nothing_left = membench.run(suite, output=tmp_path, resume=True)
@@ -161,9 +162,12 @@ def test_the_command_that_an_interruption_prints_does_what_was_left(tmp_path: Pa
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("interrupted")]
     assert line.startswith("interrupted; what is done is kept. To go on: ")
     command = line.partition("To go on: ")[2]
+    # What was measured until then is printed, in the format that was asked for.
+    assert [row.partition(",")[0] for row in ended.stdout.splitlines()] == ["case", "small/none/still/cpu"]
 
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "1 of 2 are measured already" in done.stderr
     assert [row.partition(",")[0] for row in done.stdout.splitlines()] == [
         "case", "small/none/still/cpu", "small/bf16/still/cpu",
         "case", "small/none/still/cpu", "small/bf16/still/cpu",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from membench.cli import ci, rules
+from membench.cli.interruption import TableIfInterrupted
 from membench.cli.output import print_remarks
 from membench.cli.regression import print_judgements
 from membench.comparing.git import Repository
@@ -69,7 +70,9 @@ def run(arguments: argparse.Namespace, suite: Suite) -> int:
     tolerances = _tolerances(arguments, suite)
     rounds = arguments.repeats or max(ROUNDS, suite.settings.repeats)
     keep = selection.parse(arguments.expression) if arguments.expression else None
+    begun = TableIfInterrupted(arguments.format)
     with (
+        begun,
         Display(Console(stderr=True, force_terminal=sys.stderr.isatty())) as display,
         against_commit.Interleaved(
             suite.with_repeats(rounds),
@@ -77,7 +80,7 @@ def run(arguments: argparse.Namespace, suite: Suite) -> int:
             ids=[case.id for case in suite.select(keep)] if keep else None,
             devices=arguments.device,
             output=arguments.output,
-            tell=display,
+            tell=begun.hearing(display),
         ) as both,
     ):
         changed = ", with changes that are not committed" if both.is_changed else ""

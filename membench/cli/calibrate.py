@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from membench.cli.interruption import TableIfInterrupted
 from membench.cli.output import RESULTS, Verbs, add_format, print_remarks, print_table, remarks_stream
 from membench.errors import EXIT_CASES_FAILED, EXIT_OK, CannotCompare, MembenchError
 from membench.host.console import put
@@ -54,8 +55,9 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     if not suite.select(keep):
         raise selection.no_case_matches(arguments.expression)
     path, kept = _baseline(arguments, suite)
-    with Display(Console(stderr=True, force_terminal=sys.stderr.isatty())) as display:
-        run = calibrate(suite, arguments.repeats, keep=keep, output=arguments.output, tell=display)
+    begun = TableIfInterrupted(arguments.format)
+    with begun, Display(Console(stderr=True, force_terminal=sys.stderr.isatty())) as display:
+        run = calibrate(suite, arguments.repeats, keep=keep, output=arguments.output, tell=begun.hearing(display))
     noise = Noise.of_records(run.records)
     print_table(report.table(run.records, noise, arguments.format), arguments.format)
     if not noise.spreads:

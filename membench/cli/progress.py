@@ -51,7 +51,10 @@ class Display:
         now = time.monotonic()
         match event:
             case "start":
-                self._of = details["of"]
+                self._of, done = details["of"], details.get("done", 0)
+                self._number = done + 1
+                if done:
+                    self._print(f"{done} of {self._of} are measured already")
             case "case":
                 self._case, self._case_began_at = details["id"], now
                 self._number, self._of = details["number"], details["of"]

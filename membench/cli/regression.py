@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from membench.cli import ci, rules, script
+from membench.cli.interruption import TableIfInterrupted
 from membench.cli.output import RESULTS, Verbs, add_format, print_remarks, print_table, remarks_stream
 from membench.errors import EXIT_CANNOT_COMPARE, EXIT_CASES_FAILED, EXIT_OK, CannotCompare, MembenchError, one_line
 from membench.host.console import put
@@ -168,10 +169,11 @@ def _of_suite(arguments: argparse.Namespace) -> tuple[Measured, Judgement, Run |
     base = _only(_base(arguments, expected, sources), keep)
     tolerances = Tolerances(suite.tolerances, asked)
     _refuse_idle(asked, base, expected)
-    with script.showing_progress(suite, arguments.format) as tell:
+    begun = TableIfInterrupted(arguments.format)
+    with begun, script.showing_progress(suite, arguments.format) as tell:
         run, judgement = checking.check(
-            suite, base, tolerances,
-            keep=keep, output=arguments.output, across_machines=arguments.across_machines, tell=tell,
+            suite, base, tolerances, keep=keep, output=arguments.output, across_machines=arguments.across_machines,
+            tell=begun.hearing(tell),
         )  # fmt: skip
     return base, dataclasses.replace(judgement, pairs=_kept_pairs(judgement, keep)), run, suite.gates
 

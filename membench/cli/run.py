@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from membench.cli import against, ci, rules, script
+from membench.cli.interruption import TableIfInterrupted
 from membench.cli.output import EXPLAIN, RESULTS, Verbs, add_format, print_remarks, print_run
 from membench.cli.regression import add_fail
 from membench.errors import EXIT_CASES_FAILED, EXIT_INTERRUPTED, EXIT_OK, MembenchError, ResultsError
@@ -18,7 +19,6 @@ from membench.report.table_formats import DEFAULT
 
 if TYPE_CHECKING:
     from membench import Suite
-    from membench.running.rank import Tell
 
 
 def add(verbs: Verbs) -> None:
@@ -96,36 +96,32 @@ def _run(arguments: argparse.Namespace) -> int:
     from membench.report import case_outcomes, markdown, text
 
     resumed = _resumed(list(chosen.values()), arguments.output) if arguments.resume else [False] * len(chosen)
-    code, left, has_begun, kept_in = EXIT_OK, list(chosen), False, ""
+    code, left = EXIT_OK, list(chosen)
     cases: list[case_outcomes.CheckedCase] = []
+    begun: TableIfInterrupted | None = None
     tables = [markdown.escaped(alone)] if alone else []
     try:
         for suite, resume in zip(chosen.values(), resumed, strict=True):
-            with script.showing_progress(suite, arguments.format) as hear:
-
-                def tell(event: str, details: Mapping[str, Any], hear: Tell = hear) -> None:
-                    nonlocal has_begun, kept_in
-                    has_begun = has_begun or event == "start"
-                    kept_in = details.get("path", kept_in)
-                    hear(event, details)
-
-                run = membench.run(suite, keep=keep, output=arguments.output, resume=resume, tell=tell)
+            begun = TableIfInterrupted(arguments.format, arguments.explain)
+            with begun, script.showing_progress(suite, arguments.format) as tell:
+                run = membench.run(suite, keep=keep, output=arguments.output, resume=resume, tell=begun.hearing(tell))
             script.print_phases(run.records, arguments.format)
             print_run(run, arguments.format, arguments.explain)
             checked = rules.check(suite.gates, run.records)
             checked.print_gates(arguments.format)  # the table's remarks include broken limits
             if checked.are_broken or any(record.status not in ("ok", "skipped") for record in run.records):
                 code = EXIT_CASES_FAILED
-            left, has_begun = left[1:], False
+            left, begun = left[1:], None
             cases += case_outcomes.of_records(suite.name, checked.records, checked.outcomes)
             tables.append(text.comparison(run.records, "github"))
     except KeyboardInterrupt:
+        kept_in = begun.path if begun else None
         if is_script and kept_in:
             put(f"interrupted; what was measured is kept in {kept_in}", file=sys.stderr)
             return EXIT_INTERRUPTED
         if not left or is_script:
             raise
-        command = _command(arguments, left, has_begun or bool(resumed[len(chosen) - len(left)]))
+        command = _command(arguments, left, kept_in is not None or bool(resumed[len(chosen) - len(left)]))
         put(f"interrupted; what is done is kept. To go on: {command}", file=sys.stderr)
         code = EXIT_INTERRUPTED
         cases.append(ci.unfinished(" ".join(left), "interrupted"))

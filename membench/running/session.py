@@ -54,7 +54,7 @@ def run(
             and should return quickly:
 
             ========  ==========================================================================================
-            start     ``path`` of the run's file, ``of``: the number of cases to measure
+            start     ``path`` of the run's file, ``of``: the number of cases, ``done``: how many are measured already
             case      ``id``, ``number`` (from 1), ``of``: a case begins
             progress  ``what``, ``done``, ``total``: a model is prepared once before its first case
             baseline  ``bytes`` resident in the worker before the case; its memory figures exclude them
@@ -72,8 +72,9 @@ def run(
     cases = suite.select(keep)
     with Session(suite, cases, Path(output), resume=resume, tell=tell, executor=executor) as session:
         done = {(record.id, record.repeat) for record in read_run(session.path).records}
-        todo = [(case, r) for r in range(suite.settings.repeats) for case in cases if (case.id, r) not in done]
-        session.measure_all(todo)
+        asked = [(case, repeat) for repeat in range(suite.settings.repeats) for case in cases]
+        todo = [(case, repeat) for case, repeat in asked if (case.id, repeat) not in done]
+        session.measure_all(todo, done=len(asked) - len(todo))
     return read_run(session.path)
 
 
@@ -136,19 +137,21 @@ class Session:
     def _job(self, case: Case, repeat: int) -> RunnableJob:
         return job_from_case(case, repeat, self._suite.settings, self._suite.limits, self._checkouts)
 
-    def measure_all(self, todo: Sequence[tuple[Case, int]], *, afresh: bool = False) -> None:
+    def measure_all(self, todo: Sequence[tuple[Case, int]], *, done: int = 0, afresh: bool = False) -> None:
         """Measure cases in order, each with the number of its repeat.
 
         Args:
+            done: how many were measured before, if this goes on with a run; events count them.
             afresh: whether the executor is restarted before each repeat, as for a separate run.
         """
-        self._tell("start", {"path": str(self.path), "of": len(todo)})
+        of = done + len(todo)
+        self._tell("start", {"path": str(self.path), "of": of, "done": done})
         begun: int | None = None
-        for number, (case, repeat) in enumerate(todo, 1):
+        for number, (case, repeat) in enumerate(todo, done + 1):
             if afresh and repeat != begun:
                 begun = repeat
                 self._executor.restart()
-            self._tell("case", {"id": case.id, "number": number, "of": len(todo)})
+            self._tell("case", {"id": case.id, "number": number, "of": of})
             self.measure(case, repeat)
 
     def measure(self, case: Case, repeat: int) -> Record:
