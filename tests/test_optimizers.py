@@ -387,6 +387,26 @@ def test_states_that_were_never_made_are_no_saving() -> None:
     assert notes.on_states(optimizer.state, [seen, unseen], [technique]) == []
 
 
+def test_states_are_compared_with_adamws_in_the_type_that_the_model_was_built_in() -> None:
+    """A moment in bf16 is half of AdamW's two on a model that is built in bf16, and a quarter of those in fp32."""
+    import torch
+
+    weight = torch.nn.Parameter(torch.zeros(100, dtype=torch.bfloat16))
+    technique = SgdMomentum.model_validate({})
+    optimizer = technique.make([weight], _RATE, _context())
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert notes.on_states(optimizer.state, [weight], [technique], built_bits=16) == []
+    assert notes.on_states(optimizer.state, [weight], [technique], built_bits=32) == []
+    master = MasterWeights.model_validate({})
+    fp32: dict[torch.Tensor, dict[str, torch.Tensor]] = {
+        weight: {"master": torch.zeros(100), "exp_avg": torch.zeros(100), "exp_avg_sq": torch.zeros(100)}
+    }
+    assert notes.on_states(fp32, [weight], [master], built_bits=16) == []  # ×3 of 4 bytes
+    (note,) = notes.on_states({}, [weight], [master], built_bits=16)
+    assert note.startswith("optimizer states are ×0.00 where ×3.00 is the nominal factor")
+
+
 def test_what_a_training_holds_is_weights_gradients_and_states(records: dict[str, Record]) -> None:
     for name in ("none", "adafactor", "sgd-momentum"):
         metrics = records[f"llama-15m/{name}/short/cpu"].metrics

@@ -445,14 +445,32 @@ def test_what_qat_keeps_computes_what_its_training_computed(bits: int, monkeypat
 
 def test_a_note_on_packed_weights_names_scales_and_what_was_left_alone_but_no_codes() -> None:
     module, context = _built(Llama.of_shape(_TIED))
-    plain_bytes = weight_bytes(module)
+    plain = notes.PlainWeights.of(module)
     quantizer = _rtn(4, 32)
-    (note,) = notes.on_weights(quantizer.apply(module, context), [quantizer], plain_bytes)
+    (note,) = notes.on_weights(quantizer.apply(module, context), [quantizer], plain)
     assert note == (
         "weights are ×0.27 where ×0.12 is the nominal factor: 256.0 KiB of embeddings left in float32,"
         " 52.00 KiB scales and zero points in float32, 2.500 KiB of norms left in float32,"
         " 128 B of LlamaRotaryEmbedding layers left in float32"
     )
+
+
+def test_what_is_quantized_is_compared_with_the_type_that_the_model_was_built_in() -> None:
+    """Int8 is half of bf16: 4 MiB of weights become 2 MiB, and no note says that a quarter was due."""
+    import torch
+    from torch import nn
+
+    bf16, mixed = nn.Linear(2048, 1024, dtype=torch.bfloat16), nn.Linear(2048, 1024)
+    quantizer, context = _rtn(8), _built(Llama.of_shape(_TIED))[1]
+    plain = notes.PlainWeights.of(bf16)
+    assert (plain.bits, plain.bytes) == (16, 2 * (2048 * 1024 + 1024))
+    assert notes.PlainWeights.of(mixed).bits == 32
+    made = quantizer.apply(nn.Sequential(bf16), context)
+    assert weight_bytes(made) == pytest.approx(0.5 * plain.bytes, rel=0.01)
+    assert notes.on_weights(made, [quantizer], plain) == []
+    (note,) = notes.on_weights(nn.Sequential(nn.Linear(2048, 1024, dtype=torch.bfloat16)), [quantizer], plain)
+    assert note == "weights are ×1.000 where ×0.50 is the nominal factor: 4.002 MiB of Linear layers left in bfloat16"
+    assert notes.on_weights(nn.Sequential(nn.Linear(2048, 1024, dtype=torch.bfloat16)), [Bf16()], plain) == []
 
 
 _SUITE = (

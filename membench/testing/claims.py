@@ -16,7 +16,9 @@ def wrong_with_weights(
     changed = [path for path in before | after if before.get(path) != after.get(path)]
     claimed = (32 if bits is None else bits) / 32 * share
     said = f"nominal_bits {'None' if bits is None else f'{bits:g}'}, nominal_share {share:g}"
-    plain_bytes = sum(before[path].in_fp32_bytes for path in changed if path in before)
+    # Bits are absolute, so a claim about them holds for whatever type the model was built in.
+    known = [before[path] for path in changed if path in before]
+    plain_bytes = sum(held.bytes if bits is None else held.in_fp32_bytes for held in known)
     held_bytes = sum(after[path].bytes for path in changed if path in after)
     if not changed:
         nothing_claimed = abs(claimed - 1) < 0.01
@@ -26,9 +28,10 @@ def wrong_with_weights(
     fewest, most = plain_bytes * claimed / _TOLERATED - SLACK_BYTES, plain_bytes * claimed * _TOLERATED + SLACK_BYTES
     if fewest <= held_bytes <= most:
         return None
+    kind = "what they held" if bits is None else "fp32"
     return (
-        f"the layers that it changed hold {format_bytes(held_bytes)} where {format_bytes(plain_bytes)} are fp32, and it"
-        f" claims {format_ratio(claimed)} of that ({said}); wanted is a claim within a factor of {_TOLERATED:g}, or"
+        f"the layers that it changed hold {format_bytes(held_bytes)} where {format_bytes(plain_bytes)} are {kind}, and"
+        f" it claims {format_ratio(claimed)} of that ({said}); wanted is a claim within a factor of {_TOLERATED:g}, or"
         " nominal_share None where it depends on the model"
     )
 

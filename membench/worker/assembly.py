@@ -27,6 +27,7 @@ from membench.protocol.requests import MeasureCase
 from membench.units import format_bytes
 from membench.worker import device
 from membench.worker.child_process import run_in_child
+from membench.worker.notes import PlainWeights
 from membench.worker.plugin_values import Facts
 from membench.worker.rehearsal_model import RehearsalModel
 from membench.worker.weights import fingerprint
@@ -300,10 +301,10 @@ class Assembly:
         idle = [place for place, member in enumerate(rest) if any(member is each for each in self.context.idle)]
         return {"idle": idle, "diverged": self.context.diverged}
 
-    def plain_weight_bytes(self) -> int | None:
-        """Return the bytes of the model's weights in fp32, without techniques; ``None`` if it has no skeleton."""
+    def plain_weights(self) -> PlainWeights | None:
+        """Return the size of the model's weights without techniques; ``None`` if it has no skeleton."""
         try:
-            return sum(parameter.numel() * 4 for parameter in self.model.skeleton().parameters())
+            return PlainWeights.of(self.model.skeleton())
         except Exception:  # the model cannot be built from shapes alone
             return None
 

@@ -101,11 +101,11 @@ class _Work:
                 self.invalid.append(problem)
             return None
 
-    def prepare(self) -> int | None:
+    def prepare(self) -> notes.PlainWeights | None:
         """Do everything that must not be measured, and take the baseline.
 
         Returns:
-            bytes of the weights in fp32, if a technique converts them while loading and they are known.
+            the size of the weights as built, if a technique converts them while loading and it is known.
         """
         import torch
 
@@ -126,25 +126,25 @@ class _Work:
         if self._meter.on_gpu:
             device.announce_gpu(self._meter, where)
         converted = any(technique.applies_rest for technique in case.techniques)
-        plain_bytes = case.plain_weight_bytes() if converted else None
+        plain = case.plain_weights() if converted else None
         if case.context.diverged:
             self.diverged = Diverged(None, case.context.diverged[0])  # it diverged in the preparing process
         self._meter.set_baseline()
         torch.manual_seed(self._request.seed)
-        return plain_bytes
+        return plain
 
-    def load_and_apply(self, plain_bytes: int | None) -> nn.Module:
+    def load_and_apply(self, plain: notes.PlainWeights | None) -> nn.Module:
         """Run the phases ``load`` and ``apply``.
 
         Args:
-            plain_bytes: bytes of the weights in fp32, if a technique converts them while loading.
+            plain: the size of the weights as built, if a technique converts them while loading.
         """
         with self._meter.phase("load", "pinned"):
             self._meter.memory_in_parts = True
             module = self.case.load()
             self._meter.memory_in_parts = False
         converted = any(technique.applies_rest for technique in self.case.techniques)
-        self._plain_bytes = plain_bytes if converted else weight_bytes(module)
+        self._plain = plain if converted else notes.PlainWeights.of(module)
         with self._meter.phase("apply", "pinned"):
             module = self.case.apply(module)
         self._remarks += self.case.remarks_on_idle()
@@ -198,10 +198,10 @@ class _Work:
         # Weights are counted after the steps, because some libraries repack them in the first forward pass.
         self._update_result(weights_bytes=weight_bytes(module), modules_bytes=bytes_by_module(module))
         self._notes += case.notes_on_text(module)
-        self._notes += notes.on_weights(module, case.techniques, self._plain_bytes)
+        self._notes += notes.on_weights(module, case.techniques, self._plain)
         if (optimizer := case.context.inventory.get("optimizer")) is not None:
             trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-            self._notes += notes.on_states(optimizer(), trained, case.techniques)
+            self._notes += notes.on_states(optimizer(), trained, case.techniques, self._built_bits)
         if case.context.inventory:
             with meter.phase("breakdown", "pinned"):
                 watcher = breakdown.MemoryWatcher(
@@ -233,8 +233,12 @@ class _Work:
             return []
         if any(technique.nominal_share() != 1 for technique in case.techniques):
             return []  # the technique changes the model's shape, and with it the size of the cache
-        plain_bytes = 4 * 2 * shape.layers * shape.key_value_heads * (shape.width // shape.heads) * tokens
-        return notes.on_cache(case.context.inventory["cache"](), plain_bytes, case.techniques)
+        numbers = 2 * shape.layers * shape.key_value_heads * (shape.width // shape.heads) * tokens
+        return notes.on_cache(case.context.inventory["cache"](), numbers, case.techniques, self._built_bits)
+
+    @property
+    def _built_bits(self) -> float:
+        return 32 if self._plain is None else self._plain.bits
 
     def run_for_time(self, step: plugins.Step) -> None:
         """Run the phase ``time`` under the default allocator."""

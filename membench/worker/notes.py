@@ -6,6 +6,7 @@ The causes are found in the storages of the module, the optimizer and the cache.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from membench.units import format_bytes, format_ratio
@@ -23,17 +24,39 @@ _LARGEST_DEVIATION = 0.2
 
 _MISSING_STATES = "of states not yet made"
 _SCALES_OF_A_CACHE = ("scale", "lowest")
-_ADAMW_BYTES = 8
-"""Bytes per parameter of two moments in fp32. The nominal factor of optimizer states is relative to these."""
+_MOMENTS = 2
+"""AdamW keeps so many numbers per parameter, of its type. Nominal factors of optimizer states are relative to these."""
 _SCALES = ("scale", "zero", "absmax", "offset", "code", "quant_map", "factor", "nf4", "SCB")
 
 
-def on_weights(module: nn.Module, techniques: Sequence[Technique], plain_bytes: int | None) -> list[str]:
+@dataclass(frozen=True)
+class PlainWeights:
+    """The weights of the model as it is built, before any technique. Nominal factors are relative to these.
+
+    Attributes:
+        bytes: of all weights.
+        bits: of one weight, the mean where they differ.
+    """
+
+    bytes: int
+    bits: float
+
+    @classmethod
+    def of(cls, module: nn.Module) -> PlainWeights:
+        """Return those of a module; on the meta device, those that it would have."""
+        numbers = [parameter for parameter in module.parameters() if parameter.is_floating_point()]
+        count = sum(parameter.numel() for parameter in numbers)
+        return cls(weight_bytes(module), 8 * sum(parameter.nbytes for parameter in numbers) / count if count else 32)
+
+
+def on_weights(module: nn.Module, techniques: Sequence[Technique], plain: PlainWeights | None) -> list[str]:
     """Return a note if the size of the weights is more than 20% off the stack's nominal factor.
 
     Args:
-        plain_bytes: bytes of the weights in fp32, before any technique; ``None``: not known, and then no note is made.
+        plain: the weights before any technique; ``None``: not known, and then no note is made.
     """
+    if plain is None or not plain.bytes:
+        return []
     bits = [stated for technique in techniques if (stated := technique.nominal_bits()) is not None]
     share = 1.0
     for technique in techniques:
@@ -41,9 +64,9 @@ def on_weights(module: nn.Module, techniques: Sequence[Technique], plain_bytes: 
         if left is None:
             return []
         share *= left
-    fewest_bits = min(bits, default=32)
-    nominal = fewest_bits / 32 * share
-    measured = weight_bytes(module) / plain_bytes if plain_bytes else nominal
+    fewest_bits = min([*bits, plain.bits])
+    nominal = fewest_bits / plain.bits * share
+    measured = weight_bytes(module) / plain.bytes
     if abs(measured / nominal - 1) <= _LARGEST_DEVIATION:
         return []
     adapted = any(technique.trains_adapters for technique in techniques)
@@ -55,27 +78,36 @@ def on_states(
     states: Mapping[torch.Tensor, Mapping[str, Any]],
     trained: Iterable[torch.Tensor],
     techniques: Sequence[Technique],
+    built_bits: float = 32,
 ) -> list[str]:
     """Return a note if the size of the optimizer states is more than 20% off the nominal factor of a technique.
 
     Args:
         states: the states by parameter, as in ``torch.optim.Optimizer.state``.
         trained: the parameters that the optimizer updates.
+        built_bits: of a weight as the model is built. A cast is a technique of its own; what is trained in a wider type
+            than the weights, such as adapters, is compared with AdamW on that.
     """
-    stated = [size for technique in techniques if (size := technique.nominal_state_bytes()) is not None]
+    stated = [(size, technique) for technique in techniques if (size := technique.nominal_state_bytes()) is not None]
     parameters = list(trained)
-    adamw_bytes = _ADAMW_BYTES * sum(parameter.numel() for parameter in parameters)
+    adamw_bytes = _MOMENTS * sum(p.numel() * max(p.element_size(), built_bits / 8) for p in parameters)
     if not stated or not adamw_bytes:
         return []
+    size, technique = stated[-1]
     found: dict[tuple[str, int], int] = {}
     causes: dict[str, int] = {}
+    nominal_bytes = 0.0
     for parameter in parameters:
         kept = states.get(parameter, {})
         tensors = {
             name: value for name, value in kept.items() if hasattr(value, "untyped_storage") and value.numel() > 1
         }
+        # What keeps states in the type of what it trains is known for its bytes in fp32, unless it casts by itself.
+        follows = technique.nominal_bits() is None and {value.dtype for value in tensors.values()} == {parameter.dtype}
+        each = size * parameter.element_size() / 4 if follows and not _is_quantized(tensors) else size
+        nominal_bytes += each * parameter.numel()
         if not tensors:
-            _add(causes, _MISSING_STATES, int(stated[-1] * parameter.numel()))
+            _add(causes, _MISSING_STATES, int(size * parameter.numel()))
         for name, tensor in tensors.items():
             for inner, plain in _named_plain(name, tensor):
                 storage = plain.untyped_storage()
@@ -83,22 +115,26 @@ def on_states(
                 if key not in found:
                     found[key] = storage.nbytes()
                     _add(causes, _cause_of_state(name, inner, plain), storage.nbytes())
-    measured, nominal = sum(found.values()) / adamw_bytes, stated[-1] / _ADAMW_BYTES
+    measured, nominal = sum(found.values()) / adamw_bytes, nominal_bytes / adamw_bytes
     if abs(measured / nominal - 1) <= _LARGEST_DEVIATION:
         return []
     causes.pop("", None)
     return [_note("optimizer states", measured, nominal, causes)]
 
 
-def on_cache(cache: Any, plain_bytes: int, techniques: Sequence[Technique]) -> list[str]:
+def _is_quantized(tensors: Mapping[str, torch.Tensor]) -> bool:
+    return any(hasattr(tensor, "__tensor_flatten__") for tensor in tensors.values())
+
+
+def on_cache(cache: Any, numbers: int, techniques: Sequence[Technique], built_bits: float = 32) -> list[str]:
     """Return a note if the size of the key-value cache is more than 20% off the nominal factor of a technique.
 
     Args:
         cache: the object that holds the tensors of the cache.
-        plain_bytes: bytes of the same cache in fp32.
+        numbers: how many numbers the same cache has without techniques, each of ``built_bits``.
     """
     bits = [stated for technique in techniques if (stated := technique.nominal_cache_bits()) is not None]
-    if not bits or not plain_bytes:
+    if not bits or not numbers:
         return []
     found: dict[tuple[str, int], int] = {}
     causes: dict[str, int] = {}
@@ -111,7 +147,7 @@ def on_cache(cache: Any, plain_bytes: int, techniques: Sequence[Technique]) -> l
                     _add(causes, f"of scales and minima in {type_name}", size)
                 elif tensor.is_floating_point():
                     _add(causes, f"of the newest tokens, not quantized yet, in {type_name}", size)
-    measured, nominal = sum(found.values()) / plain_bytes, min(bits) / 32
+    measured, nominal = sum(found.values()) / (numbers * built_bits / 8), min(*bits, built_bits) / built_bits
     if abs(measured / nominal - 1) <= _LARGEST_DEVIATION:
         return []
     return [_note("keys and values", measured, nominal, causes)]
