@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from membench.errors import is_out_of_memory, summary
 from membench.worker.weights import weight_bytes
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
 def save(module: nn.Module, folder: Path) -> tuple[int | None, str]:
     """Write a checkpoint, measure its size and remove it.
 
-    It is written by safetensors if all tensors are plain. If some are tensor subclasses such as torchao's, whose outer
-    storage safetensors cannot read, it is written by ``torch.save`` of the state dict.
+    It is written by safetensors where that can hold it: tensors that are plain and contiguous, none of which is a part
+    of another. All else (tensor subclasses such as torchao's, sparse matrices, expanded tensors, views of a common
+    storage, state that is no tensor) is written by ``torch.save`` of the state dict, which keeps each storage once.
 
     Returns:
         the size in bytes and the library that wrote it, or ``None`` and the reason why it was not written.
@@ -30,13 +34,39 @@ def save(module: nn.Module, folder: Path) -> tuple[int | None, str]:
     if weight_bytes(module) * 1.1 > shutil.disk_usage(folder).free:
         return None, f"not enough room in {folder} for the checkpoint"
     path = folder / "checkpoint"
-    tensors = itertools.chain(module.parameters(), module.buffers())
-    if any(hasattr(tensor.data, "__tensor_flatten__") for tensor in tensors):
+    try:
+        if _fits_safetensors(module):
+            with contextlib.suppress(TypeError, ValueError, AttributeError):  # an entry that is no tensor
+                safetensors.torch.save_model(module, str(path))
+                return path.stat().st_size, "safetensors"
         torch.save(module.state_dict(), path)
-        library = "torch.save"
-    else:
-        safetensors.torch.save_model(module, str(path))
-        library = "safetensors"
-    size_bytes = path.stat().st_size
-    path.unlink()
-    return size_bytes, library
+        return path.stat().st_size, "torch.save"
+    except Exception as error:  # a state dict is the model's own code
+        if is_out_of_memory(error):
+            raise
+        return None, f"the checkpoint cannot be written: {summary(error)}"
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _fits_safetensors(module: nn.Module) -> bool:
+    """Whether safetensors holds each parameter and buffer as it is; tensors that are equal in all are kept once."""
+    import torch
+
+    in_storage: dict[tuple[str, int], set[tuple[object, ...]]] = {}
+    for tensor in _saved_tensors(module):
+        if hasattr(tensor.data, "__tensor_flatten__") or tensor.layout is not torch.strided or tensor.is_complex():
+            return False
+        if not tensor.is_contiguous():
+            return False
+        if tensor.numel() and tensor.device.type != "meta":
+            part = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
+            in_storage.setdefault((str(tensor.device), tensor.untyped_storage().data_ptr()), set()).add(part)
+    return all(len(parts) == 1 for parts in in_storage.values())
+
+
+def _saved_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield the parameters and buffers that a state dict has."""
+    for layer in module.modules():
+        buffers = {name: held for name, held in layer._buffers.items() if name not in layer._non_persistent_buffers_set}
+        yield from (tensor for tensor in (*layer._parameters.values(), *buffers.values()) if tensor is not None)
