@@ -459,7 +459,9 @@ def test_several_runs_of_a_suite_are_drawn_over_time_with_their_commits(opened: 
     assert "Live peak over 2 runs. The last against the first: none 20% more, a 20% more." in shown
     page.locator("#history summary").first.click()
     head = page.locator("#history thead").first.inner_text()
-    assert head.index("2026-11-23 10:00 UTC (c0ffee23)") < head.index("2026-11-24 10:00 UTC (c0ffee24)")
+    assert head.index("2026-11-23 10:00 UTC (membench c0ffee23)") < head.index(
+        "2026-11-24 10:00 UTC (membench c0ffee24)"
+    )
 
 
 def test_a_long_timeline_is_thinned_out_and_keeps_every_peak() -> None:

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 from membench.comparing.git import Repository, WorkTree
 from membench.comparing.version_messages import (
-    CodeVersion,
     MeasureCase,
     Ready,
     Refused,
@@ -27,6 +26,7 @@ from membench.comparing.version_messages import (
     encode,
 )
 from membench.errors import MembenchError
+from membench.host.code_version import code_version
 from membench.records.run_file import Run, read_run
 from membench.running.session import silent
 from membench.suite.suite import Suite
@@ -99,7 +99,7 @@ class Interleaved:
                 output=str(self._output.absolute()),
                 root=str(self._repository.root),
                 repeats=self._suite.settings.repeats,
-                code=CodeVersion(self._repository.commit("HEAD"), "HEAD", self.is_changed),
+                code=dataclasses.replace(code_version(self._repository.root), is_changed=self.is_changed),
                 devices=self._devices,
                 ids=self._ids,
             )
@@ -108,7 +108,9 @@ class Interleaved:
                 suite=f"{theirs}{chosen}",
                 output=str(self._output.absolute() / "base"),
                 root=str(tree.path),
-                code=CodeVersion(self.commit, self.ref, is_changed=False),
+                code=dataclasses.replace(
+                    code_version(tree.path), commit=self.commit, ref=self.ref, is_changed=False, reason=None
+                ),
                 not_from=str(self._repository.root),
             )
             paths = _import_paths(self._repository.root)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
 from pathlib import Path
 from types import TracebackType
 
 from membench.errors import MembenchError
+from membench.host.git import GitFailed, GitMissing, git
 from membench.host.scratch import Scratch, is_scratch
 
 _TIMEOUT_S = 300
@@ -76,20 +75,12 @@ class Repository:
         Raises:
             GitError: if it fails, with the first line of its message.
         """
-        # GIT_DIR, which is set in hooks, would select another repository.
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-        command = ["git", "-C", str(self._folder), "-c", "core.hooksPath=/dev/null", *arguments]
         try:
-            done = subprocess.run(command, env={**clean, "LC_ALL": "C"}, capture_output=True, timeout=_TIMEOUT_S,
-                                  stdin=subprocess.DEVNULL, check=False)  # fmt: skip
-        except FileNotFoundError:
-            raise GitError("git is not installed: there is no other commit to compare with") from None
-        except subprocess.TimeoutExpired:
-            raise GitError(f"git {arguments[0]} did not end within {_TIMEOUT_S} s") from None
-        if done.returncode:
-            message = os.fsdecode(done.stderr).strip().partition("\n")[0].removeprefix("fatal: ")
-            raise GitError(f"git {arguments[0]}: {message or f'exit code {done.returncode}'}")
-        return os.fsdecode(done.stdout).rstrip("\n")
+            return git(self._folder, *arguments, timeout_s=_TIMEOUT_S)
+        except GitMissing as error:
+            raise GitError(f"{error}: there is no other commit to compare with") from None
+        except GitFailed as error:
+            raise GitError(str(error)) from None
 
 
 class WorkTree:

@@ -11,21 +11,13 @@ from typing import Any, ClassVar, TypeAlias
 from pydantic import TypeAdapter, ValidationError
 
 from membench.errors import MembenchError, one_line
+from membench.host.code_version import CodeVersion
 
 _LONGEST_QUOTE = 80
 
 
 class BrokenVersionMessage(MembenchError):
     """A line on the pipe of a version's process is not one of its messages."""
-
-
-@dataclass(frozen=True)
-class CodeVersion:
-    """The commit that is measured, for the header of its run."""
-
-    commit: str
-    ref: str
-    is_changed: bool
 
 
 @dataclass(frozen=True)

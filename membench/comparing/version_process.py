@@ -7,7 +7,6 @@ JSON, one object per line.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import inspect
 import os
@@ -93,7 +92,7 @@ def _serve(
         Path(setup.output),
         tell=report_except_records,
         executor=executor,
-        code=dataclasses.asdict(setup.code),
+        code=setup.code,
         checkouts=checkouts,
     ) as session:
         send(Ready(str(session.path.resolve()), list(cases)))

@@ -1,11 +1,10 @@
-"""The environment that figures depend on: machine, versions, commit, threads; and how much memory is available."""
+"""The environment that figures depend on: machine, versions, threads; and the memory that is available."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
-import subprocess
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import psutil
 
 from membench.host import nvml
+from membench.host.git import GitFailed, git
 
 _PACKAGES = (
     "membench",
@@ -44,6 +44,7 @@ _INSTRUCTIONS = (
     "fma", "f16c", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8",
     "asimddp", "asimdhp", "bf16", "i8mm", "sve", "sve2",
 )  # fmt: skip
+_GIT_TIMEOUT_S = 5.0
 _SAME_MEMORY = 0.01  # the kernel keeps a little more or less for itself at each start
 
 
@@ -121,27 +122,19 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Return the commit of this package's checkout; ``None`` if it is installed elsewhere."""
+    """Return the commit of membench's own checkout; ``None`` if it is installed elsewhere."""
     root = _PACKAGE.parent
     try:
         if tomllib.loads((root / "pyproject.toml").read_text())["project"]["name"] != "membench":
             return None
     except (OSError, ValueError, KeyError):
         return None
-    # A hook's or a script's GIT_DIR would lead to another repository.
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), "--no-optional-locks", *arguments],
-            env=clean, capture_output=True, text=True, timeout=5, check=True,
-        ).stdout.strip()  # fmt: skip
-
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
+        if Path(git(root, "rev-parse", "--show-toplevel", timeout_s=_GIT_TIMEOUT_S)).resolve() != root.resolve():
             return None
-        return git("describe", "--always", "--dirty") or None
-    except (OSError, subprocess.SubprocessError):
+        described = git(root, "--no-optional-locks", "describe", "--always", "--dirty", timeout_s=_GIT_TIMEOUT_S)
+        return described or None
+    except GitFailed:
         return None
 
 

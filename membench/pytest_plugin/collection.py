@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from membench.pytest_plugin import entries
 from membench.pytest_plugin.sharing import FUNCTIONS, Sharing
 
 if TYPE_CHECKING:
+    from membench.host.code_version import CodeVersion
     from membench.protocol.case import Case
     from membench.records.record import Record
     from membench.running.executors.executor import Executor
@@ -140,9 +142,15 @@ class SuiteFile(pytest.File):
         """The header of the run file for the suite's records."""
         from membench.running.session import header_of
 
-        header = header_of(self.suite, Sharing.of(self.config).started)
+        header = header_of(self.suite, Sharing.of(self.config).started, self._code)
         number = self._file_number()
         return header if number == 1 else {**header, "run": f"{header['run']}-{number}"}
+
+    @functools.cached_property
+    def _code(self) -> CodeVersion:
+        from membench.host.code_version import code_version
+
+        return code_version(self.suite.code_folder)
 
     def _file_number(self) -> int:
         """Return the number of this suite's file among those of the same name; equal in all workers of xdist."""

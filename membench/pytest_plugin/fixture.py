@@ -17,6 +17,7 @@ import pytest
 
 from membench.errors import MembenchError, did_you_mean, summary
 from membench.host import environment
+from membench.host.code_version import CodeVersion, code_version
 from membench.host.device import Device
 from membench.protocol import pickling
 from membench.pytest_plugin import entries, executing, marker, outcome
@@ -200,7 +201,10 @@ class MembenchFixture:
 
     def _keep(self, record: Record) -> None:
         # Without devices: other tests of the same file may use other devices.
-        header = run_header(FUNCTIONS, "", [], Sharing.of(self._item.config).started)
+        config = self._item.config
+        if (code := config.stash.get(_CODE, None)) is None:
+            code = config.stash[_CODE] = code_version(config.rootpath)
+        header = run_header(FUNCTIONS, "", [], Sharing.of(config).started, code)
         entries.add(self._item, header, as_json(record))
 
     def _report(self, records: Sequence[Record]) -> None:
@@ -208,6 +212,9 @@ class MembenchFixture:
         outcome.add_figures(self._item, records, "" if self._count == 1 else f"{self._count}.")
         if self._timing is not None:
             self._timing.add(durations_s(records), outcome.figures(records))
+
+
+_CODE = pytest.StashKey[CodeVersion]()
 
 
 class _FunctionExecutor:

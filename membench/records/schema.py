@@ -60,9 +60,13 @@ class _Machine(_Table):
 
 
 class _Code(_Table):
-    commit: str
-    ref: str
-    is_changed: bool
+    """The commit of the code under test; earlier runs have one only if two commits were measured in turn."""
+
+    commit: str | None = None
+    ref: str | None = None
+    is_changed: bool | None = None
+    committed_at: str | None = None
+    reason: str | None = None
 
 
 class _Header(_Table):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from membench.host.environment import differences
 from membench.records.comparison import Comparison, Group
@@ -11,14 +11,14 @@ from membench.records.metrics import METRIC_OF_FIELD
 from membench.records.run_file import Run
 from membench.report.cells import signed
 from membench.report.drawing import Lines, Series, listed
-from membench.report.summary import started
+from membench.report.summary import code_of, started
 from membench.units import format_percent
 
 _FOLLOWED = ("peak_live_bytes", "peak_footprint_bytes", "step_median_s", "bits_per_byte", "accuracy_percent")
 
 
 def history(runs: Sequence[Run]) -> dict[tuple[str, Group], tuple[Lines, ...]]:
-    """By suite and group, of those in more than one run: metrics from the earliest run to the latest."""
+    """By suite and group, of those in more than one run: metrics from the earliest commit or run to the latest."""
     told: dict[tuple[str, Group], tuple[Lines, ...]] = {}
     for suite in dict.fromkeys(str(run.header.get("suite")) for run in runs):
         same = [run for run in runs if str(run.header.get("suite")) == suite]
@@ -27,7 +27,7 @@ def history(runs: Sequence[Run]) -> dict[tuple[str, Group], tuple[Lines, ...]]:
 
 
 def _of_suite(runs: Sequence[Run]) -> dict[Group, tuple[Lines, ...]]:
-    ordered = sorted(runs, key=lambda run: str(run.header.get("started_at", "")))
+    ordered = sorted(runs, key=_time_of(runs))
     compared = [Comparison(run.records) for run in ordered]
     told = {}
     for group in dict.fromkeys(group for found in compared for group in found.groups):
@@ -41,6 +41,7 @@ def _of_suite(runs: Sequence[Run]) -> dict[Group, tuple[Lines, ...]]:
 
 def _lines(runs: Sequence[tuple[Run, Comparison]], group: Group, metric: Metric) -> Lines:
     labels = _labels([run for run, _ in runs])
+    order = ", in the order of their commits" if _are_of_commits([run for run, _ in runs]) else ""
     techniques = dict.fromkeys(technique for _, found in runs for technique in found.techniques(group))
     values = {name: [found.value(group, name, metric.field) for _, found in runs] for name in techniques}
     unit, step = metric.unit.axis(max((v for column in values.values() for v in column if v is not None), default=0.0))
@@ -54,7 +55,7 @@ def _lines(runs: Sequence[tuple[Run, Comparison]], group: Group, metric: Metric)
         first, last = column[0], column[-1]
         if first and last is not None and abs(last / first - 1) > metric.same_within:
             changes.append(f"{name} {format_percent(abs(last / first - 1) * 100)} {'more' if last > first else 'less'}")
-    caption = f"{metric.title.capitalize()} over {len(runs)} runs. The last against the first: "
+    caption = f"{metric.title.capitalize()} over {len(runs)} runs{order}. The last against the first: "
     caption += f"{listed(changes)}." if changes else f"no change beyond {metric.same_within:.1%}."
     unlike = _unlike([run for run, _ in runs])
     for number, respects in unlike.items():
@@ -63,6 +64,22 @@ def _lines(runs: Sequence[tuple[Run, Comparison]], group: Group, metric: Metric)
         caption += " The suite's text has changed meanwhile."
     rows = ((one.name, *one.told) for one in series)
     return Lines(metric.title, caption, unit, labels, tuple(unlike), series, (("technique", *labels), *rows))
+
+
+def _are_of_commits(runs: Sequence[Run]) -> bool:
+    """Whether all runs know when their code was committed, and not all are of one commit."""
+    times = {(run.header.get("code") or {}).get("committed_at") for run in runs}
+    return None not in times and len(times) > 1
+
+
+def _time_of(runs: Sequence[Run]) -> Callable[[Run], tuple[str, str]]:
+    """Return the key by which runs are ordered: commits may be measured in any order, and older runs know none."""
+    by_commit = _are_of_commits(runs)
+
+    def key(run: Run) -> tuple[str, str]:
+        return str(run.header["code"]["committed_at"]) if by_commit else "", str(run.header.get("started_at", ""))
+
+    return key
 
 
 def _unlike(runs: Sequence[Run]) -> dict[int, list[str]]:
@@ -86,5 +103,10 @@ def _labels(runs: Sequence[Run]) -> tuple[str, ...]:
 
 
 def _commit(run: Run) -> str:
+    if (code := code_of(run)) is not None:
+        return f"({code})"
+    if "code" in run.header:
+        return "(no commit)"
+    # Earlier runs know that of membench alone.
     commit = (run.header.get("machine") or {}).get("commit")
-    return f"({commit})" if commit else "(commit not known)"
+    return f"(membench {commit})" if commit else "(commit not known)"

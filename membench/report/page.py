@@ -116,8 +116,15 @@ def _told(run: Run) -> dict[str, Any]:
         "suite": run.header.get("suite"),
         "suite_lines": str(run.header.get("suite_text", "")).splitlines(),
         "suite_sha256": run.header.get("suite_sha256"),
-        "machine": list(_described(machine)),
+        "machine": list(_described({**machine, **_commits(run)})),
     }
+
+
+def _commits(run: Run) -> dict[str, Any]:
+    """The commits of a run by what they are of; of the code under test, why it is not known if it is not."""
+    code, machine = run.header.get("code") or {}, run.header.get("machine") or {}
+    told = summary.code_of(run) or code.get("reason")
+    return {"code under test": told, "commit": None, "membench's commit": machine.get("commit")}
 
 
 def _described(machine: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:

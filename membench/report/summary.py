@@ -16,6 +16,8 @@ from membench.report.cells import bound_of_ratio, is_coarse, signed
 from membench.report.savings import Ratio, ratios_of
 from membench.units import format_bytes, format_divergence, format_percent
 
+_COMMIT_LENGTH = 12
+
 _NEAR = 0.1
 """Below this a change is told in percent: '6% less' says more than '1.1 times less'."""
 
@@ -53,11 +55,19 @@ def overview(run: Run) -> str:
         _counted(machine["cores"], "core") if machine.get("cores") else None,
         f"{format_bytes(machine['memory_bytes'])} of memory" if machine.get("memory_bytes") else None,
         *(gpu.get("name") for gpu in machine.get("gpus") or () if isinstance(gpu, dict)),
+        f"code at commit {code}" if (code := code_of(run)) else None,
         f"membench at commit {machine['commit']}" if machine.get("commit") else None,
     ]
     place, began = ", ".join(str(part) for part in where if part), started(run)
     measured = f" Measured{f' {began}' if began else ''}{f' on {place}' if place else ''}." if began or place else ""
     return f"Suite {run.header.get('suite')}: {how}.{measured}"
+
+
+def code_of(run: Run) -> str | None:
+    """Name the commit of the code under test, with '-dirty' as git does if files differ; ``None`` if it is unknown."""
+    code = run.header.get("code") or {}
+    commit = code.get("commit")
+    return f"{commit[:_COMMIT_LENGTH]}{'-dirty' if code.get('is_changed') else ''}" if commit else None
 
 
 def started(run: Run) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 from membench.errors import ResultsError
 from membench.host import environment
+from membench.host.code_version import CodeVersion, code_version
 from membench.plugins import local_files
 from membench.protocol.case import Case, PluginFile
 from membench.protocol.requests import Checkouts
@@ -90,14 +92,14 @@ class Session:
         resume: bool | Path = False,
         tell: Tell = silent,
         executor: Opener = LocalExecutor,
-        code: Mapping[str, Any] | None = None,
+        code: CodeVersion | None = None,
         checkouts: Checkouts | None = None,
     ) -> None:
         """Open the run's file and its executor; see ``run`` for the other arguments.
 
         Args:
             cases: all cases that may be measured.
-            code: the commit of the code under test, for the header of a new run.
+            code: the commit of the code under test, for the header of a new run; ``None``: that of the suite's file.
             checkouts: the checkout to measure, and the one whose code must not be imported.
 
         Raises:
@@ -105,7 +107,8 @@ class Session:
         """
         self._suite, self._tell, self._checkouts = suite, tell, checkouts
         resumed = _run_to_resume(suite, output, resume)
-        header = header_of(suite, datetime.now(UTC))
+        code = code or code_version(suite.code_folder)
+        header = header_of(suite, datetime.now(UTC), code)
         self.path = resumed or run_path(output, header)
         jobs = [self._job(case, 0) for case in cases]
         described = [self._job(case, 0) for case in suite.cases]
@@ -113,12 +116,10 @@ class Session:
         try:
             machine = self._executor.machine
             if resumed:
-                _check_resumable(resumed, suite, machine)
+                _check_resumable(resumed, suite, machine, code if resume is True else None)
                 self._file = RunFile.reopen(resumed)
             else:
-                self._file = RunFile.create(
-                    self.path, {**header, "machine": machine, **({"code": code} if code else {})}
-                )  # fmt: skip
+                self._file = RunFile.create(self.path, {**header, "machine": machine})
         except BaseException:
             self._executor.__exit__(None, None, None)
             raise
@@ -203,7 +204,7 @@ def resumable(suite: Suite, output: str | Path, since: str = "") -> Path | None:
     """
     found = find_run(Path(output), suite.name, since)
     if found is not None:
-        _check_resumable(found, suite, machine_of(suite))
+        _check_resumable(found, suite, machine_of(suite), code_version(suite.code_folder))
     return found
 
 
@@ -221,9 +222,9 @@ def _run_to_resume(suite: Suite, folder: Path, resume: bool | Path) -> Path | No
     return path
 
 
-def header_of(suite: Suite, started: datetime) -> dict[str, Any]:
+def header_of(suite: Suite, started: datetime, code: CodeVersion) -> dict[str, Any]:
     """Return the header of a run of a suite, without the machine."""
-    header = run_header(suite.name, suite.text, _devices(suite), started, suite.plugin_files, suite.own_metrics)
+    header = run_header(suite.name, suite.text, _devices(suite), started, code, suite.plugin_files, suite.own_metrics)
     if suite.tables is None:
         return header
     return {**header, "suite_sha256": _fingerprint(suite), "suite_tables": suite.tables}
@@ -234,6 +235,7 @@ def run_header(
     text: str,
     devices: Sequence[str],
     started: datetime,
+    code: CodeVersion,
     files: Sequence[PluginFile] = (),
     metrics: Sequence[Metric] = (),
 ) -> dict[str, Any]:
@@ -242,6 +244,7 @@ def run_header(
     Args:
         name: the name of the suite.
         text: the text of the suite.
+        code: the commit of the code under test.
         files: the suite's local plug-ins; their fingerprints are stored.
         metrics: the metrics of plug-ins.
     """
@@ -254,6 +257,7 @@ def run_header(
         "suite_text": text,
         "devices": list(devices),
         "started_at": started.isoformat(timespec="microseconds"),
+        "code": dataclasses.asdict(code),
         **own,
     }
 
@@ -268,11 +272,14 @@ def references(path: Path) -> Path:
     return path.with_suffix(".references")
 
 
-def _check_resumable(path: Path, suite: Suite, machine: Mapping[str, Any]) -> None:
+def _check_resumable(path: Path, suite: Suite, machine: Mapping[str, Any], code: CodeVersion | None = None) -> None:
     """Check that new records of a suite on a machine may be added to a run.
 
+    Args:
+        code: the commit of the code under test; ``None`` if it is known to be that of the run.
+
     Raises:
-        ResultsError: if the suite, its plug-ins, its devices or the machine differ.
+        ResultsError: if the suite, its plug-ins, its devices, the commit or the machine differ.
     """
     header = read_run(path).header
     if header.get("suite") != suite.name or header.get("suite_sha256") != _fingerprint(suite):
@@ -287,6 +294,12 @@ def _check_resumable(path: Path, suite: Suite, machine: Mapping[str, Any]) -> No
         raise ResultsError(
             f"{path}: is a run on {' and '.join(devices)}, not on {' and '.join(_devices(suite))};"
             " give the same --device, or run it afresh"
+        )
+    began_at = (header.get("code") or {}).get("commit")
+    if code and code.commit and began_at and code.commit != began_at:
+        raise ResultsError(
+            f"{path}: began at commit {began_at[:12]}, and {code.commit[:12]} is checked out; check out the first, or"
+            " run it afresh"
         )
     unlike = environment.differences(header.get("machine", {}), machine)
     if unlike:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import copy
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +134,14 @@ class Suite:
     def runs_program(self) -> bool:
         """Whether the suite measures a user's program, which may write to the terminal."""
         return any(case.command for case in self.cases)
+
+    @property
+    def code_folder(self) -> Path:
+        """Return the folder of the code under test: of the suite's file, else of its program, else the current one."""
+        program = next((case.command[:2] for case in self.cases if case.command), ())
+        files = [Path(word) for word in program if word != sys.executable and Path(word).is_file()]
+        file = self.path or next(iter(files), None)
+        return file.resolve().parent if file else Path.cwd()
 
     def with_repeats(self, repeats: int) -> Suite:
         """Return the same suite with another number of repeats of each case."""
