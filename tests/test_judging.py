@@ -369,6 +369,19 @@ def test_steps_that_waited_for_a_core_are_no_slower(waited_s: float, verdict: st
     assert _change(judgement, "time").reason == reason
 
 
+def test_times_of_versions_that_set_the_wait_policy_are_not_judged_and_memory_is() -> None:
+    earlier, now = ({"OMP_WAIT_POLICY": policy} for policy in ("PASSIVE", None))
+    base = _case(times=_steps(1.0, 3), peak_live_bytes=100 * MIB)
+    new = _case(times=_steps(0.5, 3, seed=1), peak_live_bytes=100 * MIB)
+    judgement = judge(_measured(base, variables=earlier), _measured(new, variables=now), Tolerances())
+    assert (_change(judgement, "time").verdict, _change(judgement, "time").reason) == (
+        "not judged",
+        "the machines differ in variables.OMP_WAIT_POLICY: PASSIVE, now None (earlier versions of membench set it,"
+        " and measured longer times)",
+    )
+    assert _verdict(judgement, "peak_live") == "same"
+
+
 def test_a_rate_that_falls_is_a_time_that_grows() -> None:
     def rated(pace_s: float) -> MeasuredCase:
         rates = [[10 / each for each in repeat] for repeat in _steps(pace_s, 3)]

@@ -130,6 +130,7 @@ use = "forward"
 sequence_length = 64
 [settings]
 measured_steps = {steps}
+calm_within_s = 0
 """
 _TIMED_FOR_S = 10
 

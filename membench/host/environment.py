@@ -26,11 +26,12 @@ _PACKAGES = (
     "peft",
     "accelerate",
 )
+WAIT_POLICY_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""The variables by which a user chooses how OpenMP's threads wait for each other."""
+
 _VARIABLES = (
     "OMP_NUM_THREADS",
-    "OMP_WAIT_POLICY",
-    "GOMP_SPINCOUNT",
-    "KMP_BLOCKTIME",
+    *WAIT_POLICY_VARIABLES,
     "LD_PRELOAD",
     "CUDA_VISIBLE_DEVICES",
     "PYTORCH_CUDA_ALLOC_CONF",
@@ -97,7 +98,7 @@ def available_bytes() -> int:
 
 
 def worker_environment(threads: int | None) -> dict[str, str]:
-    """Return the environment of a worker. Passive waiting keeps OpenMP from spinning against other work.
+    """Return the environment of a worker, in which threads wait for each other as the user's own would.
 
     Args:
         threads: ``None`` for a script, which gets the user's own environment.
@@ -106,12 +107,21 @@ def worker_environment(threads: int | None) -> dict[str, str]:
     if threads is None:
         return environment
     environment["OMP_NUM_THREADS"] = str(threads)
-    environment["OPENBLAS_NUM_THREADS"] = "1"  # else importing numpy starts threads before the fork
+    # Else importing numpy starts threads before the fork; the worker sets what ``numpy_threads`` says.
+    environment["OPENBLAS_NUM_THREADS"] = "1"
     environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for CUDA must not touch it before the fork
     environment["PYTHONHASHSEED"] = "0"
-    if "GOMP_SPINCOUNT" not in environment:
-        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return environment
+
+
+def numpy_threads(threads: int | None) -> int | None:
+    """Return the number of threads of numpy's products in a user's process: what its environment says, or all.
+
+    Args:
+        threads: the number of threads of a worker.
+    """
+    own = os.environ.get("OPENBLAS_NUM_THREADS", "")
+    return int(own) if own.isdecimal() and int(own) else threads
 
 
 def _version(package: str) -> str | None:

@@ -111,6 +111,7 @@ class Result(Reading):
     Attributes:
         pinned: whether the C library's allocator was pinned, which makes resident memory equal to live memory.
         is_trained: whether the model is trained, which makes its held-out loss meaningful.
+        durations_s, waited_s, passive, wait_policy: of the timed steps; see ``ProcessReading``.
         tokens_per_step: tokens per step without padding; ``None`` if steps have no tokens.
         epoch_bytes: packed bytes that a step reads, if a step reads an epoch.
         decoded_tokens: tokens that a step generates in its part ``decode``.
@@ -125,6 +126,8 @@ class Result(Reading):
     is_trained: StrictBool = False
     durations_s: Sequence[Seconds] = ()
     waited_s: Sequence[Seconds] | None = None
+    passive: Sequence[StrictBool] | None = None
+    wait_policy: str | None = None
     losses_nats: Sequence[Number | None] | None = None
     tokens_per_step: Number | None = None
     epoch_bytes: Size | None = None

@@ -113,6 +113,7 @@ class PhaseReading(MemoryReading):
     Attributes:
         allocator: ``pinned`` (freed memory is returned at once) or ``default`` (as in a user's process).
         steps: the number of steps in the phase, warm-up steps included.
+        waited_s: for how long its threads, all together, waited for cores used by other processes.
         inside: the enclosing phase, if phases are nested.
         passes: how often a script entered the phase.
         bound: the kind of bound that ``peak_footprint_bytes`` is, if it is not exact.
@@ -128,6 +129,7 @@ class PhaseReading(MemoryReading):
     allocator: str
     duration_s: Duration = 0.0
     steps: Count | None = None
+    waited_s: Duration | None = None
     parts: Mapping[str, PartReading] = field(default_factory=dict)
     file_start_bytes: SignedSize | None = None
     inside: str | None = None
@@ -194,6 +196,9 @@ class ProcessReading(Reading):
         role: ``worker``, or ``script`` for a user's program.
         durations_s: the duration of each timed step.
         waited_s: per timed step, the time that all its threads together waited for cores used by other processes.
+        passive: per timed step, whether threads waited for each other passively because other processes used the cores;
+            they do not in a user's process.
+        wait_policy: how threads waited for each other in the timed steps, and why, as text.
         corpus: a digest of the training text.
         losses_nats: the loss of each training step; ``None`` if it is not finite.
         modules_bytes: the sizes of the weights by group of modules, largest first.
@@ -211,6 +216,8 @@ class ProcessReading(Reading):
     phases: Sequence[PhaseReading]
     durations_s: Sequence[Seconds] | None = None
     waited_s: Sequence[Duration] | None = None
+    passive: Sequence[Annotated[bool, Field(strict=True)]] | None = None
+    wait_policy: str | None = None
     corpus: str | None = None
     losses_nats: Sequence[Number | None] | None = None
     modules_bytes: Sequence[ModulesReading] | None = None

@@ -20,6 +20,7 @@ class Rank:
     Attributes:
         device: the device of the rank, as torch names it.
         threads: the number of compute threads.
+        blas_threads: the number of threads of numpy's products.
         number: the rank, from 0.
         of: the number of ranks of the job (world size).
     """
@@ -28,14 +29,20 @@ class Rank:
     threads: int
     number: int = 0
     of: int = 1
+    blas_threads: int | None = None
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The number of warm-up steps and the number of timed steps."""
+    """The number of warm-up steps and the number of timed steps.
+
+    Attributes:
+        calm_within_s: how long to wait in all for other processes to leave the cores, and to repeat disturbed steps.
+    """
 
     warmup: int
     measured: int
+    calm_within_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,10 @@ class Difference:
 
     def __str__(self) -> str:
         """``cores: 2, now 4``."""
-        return f"{self.respect}: {self.base}, now {self.new}"
+        told = f"{self.respect}: {self.base}, now {self.new}"
+        if self.respect == "variables.OMP_WAIT_POLICY" and (self.base, self.new) == ("PASSIVE", None):
+            told += " (earlier versions of membench set it, and measured longer times)"
+        return told
 
     def bars(self, on_gpu: bool) -> frozenset[Dependence]:
         """The kinds of figures, by what they depend on, that cannot be compared because of it.

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from membench.protocol.messages import BrokenMessage, Result
 from membench.protocol.readings import Baseline, MemoryReading, PhaseReading, ProcessReading
+from membench.records.disturbance import counted_steps
 from membench.records.record import Status
 from membench.running.derived_metrics import DerivedMetrics, resolution_bytes
 
@@ -221,7 +222,11 @@ def times(found: DerivedMetrics, result: Result, time: PhaseReading, *, on_gpu: 
         is_complete: whether the worker reported all; if it failed at its end, a number of tokens may be missing.
     """
     source = "monotonic clock, " + ("after a synchronize" if on_gpu else "under the default allocator")
-    durations = result.durations_s
+    if result.wait_policy:
+        source += f"; {result.wait_policy}"
+    steps = len(result.durations_s)
+    counted = counted_steps(result.durations_s, result.waited_s, result.passive)
+    durations = [result.durations_s[number] for number in counted]
     median = statistics.median(durations)
     found.add("step_median_s", median, source)
     if result.tokens_per_step is not None:
@@ -229,14 +234,17 @@ def times(found: DerivedMetrics, result: Result, time: PhaseReading, *, on_gpu: 
     if result.epoch_bytes:
         found.add("read_mb_per_s", result.epoch_bytes / 1e6 / median, source)
     if len(durations) < 2:
+        reason = "one step has no spread: settings.measured_steps is 1"
+        if steps > 1:
+            reason = "one step has no spread: other processes disturbed the others"
         for name in ("step_p95_s", "step_spread_percent"):
-            found.add_unknown(name, "one step has no spread: settings.measured_steps is 1")
+            found.add_unknown(name, reason)
     else:
         found.add("step_p95_s", statistics.quantiles(durations, n=20, method="inclusive")[-1], source)
         low, _, high = statistics.quantiles(durations, n=4, method="inclusive")
         found.add("step_spread_percent", (high - low) / median * 100, source)
     parts = {
-        name: statistics.median(_by_step(part.durations_s, len(durations)))
+        name: statistics.median(_of_steps(_by_step(part.durations_s, steps), counted))
         for name, part in time.parts.items()
         if part.durations_s
     }
@@ -249,6 +257,11 @@ def times(found: DerivedMetrics, result: Result, time: PhaseReading, *, on_gpu: 
     for part in ("forward", "backward", "optimizer"):
         if part in parts:
             found.add(f"{part}_s", parts[part], source)
+
+
+def _of_steps(by_step: Sequence[float], counted: Sequence[int]) -> Sequence[float]:
+    """Return the durations of a part in the counted steps; all of them if the part did not run in each step."""
+    return [by_step[number] for number in counted] if counted and counted[-1] < len(by_step) else by_step
 
 
 def _by_step(durations_s: Sequence[float], steps: int) -> list[float]:

@@ -172,6 +172,8 @@ class Rank:
             phases=tuple(self.phases),
             durations_s=result.durations_s if known else None,
             waited_s=result.waited_s,
+            passive=result.passive,
+            wait_policy=result.wait_policy,
             corpus=result.corpus,
             losses_nats=result.losses_nats,
             modules_bytes=result.modules_bytes,

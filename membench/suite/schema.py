@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from membench.errors import SuiteError
 from membench.records.names import checked_device, checked_name, checked_plugin, checked_stack
+from membench.records.validation import shown
 
 _WEEK_S = 7 * 24 * 3600
 _LARGEST_SEED = 2**63 - 1  # the largest integer of TOML; torch accepts twice as much, and techniques add to the seed
+
+_CALM_VARIABLE, _CALM_S, _LONGEST_CALM_S = "MEMBENCH_CALM_WITHIN_S", 5.0, 3600
 
 
 class _Table(BaseModel):
@@ -89,11 +94,31 @@ class Addition(_Table):
     device: Annotated[Devices, _OneOrMore] | None = None
 
 
+def _calm_within_s() -> float:
+    """Return the setting where a suite does not give it: for jobs that share a machine on purpose, one says it once.
+
+    Raises:
+        SuiteError: if the environment variable holds no such number of seconds.
+    """
+    given = os.environ.get(_CALM_VARIABLE, "")
+    if not given:
+        return _CALM_S
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= _LONGEST_CALM_S:
+        raise SuiteError(f"{_CALM_VARIABLE} = {shown(given)}: write seconds from 0 to {_LONGEST_CALM_S}")
+    return seconds
+
+
 class Settings(_Table):
     """Settings for running cases.
 
     Attributes:
         threads: the number of threads; ``None``: the number of cores that this process may use.
+        calm_within_s: how long a case may wait for other processes to leave the cores before its timed steps, and take
+            steps again that they disturbed; in all.
     """
 
     repeats: int = Field(1, ge=1, le=1000)
@@ -101,6 +126,7 @@ class Settings(_Table):
     measured_steps: int = Field(5, ge=1, le=1_000_000)
     seed: int = Field(0, ge=0, le=_LARGEST_SEED)
     threads: int | None = Field(None, ge=1, le=1024)
+    calm_within_s: float = Field(default_factory=_calm_within_s, ge=0, le=_LONGEST_CALM_S)
     timeout_s: float = Field(600, gt=0, le=_WEEK_S)
     sampling_interval_s: float = Field(0.02, ge=0.001, le=10)
     isolation: Literal["fork", "spawn"] = "fork"
@@ -117,7 +143,7 @@ class Contents(_Table):
     technique: dict[str, dict[str, Any]] = {}
     workload: dict[str, dict[str, Any]] = {}
     metric: dict[str, dict[str, Any]] = {}
-    settings: Settings = Settings.model_validate({})
+    settings: Settings = Field(default_factory=lambda: Settings.model_validate({}))
     limits: dict[str, Any] = {}
     regression: dict[str, Any] = {}
     gate: dict[str, Any] = {}

@@ -22,7 +22,10 @@ from membench.protocol.requests import MeasureCase, Rank
 from membench.units import LARGEST_VALUE
 from membench.worker import allocator, breakdown, checkpoint, device, notes, plugin_values, quality
 from membench.worker.assembly import Assembly
-from membench.worker.meter import STEPS_FOR_MEMORY, Meter, Timing
+from membench.worker.meter import STEPS_FOR_MEMORY, Meter
+from membench.worker.numpy_threads import set_numpy_threads
+from membench.worker.timed_steps import TimedSteps
+from membench.worker.waiting import Waiting
 from membench.worker.weights import bytes_by_module, weight_bytes
 
 if TYPE_CHECKING:
@@ -83,6 +86,8 @@ class _Work:
         self.invalid: list[str] = []  # of each field once
         self.diverged: Diverged | None = None
         self._request, self._rank, self._scratch, self._meter = request, rank, scratch, meter
+        self._waiting = Waiting(rank.threads)
+        self._timed = TimedSteps(meter, self._waiting, rank.threads, request.steps.calm_within_s)
         self._remarks: list[str] = []
         self._notes: list[str] = []
         self._result = Result(pinned=False, is_trained=bool(self.case.model.quality))
@@ -120,9 +125,12 @@ class _Work:
         case.prepare()
         self._update_result(pinned=allocator.pin())
         torch.set_num_threads(self._rank.threads)
+        set_numpy_threads(self._rank.blas_threads)
         case.refuse_what_cannot_fit()
+        self._waiting.be_passive()
         if (failed := case.rehearse()) is not None:
             self._notes.append(f"what libraries set up once is in the figures: rehearsing ended in {failed}")
+        self._waiting.be_passive()  # in the libraries, too, that were loaded meanwhile
         if self._meter.on_gpu:
             device.announce_gpu(self._meter, where)
         converted = any(technique.applies_rest for technique in case.techniques)
@@ -241,25 +249,28 @@ class _Work:
         return 32 if self._plain is None else self._plain.bits
 
     def run_for_time(self, step: plugins.Step) -> None:
-        """Run the phase ``time`` under the default allocator."""
-        meter, steps, timing = self._meter, self._request.steps, Timing()
+        """Run the phase ``time`` under the default allocator, with threads that wait as in a user's process."""
+        meter, steps, timed_steps = self._meter, self._request.steps, self._timed
+        # The losses of a training, and what its model learns, depend on the number of steps.
+        can_repeat = not self.case.workload.trains and self.case.workload.steps_in_all() is None
         allocator.unpin()
+        timed_steps.settle()
         data = self.case.context.data
         codec_speeds = [] if data is None or self._bytes_of_an_epoch() is None else data.codec_speeds()
         with meter.phase("time", "default") as timed:
-            timed.steps = steps.warmup + steps.measured
             for _ in range(steps.warmup):
                 self._add_loss(step())
             meter.parts.clear()
-            for _ in range(steps.measured):
-                self._add_loss(timing.add(meter.timed(step)))
+            for loss in timed_steps.measure(step, steps.measured, can_repeat=can_repeat):
+                self._add_loss(loss)
+            timed.steps = steps.warmup + len(timed_steps.durations_s)
         if data is not None:
             # Opening and the codec are timed under the same allocator as the steps.
             self.case.context.facts.update(data.timed_afresh(codec_speeds))
         allocator.pin()
+        self._waiting.be_passive()
         self._update_result(
-            durations_s=timing.durations_s,
-            waited_s=timing.waited_s,
+            **timed_steps.result(),
             losses_nats=self._losses_nats(),
             tokens_per_step=self._count("tokens_per_step") or self._tokens_of_an_epoch(),
             epoch_bytes=self._bytes_of_an_epoch(),

@@ -17,7 +17,10 @@ from membench.protocol import pickling
 from membench.protocol.messages import EndedBadly, Result, ResultSoFar
 from membench.protocol.requests import MeasureFunction, Rank, Steps
 from membench.worker import allocator, device
-from membench.worker.meter import STEPS_FOR_MEMORY, Meter, Timing
+from membench.worker.meter import STEPS_FOR_MEMORY, Meter
+from membench.worker.numpy_threads import set_numpy_threads
+from membench.worker.timed_steps import TimedSteps
+from membench.worker.waiting import Waiting
 
 _SKIPPING = ("Skipped", "SkipTest")
 """The names of the exceptions by which pytest and unittest skip a test."""
@@ -46,42 +49,41 @@ def measure(work: MeasureFunction, rank: Rank, meter: Meter) -> None:
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(rank.threads)
         device.initialize(where)
+    set_numpy_threads(rank.blas_threads)
+    waiting = Waiting(rank.threads)
+    waiting.be_passive()
+    timed = TimedSteps(meter, waiting, rank.threads, work.steps.calm_within_s)
     if meter.on_gpu:
         device.announce_gpu(meter, where)
     gc.freeze()  # objects of the caller's modules are not garbage of the function
     calls = _Calls(lambda: function(*arguments, **options), Path(work.raised))
     meter.set_baseline()
     try:
-        durations_s, waited_s = _measure_phases(calls, meter, work.steps)
+        _measure_phases(calls, meter, work.steps, timed)
     except _Raised as raised:
         error = raised.__cause__
         assert error is not None
         status = "out-of-memory" if is_out_of_memory(error) else "failed"
         meter.send(EndedBadly(status, summary(error)[:500], meter.current_phase))
         return
-    meter.send(ResultSoFar(Result(pinned=pinned, durations_s=durations_s, waited_s=waited_s)))
+    meter.send(ResultSoFar(Result(pinned=pinned, **timed.result())))
 
 
-def _measure_phases(calls: _Calls, meter: Meter, steps: Steps) -> tuple[list[float], list[float] | None]:
-    """Measure the phases.
-
-    Returns:
-        the durations of the timed calls, and for how long each waited for a core, if the kernel reports it; in seconds.
-    """
+def _measure_phases(calls: _Calls, meter: Meter, steps: Steps, timed_calls: TimedSteps) -> None:
     with meter.phase("warmup", "pinned"):
         calls.next()
     with meter.phase("run", "pinned"):
         for _ in range(STEPS_FOR_MEMORY):
             calls.next()
     allocator.unpin()
-    timing = Timing()
+    timed_calls.settle()
     with meter.phase("time", "default") as timed:
         timed.steps = steps.warmup + steps.measured
         for _ in range(steps.warmup):
             calls.next()
-        for _ in range(steps.measured):
-            timing.add(meter.timed(calls.next))
-    return timing.durations_s, timing.waited_s
+        # How often a function is called may change what it does.
+        for _ in timed_calls.measure(calls.next, steps.measured, can_repeat=False):
+            pass
 
 
 def _unpickled(path: Path) -> Any:

@@ -24,27 +24,6 @@ STEPS_FOR_MEMORY = 5
 _GPU_PEAKS = ("cuda_peak_allocated_bytes", "cuda_peak_reserved_bytes")
 
 
-class Timing:
-    """The durations of timed steps, and for how long their threads waited for cores that other processes used."""
-
-    def __init__(self) -> None:
-        self.durations_s: list[float] = []
-        self._waited_s: list[float | None] = []
-
-    def add(self, timed: tuple[_T, float, float | None]) -> _T:
-        """Add the result of ``Meter.timed``, and return what the step returned."""
-        returned, duration_s, waited_s = timed
-        self.durations_s.append(duration_s)
-        self._waited_s.append(waited_s)
-        return returned
-
-    @property
-    def waited_s(self) -> list[float] | None:
-        """Return the waiting time of each step in seconds; ``None`` if the kernel did not report one of them."""
-        known = [waited_s for waited_s in self._waited_s if waited_s is not None]
-        return known if len(known) == len(self._waited_s) else None
-
-
 class Part:
     """A part of a step: the durations of its passes, and its peak memory over all passes."""
 
@@ -87,11 +66,11 @@ class Meter:
         self.parts: dict[str, Part] = {}
         self.current_phase: str | None = None
         self.current_part: str | None = None
+        # The ranks of a job are children of one fork server; the cores that they use are not lost to other processes.
+        self.family = os.getppid() if rank.of > 1 else None
         self._sample: Callable[[], None] | None = None
         self._device = rank.device
         self._cores = environment.usable_cores()
-        # The ranks of a job are children of one fork server; the cores that they use are not lost to other processes.
-        self._family = os.getppid() if rank.of > 1 else None
         self._channel = channel
         self._answers = channel.makefile("rb")
         self._baseline = self._interval_start = procfs.resident()
@@ -142,15 +121,18 @@ class Meter:
             that other processes used, in seconds, or ``None`` if the kernel does not report it.
         """
         self.synchronize()
-        before = procfs.cores(self._family)
+        before = procfs.cores(self.family)
         began = time.perf_counter()
         returned = step()
         self.synchronize()
         duration_s = time.perf_counter() - began
-        after = procfs.cores(self._family)
+        return returned, duration_s, self._waited_s(before, duration_s)
+
+    def _waited_s(self, before: procfs.Cores | None, duration_s: float) -> float | None:
+        after = procfs.cores(self.family)
         if before is None or after is None:
-            return returned, duration_s, None
-        return returned, duration_s, after.waited_for_others_s(before, duration_s, self._cores)
+            return None
+        return after.waited_for_others_s(before, duration_s, self._cores)
 
     @contextlib.contextmanager
     def sampling_parts(self, sample: Callable[[], None]) -> Iterator[None]:
@@ -173,6 +155,7 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(self._device)
         self.current_phase = name
         self._send_and_wait(PhaseBegins(name))
+        cores = procfs.cores(self.family)
         start = self._begin_interval()
         began = time.perf_counter()
         phase = Phase()
@@ -180,6 +163,7 @@ class Meter:
         self.synchronize()
         duration_s = time.perf_counter() - began
         end, _ = self._end_interval()
+        waited_s = self._waited_s(cores, duration_s)
         measured: dict[str, Any] = self._highest | {
             "file_start_bytes": start.file_bytes - self._baseline.file_bytes,
             "file_end_bytes": end.file_bytes - self._baseline.file_bytes,
@@ -203,6 +187,7 @@ class Meter:
             allocator=allocator_name,
             duration_s=duration_s,
             steps=phase.steps,
+            waited_s=waited_s,
             parts={part_name: part.reading() for part_name, part in parts.items()},
             **measured,
         )

@@ -51,7 +51,7 @@ class RunnableJob(Job, ABC):
     @property
     def steps(self) -> Steps:
         """The numbers of warm-up steps and of timed steps."""
-        return Steps(self.settings.warmup_steps, self.settings.measured_steps)
+        return Steps(self.settings.warmup_steps, self.settings.measured_steps, self.settings.calm_within_s)
 
     @property
     def preparation(self) -> Plugin | None:
@@ -64,7 +64,9 @@ class RunnableJob(Job, ABC):
 
     def rank_request(self, number: int) -> RankRequest:
         """Return the part of a worker's request that identifies its rank."""
-        return RankRequest(str(self.device.ranks[number]), self.threads or 1, number, self.device.count)
+        threads = self.threads or 1
+        blas_threads = environment.numpy_threads(threads)
+        return RankRequest(str(self.device.ranks[number]), threads, number, self.device.count, blas_threads)
 
     @abstractmethod
     def order(self, number: int, references: References) -> StartWorker | StartProgram:

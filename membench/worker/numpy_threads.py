@@ -1,0 +1,53 @@
+"""The threads of numpy's matrix products: OpenBLAS is loaded with one, because threads do not survive a fork."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_TOUCHING = (128, 512, 4096)
+"""Rows, inner width and columns of a product that uses most of the buffers of all threads."""
+
+
+def set_numpy_threads(threads: int | None) -> None:
+    """Let numpy's products use as many threads as in a user's process, and touch the buffers that they keep.
+
+    With another library than OpenBLAS (MKL, Accelerate) nothing is changed.
+    """
+    if threads is None or "numpy" not in sys.modules:
+        return
+    found = [set_threads for library in _openblas() if (set_threads := _setter(library)) is not None]
+    for set_threads in found:
+        set_threads(threads)
+    if found:
+        import numpy
+
+        rows, inner, columns = _TOUCHING
+        for kind in (numpy.float32, numpy.float64):
+            numpy.matmul(numpy.ones((rows, inner), kind), numpy.ones((inner, columns), kind))
+
+
+def _openblas() -> list[str]:
+    """Return the files of the OpenBLAS libraries that this process has loaded; numpy and scipy bring their own."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    files = (fields[5] for line in lines if len(fields := line.split(maxsplit=5)) == 6)
+    return sorted({file for file in files if "openblas" in Path(file).name})
+
+
+def _setter(library: str) -> Callable[[int], object] | None:
+    """Return the function that sets the number of threads; builds of OpenBLAS add something to its name."""
+    loaded = ctypes.CDLL(library)
+    for prefix, suffix in itertools.product(("scipy_", ""), ("64_", "_64", "")):
+        found: Any = getattr(loaded, f"{prefix}openblas_set_num_threads{suffix}", None)
+        if found is not None:
+            found.argtypes, found.restype = [ctypes.c_int], None
+            setter: Callable[[int], object] = found
+            return setter
+    return None
