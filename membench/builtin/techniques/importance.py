@@ -85,7 +85,7 @@ def taylor(parts: Sequence[Part], module: nn.Module, context: Context) -> list[t
 
         handles.append(parameter.register_post_accumulate_grad_hook(hear))
 
-    with _at_rest(module):
+    with at_rest(module):
         for part, score in zip(parts, scores, strict=True):
             for side in part:
                 for parameter, axis in side.parameters():
@@ -114,14 +114,14 @@ def influences(blocks: Sequence[nn.Module], body: nn.Module, context: Context) -
     tokens = 0
 
     def listen(position: int) -> Any:
-        def hear(block: nn.Module, given: tuple[Any, ...], found: Any) -> None:
-            before, after = given[0].float(), (found[0] if isinstance(found, tuple) else found).float()
+        def hear(block: nn.Module, given: tuple[Any, ...], named: dict[str, Any], found: Any) -> None:
+            before, after = first_tensor((*given, *named.values())).float(), first_tensor(found).float()
             similar[position] += torch.cosine_similarity(before, after, dim=-1).sum().item()
 
         return hear
 
-    handles = [block.register_forward_hook(listen(position)) for position, block in enumerate(blocks)]
-    with _at_rest(body), torch.no_grad():
+    handles = [block.register_forward_hook(listen(position), with_kwargs=True) for position, block in enumerate(blocks)]
+    with at_rest(body), torch.no_grad():
         for piece in _calibration(body, context):
             body(piece)
             tokens += piece.numel()
@@ -136,8 +136,15 @@ def _calibration(module: nn.Module, context: Context) -> Iterator[torch.Tensor]:
     return itertools.islice(pieces, 1 if context.rehearsal else _PIECES)
 
 
+def first_tensor(held: Any) -> torch.Tensor:
+    """What passes through a layer, of what it is given or gives: its first tensor."""
+    import torch
+
+    return held if isinstance(held, torch.Tensor) else next(each for each in held if isinstance(each, torch.Tensor))
+
+
 @contextmanager
-def _at_rest(module: nn.Module) -> Iterator[None]:
+def at_rest(module: nn.Module) -> Iterator[None]:
     """Without dropout and with no parameter that wants gradients; as it was before, afterwards."""
     was_training = module.training
     wanted = [(parameter, parameter.requires_grad) for parameter in module.parameters()]

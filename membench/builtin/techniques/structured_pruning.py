@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+import inspect
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
-from membench.builtin.techniques.importance import Part, Slice, influences, magnitudes, taylor
+from membench.builtin.techniques import decoder_config, projections
+from membench.builtin.techniques.cut_check import Probe, passed_by, unchanged, without_inputs, without_outputs
+from membench.builtin.techniques.decoder_layers import LayerList, layer_lists, the_layer_list
+from membench.builtin.techniques.importance import Part, influences, magnitudes, taylor
 from membench.builtin.techniques.pruning import Pruning, is_transposed
+from membench.errors import summary
 from membench.plugins import Context, Setting, Shape, Unsuitable
 
 if TYPE_CHECKING:
@@ -18,8 +24,11 @@ if TYPE_CHECKING:
 
 class _Structured(Pruning):
     share: float = Field(0.5, gt=0, lt=1)
+    layers: str | None = Field(None, min_length=1)
+    """A pattern over the paths of the layers, such as 'encoder.blocks.*'; by default the lists of layers there are."""
     units: ClassVar[str]
     """What is taken out, in the plural."""
+    _outline: tuple[type, int] | None = PrivateAttr(None)
 
     @staticmethod
     def unit_count(shape: Shape) -> int:
@@ -43,6 +52,26 @@ class _Structured(Pruning):
         by_score = sorted(range(len(scores)), key=scores.__getitem__)
         return sorted(by_score[gone:])
 
+    def remember(self, module: nn.Module) -> None:
+        """Remember what the cut module is like, if transformers is to build it again from its configuration."""
+        if decoder_config.text_config(module) is not None:
+            self._outline = type(module), decoder_config.outline(module)
+
+    def remark(self, module: nn.Module, context: Context) -> str | None:
+        if self._outline is None or (config := getattr(module, "config", None)) is None:
+            return None
+        kind, outline = self._outline
+        try:
+            if decoder_config.built_again(kind, config) == outline:
+                return None
+            reason = "it says nothing of such sizes"
+        except Exception as error:
+            reason = summary(error)
+        return (
+            f"left a {kind.__name__} that transformers cannot build from its configuration ({reason}): a checkpoint is"
+            " read into a module that was cut alike"
+        )
+
     def _removed(self, count: int) -> int:
         return round(self.share * count)
 
@@ -65,12 +94,24 @@ class _Sliced(_Structured):
             return [score.tolist() for score in taylor(parts, module, context)]
         return [magnitudes(part).tolist() for part in parts]
 
-    def cut(self, parts: Sequence[Part], module: nn.Module, context: Context) -> None:
-        """Take the least important groups out of each part; the parts have as many groups and lose as many."""
-        for part, scores in zip(parts, self.score(parts, module, context), strict=True):
-            kept = self.kept(scores, context)
-            for side in part:
-                _keep(side, kept)
+    def apply(self, module: nn.Module, context: Context) -> nn.Module:
+        lists = _lists(module, self.layers, context)
+        if not lists:
+            return module
+        probe = Probe(_body(module), context.model.vocabulary(module), context)
+        self.cut(module, lists, probe, context)
+        self.remember(module)
+        self.recover(module, context)
+        return module
+
+    def cut(self, module: nn.Module, lists: Sequence[LayerList], probe: Probe, context: Context) -> None:
+        """Take the least important groups out of each layer's part, and say so in modules and configuration."""
+        raise NotImplementedError
+
+    def chosen(self, parts: Sequence[Part], module: nn.Module, context: Context) -> list[list[int]]:
+        """By part its groups that stay. Parts have the same share of their groups taken out."""
+        projections.refuse_shared(module, parts)
+        return [self.kept(scores, context) for scores in self.score(parts, module, context)]
 
 
 class PruneFfn(_Sliced):
@@ -81,22 +122,42 @@ class PruneFfn(_Sliced):
     the model. ``importance = "magnitude"`` is the Euclidean norm of a channel's weights, ``"taylor"`` is Σ |w·∂L/∂w|
     over them on 32 pieces of 2 × 128 tokens of the training text (Molchanov et al., 2019, arXiv:1906.10771).
 
-    Limits: Llama, Qwen2 and GPT-2. Embeddings and attention stay whole, so the model loses less than the share.
+    transformers' decoders are taken apart by the standard names of their projections. For others, ``layers`` is a
+    pattern of their layers' paths, and ``up`` and ``down`` are paths within a layer: of what leads into the inner width
+    and of what leads out. The cut model runs on four tokens and must give what the whole one gives with these channels
+    silent, or the case is skipped with the reason.
+
+    Limits: no mixtures of experts. Embeddings and attention stay whole, so the model loses less than the share. Where a
+    configuration cannot say the inner width (Bloom, MPT: always four times the width), a remark says so.
     """
 
     acts_on: ClassVar[str] = "weights, activations"
     units: ClassVar[str] = "feed-forward channels"
+    up: tuple[str, ...] = ()
+    down: str | None = Field(None, min_length=1)
 
     @staticmethod
     def unit_count(shape: Shape) -> int:
         return shape.inner_width
 
-    def apply(self, module: nn.Module, context: Context) -> nn.Module:
-        decoder = _decoder(module)
-        self.cut([decoder.channels(block) for block in decoder.blocks], module, context)
-        decoder.describe_channels()
-        self.recover(module, context)
-        return module
+    def check(self, setting: Setting) -> str | None:
+        if bool(self.up) != bool(self.down):
+            return "up and down name the two ends of a feed-forward network: give both or neither"
+        return super().check(setting)
+
+    def cut(self, module: nn.Module, lists: Sequence[LayerList], probe: Probe, context: Context) -> None:
+        networks = [
+            projections.feed_forward(path, layer, self.up, self.down) for each in lists for path, layer in each.named()
+        ]
+        widths = [network.width for network in networks]
+        parts = [network.part() for network in networks]
+        kept = self.chosen(parts, module, context)
+        with _checked(probe, parts, kept):
+            for network, part, channels, width in zip(networks, parts, kept, widths, strict=True):
+                _keep(part, channels)
+                network.describe(width)
+            if len(set(widths)) == 1:
+                decoder_config.describe_inner_width(decoder_config.text_config(module), widths[0], networks[0].width)
 
 
 class PruneHeads(_Sliced):
@@ -106,26 +167,50 @@ class PruneHeads(_Sliced):
     Michel et al., 2019, arXiv:1905.10650). Where heads share keys and values (grouped queries), they go together. The
     key-value cache shrinks with them. Each layer loses the same share, so that the configuration
     (``num_attention_heads``, ``num_key_value_heads``, ``head_dim``) still describes the model. Importance is as for
-    ``prune-ffn``.
+    ``prune-ffn``, and so are checking, and ``layers``. ``qkv`` are paths within a layer: of the query, key and value
+    projections, or of the one that is all three; ``output`` is the path of the output projection.
 
-    Limits: Llama, Qwen2 and GPT-2. The module runs, but transformers builds another from its configuration only if the
-    width is divisible by the heads that are left, and for GPT-2 never: there a head is always width / heads wide.
-    Embeddings and feed-forward layers stay whole, so the model loses less than the share.
+    Limits: no heads whose positions are biased head by head (ALiBi), whose norms go over all heads, or whose keys and
+    values come from a common latent; not ``nn.MultiheadAttention``. The module runs, but transformers builds another
+    from its configuration only if that has a size of heads, and if the width is divisible by the heads that are left;
+    a remark says where it cannot. Embeddings and feed-forward layers stay whole: the model loses less than the share.
     """
 
     acts_on: ClassVar[str] = "weights, cache"
     units: ClassVar[str] = "key-value heads"
+    qkv: tuple[str, ...] = ()
+    output: str | None = Field(None, min_length=1)
+    heads: int | None = Field(None, ge=1)
 
     @staticmethod
     def unit_count(shape: Shape) -> int:
         return shape.key_value_heads
 
-    def apply(self, module: nn.Module, context: Context) -> nn.Module:
-        decoder = _decoder(module)
-        self.cut([decoder.heads(block) for block in decoder.blocks], module, context)
-        decoder.describe_heads()
-        self.recover(module, context)
-        return module
+    def check(self, setting: Setting) -> str | None:
+        if bool(self.qkv) != bool(self.output):
+            return "qkv and output name the two ends of an attention: give both or neither"
+        if len(self.qkv) not in (0, 1, 3):
+            return f"qkv names the query, key and value projections, or one that is all three: not {len(self.qkv)}"
+        return super().check(setting)
+
+    def cut(self, module: nn.Module, lists: Sequence[LayerList], probe: Probe, context: Context) -> None:
+        config = decoder_config.text_config(module)
+        named = {"qkv": self.qkv, "output": self.output, "heads": self.heads}
+        attentions = [
+            projections.attention(path, layer, config, named) for each in lists for path, layer in each.named()
+        ]
+        if _is_biased_by_head(attentions[0], config):
+            raise Unsuitable(
+                f"a {type(module).__name__} biases positions head by head (ALiBi): heads are not exchangeable"
+            )
+        layout = _layout(probe, attentions[0])
+        parts = [attention.part(layout) for attention in attentions]
+        kept = self.chosen(parts, module, context)
+        with _checked(probe, parts, kept):
+            for attention, part, heads in zip(attentions, parts, kept, strict=True):
+                _keep(part, heads)
+                attention.describe(len(heads))
+            _describe_heads(config, attentions, kept)
 
 
 class DropLayers(_Structured):
@@ -133,9 +218,10 @@ class DropLayers(_Structured):
 
     Block influence (Men et al., 2024, ShortGPT, arXiv:2403.03853): 1 − cos(input, output), mean over 32 pieces of
     2 × 128 tokens of the training text. The layers with the least go; all are measured before any is gone. The others
-    are numbered anew, so that the key-value cache has no holes.
+    are numbered anew, so that the key-value cache has no holes. ``layers`` is a pattern of the layers' paths where a
+    model has more than one list of them. What is left must give what the whole model gives with these layers passed by.
 
-    Limits: Llama, Qwen2 and GPT-2. Embeddings stay whole, so the model loses less than the share.
+    Limits: embeddings stay whole, so the model loses less than the share.
     """
 
     acts_on: ClassVar[str] = "weights, activations, cache"
@@ -153,138 +239,121 @@ class DropLayers(_Structured):
         return self.recover_steps > 0
 
     def apply(self, module: nn.Module, context: Context) -> nn.Module:
-        decoder = _decoder(module)
-        decoder.keep_blocks(self.kept(influences(decoder.blocks, decoder.body, context), context))
+        if not _lists(module, self.layers, context):
+            return module
+        found, body, config = the_layer_list(module, self.layers), _body(module), decoder_config.text_config(module)
+        for name, reason in _TIED_TO_PLACES.items():
+            if getattr(config, name, None):
+                raise Unsuitable(f"{name} = {getattr(config, name)}: {reason}")
+        kept = self.kept(influences(found.layers, body, context), context)
+        gone = [layer for place, layer in enumerate(found.layers) if place not in kept]
+        stay = [found.layers[place] for place in kept]
+        probe = Probe(body, context.model.vocabulary(module), context)
+        with unchanged(probe, stay, lambda: [passed_by(layer) for layer in gone], _bytes_a_number(body)):
+            found.keep(kept)
+            for place, layer in enumerate(stay):
+                for part in layer.modules():
+                    if isinstance(getattr(part, "layer_idx", None), int):
+                        part.layer_idx = place  # type: ignore[assignment]  # a number in transformers' modules
+            decoder_config.describe_layers(config, found.path, len(found.layers), kept)
+        self.remember(module)
         self.recover(module, context)
         return module
 
 
-class _Llama:
-    """Llama's and Qwen2's parts, and what in them and in the configuration describes their sizes."""
-
-    def __init__(self, module: Any) -> None:
-        self.config = module.config
-        self.body = module.model
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        return list(self.body.layers)
-
-    def channels(self, block: Any) -> Part:
-        mlp = block.mlp
-        one_each = _groups(mlp.intermediate_size, 1)
-        return [
-            Slice(mlp.gate_proj, False, one_each),
-            Slice(mlp.up_proj, False, one_each),
-            Slice(mlp.down_proj, True, one_each),
-        ]
-
-    def heads(self, block: Any) -> Part:
-        attention = block.self_attn
-        size = attention.head_dim
-        count = attention.k_proj.out_features // size
-        queries, keys = _groups(count, attention.num_key_value_groups * size), _groups(count, size)
-        return [
-            Slice(attention.q_proj, False, queries),
-            Slice(attention.k_proj, False, keys),
-            Slice(attention.v_proj, False, keys),
-            Slice(attention.o_proj, True, queries),
-        ]
-
-    def describe_channels(self) -> None:
-        for block in self.body.layers:
-            block.mlp.intermediate_size = block.mlp.down_proj.in_features
-        self.config.intermediate_size = self.body.layers[0].mlp.intermediate_size
-
-    def describe_heads(self) -> None:
-        attention = self.body.layers[0].self_attn
-        self.config.head_dim = attention.head_dim  # else it would be read as width / heads
-        self.config.num_attention_heads = attention.q_proj.out_features // attention.head_dim
-        self.config.num_key_value_heads = attention.k_proj.out_features // attention.head_dim
-
-    def keep_blocks(self, kept: Sequence[int]) -> None:
-        _keep_blocks(self.body.layers, kept, lambda block: block.self_attn)
-        self.config.num_hidden_layers = len(kept)
-        if getattr(self.config, "layer_types", None):
-            self.config.layer_types = [self.config.layer_types[position] for position in kept]
-
-
-class _Gpt2:
-    """GPT-2's parts: transposed linear layers, and queries, keys and values beside each other in one of them."""
-
-    def __init__(self, module: Any) -> None:
-        self.config = module.config
-        self.body = module.transformer
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        return list(self.body.h)
-
-    def channels(self, block: Any) -> Part:
-        one_each = _groups(block.mlp.c_fc.nf, 1)
-        return [Slice(block.mlp.c_fc, False, one_each), Slice(block.mlp.c_proj, True, one_each)]
-
-    def heads(self, block: Any) -> Part:
-        import torch
-
-        attention = block.attn
-        count, size = attention.num_heads, attention.head_dim
-        fused = torch.arange(3 * count * size).view(3, count, size).transpose(0, 1).reshape(count, 3 * size)
-        return [Slice(attention.c_attn, False, fused), Slice(attention.c_proj, True, _groups(count, size))]
-
-    def describe_channels(self) -> None:
-        self.config.n_inner = self.body.h[0].mlp.c_fc.nf
-
-    def describe_heads(self) -> None:
-        for block in self.body.h:
-            block.attn.split_size = block.attn.c_proj.nx
-            block.attn.num_heads = block.attn.split_size // block.attn.head_dim
-        self.config.n_head = self.body.h[0].attn.num_heads
-
-    def keep_blocks(self, kept: Sequence[int]) -> None:
-        _keep_blocks(self.body.h, kept, lambda block: block.attn)
-        self.config.n_layer = len(kept)
-
-
-_DECODERS: dict[str, type[_Llama | _Gpt2]] = {
-    "LlamaForCausalLM": _Llama,
-    "Qwen2ForCausalLM": _Llama,
-    "GPT2LMHeadModel": _Gpt2,
+_TIED_TO_PLACES = {
+    "num_kv_shared_layers": "layers use keys and values of others, so none is taken out",
+    "scale_attn_by_inverse_layer_idx": "a layer's place is part of what it computes, so none is taken out",
 }
 
 
-def _decoder(module: nn.Module) -> _Llama | _Gpt2:
-    kind = type(module).__name__
-    if kind not in _DECODERS:
-        raise Unsuitable(f"the parts of a {kind} are not known; those of {', '.join(_DECODERS)} are")
-    return _DECODERS[kind](module)
+def _lists(module: nn.Module, pattern: str | None, context: Context) -> list[LayerList]:
+    """The lists of layers; none where a case is rehearsed on a module that is not of the model's kind."""
+    try:
+        return layer_lists(module, pattern)
+    except (Unsuitable, ValueError):
+        if context.rehearsal:
+            return []
+        raise
 
 
-def _groups(count: int, size: int) -> torch.Tensor:
-    """Neighbours in groups: (count, size) of indices."""
+def _body(module: Any) -> nn.Module:
+    """The module without its output head, where transformers' conventions tell."""
+    body: nn.Module = getattr(module, "base_model", module)
+    return body
+
+
+def _bytes_a_number(module: nn.Module) -> int:
+    return min((p.element_size() for p in module.parameters() if p.is_floating_point()), default=4)
+
+
+def _layout(probe: Probe, attention: projections.Attention) -> projections.Layout:
+    """How a fused projection is laid out: as it is if without one head's values nothing comes from that head alone.
+
+    Raises:
+        Unsuitable: if it is in neither of the known ways.
+    """
+    if len(attention.into) == 3:
+        return "by kind"
+    heard: list[torch.Tensor] = []
+
+    def hear(layer: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        heard.append(given[0].detach())
+
+    layouts: tuple[projections.Layout, ...] = get_args(projections.Layout)
+    for layout in layouts:
+        silent = without_outputs(attention.into[0], attention.values(layout))
+        probe.run([], [silent, attention.output.register_forward_pre_hook(hear)])
+        by_head = heard.pop().reshape(-1, attention.key_value_heads, attention.heads // attention.key_value_heads
+                                      * attention.size).abs().amax((0, 2))  # fmt: skip
+        if not by_head[0] and bool(by_head[1:].all()):
+            return layout
+    kind = type(attention.holder).__name__
+    raise Unsuitable(f"how a {kind} lays out queries, keys and values in one projection is not known")
+
+
+def _is_biased_by_head(attention: projections.Attention, config: Any) -> bool:
+    arguments = inspect.signature(attention.holder.forward).parameters
+    return "position_bias" in arguments or ("alibi" in arguments and getattr(config, "alibi", True))
+
+
+def _describe_heads(config: Any, attentions: Sequence[projections.Attention], kept: Sequence[Sequence[int]]) -> None:
+    """Say it in the configuration, if all layers are alike."""
+    if len({(each.heads, each.key_value_heads, each.size) for each in attentions}) > 1:
+        return
+    whole, count = attentions[0], len(kept[0])
+    shared = whole.heads // whole.key_value_heads
+    decoder_config.describe_heads(config, (whole.heads, whole.key_value_heads), (count * shared, count), whole.size)
+
+
+def _checked(probe: Probe, parts: Sequence[Part], kept: Sequence[Sequence[int]]) -> AbstractContextManager[None]:
+    """Check that cutting parts down is the same as silencing their other groups as inputs of each part's last layer."""
     import torch
 
-    return torch.arange(count * size).view(count, size)
+    last = [part[-1] for part in parts]
+
+    def silence() -> list[Any]:
+        hooks = []
+        for side, stays in zip(last, kept, strict=True):
+            goes = torch.ones(len(side.groups), dtype=torch.bool)
+            goes[list(stays)] = False
+            hooks.append(without_inputs(side.layer, side.groups[goes].flatten()))
+        return hooks
+
+    layers = [side.layer for side in last]
+    return unchanged(probe, layers, silence, _bytes_a_number(probe.body))
 
 
-def _keep(side: Slice, kept: Sequence[int]) -> None:
-    """Cut a layer's side down to some of its groups."""
+def _keep(part: Part, kept: Sequence[int]) -> None:
+    """Cut the sides of layers down to some of their groups."""
     from torch import nn
 
-    layer: Any = side.layer
-    # In the order of the indices, not of the groups: a fused layer's queries come before its keys.
-    indices = side.groups[list(kept)].flatten().sort().values
-    for name, (parameter, axis) in zip(("weight", "bias"), list(side.parameters()), strict=False):
-        smaller = parameter.detach().index_select(axis, indices.to(parameter.device))
-        setattr(layer, name, nn.Parameter(smaller, requires_grad=parameter.requires_grad))
-    sizes = ("nx", "nf") if is_transposed(layer) else ("in_features", "out_features")
-    setattr(layer, sizes[0 if side.of_inputs else 1], len(indices))
-
-
-def _keep_blocks(blocks: nn.ModuleList, kept: Sequence[int], attention: Callable[[Any], Any]) -> None:
-    """Take out the other blocks; each attention layer's place in the key-value cache is its place among those left."""
-    for position in reversed(range(len(blocks))):
-        if position not in kept:
-            del blocks[position]
-    for position, block in enumerate(blocks):
-        attention(block).layer_idx = position
+    for side in part:
+        layer: Any = side.layer
+        # In the order of the indices, not of the groups: a fused layer's queries come before its keys.
+        indices = side.groups[list(kept)].flatten().sort().values
+        for name, (parameter, axis) in zip(("weight", "bias"), list(side.parameters()), strict=False):
+            smaller = parameter.detach().index_select(axis, indices.to(parameter.device))
+            setattr(layer, name, nn.Parameter(smaller, requires_grad=parameter.requires_grad))
+        sizes = ("nx", "nf") if is_transposed(layer) else ("in_features", "out_features")
+        setattr(layer, sizes[0 if side.of_inputs else 1], len(indices))

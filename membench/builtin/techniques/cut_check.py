@@ -1,0 +1,138 @@
+"""Whether a cut model computes what the whole one does without the parts that were taken out.
+
+The parts are silenced in the whole model, and what its layers give for a few tokens is held against what the cut
+model's give. Names and shapes say how a projection is probably laid out; this says whether it is.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from membench.builtin.techniques.importance import at_rest, first_tensor
+from membench.errors import is_out_of_memory, summary
+from membench.plugins import Context, Unsuitable
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_TOKENS = 4
+_LARGEST_DIFFERENCE = {4: 1e-3, 2: 0.25}
+"""By bytes a number, of the norm of what a layer gives. A wrong cut changes about as much as there is."""
+
+
+class Probe:
+    """Runs a model on a few tokens and keeps what some of its layers give.
+
+    Args:
+        body: the model without its output head, whose logits are not looked at.
+        vocabulary: the number of token ids.
+    """
+
+    def __init__(self, body: nn.Module, vocabulary: int, context: Context) -> None:
+        import torch
+
+        self.body = body
+        tokens = min(_TOKENS, context.model.max_tokens() or _TOKENS)
+        random = torch.Generator().manual_seed(context.seed)
+        self._ids = torch.randint(0, vocabulary, (1, tokens), generator=random).to(context.device)
+
+    def run(self, layers: Sequence[nn.Module], hooks: Sequence[Any] = ()) -> list[torch.Tensor]:
+        """What each layer gives, while hooks are in place; they are removed.
+
+        Raises:
+            Unsuitable: if the model does not run.
+        """
+        import torch
+
+        found: dict[int, torch.Tensor] = {}
+
+        def keep(position: int) -> Callable[..., None]:
+            def hear(layer: nn.Module, given: Any, output: Any) -> None:
+                found[position] = first_tensor(output).detach().float().cpu().clone()
+
+            return hear
+
+        handles = [*hooks, *(layer.register_forward_hook(keep(place)) for place, layer in enumerate(layers))]
+        config = getattr(self.body, "config", None)
+        named = {"decoder_input_ids": self._ids} if getattr(config, "is_encoder_decoder", False) else {}
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(at_rest(self.body))
+                stack.enter_context(torch.no_grad())
+                # oneDNN would keep a kernel for each shape of 16-bit product, which the case itself never needs.
+                stack.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")  # switching it off warns of GPUs that are not there
+                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+                self.body(self._ids, **named)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise Unsuitable(f"a {type(self.body).__name__} does not run: {summary(error)}") from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        if len(found) < len(layers):
+            raise Unsuitable(f"a {type(self.body).__name__} does not run all the layers that it has")
+        return [found[position] for position in range(len(layers))]
+
+
+@contextmanager
+def unchanged(
+    probe: Probe, layers: Sequence[nn.Module], silence: Callable[[], Sequence[Any]], bytes_a_number: int
+) -> Iterator[None]:
+    """Check that what happens in this context changes nothing for layers but what silencing parts of the model does.
+
+    Args:
+        silence: hooks into the model that silence the parts.
+
+    Raises:
+        Unsuitable: if it does. The model is then of no use.
+    """
+    expected = probe.run(layers, silence())
+    yield
+    try:
+        found = probe.run(layers)
+    except Unsuitable as error:
+        raise Unsuitable(f"cut, {error}") from error
+    most = _LARGEST_DIFFERENCE.get(bytes_a_number, _LARGEST_DIFFERENCE[4])
+    for before, after in zip(expected, found, strict=True):
+        largest = before.norm().clamp(min=1e-30)
+        difference = float((after - before).norm() / largest) if after.shape == before.shape else 1.0
+        if not difference <= most:  # nor if it is no number
+            raise Unsuitable(
+                f"a {type(probe.body).__name__} would compute something else with these parts taken out than with"
+                f" these parts silent (what a layer gives is {difference:.1%} off)"
+            )
+
+
+def without_inputs(layer: nn.Module, indices: torch.Tensor) -> Any:
+    """A hook by which some of a layer's inputs are zero."""
+
+    def silence(layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (given[0].index_fill(-1, indices.to(given[0].device), 0), *given[1:])
+
+    return layer.register_forward_pre_hook(silence)
+
+
+def without_outputs(layer: nn.Module, indices: torch.Tensor) -> Any:
+    """A hook by which some of a layer's outputs are zero."""
+
+    def silence(layer: nn.Module, given: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.index_fill(-1, indices.to(output.device), 0)
+
+    return layer.register_forward_hook(silence)
+
+
+def passed_by(layer: nn.Module) -> Any:
+    """A hook by which a layer gives what it is given."""
+    import torch
+
+    def pass_by(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+        unchanged = first_tensor((*given, *named.values()))
+        return unchanged if isinstance(output, torch.Tensor) else (unchanged, *output[1:])
+
+    return layer.register_forward_hook(pass_by, with_kwargs=True)

@@ -1,0 +1,127 @@
+"""What a transformers configuration says of a decoder's sizes, brought up to date when the decoder is cut.
+
+A cut model generates by its configuration (which cache a layer has, how its fused projections are split), and is built
+from it again. transformers' families write the same fact under different names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+ENCODER_LAYERS = ("encoder_layers", "num_encoder_layers", "num_layers")
+DECODER_LAYERS = ("decoder_layers", "num_decoder_layers")
+HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+INNER_WIDTH = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff", "inner_dim")
+
+_DEFAULT_INNER_WIDTH = ("n_inner", "intermediate_size", "ffn_hidden_size")
+"""Where ``None`` means four times the width."""
+_NUMBERS_OF_LAYERS = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs")
+_FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers")
+_STATED_BY_LAYER = ("layer_idx", "layer_type", "attention_type", "is_sliding", "sliding_window")
+
+
+def text_config(module: nn.Module) -> Any:
+    """The configuration of a model's decoder; ``None`` if it has none of transformers' kind."""
+    config: Any = getattr(module, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else None
+
+
+def number(holder: Any, names: Iterable[str]) -> int | None:
+    """The first whole number that an object has under one of several names."""
+    for name in names:
+        value = getattr(holder, name, None)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    return None
+
+
+def replace(holder: Any, names: Iterable[str], old: int, new: int) -> bool:
+    """Set what an object says under any of several names from ``old`` to ``new``; a list where all entries say it, too.
+
+    Returns:
+        whether it said so.
+    """
+    found = False
+    for name in names:
+        value = getattr(holder, name, None)
+        if isinstance(value, list | tuple) and value and all(each == old for each in value):
+            found |= _set(holder, name, [new] * len(value))
+        elif isinstance(value, int) and not isinstance(value, bool) and value == old:
+            found |= _set(holder, name, new)
+    return found
+
+
+def describe_inner_width(config: Any, old: int, new: int) -> None:
+    if config is None or replace(config, INNER_WIDTH, old, new):
+        return
+    for name in _DEFAULT_INNER_WIDTH:
+        if getattr(config, name, 0) is None:
+            _set(config, name, new)
+            return
+
+
+def describe_heads(config: Any, old: tuple[int, int], new: tuple[int, int], size: int) -> None:
+    """Set the numbers of query heads and of key-value heads, and the size of a head, else read as width / heads."""
+    if config is None:
+        return
+    replace(config, HEADS, old[0], new[0])
+    replace(config, KEY_VALUE_HEADS, old[1], new[1])
+    if getattr(config, "head_dim", None) != size:
+        _set(config, "head_dim", size)
+
+
+def describe_layers(config: Any, path: str, old: int, kept: Sequence[int]) -> None:
+    """Set the number of layers, and keep of all that is listed by layer what is of those that are left.
+
+    Args:
+        path: of the list that they are in, which tells an encoder's from a decoder's.
+    """
+    if config is None:
+        return
+    names: tuple[str, ...] = LAYERS
+    if getattr(config, "is_encoder_decoder", False):
+        names = DECODER_LAYERS if "decoder" in path else ENCODER_LAYERS
+    replace(config, names, old, len(kept))
+    for name, value in list(vars(config).items()):
+        if name in _NUMBERS_OF_LAYERS and value:
+            _set(config, name, [kept.index(each) for each in value if each in kept])
+        elif name in _FIRST_LAYERS and isinstance(value, int):
+            _set(config, name, sum(each < value for each in kept))
+        elif isinstance(value, list | tuple) and len(value) == old and ("layer" in name or name.endswith("_types")):
+            _set(config, name, [value[each] for each in kept])
+    if hasattr(config, "attention_types") and hasattr(config, "attention_layers"):  # GPT-Neo's short form of the same
+        config.attention_types = [[[kind], 1] for kind in config.attention_layers]
+
+
+def outline(module: nn.Module) -> int:
+    """A number that differs between modules of other classes, shapes, or places of layers; values do not count."""
+    parts: set[object] = {
+        (name, type(child).__name__, *(str(getattr(child, said, None)) for said in _STATED_BY_LAYER))
+        for name, child in module.named_modules()
+    }
+    parts |= {(name, tuple(parameter.shape)) for name, parameter in module.named_parameters()}
+    return hash(frozenset(parts))
+
+
+def built_again(kind: type[nn.Module], config: Any) -> int:
+    """The outline of a model that transformers builds from a configuration, as it would from a saved one."""
+    import torch
+
+    again = type(config).from_dict(config.to_dict())
+    with torch.device("meta"):
+        return outline(kind(again))
+
+
+def _set(holder: Any, name: str, value: object) -> bool:
+    """Set an attribute; a property that only computes it stays as it is."""
+    try:
+        setattr(holder, name, value)
+    except AttributeError:
+        return False
+    return True
