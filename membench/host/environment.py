@@ -124,7 +124,8 @@ def numpy_threads(threads: int | None) -> int | None:
     return int(own) if own.isdecimal() and int(own) else threads
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed distribution, or ``None``."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -157,10 +158,16 @@ def _cpu_info() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
 
 
+def processor_flags() -> str:
+    """Return all instruction sets of the processor as the kernel lists them, which native code is compiled for."""
+    info = _cpu_info()
+    return info.get("flags", info.get("Features", ""))
+
+
 def _cpu() -> dict[str, Any]:
     """Return what distinguishes processors of one name: generation, and instructions that decide between kernels."""
     info = _cpu_info()
-    known = set(info.get("flags", info.get("Features", "")).split())
+    known = set(processor_flags().split())
     return {
         "vendor": info.get("vendor_id", info.get("CPU implementer")),
         "family": info.get("cpu family", info.get("CPU architecture")),
@@ -192,7 +199,7 @@ def describe(threads: int | None, *, with_gpus: bool = False) -> dict[str, Any]:
         "cores": usable_cores(),
         "memory_bytes": psutil.virtual_memory().total,
         "python": platform.python_version(),
-        "packages": {package: _version(package) for package in _PACKAGES},
+        "packages": {package: installed_version(package) for package in _PACKAGES},
         "commit": _commit(),
         "threads": threads,
         "variables": {name: environment.get(name) for name in _VARIABLES},

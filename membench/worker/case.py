@@ -22,6 +22,7 @@ from membench.protocol.requests import MeasureCase, Rank
 from membench.units import LARGEST_VALUE
 from membench.worker import allocator, breakdown, checkpoint, device, notes, plugin_values, quality
 from membench.worker.assembly import Assembly
+from membench.worker.kernels import Kernels
 from membench.worker.meter import STEPS_FOR_MEMORY, Meter
 from membench.worker.numpy_threads import set_numpy_threads
 from membench.worker.timed_steps import TimedSteps
@@ -117,6 +118,7 @@ class _Work:
         case, where = self.case, self._rank.device
         if self._meter.on_gpu:
             device.refuse_missing(where)
+        self._kernels = Kernels(self._request, where, self._scratch)
         # Without pinning, the text leaves holes in the heap, and allocations that fill these would count as growth.
         allocator.pin()
         case.read_text()
@@ -128,7 +130,9 @@ class _Work:
         set_numpy_threads(self._rank.blas_threads)
         case.refuse_what_cannot_fit()
         self._waiting.be_passive()
-        if (failed := case.rehearse()) is not None:
+        failed = self._kernels.used_by(case.rehearse)
+        self._notes += self._kernels.notes
+        if failed is not None:
             self._notes.append(f"what libraries set up once is in the figures: rehearsing ended in {failed}")
         self._waiting.be_passive()  # in the libraries, too, that were loaded meanwhile
         if self._meter.on_gpu:
@@ -189,9 +193,12 @@ class _Work:
             the workload's step, for the later phases.
         """
         case, meter = self.case, self._meter
+        compiled_before = self._kernels.count()
         with meter.phase("warmup", "pinned"):
             step = case.workload.start(module, case.tokens(module), case.techniques, case.context)
             self._add_loss(step())
+        if compiled := self._kernels.count() - compiled_before:
+            self._notes.append(f"the first step compiled kernels, none of them from a cache (libraries: {compiled})")
         if case.workload.trains:
             trained_bytes = sum(breakdown.storages(p for p in module.parameters() if p.requires_grad).values())
             # Packed weights are not parameters, so frozen weights are counted as all weights less the trained ones.

@@ -15,6 +15,7 @@ from pydantic import Field
 from membench.builtin.models.muon import Muon
 from membench.builtin.models.transformer import Llama
 from membench.data import corpus
+from membench.host.cache import cache_folder
 from membench.plugins import Context, Model, Shape
 
 if TYPE_CHECKING:
@@ -36,11 +37,6 @@ _RECIPE: dict[str, Any] = {
     "seed": 0,
     "version": 1,  # to be raised with any other change to how it is trained
 }  # fmt: skip
-
-
-def cache_folder() -> Path:
-    """Where trained weights are kept: $XDG_CACHE_HOME/membench, or ~/.cache/membench."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "membench"
 
 
 class TrainedTiny(Model):

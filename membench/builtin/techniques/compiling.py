@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from membench.builtin.techniques.optimizers import missing_compiler
@@ -23,11 +21,11 @@ class Compile(Technique):
     products and attention stay the library's.
 
     Compiling happens in the first step: its time and memory, those of the C++ compiler's processes included, are
-    ``warmup``'s. It starts from an empty cache, as on a machine that never saw the model, and goes on in the worker
-    alone: no pool of compiling processes stays beside the measured steps. A model of transformers is compiled without
-    its output head, one matrix product, so that losses that take the head apart run compiled, too. Limits: what the
-    compiler keeps in the process, 20 to 50 MiB, counts as live memory on a CPU; a change of shape compiles anew, as in
-    ``evaluate``; what cannot be traced runs as it is, and the record says so.
+    ``warmup``'s. The model's kernels are compiled anew in each run, as on a machine that never saw it, and in the
+    worker alone: no pool of compiling processes stays beside the measured steps. A model of transformers is compiled
+    without its output head, one matrix product, so that losses that take the head apart run compiled, too. Limits:
+    what the compiler keeps in the process, 20 to 50 MiB, counts as live memory on a CPU; a change of shape compiles
+    anew, as in ``evaluate``; what cannot be traced runs as it is, and the record says so.
     """
 
     imports = ("torch", "torch._dynamo", "torch._inductor")
@@ -44,7 +42,6 @@ class Compile(Technique):
         import torch._inductor.config
 
         torch._inductor.config.compile_threads = 1
-        _keep_kernels_in(context.scratch)
         if context.rehearsal:
             # Imports, the compiler's header, what it finds out of the processor: once for all, as with any library.
             torch.compile(torch.sin)(torch.ones(64, device=context.device, requires_grad=True)).sum().backward()
@@ -66,9 +63,3 @@ class Compile(Technique):
         if reasons or skipped:
             return f"did not compile the whole model; places left out: {max(len(reasons), skipped)}{why}"
         return None
-
-
-def _keep_kernels_in(scratch: Path) -> None:
-    """A folder of the case for compiled kernels: what an earlier run left would make compiling look cheap."""
-    if not Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "/")).is_relative_to(scratch):
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
