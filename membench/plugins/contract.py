@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from membench.plugins.logits import logits_of
 from membench.plugins.options import Options
 from membench.plugins.storage import Storage
 from membench.plugins.training import Corpus, Samples, Step, Tokens, TrainingData, TrainingStep
@@ -88,7 +89,7 @@ class Model(Options):
 
     required: ClassVar[frozenset[str]] = frozenset({"build"})
     gives_logits: ClassVar[bool] = True
-    """Whether the module maps token ids (B, T) to logits (B, T, vocabulary), returned bare or as ``.logits``."""
+    """Whether the module maps token ids (B, T) to logits (B, T, vocabulary), in any form that ``logits_of`` takes."""
     quality: ClassVar[bool] = False
     """Whether the model is trained, so that its held-out bits per byte are meaningful."""
 
@@ -288,9 +289,16 @@ class Workload(Options):
         self, module: nn.Module, ids: torch.Tensor, techniques: Sequence[Technique], context: Context
     ) -> torch.Tensor:
         """Return logits (T, vocabulary) of held-out token ids (T,), computed as this workload runs the module."""
-        output = module(ids[None])
-        logits: torch.Tensor = getattr(output, "logits", output)[0]
-        return logits
+        return logits_of(module(ids[None]), ids[None])[0]
+
+    def check_output(self, module: nn.Module, ids: torch.Tensor) -> int:
+        """Run the module on token ids (B, T) before anything is measured; return the vocabulary of its logits.
+
+        Raises:
+            WrongOutput: if what it returns does not hold the logits that this workload uses.
+            Unsuitable: if this workload cannot run it; the case is then skipped with this reason.
+        """
+        return logits_of(module(ids), ids).shape[-1]
 
     def start(self, module: nn.Module, tokens: Tokens, techniques: Sequence[Technique], context: Context) -> Step:
         """Prepare (optimizer, batch) and return the step, which enters ``stepping`` around each forward pass."""

@@ -74,7 +74,8 @@ class MeasureCase:
     """Request to measure a case.
 
     Attributes:
-        members: the names of the stack's members in the suite; ``techniques`` are the plug-ins they refer to.
+        model_name: the name of the model in the suite; ``model`` is the plug-in it refers to.
+        members: the names of the stack's members; ``techniques`` are the plug-ins they refer to.
         metrics: quality metrics that are plug-ins, by metric field.
         checkouts: the code that may be imported, if another commit is measured alternately.
     """
@@ -88,6 +89,7 @@ class MeasureCase:
     reference: ReferenceLogits
     metrics: Mapping[str, Plugin] = field(default_factory=dict)
     checkouts: Checkouts | None = None
+    model_name: str | None = None
     what: Literal["case"] = "case"
 
 

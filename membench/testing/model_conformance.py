@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from membench.plugins import Model
+from membench.plugins import Model, WrongOutput, logits_of
 from membench.testing.fake_worker import FakeWorker
 from membench.testing.global_state import GlobalState, restored
 from membench.testing.plugin_conformance import PluginConformance
@@ -63,7 +63,10 @@ class ModelConformance(PluginConformance):
                     f"token ids from 0 to {vocabulary - 1} ended in {type(error).__name__}: {error}; wanted is that it"
                     " takes (B, T) token ids below 'vocabulary'"
                 ) from None
-            logits = getattr(output, "logits", output)
+            try:
+                logits = logits_of(output, ids)
+            except WrongOutput as error:
+                raise AssertionError(str(error)) from None
             found, wanted = tuple(logits.shape), (1, 4, vocabulary)
             assert found == wanted, (
                 f"of token ids (1, 4) the logits are of shape {found}; wanted is {wanted}: 'vocabulary' is {vocabulary}"

@@ -25,7 +25,7 @@ from membench.plugins.storage import Storage
 from membench.protocol.case import Plugin
 from membench.protocol.requests import MeasureCase
 from membench.units import format_bytes
-from membench.worker import device
+from membench.worker import device, output_check
 from membench.worker.child_process import run_in_child
 from membench.worker.notes import PlainWeights
 from membench.worker.plugin_values import Facts
@@ -49,6 +49,7 @@ class Assembly:
     Attributes:
         names: the members of the stack, as written in the suite.
         metrics: the custom quality metrics, by field.
+        model_name: the name of the model in the suite.
     """
 
     model: plugins.Model
@@ -57,6 +58,7 @@ class Assembly:
     names: tuple[str, ...]
     context: plugins.Context
     metrics: Mapping[str, plugins.QualityMetric] = dataclasses.field(default_factory=dict)
+    model_name: str | None = None
 
     @classmethod
     def of(
@@ -90,13 +92,15 @@ class Assembly:
             device, request.seed, model, part, {}, scratch, facts=Facts(), corpus=workload.corpus()
         )
         metrics = {field: create("metric", named) for field, named in request.metrics.items()}
-        return cls(model, techniques, workload, tuple(request.members), context, metrics)
+        return cls(model, techniques, workload, tuple(request.members), context, metrics, request.model_name)
 
     def name_of(self, plugin: object) -> str:
         """Return the kind and the name of a plug-in of the case for a message."""
         for name, technique in zip(self.names, self.techniques, strict=True):
             if technique is plugin:
                 return f"technique '{name}'"
+        if plugin is self.model and self.model_name is not None:
+            return f"model '{self.model_name}'"
         kind = {id(self.workload): "workload", id(self.model): "model"}.get(id(plugin))
         return f"{kind} '{type(plugin).__name__}'" if kind else "a plug-in"
 
@@ -317,6 +321,10 @@ class Assembly:
         Returns:
             the error, if the rehearsal fails. The measured case then either fails, too, or the error was due to the
             small shapes.
+
+        Raises:
+            plugins.WrongOutput: if the model's own miniature does not return what the workload needs.
+            plugins.Unsuitable: if the workload cannot run it.
         """
         device.initialize(self.context.device)
         assembly = self.rehearsed()
@@ -327,11 +335,14 @@ class Assembly:
         try:
             module = assembly.make()
             module.train(self.workload.trains)
-            assembly = assembly.store(module)
-            step = self.workload.start(module, assembly.tokens(module), self.techniques, assembly.context)
-            step()
+            refused = output_check.refusal_of_rehearsed(module, self.workload, assembly.context, self.model_name)
+            if refused is None:
+                assembly = assembly.store(module)
+                self.workload.start(module, assembly.tokens(module), self.techniques, assembly.context)()
         except Exception as error:
             return summary(error)
+        if refused is not None:
+            raise refused
         return None
 
     def refuse_what_cannot_fit(self) -> None:

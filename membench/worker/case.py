@@ -20,7 +20,7 @@ from membench.protocol.messages import Result, ResultSoFar
 from membench.protocol.readings import PartReading
 from membench.protocol.requests import MeasureCase, Rank
 from membench.units import LARGEST_VALUE
-from membench.worker import allocator, breakdown, checkpoint, device, notes, plugin_values, quality
+from membench.worker import allocator, breakdown, checkpoint, device, notes, output_check, plugin_values, quality
 from membench.worker.assembly import Assembly
 from membench.worker.kernels import Kernels
 from membench.worker.meter import STEPS_FOR_MEMORY, Meter
@@ -121,6 +121,7 @@ class _Work:
         self._kernels = Kernels(self._request, where, self._scratch)
         # Without pinning, the text leaves holes in the heap, and allocations that fill these would count as growth.
         allocator.pin()
+        output_check.refuse_wrong_output(case.workload, case.context, case.model_name)
         case.read_text()
         self._update_result(corpus=case.digest())
         allocator.unpin()

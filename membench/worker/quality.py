@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from membench.protocol.readings import QualityReading
 from membench.records.metrics import METRIC_OF_FIELD, is_possible_value
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from membench.plugins import Context, QualityMetric, Technique, Workload
@@ -41,20 +43,26 @@ class Piece:
     bytes: int | None
 
 
-def pieces(model: Any, module: nn.Module, workload: Workload) -> list[Piece]:
+def pieces(model: Any, module: nn.Module, workload: Workload, predicted: int | None = None) -> list[Piece]:
     """Return the held-out text for a model, as much as keeps the reference's logits below 64 MiB.
 
-    A piece has 256 tokens, or fewer if there would be less than eight pieces. For a workload that generates, it has at
-    least the workload's longest sequence, so that the quality loss of its cache is measured. Bytes are known if tokens
-    are bytes or if the model's tokenizer reports them.
+    A piece has 256 tokens, or fewer if there would be less than eight pieces, or if the model does not say how many it
+    takes and the workload's sequences have fewer. For a workload that generates, it has at least the workload's longest
+    sequence, so that the quality loss of its cache is measured. Bytes are known if tokens are bytes or if the model's
+    tokenizer reports them.
+
+    Args:
+        predicted: the vocabulary of the logits, where it is larger than the model's.
     """
     vocabulary = model.vocabulary(module)
-    most_tokens = max(2, _LARGEST_REFERENCE_BYTES // (4 * vocabulary))
+    most_tokens = max(2, _LARGEST_REFERENCE_BYTES // (4 * max(vocabulary, predicted or 0)))
     preferred = max(1, min(_PIECE_TOKENS, most_tokens // _FEWEST_PIECES))
     if workload.decoded_tokens_per_step() is not None:
         preferred = max(preferred, workload.longest_sequence())
     longest = model.max_tokens()
-    length = min(preferred, most_tokens, preferred if longest is None else longest)
+    if longest is None:
+        longest = max(2, workload.longest_sequence())
+    length = min(preferred, most_tokens, longest)
     text = corpus.split()[1]
     ends: Sequence[int] | None
     source: Sequence[int]
@@ -92,26 +100,27 @@ def evaluate(
     import numpy
     import torch
 
-    from membench.plugins import stepping
+    from membench.plugins import WrongOutput
 
-    held_out = pieces(model, module, workload)
+    logits_of = functools.partial(_logits, module, techniques, workload, context)
+    try:
+        held_out, predicted = _pieces_of_logits(model, module, workload, logits_of, context.device)
+    except WrongOutput as error:  # the workload can do with the logits of the last position
+        return QualityReading(unknown=str(error))
     count = sum(len(piece.ids) - 1 for piece in held_out)
-    vocabulary = model.vocabulary(module)
     partial = reference.with_suffix(f".{os.getpid()}")
     logits_kept: Any = None
     if is_reference:
         reference.parent.mkdir(parents=True, exist_ok=True)
-        logits_kept = numpy.lib.format.open_memmap(partial, "w+", numpy.float32, (count, vocabulary))
+        logits_kept = numpy.lib.format.open_memmap(partial, "w+", numpy.float32, (count, predicted))
     else:
         logits_kept = _kept_logits(reference)
     nats, reference_nats, divergence, agreed, position = [], [], 0.0, 0, 0
     with torch.no_grad():
         for piece in held_out:
             ids = torch.tensor(piece.ids, dtype=torch.long, device=context.device)
-            with stepping(techniques, context):
-                read = workload.logits(module, ids[:-1], techniques, context)
             # In half precision, rounding of the loss would exceed the effect of quantization.
-            logits = read.float()
+            logits = logits_of(ids[:-1]).float()
             own = logits.log_softmax(-1)
             nats.append(-own.gather(1, ids[1:, None]).sum().item())
             rows = slice(position, position + len(ids) - 1)
@@ -165,17 +174,17 @@ def custom_figures(
     """
     import torch
 
-    from membench.plugins import HeldOut, Unsuitable, stepping
+    from membench.plugins import HeldOut, Unsuitable, WrongOutput
 
-    def logits(ids: torch.Tensor) -> torch.Tensor:
-        with stepping(techniques, context):
-            return workload.logits(module, ids, techniques, context)
-
+    logits = functools.partial(_logits, module, techniques, workload, context)
     found: dict[str, CustomFigure] = {}
     remarks = []
     held_out = None
     if metrics:
-        given = [piece.ids for piece in pieces(model, module, workload)]
+        try:
+            given = [piece.ids for piece in _pieces_of_logits(model, module, workload, logits, context.device)[0]]
+        except WrongOutput as error:
+            return {field: CustomFigure(None, str(error)) for field in metrics}, []
         starts = list(itertools.accumulate((len(ids) - 1 for ids in given), initial=0))
 
         logits_kept = _kept_logits(reference)
@@ -207,6 +216,38 @@ def custom_figures(
             remarks.append(f"metric '{METRIC_OF_FIELD[field].name}' is not known: {reason}")
         found[field] = CustomFigure(value, reason)
     return found, remarks
+
+
+def _logits(
+    module: nn.Module, techniques: Sequence[Technique], workload: Workload, context: Context, ids: torch.Tensor
+) -> torch.Tensor:
+    """Return logits (T, vocabulary) of token ids (T,), computed as the workload runs the module."""
+    from membench.plugins import stepping
+
+    with stepping(techniques, context):
+        return workload.logits(module, ids, techniques, context)
+
+
+def _pieces_of_logits(
+    model: Any,
+    module: nn.Module,
+    workload: Workload,
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    device: str,
+) -> tuple[list[Piece], int]:
+    """Return the held-out text for a model, and the vocabulary of its logits, which may exceed that of its text.
+
+    Raises:
+        WrongOutput: if it does not return the logits of every position.
+    """
+    import torch
+
+    found = pieces(model, module, workload)
+    first = torch.tensor(found[0].ids[:-1], dtype=torch.long, device=device)
+    with torch.no_grad():
+        predicted = logits_of(first).shape[-1]
+    is_padded = predicted > model.vocabulary(module)
+    return (pieces(model, module, workload, predicted) if is_padded else found), predicted
 
 
 def _kept_logits(reference: Path) -> Any | None:

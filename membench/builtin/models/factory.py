@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from membench.errors import summary
 from membench.plugins import Context, Model
 
 if TYPE_CHECKING:
@@ -22,11 +23,16 @@ if TYPE_CHECKING:
 class Factory(Model):
     """Any nn.Module that 'package.module:function' returns; it takes token ids and gives logits.
 
-    The function is called without arguments after torch's seed is set, in the folder the run was started in.
+    The function is called without arguments after torch's seed is set, in the folder the run was started in. Token ids
+    are the first argument of the module's forward pass. Logits are what it returns, or its key or attribute ``logits``,
+    or the first of a tuple; what it returns is checked before anything is measured.
+
+    Attributes:
+        vocabulary_size: how many token ids it gets; by default, as many as it has both embeddings and logits for.
     """
 
     function: str
-    vocabulary_size: int = Field(256, ge=2, le=16_777_216)
+    vocabulary_size: int | None = Field(None, ge=2, le=16_777_216)
 
     def check(self) -> str | None:
         where, _, name = self.function.partition(":")
@@ -42,13 +48,16 @@ class Factory(Model):
     def skeleton(self) -> nn.Module:
         import torch
 
-        with torch.device("meta"):
-            return self._make()
+        try:
+            with torch.device("meta"):
+                return self._make()
+        except Exception as error:
+            raise NotImplementedError(f"{self.function} cannot be run on shapes alone: {summary(error)}") from error
 
     def needed_bytes(self) -> int | None:
         try:
             return sum(parameter.nbytes for parameter in self.skeleton().parameters())
-        except Exception:  # a function that cannot be run on shapes alone
+        except NotImplementedError:
             return None
 
     def _make(self) -> nn.Module:
@@ -57,7 +66,9 @@ class Factory(Model):
         return module
 
     def vocabulary(self, module: nn.Module) -> int:
-        return self.vocabulary_size
+        from membench.worker.output_check import found_vocabulary
+
+        return found_vocabulary(self, module) if self.vocabulary_size is None else self.vocabulary_size
 
 
 def _not_there(where: str, name: str) -> str | None:

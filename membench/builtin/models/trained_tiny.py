@@ -16,7 +16,7 @@ from membench.builtin.models.muon import Muon
 from membench.builtin.models.transformer import Llama
 from membench.data import corpus
 from membench.host.cache import cache_folder
-from membench.plugins import Context, Model, Shape
+from membench.plugins import Context, Model, Shape, logits_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -160,7 +160,7 @@ def trained(text: bytes, steps: int, seed: int, progress: Callable[[int, int, st
         adamw.param_groups[0]["lr"] = _RECIPE["adamw"]["lr"] * share
         starts = torch.randint(0, len(ids) - length - 1, (batch,))
         rows = torch.stack([ids[start : start + length + 1] for start in starts.tolist()])
-        logits = module(rows[:, :-1]).logits
+        logits = logits_of(module(rows[:, :-1]), rows[:, :-1])
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
         muon.step()
         adamw.step()

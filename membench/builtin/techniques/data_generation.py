@@ -15,7 +15,7 @@ from membench.builtin.techniques.data import DataTechnique
 from membench.builtin.workloads.generate import name_of_cache
 from membench.builtin.workloads.reading import Size
 from membench.data import sources
-from membench.plugins import Context, Unsuitable
+from membench.plugins import Context, Unsuitable, last_logits_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -144,12 +144,12 @@ def generated(module: Any, before: bytes, size: int, temperature: float, seed: i
             options = {"use_cache": True, cache_name: StaticCache(config=module.config, max_cache_len=PIECE_BYTES)}
             # The fused kernel for many bytes at a time saves memory; for one at a time it takes twice as long.
             module.set_attn_implementation("sdpa")
-            logits, new = module(seen, **options).logits[:, -1], []
+            logits, new = last_logits_of(module(seen, **options), seen)[:, 0], []
             module.set_attn_implementation("eager")
             for left in reversed(range(min(more, PIECE_BYTES - seen.shape[1]))):
                 new.append(torch.multinomial((logits / temperature).softmax(-1), 1, generator=random))
                 if left:
-                    logits = module(new[-1], **options).logits[:, -1]
+                    logits = last_logits_of(module(new[-1], **options), new[-1])[:, 0]
             text = torch.cat([text, *new], 1)
     rows = text[:, len(before) :].to(torch.uint8).cpu().numpy()
     whole = [row.tobytes() for row in rows]

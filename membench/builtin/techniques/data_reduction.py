@@ -9,7 +9,7 @@ from pydantic import Field
 
 from membench.builtin.models.trained_tiny import PIECE_BYTES, TrainedTiny, seed_of
 from membench.builtin.techniques.data import DataTechnique
-from membench.plugins import Context, Unsuitable
+from membench.plugins import Context, Unsuitable, logits_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -186,7 +186,8 @@ def bits_per_byte(documents: Sequence[bytes], module: nn.Module, device: str) ->
             for row, (_, piece) in zip(ids, some, strict=True):
                 row[: len(piece)] = torch.tensor(list(piece))
             ids = ids.to(device)
-            logits = module(ids[:, :-1].clamp(min=0)).logits.float()
+            given = ids[:, :-1].clamp(min=0)
+            logits = logits_of(module(given), given).float()
             nats = torch.nn.functional.cross_entropy(logits.mT, ids[:, 1:], ignore_index=-1, reduction="none").sum(1)
             numpy.add.at(bits, [place for place, _ in some], nats.cpu().double().numpy() / numpy.log(2))
     found: list[float] = (bits / [len(document[:_SCORED_BYTES]) for document in documents]).tolist()

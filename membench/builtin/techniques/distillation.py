@@ -14,7 +14,7 @@ from membench.builtin.techniques.compiling import Compile
 from membench.builtin.techniques.inner_training import tune
 from membench.builtin.workloads.train import next_token_loss
 from membench.errors import PluginError
-from membench.plugins import Context, Model, Setting, Shape, Technique, Unsuitable, registry
+from membench.plugins import Context, Model, Setting, Shape, Technique, Unsuitable, logits_of, registry
 
 if TYPE_CHECKING:
     import torch
@@ -194,8 +194,8 @@ class Distill(_Student):
 
         def loss(learner: nn.Module, batch: torch.Tensor) -> torch.Tensor:
             with torch.no_grad():
-                taught = _logits(module(batch))
-            learned = _logits(learner(batch))
+                taught = _predictions(module, batch)
+            learned = _predictions(learner, batch)
             hard = torch.nn.functional.cross_entropy(learned.flatten(0, 1), batch[:, 1:].flatten())
             return self.alpha * softened_kl(learned, taught, self.temperature) + (1 - self.alpha) * hard
 
@@ -235,9 +235,9 @@ def softened_kl(learned: torch.Tensor, taught: torch.Tensor, temperature: float)
     return divergence * temperature**2
 
 
-def _logits(output: Any) -> torch.Tensor:
-    """In fp32, of the places that have a next token: (B, T - 1, vocabulary)."""
-    return getattr(output, "logits", output)[:, :-1].float()
+def _predictions(module: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    """Logits in fp32 of the places that have a next token: (B, T - 1, vocabulary)."""
+    return logits_of(module(batch), batch)[:, :-1].float()
 
 
 def _shape_of(config: Any) -> Shape:

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from membench.builtin.techniques import cross_entropy
 from membench.builtin.techniques.activations import OffloadActivations
-from membench.plugins import Context, Setting, Technique, TrainingStep, Unsuitable, output_head
+from membench.plugins import Context, Setting, Technique, TrainingStep, Unsuitable, logits_of, output_head
 
 if TYPE_CHECKING:
     import torch
@@ -49,8 +49,7 @@ class ChunkedCrossEntropy(_Loss):
     def _loss(self, module: nn.Module, batch: torch.Tensor) -> torch.Tensor:
         import torch
 
-        output = module(batch)
-        logits = getattr(output, "logits", output)
+        logits = logits_of(module(batch), batch)
         # The last token's logits predict nothing. To cut them off would copy all the others.
         targets = torch.nn.functional.pad(batch[:, 1:], (0, 1), value=cross_entropy.NOTHING)
         return cross_entropy.chunked(logits.flatten(0, 1), targets.flatten(), self.chunk_tokens)
@@ -127,7 +126,7 @@ def _make_the_logits(module: nn.Module, decoder: nn.Module, head: nn.Linear, ids
     module.eval()
     hook = decoder.register_forward_hook(amplify)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        made, expected = head(decoder(ids)[0]), module(ids).logits
+        made, expected = head(decoder(ids)[0]), logits_of(module(ids), ids)
     hook.remove()
     for child in training:
         child.training = True

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from membench.plugins import Context, Step, Technique, Tokens, Unsuitable, Workload, given_back, stepping
+from membench.plugins import (
+    Context,
+    Step,
+    Technique,
+    Tokens,
+    Unsuitable,
+    Workload,
+    given_back,
+    last_logits_of,
+    logits_of,
+    stepping,
+)
+from membench.plugins.logits import described
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +30,11 @@ _TOKENS_AT_ONCE = 32
 
 
 class Generate(Workload):
-    """Greedy generation with a key-value cache: parts prefill (time to first token) and decode."""
+    """Greedy generation with a key-value cache: parts prefill (time to first token) and decode.
+
+    The forward pass takes its cache as ``past_key_values`` (or ``cache``) and returns it under that name, or in a tuple
+    after the logits. Logits of the last position alone are enough; then there is no loss of held-out text.
+    """
 
     batch_size: int = Field(1, ge=1, le=65_536)
     prompt_length: int = Field(128, ge=1, le=1_048_576)
@@ -48,13 +64,23 @@ class Generate(Workload):
         if all(type(technique).generate_options is Technique.generate_options for technique in techniques):
             return super().logits(module, ids, techniques, context)
         name = name_of_cache(module)
-        options = _options(techniques, context, name)
+        options = _options(module, techniques, context, name)
         read = []
-        for some in ids.split(_TOKENS_AT_ONCE):
-            output = module(some[None], **options)
-            options[name] = getattr(output, name)
-            read.append(output.logits[0])
+        for some in ids[None].split(_TOKENS_AT_ONCE, dim=1):
+            output = module(some, **options)
+            options[name] = cache_of(output, name)
+            read.append(logits_of(output, some)[0])
         return torch.cat(read)
+
+    def check_output(self, module: nn.Module, ids: torch.Tensor) -> int:
+        """Run a prefill and the decoding of one token, as ``start`` does."""
+        name = name_of_cache(module)
+        options = _first_options(module)
+        prompt, token = ids[:, :-1], ids[:, -1:]
+        output = module(prompt, **options)
+        last_logits_of(output, prompt)
+        decoded = module(token, **{**options, name: cache_of(output, name)})
+        return last_logits_of(decoded, token).shape[-1]
 
     def start(self, module: nn.Module, tokens: Tokens, techniques: Sequence[Technique], context: Context) -> Step:
         import torch
@@ -67,17 +93,17 @@ class Generate(Workload):
 
         def step() -> None:
             with torch.no_grad(), stepping(techniques, context):
-                options = _options(techniques, context, name)
+                options = _options(module, techniques, context, name)
                 with context.part("prefill"):
                     output = module(prompt, **options)
-                    token = output.logits[:, -1:].argmax(-1)
-                    cache[:] = [getattr(output, name)]
+                    token = last_logits_of(output, prompt).argmax(-1)
+                    cache[:] = [cache_of(output, name)]
                     del output
                 with context.part("decode"):
                     for _ in range(self.new_tokens - 1):
                         decoded = module(token, **{**options, name: cache[0]})
-                        token = decoded.logits[:, -1:].argmax(-1)
-                        cache[:] = [getattr(decoded, name)]
+                        token = last_logits_of(decoded, token).argmax(-1)
+                        cache[:] = [cache_of(decoded, name)]
                     del decoded
                 options.clear()
                 cache.clear()
@@ -99,12 +125,41 @@ def name_of_cache(module: nn.Module) -> str:
     return "past_key_values"
 
 
-def _options(techniques: Sequence[Technique], context: Context, name: str) -> dict[str, Any]:
+def cache_of(output: object, name: str) -> Any:
+    """The key-value cache in what a module returned.
+
+    Args:
+        name: what its forward pass calls the cache.
+
+    Raises:
+        Unsuitable: if it returned none.
+    """
+    import torch
+
+    found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+    if found is None and isinstance(output, tuple | list):
+        found = next((part for part in output if part is not None and not isinstance(part, torch.Tensor)), None)
+    if found is None:
+        raise Unsuitable(
+            "generating wants a module with a key-value cache: its forward returned"
+            f" {described(output)}, without {name}"
+        )
+    return found
+
+
+def _first_options(module: nn.Module) -> dict[str, Any]:
+    """Ask for a cache, in the words that the module's forward pass has for it."""
+    taken = inspect.signature(module.forward).parameters
+    is_asked = "use_cache" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
+    return {"use_cache": True} if is_asked else {}
+
+
+def _options(module: nn.Module, techniques: Sequence[Technique], context: Context, name: str) -> dict[str, Any]:
     """What the module's forward pass is given, its cache under its own name for it.
 
     To be asked for anew: a technique's cache serves one generation.
     """
-    options: dict[str, Any] = {"use_cache": True}
+    options = _first_options(module)
     for technique in techniques:
         options = given_back(technique.generate_options(options, context), technique, "generate_options", "options")
     if "past_key_values" in options:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from membench.builtin.workloads import training
 from membench.builtin.workloads.reading import ReadsCorpus
-from membench.plugins import Context, Step, Technique, Tokens
+from membench.plugins import Context, Step, Technique, Tokens, logits_of
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,5 @@ def next_token_loss(module: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     """Mean cross entropy in fp32 of each next token; ``batch`` (B, T) of token ids."""
     import torch
 
-    output = module(batch)
-    logits = getattr(output, "logits", output)[:, :-1].float()
+    logits = logits_of(module(batch), batch)[:, :-1].float()
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())

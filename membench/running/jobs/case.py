@@ -74,6 +74,7 @@ class CaseJob(RunnableJob):
             references.of(case),
             case.metric_plugins,
             self.checkouts,
+            case.model,
         )
         request = requests.encode(requests.Request(work, self.rank_request(number)))
         return StartWorker(request, number, self.settings.isolation)
@@ -196,8 +197,10 @@ def _quality(found: DerivedMetrics, quality: QualityReading, *, is_trained: bool
     source = "cross entropy in fp32 over held-out text"
     nats, all_bytes = quality.nats, None if None in quality.bytes else sum(b for b in quality.bytes if b)
     if is_trained:
-        if None in nats or all_bytes is None:
+        if not nats or None in nats or all_bytes is None:
             reason = "it is not finite" if None in nats else "the model has no tokenizer: no text can be put to it"
+            if not nats and quality.unknown:
+                reason = quality.unknown
             for name in ("bits_per_byte", "perplexity_per_token"):
                 found.add_unknown(name, reason)
         else:
