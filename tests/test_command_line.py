@@ -262,12 +262,25 @@ def test_a_disk_that_fills_up_costs_the_record_that_does_not_fit(folder: Path) -
     command = f"ulimit -f 4; exec {sys.executable} -m membench run small.toml"
     ran = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (2, "")
-    assert ran.stderr.splitlines()[-1].endswith(
-        ".jsonl: cannot be written: File too large; what was finished before is kept"
-    )
+    assert ".jsonl: cannot be written: File too large; what was finished before is kept" in ran.stderr.splitlines()[-1]
     assert "Traceback" not in ran.stderr
     (path,) = (folder / "results").glob("*.jsonl")
     assert membench.read_run(path).records == ()
+
+
+def test_a_folder_of_results_that_is_removed_meanwhile_is_one_line_and_no_record_is_lost(
+    folder: Path, tmp_path: Path
+) -> None:
+    (folder / "results").mkdir(exist_ok=True)
+    (folder / "removes.py").write_text("import shutil; shutil.rmtree('own')")
+    ran = _membench("run", "--script", "removes.py", "--output", "own", "--repeats", "2", folder=folder)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    said = re.fullmatch(
+        r"membench: own/.*: was removed or replaced .*; its records are kept in (.*)", ran.stderr.strip()
+    )
+    assert said is not None, ran.stderr
+    (record,) = membench.read_run(said[1]).records
+    assert record.status == "ok"
 
 
 def test_output_for_which_there_is_no_room_is_one_line(measured: Path) -> None:

@@ -6,7 +6,9 @@ import contextlib
 import json
 import os
 import resource
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import membench
 from membench.errors import ResultsError
 from membench.protocol.readings import ProcessReading
 from membench.records.record import SCHEMA_VERSION, Record
-from membench.records.run_file import RunFile, find_run, newest_run, read_run
+from membench.records.run_file import KeptElsewhere, RunFile, find_run, newest_run, read_run
 
 _PROCESS = ProcessReading(role="worker", rank=0, device="cpu", phases=[])
 
@@ -106,8 +108,50 @@ def test_a_record_that_does_not_fit_costs_none_of_those_before(path: Path) -> No
     whole = path.read_bytes()
     with RunFile.reopen(path) as file, pytest.raises(ResultsError) as raised, no_file_above_4_kib():
         file.append(_record("large", "x" * 8192))
-    assert str(raised.value) == f"{path}: cannot be written: File too large; what was finished before is kept"
+    assert str(raised.value) == (
+        f"{path}: cannot be written: File too large; what was finished before is kept, without this record:"
+        f" no copy in {tempfile.gettempdir()}: File too large"
+    )
     assert path.read_bytes() == whole
+
+
+def _removed(path: Path) -> Path | None:
+    shutil.rmtree(path.parent)
+    return None
+
+
+def _replaced(path: Path) -> Path | None:
+    path.unlink()
+    path.write_text("another file")
+    return None
+
+
+def _replaced_by_a_file(path: Path) -> Path | None:
+    shutil.rmtree(path.parent)
+    path.parent.write_text("no folder")
+    return None
+
+
+def _moved(path: Path) -> Path | None:
+    return path.parent.rename(path.parent.parent / "elsewhere") / path.name
+
+
+@pytest.mark.parametrize("change", [_removed, _replaced, _replaced_by_a_file, _moved])
+def test_of_a_file_that_vanishes_all_records_are_kept_at_a_place_that_is_named(
+    path: Path, change: Callable[[Path], Path | None]
+) -> None:
+    with RunFile.reopen(path) as file:
+        file.check()
+        moved_to = change(path)
+        with pytest.raises(KeptElsewhere) as raised:
+            file.append(_record("fp16"))
+        elsewhere = raised.value.path
+        assert elsewhere is not None
+        assert str(elsewhere) in str(raised.value)
+        assert moved_to in (elsewhere, None)
+        assert [record.technique for record in read_run(elsewhere).records] == ["none", "bf16", "fp16"]
+        with pytest.raises(KeptElsewhere):
+            file.check()
 
 
 def test_a_header_that_does_not_fit_leaves_no_file(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,14 @@ class Run:
     path: Path
     header: dict[str, Any]
     records: tuple[Record, ...]
+
+
+class KeptElsewhere(ResultsError):
+    """A run's file is gone or cannot be written; ``path`` is the file in which its records are now, if there is one."""
+
+    def __init__(self, message: str, path: Path | None) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class RunFile:
@@ -107,14 +117,82 @@ class RunFile:
             the record as it is kept: a ``failed`` one if no reader would take all of it.
 
         Raises:
-            ResultsError: if that fails; the file then ends with the previous record.
+            KeptElsewhere: if the file is gone or cannot be written; the error says where the records are now.
+            ResultsError: if nothing of the record can be kept. The file then ends with the previous record.
         """
         try:
             kept, line = keepable(record)
-            self._write(line)
         except ResultsError as error:
             raise ResultsError(f"{error}; what was finished before is kept") from None
+        self._refuse_lost(line)
+        try:
+            self._write(line)
+        except ResultsError as error:
+            elsewhere, unknown = self._copy(line)
+            where = f"with this record in {elsewhere}" if elsewhere else f"without this record: {unknown}"
+            raise KeptElsewhere(f"{error}; what was finished before is kept, {where}", elsewhere) from None
         return kept
+
+    def check(self) -> None:
+        """Check that the file is where it was created.
+
+        Raises:
+            KeptElsewhere: if it is not; the error says where the records are now.
+        """
+        self._refuse_lost(b"")
+
+    def _refuse_lost(self, line: bytes) -> None:
+        """Keep all records and a last line elsewhere if the file is no longer at its path.
+
+        Raises:
+            KeptElsewhere: if it is not.
+        """
+        if self._is_at_its_path():
+            return
+        if (moved_to := self._new_path()) is not None:
+            self._write(line)
+            raise KeptElsewhere(f"{self.path}: was moved to {moved_to}, where all records are kept", moved_to)
+        elsewhere, unknown = self._copy(line)
+        where = f"are kept in {elsewhere}" if elsewhere else f"are lost: {unknown}"
+        raise KeptElsewhere(
+            f"{self.path}: was removed or replaced while it was written; its records {where}", elsewhere
+        )
+
+    def _new_path(self) -> Path | None:
+        """Return the path to which the file was moved; ``None`` if it has none any more."""
+        with contextlib.suppress(OSError):
+            path = Path(os.readlink(f"/proc/self/fd/{self._descriptor}"))
+            if os.path.samestat(path.stat(), os.fstat(self._descriptor)):
+                return path
+        return None
+
+    def _is_at_its_path(self) -> bool:
+        opened = os.fstat(self._descriptor)
+        try:
+            found = self.path.stat()
+        except OSError:
+            return False
+        # Some network file systems number a file anew.
+        return opened.st_nlink > 0 and (os.path.samestat(opened, found) or opened.st_size == found.st_size)
+
+    def _copy(self, line: bytes) -> tuple[Path | None, str]:
+        """Copy what was written, and a line that was not, to a temporary folder.
+
+        Returns:
+            the copy, or ``None`` and the reason.
+        """
+        with contextlib.ExitStack() as undo:
+            try:
+                folder = tempfile.mkdtemp(prefix="membench-kept-")
+                undo.callback(shutil.rmtree, folder, ignore_errors=True)
+                path = Path(folder) / self.path.name
+                with open(f"/proc/self/fd/{self._descriptor}", "rb") as written, path.open("xb") as copy:
+                    shutil.copyfileobj(written, copy)
+                    copy.write(line)
+            except OSError as error:
+                return None, f"no copy in {tempfile.gettempdir()}: {error.strerror}"
+            undo.pop_all()
+        return path, ""
 
     def _close(self) -> None:
         os.close(self._descriptor)

@@ -132,6 +132,8 @@ class Session:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         try:
             self._executor.__exit__(kind, error, at)
+            if error is None or isinstance(error, KeyboardInterrupt):
+                self._file.check()
         finally:
             self._file.__exit__(kind, error, at)
 
@@ -160,7 +162,7 @@ class Session:
 
         Raises:
             Interrupted: if a user's program was interrupted; its record is written.
-            ResultsError: if the record cannot be written.
+            ResultsError: if the record cannot be written; it says where what was measured is kept.
         """
         try:
             record = self._executor.measure(self._job(case, repeat))
