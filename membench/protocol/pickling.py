@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,6 +39,19 @@ def as_bytes(value: Any, by_value: Iterable[types.ModuleType]) -> bytes:
     Raises:
         Exception: of any type, if the value cannot be pickled.
     """
+    return _pickled(_Pickler, value, by_value)
+
+
+def as_bytes_for_origin(value: Any) -> bytes:
+    """Pickle a value for the process that has sent its functions and classes here, which finds its own by name.
+
+    Raises:
+        Exception: of any type, if the value cannot be pickled.
+    """
+    return _pickled(_PicklerForOrigin, value, ())
+
+
+def _pickled(pickler: type[_Pickler], value: Any, by_value: Iterable[types.ModuleType]) -> bytes:
     known = cloudpickle.list_registry_pickle_by_value()
     modules = {
         module.__name__: module
@@ -48,7 +62,7 @@ def as_bytes(value: Any, by_value: Iterable[types.ModuleType]) -> bytes:
         cloudpickle.register_pickle_by_value(module)
     try:
         file = io.BytesIO()
-        _Pickler(file).dump(value)
+        pickler(file).dump(value)
         return file.getvalue()
     finally:
         for module in modules.values():
@@ -67,3 +81,48 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """Keeps the names of source files, which cloudpickle drops; tracebacks need them."""
 
     dispatch_table: ClassVar[Any] = cloudpickle.Pickler.dispatch_table.new_child({types.CodeType: _reduce_code})
+
+
+class _PicklerForOrigin(_Pickler):
+    """Names functions and classes of modules that are known only where they came from, and adds a copy."""
+
+    def reducer_override(self, value: Any) -> Any:
+        reduced = _reduce_by_name(value)
+        return super().reducer_override(value) if reduced is NotImplemented else reduced
+
+
+def let_children_find_functions() -> None:
+    """Let processes that multiprocessing spawns find functions and classes that were sent here from another process.
+
+    A spawned process imports what it is sent by name, and so misses modules that were never imported here.
+    """
+    from multiprocessing.reduction import ForkingPickler
+
+    # The pickler of all of multiprocessing: other modules hold it, so that a subclass would not reach them.
+    ForkingPickler.reducer_override = lambda _, value: _reduce_by_name(value)  # type: ignore[method-assign]
+
+
+def _reduce_by_name(value: Any) -> Any:
+    """Reduce a function or class that cannot be imported here to its name and a copy; the pickler reduces others."""
+    if not isinstance(value, types.FunctionType | type):
+        return NotImplemented
+    module, name = getattr(value, "__module__", None), value.__qualname__
+    if not isinstance(module, str) or "<" in name or _named(module, name) is value or module == "builtins":
+        return NotImplemented
+    return _found_or_copied, (module, name, as_bytes(value, ()))
+
+
+def _found_or_copied(module: str, name: str, copy: bytes) -> Any:
+    """Return the function or class of a name if its module is loaded here, else the copy."""
+    found = _named(module, name)
+    if found is not None:
+        return found
+    let_children_find_functions()
+    return pickle.loads(copy)
+
+
+def _named(module: str, name: str) -> Any:
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found

@@ -51,6 +51,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="How much worse a figure may get: peak_live:2%%, time:10%%, peak_live:16MiB, 'llama-*:time:off'. Can be"
         " given several times.",
     )
+    group.addoption(
+        "--membench-output",
+        metavar="FOLDER",
+        type=_folder,
+        help="The folder for what is measured, and for baselines; without it, 'results' in the folder where pytest was"
+        " started.",
+    )
+
+
+def _folder(name: str) -> str:
+    if not name or (Path(name).exists() and not Path(name).is_dir()):
+        raise argparse.ArgumentTypeError(f"'{name}' is not a folder")
+    return name
 
 
 def _baseline(name: str) -> str:
@@ -174,7 +187,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 # An old-style wrapper: with an older pytest, a new-style one would abort every run.
 @pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pluggy.Result[pytest.TestReport], None]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pluggy.Result[pytest.TestReport], None]:
+    if call.excinfo is not None:
+        from membench.pytest_plugin import raising
+
+        raising.explain(item, call.excinfo.value)
     report = (yield).get_result()
     entries.attach(report, item)
     where = getattr(item, "skipped_at", None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import pickle
@@ -20,7 +19,7 @@ from membench.host import environment
 from membench.host.code_version import CodeVersion, code_version
 from membench.host.device import Device
 from membench.protocol import pickling
-from membench.pytest_plugin import entries, executing, marker, outcome
+from membench.pytest_plugin import entries, executing, marker, outcome, raising
 from membench.pytest_plugin.readable import ByteSize, Duration
 from membench.pytest_plugin.sharing import FUNCTIONS, Sharing
 from membench.pytest_plugin.timing import durations_s
@@ -111,8 +110,8 @@ class MembenchFixture:
         excluded. The module, class and closure of the function are copied: its changes to them have no effect here.
 
         Raises:
-            Exception: the exception of the function, with its traceback as a note. The test fails if the process dies
-                or takes longer than ten minutes.
+            Exception: the exception of the function, with its attributes and causes. The test fails if the process
+                dies or takes longer than ten minutes.
         """
         __tracebackhide__ = True
         name = getattr(function, "__qualname__", None) or type(function).__name__
@@ -160,7 +159,7 @@ class MembenchFixture:
                 self._keep(records[-1])
             self._report(records)
             if raised.exists():
-                raise _load_exception(raised)
+                raise raising.loaded(raised, self._item)
             return records, self._regressions(records, lambda repeat: executor.measure(job, repeat))
         finally:
             pickled.unlink(missing_ok=True)
@@ -259,19 +258,6 @@ _EXECUTORS = pytest.StashKey[dict[str, _FunctionExecutor]]()
 
 def _is_conftest(module: types.ModuleType) -> bool:
     return Path(getattr(module, "__file__", None) or "").name == "conftest.py"
-
-
-def _load_exception(path: Path) -> BaseException:
-    """Load the exception that a function raised in its process, with its traceback as a note."""
-    pickled, text = pickle.loads(path.read_bytes())
-    error: Any = None
-    with contextlib.suppress(Exception):  # it could not be pickled, or cannot be unpickled
-        error = pickle.loads(pickled)
-    if not isinstance(error, BaseException):
-        error = MembenchError(text.strip().rpartition("\n")[2])
-    made: BaseException = error
-    made.add_note(f"\nin the measured process:\n{text.rstrip()}")
-    return made
 
 
 def _fail(message: str) -> NoReturn:

@@ -7,13 +7,14 @@ import os
 import pickle
 import sys
 import traceback
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from membench import plugins
 from membench.errors import is_out_of_memory, summary
-from membench.protocol import pickling
+from membench.protocol import exceptions, pickling
 from membench.protocol.messages import EndedBadly, Result, ResultSoFar
 from membench.protocol.requests import MeasureFunction, Rank, Steps
 from membench.worker import allocator, device
@@ -39,7 +40,7 @@ def measure(work: MeasureFunction, rank: Rank, meter: Meter) -> None:
     Args:
         work: the files to use. ``pickled`` holds the caller's import ``path``, ``folder`` and ``environment``, and its
             ``call`` as nested pickle: function, arguments and keyword arguments. ``raised`` receives an exception of
-            the function, as nested pickle or ``None``, and the text of its traceback.
+            the function, as ``protocol.exceptions.Raised``.
     """
     where = rank.device
     if meter.on_gpu:
@@ -92,6 +93,9 @@ def _unpickled(path: Path) -> Any:
     os.chdir(sent.folder)
     os.environ.clear()
     os.environ.update(sent.environment)
+    # What this process runs is no program that a process spawned by the function would have to import.
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    pickling.let_children_find_functions()
     return pickle.loads(sent.call)
 
 
@@ -125,8 +129,4 @@ class _Calls:
         for _ in range(2):
             frames = frames.tb_next if frames else None
         text = "".join(traceback.format_exception(type(error), error, frames))
-        try:
-            pickled = pickling.as_bytes(error.with_traceback(None), by_value=())
-        except Exception:  # the exception cannot be pickled; its text still reaches the caller
-            pickled = None
-        self._raised.write_bytes(pickle.dumps((pickled, text)))
+        self._raised.write_bytes(pickle.dumps(exceptions.Raised(exceptions.sent(error), text)))
