@@ -357,13 +357,50 @@ def test_a_wrong_option_is_one_clear_line(inner: pytest.Pytester, options: Seque
     assert "Traceback" not in ran.stderr.str()
 
 
-def test_records_that_cannot_be_kept_end_the_run_with_one_line(inner: pytest.Pytester) -> None:
-    (inner.path / "results").write_text("no folder")
-    inner.makepyfile("def test_one(membench):\n    membench(int)\n\ndef test_two(): ...\n")
-    ran = inner.runpytest_subprocess("-q")
-    assert ran.ret == 2
-    ran.stdout.fnmatch_lines(["*membench: *results: no folder for results: File exists*"])
-    assert "INTERNALERROR" not in ran.stdout.str()
+@pytest.mark.parametrize("what", ["file", "removed"])
+def test_where_results_cannot_be_kept_tests_measure_and_judge_with_one_warning(
+    inner: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    if what == "file":
+        (inner.path / "results").write_text("no folder")
+    kept = inner.mkdir("temporary")
+    monkeypatch.setenv("TMPDIR", str(kept))
+    inner.makepyfile(
+        f"""
+        import pytest, shutil
+        def test_one(membench):
+            assert membench(bytearray, 2**20).held_live > "1 MiB"
+        def test_two():
+            if {what!r} == "removed":
+                shutil.rmtree("results")
+        def test_three(membench):
+            membench(int)
+        @pytest.mark.membench(limit="1 KiB")
+        def test_four(membench):
+            membench(bytearray, 2**20)
+        """
+    )
+    ran = inner.runpytest_subprocess("-q", "-p", "no:benchmark")
+    ran.assert_outcomes(passed=3, failed=1, warnings=1)
+    ran.stdout.fnmatch_lines(
+        ["*membench: *results*kept in *", "membench: 3 records kept in *temporary/membench-kept-*"]
+    )
+    (path,) = kept.glob("membench-kept-*/*.jsonl")
+    assert [record.status for record in membench.read_run(path).records] == ["ok"] * 3
+
+
+def test_results_are_kept_in_the_folder_that_is_named(inner: pytest.Pytester) -> None:
+    inner.makepyfile("def test_one(membench):\n    membench(int)\n")
+    inner.runpytest_subprocess("-q", "--membench-output=a/b", "--membench-save=x").assert_outcomes(passed=1)
+    assert [path.suffix for path in sorted((inner.path / "a/b").iterdir())] == ["", ".jsonl"]
+    assert not (inner.path / "results").exists()
+    ran = inner.runpytest_subprocess("-q", "--membench-output=a/b", "--membench-compare=x")
+    ran.assert_outcomes(passed=1)
+    (inner.path / "setup.cfg").touch()
+    ran = inner.runpytest_subprocess("--membench-output", "setup.cfg")
+    assert ran.ret == pytest.ExitCode.USAGE_ERROR
+    ran.stderr.fnmatch_lines(["*--membench-output: 'setup.cfg' is not a folder"])
+    assert "--membench-output=FOLDER" in inner.runpytest_subprocess("--help").stdout.str()
 
 
 def test_timings_are_taken_one_at_a_time_and_memory_in_parallel(

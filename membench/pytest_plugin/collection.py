@@ -223,11 +223,10 @@ class SuiteFile(pytest.File):
     def _open_executor(self, variables: dict[str, str]) -> Executor:
         from membench.pytest_plugin import executing
         from membench.running.needs import Needs
-        from membench.running.session import references, run_path
 
         if self._executor is None:
-            references_folder = references(run_path(Sharing.of(self.config).output, self.header))
-            needs = Needs.of([self._job(case, 0) for case in self._selected()], references_folder, variables)
+            folder = Sharing.of(self.config).references / self.header["run"]
+            needs = Needs.of([self._job(case, 0) for case in self._selected()], folder, variables)
             self._executor = executing.open_executor(self.config, needs)
         return self._executor
 

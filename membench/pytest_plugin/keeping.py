@@ -5,17 +5,19 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from membench.errors import MembenchError, one_line
+from membench.errors import MembenchError, ResultsError, one_line
 from membench.pytest_plugin import saving
+from membench.pytest_plugin.outcome import MembenchWarning
 from membench.pytest_plugin.sharing import Sharing
 from membench.records.encoding import record_of
-from membench.records.run_file import Run, RunFile, read_run
+from membench.records.run_file import KeptElsewhere, Run, RunFile, read_run
 from membench.running.session import run_path
 
 
@@ -37,8 +39,9 @@ class _OpenRun:
         case_id = record["id"]
         if record["repeat"] == 0:
             self.last[case_id] = self.repeats[case_id]
-        self.file.append(record_of({**record, "repeat": self.repeats[case_id]}))
-        self.repeats[case_id] += 1
+        repeat = self.repeats[case_id]
+        self.repeats[case_id] += 1  # a record that is kept elsewhere counts, too
+        self.file.append(record_of({**record, "repeat": repeat}))
 
     def read(self) -> Run:
         """Read the run, with only the last attempt of each case."""
@@ -48,10 +51,16 @@ class _OpenRun:
 
 
 class Keeper:
-    """Writes the run files of a pytest run; each record is on disk before the next test starts."""
+    """Writes the run files of a pytest run; each record is on disk before the next test starts.
+
+    If the folder for results cannot be written, records are kept in a temporary folder, or not at all, with one
+    warning: tests measure and judge nevertheless.
+    """
 
     def __init__(self, config: pytest.Config) -> None:
-        self._output = Sharing.of(config).output
+        self._config = config
+        self._output = self._folder = Sharing.of(config).output
+        self._keeps = True
         self._save_as: str | None = config.getoption("membench_save")
         self._messages: list[str] = []
         self._runs: dict[Path, _OpenRun] = {}
@@ -59,17 +68,50 @@ class Keeper:
         config.add_cleanup(self._open.close)
 
     def keep(self, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Write records. If that fails, pytest exits with code 2 and one line."""
+        """Write records."""
+        for entry in entries:
+            if "record" in entry and self._keeps:
+                try:
+                    self._append(entry)
+                except KeptElsewhere as error:
+                    self._go_on_in(error, run_path(self._output, entry["header"]))
+                except ResultsError as error:
+                    self._keep_elsewhere(error, entry)
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        path = run_path(self._output, entry["header"])
+        if path not in self._runs:
+            header = {**entry["header"], "machine": entry["record"]["machine"]}
+            self._runs[path] = _OpenRun(self._opened(RunFile.create(self._folder / path.name, header)))
+        self._runs[path].append(entry["record"])
+
+    def _opened(self, file: RunFile) -> RunFile:
+        return self._open.enter_context(file)
+
+    def _go_on_in(self, error: KeptElsewhere, path: Path) -> None:
+        """Continue a run's file where its records are now."""
+        self._keeps = error.path is not None
+        if error.path is not None:
+            self._folder = error.path.parent
+            self._runs[path].file = self._opened(RunFile.reopen(error.path))
+        self._warn(str(error))
+
+    def _keep_elsewhere(self, error: ResultsError, entry: Mapping[str, Any]) -> None:
+        """Keep a record, and those that follow, in a temporary folder."""
         try:
-            for entry in entries:
-                if "record" in entry:
-                    path = run_path(self._output, entry["header"])
-                    if path not in self._runs:
-                        header = {**entry["header"], "machine": entry["record"]["machine"]}
-                        self._runs[path] = _OpenRun(self._open.enter_context(RunFile.create(path, header)))
-                    self._runs[path].append(entry["record"])
-        except MembenchError as error:
-            pytest.exit(f"membench: {error}", returncode=error.exit_code)
+            if self._folder != self._output:
+                raise error
+            self._folder = Path(tempfile.mkdtemp(prefix="membench-kept-"))
+            self._append(entry)
+        except (OSError, ResultsError):
+            self._keeps = False
+        self._warn(f"{error}; records are kept {f'in {self._folder}' if self._keeps else 'nowhere'}")
+
+    def _warn(self, text: str) -> None:
+        try:
+            self._config.issue_config_time_warning(MembenchWarning(one_line(f"membench: {text}")), stacklevel=2)
+        except MembenchWarning:  # warnings are errors in this run, but this one is of no test
+            self._messages.append(text)
 
     def finish(self) -> int:
         """Close the files, and save baselines if requested; return 0, or the exit code if saving failed."""
@@ -85,9 +127,10 @@ class Keeper:
 
     def summarize(self, terminal: Any) -> None:
         """Print where records and baselines were written."""
-        for path, run_file in self._runs.items():
+        for run_file in self._runs.values():
             count = run_file.repeats.total()
             records = "record" if count == 1 else "records"
-            terminal.write_line(one_line(f"membench: {count} {records} kept in {saving.shown_path(path)}"))
+            where = saving.shown_path(run_file.file.path)
+            terminal.write_line(one_line(f"membench: {count} {records} kept in {where}"))
         for line in self._messages:
             terminal.write_line(one_line(f"membench: {line}"))

@@ -34,7 +34,7 @@ class Sharing:
 
     Attributes:
         folder: the folder for locks and shared results, created on first use.
-        output: the folder of the run files.
+        output: the folder of the run files and of baselines.
         started: the start of the pytest run, which is part of the names of its run files.
         finds_suites: whether directories are searched for suites, which requires that the user names one: a plain
             ``pytest`` must not start hours of measurements.
@@ -64,7 +64,8 @@ class Sharing:
         folder = Path(tempfile.gettempdir()) / f"membench-{os.getpid()}-pytest_{uuid.uuid4().hex}"
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
         finds_suites = config.args_source is not pytest.Config.ArgsSource.INVOCATION_DIR
-        return cls(folder, config.invocation_params.dir / _OUTPUT, datetime.now(UTC), finds_suites)
+        output = config.invocation_params.dir / (config.getoption("membench_output") or _OUTPUT)
+        return cls(folder, output, datetime.now(UTC), finds_suites)
 
     @classmethod
     def _from_worker_input(cls, received: dict[str, Any]) -> Sharing:
@@ -90,6 +91,11 @@ class Sharing:
     def _file(self, name: str) -> Path:
         _share(self.folder)
         return self.folder / name
+
+    @property
+    def references(self) -> Path:
+        """The folder for the logits of references, which no later run uses."""
+        return self.folder / "references"
 
     def new_file(self, name: str) -> Path:
         """Return the path of a new file, for data passed to a measured process."""
