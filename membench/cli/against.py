@@ -13,7 +13,7 @@ from membench.cli.interruption import TableIfInterrupted
 from membench.cli.output import print_remarks
 from membench.cli.regression import print_judgements
 from membench.comparing.git import Repository
-from membench.errors import EXIT_CASES_FAILED, MembenchError
+from membench.errors import MembenchError
 
 if TYPE_CHECKING:
     from membench import Suite
@@ -98,7 +98,8 @@ def run(arguments: argparse.Namespace, suite: Suite) -> int:
     checked = rules.check(suite.gates, sides.head.records)
     checked.print_gates(arguments.format)
     checked.print_limits(arguments.format)
+    checked.print_unchecked(arguments.format, is_allowed=arguments.allow_skipped)
     print_remarks(["kept in {} and {}".format(*(os.path.relpath(side.path) for side in sides))], arguments.format)
-    cases = case_outcomes.of_check(judgement, checked.records, checked.outcomes)
+    cases = case_outcomes.of_check(judgement, checked.records, checked.outcomes, allows_skipped=arguments.allow_skipped)
     ci.write(arguments, regression.summary(judgement), cases, [regression.table([judgement], "github")])
-    return EXIT_CASES_FAILED if checked.are_broken else judgement.exit_code
+    return checked.exit_code(judgement.exit_code, allows_skipped=arguments.allow_skipped)

@@ -51,17 +51,21 @@ def print_runs(runs: Sequence[Run], form: str, explain: bool) -> None:
     if len(runs) > 1 and FORMATS[form].is_flat:
         print_table(documents.flat_table(runs, form), form)
         for run in runs:
-            print_remarks(_remarks(run), form)
+            print_remarks(_remarks(run, with_gates=True), form)
         return
     for number, run in enumerate(runs):
         if len(runs) > 1:
             blank = "\n" if number else ""
             print_table(f"{blank}{FORMATS[form].title(str(run.header.get('run')))}\n", form)
-        print_run(run, form, explain)
+        print_run(run, form, explain, with_gates=True)
 
 
-def print_run(run: Run, form: str, explain: bool) -> None:
-    """Print a run's table, and its remarks where ``remarks_stream`` says."""
+def print_run(run: Run, form: str, explain: bool, *, with_gates: bool = False) -> None:
+    """Print a run's table, and its remarks where ``remarks_stream`` says.
+
+    Args:
+        with_gates: also print a line for each gate that is broken or was not checked.
+    """
     from membench.report import text
 
     # In a terminal a table must fit; a program behind a pipe and a reader of Markdown expect whole rows.
@@ -71,13 +75,14 @@ def print_run(run: Run, form: str, explain: bool) -> None:
         print_table(f"\n{text.explanation(run.records, form)}", form)
     if not FORMATS[form].is_for_machines:
         put()
-    print_remarks(_remarks(run), form)
+    print_remarks(_remarks(run, with_gates=with_gates), form)
 
 
-def _remarks(run: Run) -> tuple[str, ...]:
-    from membench.report import savings, text
+def _remarks(run: Run, *, with_gates: bool) -> tuple[str, ...]:
+    from membench.report import broken_rules, savings, text
 
-    return (*text.remarks(run.records), *savings.verdicts(run.records), *_nothing(run), f"kept in {run.path}")
+    said = broken_rules.remarks(run) if with_gates else text.remarks(run.records)
+    return (*said, *savings.verdicts(run.records), *_nothing(run), f"kept in {run.path}")
 
 
 def select_cases(runs: Sequence[Run], expression: str, *, with_others: bool) -> list[Run]:

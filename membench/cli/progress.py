@@ -76,7 +76,8 @@ class Display:
                     self._peak_bytes = max(self._peak_bytes or 0, held_bytes)
             case "record":
                 self._durations_s.append(details["duration_s"])
-                self._print(f"{details['status']:<14} {details['id']}  {format_seconds(details['duration_s'])}")
+                end = "over limit" if details.get("over_limit") else details["status"]
+                self._print(f"{end:<14} {details['id']}  {format_seconds(details['duration_s'])}")
         # Drawing while steps are timed would take cores from them.
         is_news = event in ("start", "case", "phase", "record")
         if self._is_live and (is_news or (self._phase != "time" and now - self._drawn_at > _REFRESH_S)):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from membench.cli import ci, rules, script
 from membench.cli.interruption import TableIfInterrupted
 from membench.cli.output import RESULTS, Verbs, add_format, print_remarks, print_table, remarks_stream
-from membench.errors import EXIT_CANNOT_COMPARE, EXIT_CASES_FAILED, EXIT_OK, CannotCompare, MembenchError, one_line
+from membench.errors import EXIT_CANNOT_COMPARE, EXIT_OK, CannotCompare, MembenchError, one_line
 from membench.host.console import put
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def _add_check(verbs: Verbs) -> None:
     check.add_argument("--device", action="append", help="device to run a suite on, instead of its own devices")
     check.add_argument("--update", action="store_true", help="if nothing regressed, make this the baseline")
     _add_what_is_common(check)
+    rules.add_allow_skipped(check)
     ci.add(check)
     check.set_defaults(do=_told)
 
@@ -132,6 +133,7 @@ def _check(arguments: argparse.Namespace) -> int:
         if arguments.device:
             raise MembenchError("--device is for suites; a kept run has its devices")
         base, judgement, run, gates = _of_run(arguments)
+    judgement = dataclasses.replace(judgement, allows_skipped=arguments.allow_skipped)
     print_judgements([judgement], arguments.format)
     is_of_file = run is None or "suite_tables" not in run.header
     if is_kept and is_of_file and any(change.repeats == 1 for change in judgement.regressions):
@@ -143,8 +145,9 @@ def _check(arguments: argparse.Namespace) -> int:
     )
     checked.print_gates(arguments.format)
     checked.print_limits(arguments.format)
-    code = EXIT_CASES_FAILED if checked.are_broken else judgement.exit_code
-    cases = case_outcomes.of_check(judgement, checked.records, checked.outcomes)
+    checked.print_unchecked(arguments.format, is_allowed=arguments.allow_skipped)
+    code = checked.exit_code(judgement.exit_code, allows_skipped=arguments.allow_skipped)
+    cases = case_outcomes.of_check(judgement, checked.records, checked.outcomes, allows_skipped=arguments.allow_skipped)
     ci.write(arguments, regression.summary(judgement), cases, [regression.table([judgement], "github")])
     if arguments.update:
         _update(base, judgement, arguments, code)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import fnmatch
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from membench.cli.output import print_remarks, remarks_stream
+from membench.errors import EXIT_CANNOT_COMPARE, EXIT_CASES_FAILED
 from membench.host.console import put
 from membench.report.table_formats import DEFAULT, FORMATS
 
@@ -36,6 +38,31 @@ class Rules:
             record.broken_limits for record in self.records
         )
 
+    @property
+    def unchecked(self) -> list[str]:
+        """Return a line for each limit and gate that was not checked because its case was skipped."""
+        limits = (f"{record.id}: {limit}" for record in self.records for limit in record.unchecked_limits)
+        gates = (outcome.sentence() for outcome in self.outcomes if outcome.is_skipped)
+        return list(dict.fromkeys((*limits, *gates)))
+
+    def exit_code(self, otherwise: int, *, allows_skipped: bool) -> int:
+        """Return the exit code: 1 for a broken rule, 3 for one that was not checked, unless there is worse otherwise.
+
+        Args:
+            otherwise: the exit code by all else.
+            allows_skipped: whether rules of skipped cases need not be checked.
+        """
+        if self.are_broken or otherwise == EXIT_CASES_FAILED:
+            return EXIT_CASES_FAILED
+        return EXIT_CANNOT_COMPARE if self.unchecked and not allows_skipped else otherwise
+
+    def print_unchecked(self, form: str, *, is_allowed: bool) -> None:
+        """Print how many limits and gates were not checked, and what that means."""
+        if count := len(self.unchecked):
+            were = "limit or gate was" if count == 1 else "limits and gates were"
+            how = "which --allow-skipped passes" if is_allowed else "exit code 3, unless --allow-skipped is given"
+            print_remarks([f"{count} {were} not checked because a case was skipped: {how}"], form)
+
     def print_gates(self, form: str) -> None:
         """Print a table of the gates' outcomes, and a line for each gate that is broken or was not judged."""
         from membench.report import regression
@@ -50,8 +77,24 @@ class Rules:
             print_remarks([f"not judged, since -k leaves it out: {text} in {', '.join(cases)}"], form)
 
     def print_limits(self, form: str) -> None:
-        """Print a line for each broken limit."""
-        print_remarks((f"{record.id}: {limit}" for record in self.records for limit in record.broken_limits), form)
+        """Print a line for each limit that is broken or was not checked."""
+        print_remarks(
+            (
+                f"{record.id}: {limit}"
+                for record in self.records
+                for limit in (*record.broken_limits, *record.unchecked_limits)
+            ),
+            form,
+        )
+
+
+def add_allow_skipped(verb: argparse.ArgumentParser) -> None:
+    """Add the option that accepts limits and gates of skipped cases."""
+    verb.add_argument(
+        "--allow-skipped",
+        action="store_true",
+        help="pass although limits and gates of skipped cases (no GPU, a package that is missing) were not checked",
+    )
 
 
 def check(gates: Sequence[Gate], records: Sequence[Record], keep: Callable[[str], bool] | None = None) -> Rules:

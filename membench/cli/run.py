@@ -42,6 +42,7 @@ def add(verbs: Verbs) -> None:
         help=f"of a program; with --against-ref: rounds of both versions (default: {against.ROUNDS})",
     )
     add_fail(run, "with --against-ref: ")
+    rules.add_allow_skipped(run)
     ci.add(run)
     run.set_defaults(do=_told)
 
@@ -108,11 +109,15 @@ def _run(arguments: argparse.Namespace) -> int:
             script.print_phases(run.records, arguments.format)
             print_run(run, arguments.format, arguments.explain)
             checked = rules.check(suite.gates, run.records)
-            checked.print_gates(arguments.format)  # the table's remarks include broken limits
-            if checked.are_broken or any(record.status not in ("ok", "skipped") for record in run.records):
+            checked.print_gates(arguments.format)  # the table's remarks include limits
+            checked.print_unchecked(arguments.format, is_allowed=arguments.allow_skipped)
+            if any(record.status not in ("ok", "skipped") for record in run.records):
                 code = EXIT_CASES_FAILED
+            code = checked.exit_code(code, allows_skipped=arguments.allow_skipped)
             left, begun = left[1:], None
-            cases += case_outcomes.of_records(suite.name, checked.records, checked.outcomes)
+            cases += case_outcomes.of_records(
+                suite.name, checked.records, checked.outcomes, allows_skipped=arguments.allow_skipped
+            )
             tables.append(text.comparison(run.records, "github"))
     except KeyboardInterrupt:
         kept_in = begun.path if begun else None

@@ -102,7 +102,13 @@ def _serve(
             record = session.measure(cases[request.id], request.repeat)
             if record.status == "failed" and record.message and record.message.startswith(_FOREIGN):
                 raise ForeignCode(record.message.removeprefix(_FOREIGN))
-            ended = {"id": record.id, "status": record.status, "duration_s": record.duration_s}
+            over_limit = record.status == "ok" and bool(record.broken_limits)
+            ended = {
+                "id": record.id,
+                "status": record.status,
+                "duration_s": record.duration_s,
+                "over_limit": over_limit,
+            }
             send(SessionEvent("record", ended))
 
 

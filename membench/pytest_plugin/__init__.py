@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from membench.errors import EXIT_CANNOT_COMPARE, one_line
 from membench.pytest_plugin import entries
 
 if TYPE_CHECKING:
@@ -65,6 +66,13 @@ def _folder(name: str) -> str:
         raise argparse.ArgumentTypeError(f"'{name}' is not a folder")
     return name
 
+    group.addoption(
+        "--membench-allow-skipped",
+        action="store_true",
+        help="Pass although limits and gates of skipped cases (no GPU, a missing package) were not checked; else the"
+        " exit code is 3.",
+    )
+
 
 def _baseline(name: str) -> str:
     if name.endswith((".toml", ".py")) or "::" in name:
@@ -108,6 +116,7 @@ class _Records:
         self._config = config
         self._keeper: Keeper | None = None
         self._comparison: Comparison | None = None
+        self._unchecked: dict[str, None] = {}
         if config.getoption("membench_compare") is not None:
             from membench.pytest_plugin.comparing import Comparison
 
@@ -131,6 +140,7 @@ class _Records:
             self._keeper.keep(found)
         if self._comparison is not None:
             self._comparison.add(found)
+        self._unchecked |= dict.fromkeys(entries.unchecked_in(found))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -140,11 +150,20 @@ class _Records:
         is_usage_error = self._comparison is not None and is_looked_at and self._comparison.finish()
         if is_usage_error and session.exitstatus == pytest.ExitCode.OK:  # else tests failed already
             session.exitstatus = pytest.ExitCode.USAGE_ERROR
+        must_be_checked = not self._config.getoption("membench_allow_skipped")
+        if self._unchecked and must_be_checked and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = EXIT_CANNOT_COMPARE
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         for source in (self._keeper, self._comparison):
             if source is not None:
                 source.summarize(terminalreporter)
+        for line in self._unchecked:
+            terminalreporter.write_line(one_line(f"membench: {line}"))
+        if self._unchecked and not self._config.getoption("membench_allow_skipped"):
+            terminalreporter.write_line(
+                "membench: exit code 3 for what was not checked, unless --membench-allow-skipped"
+            )
 
 
 @pytest.fixture

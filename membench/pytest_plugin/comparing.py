@@ -35,6 +35,8 @@ class Comparison:
             if "record" in entry:
                 self._measured[entry["record"]["id"]] = None
                 self._own_fields |= dict.fromkeys(entry["header"].get("own_metrics", ()))
+            elif "unchecked" in entry:
+                continue
             elif entry["known"] is None:
                 self._bases_with_cases.add(entry["base"])
             else:

@@ -8,6 +8,7 @@ import pytest
 
 from membench.errors import one_line
 from membench.host import console
+from membench.pytest_plugin import entries
 from membench.records.comparison import Comparison
 from membench.records.record import Record
 from membench.suite.gates import Gate, outcomes
@@ -48,15 +49,20 @@ def settle(item: pytest.Item, records: Sequence[Record], more_failures: Sequence
 def broken_gates(
     item: pytest.Item, gates: Sequence[Gate], records: Sequence[Record], reference: Sequence[Record]
 ) -> list[str]:
-    """Return a line for each gate that a case breaks; gates that cannot be checked become warnings."""
-    if any(record.status != "ok" for record in records):
+    """Return a line for each gate that a case breaks; gates that cannot be checked become warnings.
+
+    Those that cannot be because a case was skipped are passed on with the test's report.
+    """
+    if any(record.status not in ("ok", "skipped") for record in records):
         return []
     of_case = records if records is reference else [*reference, *records]
     lines = []
     for found in outcomes(gates, of_case):
         if found.case_id != records[0].id:
             continue
-        if found.holds is None:
+        if found.is_skipped:
+            entries.add_unchecked(item, found.sentence())
+        elif found.holds is None:
             item.warn(MembenchWarning(one_line(found.sentence())))
         elif not found.holds:
             lines.append(found.sentence())

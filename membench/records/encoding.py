@@ -22,11 +22,11 @@ _OBSERVED = (
 
 
 def as_json(record: Record) -> dict[str, Any]:
-    """Encode a record as in a run's file."""
-    return {
-        **{name: getattr(record, name) for name in _FIELDS},
-        "processes": [_process(process) for process in record.processes],
-    }
+    """Encode a record as in a run's file; a field of later versions that is empty is left out."""
+    known = {name: getattr(record, name) for name in _FIELDS}
+    if not record.unchecked_limits:
+        del known["unchecked_limits"]
+    return {**known, "processes": [_process(process) for process in record.processes]}
 
 
 def _phase(phase: PhaseReading) -> dict[str, Any]:

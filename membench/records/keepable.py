@@ -22,8 +22,8 @@ LONGEST_LINE_BYTES = 2**29
 _MOST_TOLD = 3
 _LONGEST_PROBLEM = 300
 _PARTS = (
-    "ended_in", "duration_s", "reasons", "obtained", "remarks", "notes", "broken_limits", "timeline", "output_tail",
-    "machine", "settings",
+    "ended_in", "duration_s", "reasons", "obtained", "remarks", "notes", "broken_limits", "unchecked_limits",
+    "timeline", "output_tail", "machine", "settings",
 )  # fmt: skip
 
 
@@ -81,6 +81,7 @@ class _Kept:
         self._record = dataclasses.replace(
             refused, case=_plain(refused.case), status="failed", ended_in=None, message=None, duration_s=0.0,
             metrics={}, reasons={}, obtained={}, processes=(process,), remarks=(), notes=(), broken_limits=(),
+            unchecked_limits=(),
             timeline={}, output_tail="", machine={}, settings={},
         )  # fmt: skip
 

@@ -33,6 +33,7 @@ class Record:
         notes: explanations of the values (such as why a technique saved less than its nominal factor).
         processes: the readings of each process (rank). Earlier records lack the weights by module and the time that
             threads waited for cores, or include in that time the waits of threads for each other.
+        unchecked_limits: a sentence for each limit that was not checked because the case was skipped.
         timeline: columns of samples over the whole case, with ``at_s`` in seconds from its start.
         output_tail: the end of the case's output, if the case failed.
     """
@@ -56,6 +57,7 @@ class Record:
     output_tail: str
     machine: Mapping[str, Any]
     settings: Mapping[str, Any]
+    unchecked_limits: tuple[str, ...] = ()
     schema: int = SCHEMA_VERSION
 
     @property

@@ -124,6 +124,7 @@ class _Record(_Table):
     remarks: list[str]
     notes: list[str] = []
     broken_limits: list[str]
+    unchecked_limits: list[str] = []
     timeline: dict[str, list[float | None]]
     output_tail: str
     machine: _Machine

@@ -137,6 +137,8 @@ class Judgement:
     differences: tuple[Difference, ...]
     in_turn: bool = False
     """Whether both were measured in turn: then only more rounds give a better answer."""
+    allows_skipped: bool = False
+    """Whether a case may be skipped now that was measured in the base."""
 
     def _watched(self, verdict: Verdict) -> tuple[Change, ...]:
         return tuple(
@@ -177,7 +179,9 @@ class Judgement:
         return tuple(
             pair.id
             for pair in self.pairs
-            if pair.base and pair.base.is_measured and (pair.new is None or pair.new.status == "skipped")
+            if pair.base
+            and pair.base.is_measured
+            and (pair.new is None or (pair.new.status == "skipped" and not self.allows_skipped))
         )
 
     @property

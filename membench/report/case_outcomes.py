@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,19 +44,39 @@ _ENDS: Mapping[str, End] = {"skipped": "skipped", "diverged": "failed"}
 
 
 def of_records(
-    suite: str, records: Sequence[Record], outcomes: Iterable[Outcome] = (), ends: Mapping[str, End] = _ENDS
+    suite: str,
+    records: Sequence[Record],
+    outcomes: Iterable[Outcome] = (),
+    ends: Mapping[str, End] = _ENDS,
+    *,
+    allows_skipped: bool = False,
 ) -> list[CheckedCase]:
     """The cases of a run, with the limits and rules of its suite.
 
     Args:
         outcomes: of the suite's rules.
         ends: what a status other than ``ok`` stands for; ``unfinished`` where it is not said.
+        allows_skipped: whether limits and rules of skipped cases need not be checked; else these cases are unfinished.
     """
     broken: dict[str, list[str]] = {}
+    unchecked: dict[str, list[str]] = {record.id: list(record.unchecked_limits) for record in records}
     for outcome in outcomes:
-        if outcome.holds is False:
-            broken.setdefault(outcome.case_id, []).append(_of(outcome.case_id, outcome.sentence()))
-    return [_of_repeats(suite, case_id, repeats, broken.get(case_id, []), ends) for case_id, repeats in _by_id(records)]
+        told = broken if outcome.holds is False else unchecked if outcome.is_skipped else None
+        if told is not None:
+            told.setdefault(outcome.case_id, []).append(_of(outcome.case_id, outcome.sentence()))
+    cases = [
+        _of_repeats(suite, case_id, repeats, broken.get(case_id, []), ends) for case_id, repeats in _by_id(records)
+    ]
+    return [
+        dataclasses.replace(
+            case,
+            end=case.end if allows_skipped else _worst((case.end, "unfinished")),
+            reasons=tuple(dict.fromkeys((*case.reasons, *unchecked[case.id]))),
+        )
+        if unchecked[case.id]
+        else case
+        for case in cases
+    ]
 
 
 def _by_id(records: Sequence[Record]) -> Iterable[tuple[str, list[Record]]]:
@@ -127,14 +148,17 @@ def _of(case_id: str, sentence: str) -> str:
     return sentence.removeprefix(f"{case_id}: ")
 
 
-def of_check(judgement: Judgement, records: Sequence[Record], outcomes: Iterable[Outcome] = ()) -> list[CheckedCase]:
+def of_check(
+    judgement: Judgement, records: Sequence[Record], outcomes: Iterable[Outcome] = (), *, allows_skipped: bool = False
+) -> list[CheckedCase]:
     """The cases of a comparison whose new side was measured here: with the limits and rules of its suite, too.
 
     How a case ended is judged by how it ended in the base. One that ended no better there fails nothing: it is told as
     skipped.
     """
     ends: Mapping[str, End] = dict.fromkeys(typing.get_args(Status), "skipped")
-    return together(of_records(judgement.new.suite, records, outcomes, ends), of_judgement(judgement))
+    checked = of_records(judgement.new.suite, records, outcomes, ends, allows_skipped=allows_skipped)
+    return together(checked, of_judgement(judgement))
 
 
 def together(first: Sequence[CheckedCase], second: Sequence[CheckedCase]) -> list[CheckedCase]:

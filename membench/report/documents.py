@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from membench.records.run_file import Run
-from membench.report import flat, latex, markdown, savings, summary, text
+from membench.report import broken_rules, flat, latex, markdown, savings, summary, text
 from membench.report.table_formats import FORMATS
 
 
@@ -39,7 +39,7 @@ def _markdown(run: Run) -> Iterator[str]:
         yield summary.HOW_TO_READ
     if run.records:
         yield text.comparison(run.records, "github")
-    said = [*text.remarks(run.records), *savings.verdicts(run.records)]
+    said = [*broken_rules.remarks(run), *savings.verdicts(run.records)]
     if said:
         yield markdown.fenced(said, "text")
     language = "toml" if run.header.get("suite_tables") is None else ""
@@ -51,6 +51,6 @@ def _latex(run: Run) -> Iterator[str]:
     yield latex.escaped(summary.overview(run))
     if run.records:
         yield text.comparison(run.records, "latex")
-    said = [*map(str, summary.highlights(run.records)), *text.remarks(run.records), *savings.verdicts(run.records)]
+    said = [*map(str, summary.highlights(run.records)), *broken_rules.remarks(run), *savings.verdicts(run.records)]
     if said:
         yield "\n".join([r"\begin{itemize}", *(rf"\item {latex.escaped(line)}" for line in said), r"\end{itemize}"])

@@ -22,9 +22,12 @@ def status_of(repeats: Sequence[Record]) -> str:
 
 
 def said_of(record: Record) -> list[str]:
-    """Return the messages of a record: how it failed, broken limits, remarks and notes."""
+    """Return the messages of a record: how it failed, limits broken or not checked, remarks and notes."""
     said = []
     if record.status != "ok":
         where = f" in {record.ended_in}" if record.ended_in else ""
         said.append(f"{record.status}{where}: {record.message}")
-    return [one_line(text) for text in (*said, *record.broken_limits, *record.remarks, *record.notes)]
+    return [
+        one_line(text)
+        for text in (*said, *record.broken_limits, *record.unchecked_limits, *record.remarks, *record.notes)
+    ]

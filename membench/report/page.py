@@ -22,7 +22,7 @@ from membench.records.comparison import Comparison, Group
 from membench.records.metric import Metric
 from membench.records.record import Record, metrics_in
 from membench.records.run_file import Run
-from membench.report import bars, cells, history, outcomes, pareto, savings, summary, text, timeline
+from membench.report import bars, broken_rules, cells, history, outcomes, pareto, savings, summary, text, timeline
 from membench.report.table_formats import FORMATS
 from membench.units import format_bytes, format_ratio, format_seconds
 
@@ -111,7 +111,7 @@ def _told(run: Run) -> dict[str, Any]:
         "overview": summary.overview(run),
         "highlights": summary.highlights(run.records),
         "verdicts": savings.verdicts(run.records),
-        "remarks": text.remarks(run.records),
+        "remarks": broken_rules.remarks(run),
         "name": run.header.get("run"),
         "suite": run.header.get("suite"),
         "suite_lines": str(run.header.get("suite_text", "")).splitlines(),

@@ -12,6 +12,7 @@ from membench.records.comparison import QUALITY, Comparison, Group
 from membench.records.metrics import METRIC_OF_FIELD, NO_DIVERGENCE, SAME_ACCURACY
 from membench.records.record import Record
 from membench.records.run_file import Run
+from membench.report.broken_rules import troubled_gates
 from membench.report.cells import bound_of_ratio, is_coarse, signed
 from membench.report.savings import Ratio, ratios_of
 from membench.units import format_bytes, format_divergence, format_percent
@@ -44,12 +45,7 @@ class Highlight(NamedTuple):
 def overview(run: Run) -> str:
     """What was run, how it ended, when and where."""
     machine = run.header.get("machine", {})
-    ends = collections.Counter(record.status for record in run.records)
-    if not run.records:
-        how = "no case was finished"
-    else:
-        told = "all ok" if ends.keys() == {"ok"} else ", ".join(f"{number} {status}" for status, number in ends.items())
-        how = f"{_counted(len(run.records), 'case')}, {told}"
+    how = f"{_counted(len(run.records), 'case')}, {_ends(run)}" if run.records else "no case was finished"
     where = [
         machine.get("processor"),
         _counted(machine["cores"], "core") if machine.get("cores") else None,
@@ -61,6 +57,22 @@ def overview(run: Run) -> str:
     place, began = ", ".join(str(part) for part in where if part), started(run)
     measured = f" Measured{f' {began}' if began else ''}{f' on {place}' if place else ''}." if began or place else ""
     return f"Suite {run.header.get('suite')}: {how}.{measured}"
+
+
+def _ends(run: Run) -> str:
+    """How the cases ended, and what was asked of them that is broken or was not checked."""
+    gates = troubled_gates(run)
+    broken = sum(outcome.holds is False for outcome in gates)
+    unchecked = len(gates) - broken + sum(len(record.unchecked_limits) for record in run.records)
+    ends = collections.Counter(
+        "over limit" if record.status == "ok" and record.broken_limits else record.status for record in run.records
+    )
+    if ends.keys() == {"ok"} and not gates:
+        return "all ok"
+    told = [f"{number} {end}" for end, number in ends.items()]
+    told += [f"{_counted(broken, 'gate')} broken"] if broken else []
+    told += [f"{_counted(unchecked, 'limit or gate', 'limits and gates')} not checked"] if unchecked else []
+    return ", ".join(told)
 
 
 def code_of(run: Run) -> str | None:
@@ -223,5 +235,5 @@ def _time(found: Comparison, group: Group, technique: str) -> str:
     return f", in {times:.2g} times the {what}" if ratio.tells else f", in about the same {what}"
 
 
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _counted(number: int, what: str, several: str | None = None) -> str:
+    return f"{number} {what if number == 1 else several or f'{what}s'}"

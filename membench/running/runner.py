@@ -157,6 +157,7 @@ class Runner:
             remarks=(*_of_all(results, "remarks"), *_unchecked_limits(found, status, job.limits)),
             notes=_of_all(results, "notes"),
             broken_limits=_broken_limits(found, job.limits),
+            unchecked_limits=_skipped_limits(status, job.limits),
             timeline=finished.timeline.columns(),
             output_tail="" if status in ("ok", "skipped") else deciding.tail.decode(errors="replace"),
             machine={**self._machine, "threads": job.threads},
@@ -183,6 +184,13 @@ def _unchecked_limits(found: DerivedMetrics, status: str, limits: Mapping[str, f
         for name in limits
         if found.metrics.get(name) is None
     ]
+
+
+def _skipped_limits(status: str, limits: Mapping[str, float]) -> tuple[str, ...]:
+    """Return a sentence for each limit of a skipped case."""
+    if status != "skipped":
+        return ()
+    return tuple(f"the limit on {METRIC_OF_FIELD[name].name} was not checked: the case was skipped" for name in limits)
 
 
 def _broken_limits(found: DerivedMetrics, limits: Mapping[str, float]) -> tuple[str, ...]:

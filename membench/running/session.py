@@ -62,7 +62,7 @@ def run(
             baseline  ``bytes`` resident in the worker before the case; its memory figures exclude them
             phase     ``phase``: a phase begins
             memory    ``bytes`` resident in the worker and its children now, the baseline included
-            record    ``id``, ``status``, ``duration_s``: a case has ended and its record is on disk
+            record    ``id``, ``status``, ``duration_s``, ``over_limit``: a case has ended and its record is on disk
             ========  ==========================================================================================
 
         executor: opens the executor that runs the cases; by default, this machine.
@@ -170,7 +170,9 @@ class Session:
             self._file.append(interrupted.record)
             raise
         record = self._file.append(record)
-        self._tell("record", {"id": case.id, "status": record.status, "duration_s": record.duration_s})
+        over_limit = record.status == "ok" and bool(record.broken_limits)
+        ended = {"id": case.id, "status": record.status, "duration_s": record.duration_s, "over_limit": over_limit}
+        self._tell("record", ended)
         return record
 
 

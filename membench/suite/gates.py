@@ -53,7 +53,11 @@ _DIMENSIONS = {"bytes": _SIZE, "seconds": _DURATION}
 
 
 class _Unknown(Exception):
-    """A value that a rule needs is not known."""
+    """A value that a rule needs is not known; ``is_skipped``: because its case was skipped."""
+
+    def __init__(self, reason: str, *, is_skipped: bool = False) -> None:
+        super().__init__(reason)
+        self.is_skipped = is_skipped
 
 
 class _NotApplicable(Exception):
@@ -110,6 +114,7 @@ class Outcome:
         case_id: the case; the gate's pattern if no case has the metrics of the rule.
         holds: ``None`` if a value is not known; ``reason`` then says which and why.
         left, right: the values of the two sides, as text with units.
+        is_skipped: whether it was not checked because its case, or the reference, was skipped.
     """
 
     case_id: str
@@ -118,6 +123,7 @@ class Outcome:
     left: str | None = None
     right: str | None = None
     reason: str | None = None
+    is_skipped: bool = False
 
     def sentence(self) -> str:
         """Return the result as a sentence.
@@ -368,7 +374,7 @@ def _checked(gate: Gate, repeats: Sequence[Record], reference: Sequence[Record])
     except _NotApplicable:
         return None
     except _Unknown as unknown:
-        return Outcome(repeats[0].id, gate, None, reason=str(unknown))
+        return Outcome(repeats[0].id, gate, None, reason=str(unknown), is_skipped=unknown.is_skipped)
     except ZeroDivisionError:
         return Outcome(repeats[0].id, gate, None, reason="it divides by a figure that is 0")
     except OverflowError:
@@ -384,7 +390,7 @@ def _median(repeats: Sequence[Record], metric: Metric, whose: str) -> float:
         raise _Unknown(f"{whose} was not measured")
     bad = next((record for record in repeats if record.status not in ("ok", "diverged")), None)
     if bad is not None:
-        raise _Unknown(f"{whose} ended as {bad.status}")
+        raise _Unknown(f"{whose} ended as {bad.status}", is_skipped=bad.status == "skipped")
     values = [value for record in repeats if (value := record.metrics.get(metric.field)) is not None]
     if values:
         return statistics.median(values)

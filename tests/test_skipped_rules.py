@@ -1,0 +1,167 @@
+"""Limits and gates that were not checked because a case was skipped do not pass, and reports say what broke."""
+
+from __future__ import annotations
+
+import dataclasses
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+import membench
+from membench import cli
+from membench.records.keepable import keepable
+from membench.records.record import Record
+from membench.report import documents, page, summary
+from membench.suite.gates import outcomes, parse
+
+from .made_up import MIB, record, run
+
+pytest_plugins = ["pytester"]
+
+_NOWHERE = "cuda:9"
+_SUITE = """\
+[suite]
+name = "small"
+[matrix]
+model = ["ballast"]
+technique = ["none", "bf16"]
+workload = ["still"]
+device = ["cuda:9"]
+[workload.still]
+use = "burst"
+mib = 0
+[settings]
+threads = 1
+measured_steps = 1
+"""
+_LIMITS = '[limits]\nweights = "40 MiB"\n'
+_GATES = '[gate]\nrules = ["weights <= 0.6 * reference"]\n'
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of a suite whose cases were all skipped, with limits and a gate."""
+    folder = tmp_path_factory.mktemp("skipped")
+    (folder / "small.toml").write_text(_SUITE + _LIMITS + _GATES)
+    membench.run(membench.load_suite(folder / "small.toml"), output=folder / "results")
+    return folder
+
+
+def test_a_run_whose_rules_were_not_checked_for_skipped_cases_exits_with_three(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite, output = tmp_path / "small.toml", ["--output", str(tmp_path), "--junit", str(tmp_path / "junit.xml")]
+    suite.write_text(_SUITE + _LIMITS + _GATES)
+    summary_file = tmp_path / "summary.md"
+    assert cli.main(["run", str(suite), *output, "--summary", str(summary_file), "--annotations"]) == 3
+    told = capsys.readouterr()
+    lines = told.out.splitlines()
+    for technique in ("none", "bf16"):
+        assert (
+            f"ballast/{technique}/still/{_NOWHERE}: the limit on weights was not checked: the case was skipped" in lines
+        )
+    gate = f"ballast/bf16/still/{_NOWHERE}: weights <= 0.6 * reference was not checked: the case ended as skipped"
+    assert gate in lines
+    assert lines[-1] == (
+        "3 limits and gates were not checked because a case was skipped: exit code 3, unless --allow-skipped is given"
+    )
+    assert told.err.count("::error title=membench%3A ballast/") == 2
+    assert summary_file.read_text().startswith("## ❌ membench run small: 2 failed")
+    ends = [[end.tag for end in case] for case in ElementTree.parse(tmp_path / "junit.xml").iter("testcase")]
+    assert ends == [["error"], ["error"]]
+
+    assert cli.main(["run", str(suite), *output, "--allow-skipped"]) == 0
+    assert "3 limits and gates were not checked because a case was skipped: which --allow-skipped passes" in (
+        capsys.readouterr().out
+    )
+    ends = [[end.tag for end in case] for case in ElementTree.parse(tmp_path / "junit.xml").iter("testcase")]
+    assert ends == [["skipped"], ["skipped"]]
+
+
+def test_a_check_of_a_kept_run_says_the_same(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (path,) = (folder / "results").glob("*.jsonl")
+    run = membench.read_run(path)
+    # A base of the same cases, in which they were measured, and one in which they were not.
+    ok = [dataclasses.replace(one, status="ok", message=None, metrics={"weights_bytes": MIB}) for one in run.records]
+    base = folder / "base.jsonl"
+    header, *_ = path.read_text().splitlines(keepends=True)
+    base.write_text(header + "".join(keepable(one)[1].decode() for one in ok))
+    assert cli.main(["check", str(path), "--against", str(base)]) == 3
+    told = capsys.readouterr().out
+    assert "3 limits and gates were not checked because a case was skipped: exit code 3" in told
+    assert cli.main(["check", str(base), "--against", str(base)]) == 1  # the gate is broken, and nothing was skipped
+    assert "weights <= 0.6 * reference is broken" in capsys.readouterr().out
+
+
+def test_a_skipped_reference_leaves_a_gate_unchecked() -> None:
+    skipped = dataclasses.replace(record("none"), status="skipped", message="no GPU")
+    (outcome,) = outcomes([parse("weights <= 0.6 * reference")], [skipped, record("a", weights_bytes=MIB)])
+    assert (outcome.holds, outcome.is_skipped, outcome.reason) == (None, True, "the reference ended as skipped")
+    crashed = dataclasses.replace(skipped, status="crashed")
+    (outcome,) = outcomes([parse("weights <= 0.6 * reference")], [crashed, record("a", weights_bytes=MIB)])
+    assert (outcome.holds, outcome.is_skipped) == (None, False)
+
+
+_GATED = '[suite]\nname = "made-up"\n[gate]\nrules = ["weights <= 0.6 * reference"]\n'
+
+
+def _over(technique: str) -> Record:
+    return dataclasses.replace(
+        record(technique, weights_bytes=MIB), broken_limits=("weights 1.000 MiB is over its limit of 1 B",)
+    )
+
+
+@pytest.mark.parametrize(
+    ("records", "text", "told"),
+    [
+        ((record("none"), record("a")), "", "2 cases, all ok."),
+        ((record("none"), _over("a")), "", "2 cases, 1 ok, 1 over limit."),
+        ((_over("none"),), "", "1 case, 1 over limit."),
+        ((record("none", weights_bytes=MIB), record("a", weights_bytes=MIB)), _GATED, "2 cases, 2 ok, 1 gate broken."),
+        (
+            (record("none", weights_bytes=MIB), dataclasses.replace(record("a"), status="skipped")),
+            _GATED,
+            "2 cases, 1 ok, 1 skipped, 1 limit or gate not checked.",
+        ),
+    ],
+)
+def test_no_report_says_all_ok_where_a_limit_or_a_gate_is_broken(
+    records: tuple[Record, ...], text: str, told: str
+) -> None:
+    made = run(records, suite_text=text) if text else run(records)
+    assert f": {told}" in summary.overview(made)
+    documented = documents.markdown_document([made]), documents.latex_document([made]), page.page([made])
+    assert [("all ok" in document) for document in documented] == ["all ok" in told] * 3
+    if "gate broken" in told:
+        assert all("reference is broken: 1.000 MiB is over" in document for document in documented)
+
+
+def test_show_names_broken_gates_and_the_progress_cases_over_their_limit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite = tmp_path / "small.toml"
+    suite.write_text(_SUITE.replace(_NOWHERE, "cpu") + _LIMITS + '[gate]\nrules = ["weights <= 0.4 * reference"]\n')
+    assert cli.main(["run", str(suite), "--output", str(tmp_path)]) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("over limit     ballast/none/still/cpu  ")
+    assert second.startswith("ok             ballast/bf16/still/cpu  ")
+    assert cli.main(["show", "--output", str(tmp_path)]) == 0
+    assert "ballast/bf16/still/cpu: weights <= 0.4 * reference is broken: 32.00 MiB is over 25.60 MiB" in (
+        capsys.readouterr().out
+    )
+
+
+def test_pytest_ends_with_three_where_rules_were_not_checked(inner: pytest.Pytester) -> None:
+    (inner.path / "small.toml").write_text(_SUITE + _LIMITS + _GATES)
+    ran = inner.runpytest_subprocess("small.toml", "-q")
+    ran.assert_outcomes(skipped=2)
+    assert ran.ret == 3
+    gate = f"ballast/bf16/still/{_NOWHERE}: weights <= 0.6 * reference was not checked: the case ended as skipped"
+    assert f"membench: {gate}" in ran.outlines
+    assert (
+        f"membench: ballast/none/still/{_NOWHERE}: the limit on weights was not checked: the case was skipped"
+        in ran.outlines
+    )
+    assert "membench: exit code 3 for what was not checked, unless --membench-allow-skipped" in ran.outlines
+    assert inner.runpytest_subprocess("small.toml", "-q", "--membench-allow-skipped").ret == 0
