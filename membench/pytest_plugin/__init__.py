@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from membench.errors import EXIT_CANNOT_COMPARE, one_line
 from membench.pytest_plugin import entries
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from membench.pytest_plugin.fixture import MembenchFixture
     from membench.pytest_plugin.keeping import Keeper
     from membench.pytest_plugin.timing import Timing
+    from membench.pytest_plugin.unchecked import UncheckedRules
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -116,7 +116,7 @@ class _Records:
         self._config = config
         self._keeper: Keeper | None = None
         self._comparison: Comparison | None = None
-        self._unchecked: dict[str, None] = {}
+        self._unchecked: UncheckedRules | None = None
         if config.getoption("membench_compare") is not None:
             from membench.pytest_plugin.comparing import Comparison
 
@@ -134,13 +134,16 @@ class _Records:
         found = entries.detach(report)
         if found and self._keeper is None:
             from membench.pytest_plugin.keeping import Keeper
+            from membench.pytest_plugin.unchecked import UncheckedRules
 
             self._keeper = Keeper(self._config)
+            self._unchecked = UncheckedRules(self._config)
         if self._keeper is not None:
             self._keeper.keep(found)
         if self._comparison is not None:
             self._comparison.add(found)
-        self._unchecked |= dict.fromkeys(entries.unchecked_in(found))
+        if self._unchecked is not None:
+            self._unchecked.add(found)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -150,20 +153,13 @@ class _Records:
         is_usage_error = self._comparison is not None and is_looked_at and self._comparison.finish()
         if is_usage_error and session.exitstatus == pytest.ExitCode.OK:  # else tests failed already
             session.exitstatus = pytest.ExitCode.USAGE_ERROR
-        must_be_checked = not self._config.getoption("membench_allow_skipped")
-        if self._unchecked and must_be_checked and session.exitstatus == pytest.ExitCode.OK:
-            session.exitstatus = EXIT_CANNOT_COMPARE
+        if self._unchecked is not None and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = self._unchecked.finish()
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        for source in (self._keeper, self._comparison):
+        for source in (self._keeper, self._comparison, self._unchecked):
             if source is not None:
                 source.summarize(terminalreporter)
-        for line in self._unchecked:
-            terminalreporter.write_line(one_line(f"membench: {line}"))
-        if self._unchecked and not self._config.getoption("membench_allow_skipped"):
-            terminalreporter.write_line(
-                "membench: exit code 3 for what was not checked, unless --membench-allow-skipped"
-            )
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -30,13 +29,6 @@ def add_comparison(item: pytest.Item, case_id: str, base: str, known: list[str] 
 def add_unchecked(item: pytest.Item, sentence: str) -> None:
     """Add a gate that was not checked, because its case was skipped, to a test's next report."""
     item.stash.setdefault(_MEASURED, []).append({"unchecked": sentence})
-
-
-def unchecked_in(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a sentence for each limit and gate that was not checked because its case was skipped."""
-    records = (entry["record"] for entry in entries if "record" in entry)
-    limits = [f"{record['id']}: {limit}" for record in records for limit in record.get("unchecked_limits", ())]
-    return [*limits, *(entry["unchecked"] for entry in entries if "unchecked" in entry)]
 
 
 def attach(report: pytest.TestReport, item: pytest.Item) -> None:
