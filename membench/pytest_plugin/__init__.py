@@ -59,19 +59,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="The folder for what is measured, and for baselines; without it, 'results' in the folder where pytest was"
         " started.",
     )
-
-
-def _folder(name: str) -> str:
-    if not name or (Path(name).exists() and not Path(name).is_dir()):
-        raise argparse.ArgumentTypeError(f"'{name}' is not a folder")
-    return name
-
     group.addoption(
         "--membench-allow-skipped",
         action="store_true",
         help="Pass although limits and gates of skipped cases (no GPU, a missing package) were not checked; else the"
         " exit code is 3.",
     )
+
+
+def _folder(name: str) -> str:
+    if not name or (Path(name).exists() and not Path(name).is_dir()):
+        raise argparse.ArgumentTypeError(f"'{name}' is not a folder")
+    return name
 
 
 def _baseline(name: str) -> str:
