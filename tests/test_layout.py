@@ -84,7 +84,7 @@ def _folder(name: str) -> str:
 
 def _is_layer(name: str) -> bool:
     """Modules that subclass torch's classes cannot do without torch; they are imported by methods."""
-    return name.startswith("membench.builtin.layers.") or name in ("membench.data.loading", "membench.testing.decoder")
+    return name.startswith("membench.builtin.layers.") or name in ("membench.data.loading", "membench.worker.decoder")
 
 
 @pytest.mark.parametrize("path", _FILES, ids=_name)

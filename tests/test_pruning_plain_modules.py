@@ -176,12 +176,21 @@ def test_what_cannot_be_cut_is_refused_with_the_reason_and_what_there_is(
         _technique(technique, options).apply(_built(model), _context())
 
 
-@pytest.mark.parametrize("technique", ["prune-ffn", "prune-heads", "drop-layers"])
-def test_a_rehearsal_on_a_module_of_another_kind_changes_nothing(technique: str) -> None:
+@pytest.mark.parametrize(
+    ("technique", "options"),
+    [("prune-ffn", _NETWORK), ("prune-heads", _ATTENTION), ("drop-layers", {}), ("prune-ffn", {}), ("prune-heads", {})],
+)
+def test_a_model_without_a_miniature_is_rehearsed_on_parts_of_standard_names(
+    technique: str, options: dict[str, Any]
+) -> None:
     from membench.worker.rehearsal_model import RehearsalModel
+    from membench.worker.weights import weight_bytes
 
-    module = RehearsalModel().build(_context(True))
-    assert _technique(technique, {"layers": "blocks.*"}).apply(module, _context(True)) is module
+    model = RehearsalModel()
+    context = Context("cpu", 0, model, lambda name: contextlib.nullcontext(), {}, Path(), rehearsal=True)
+    whole = model.build(context)
+    cut = _technique(technique, {"layers": "blocks.*", **options}).apply(copy.deepcopy(whole), context)
+    assert weight_bytes(cut) < weight_bytes(whole)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,6 @@ def tiny_transformer() -> Model:
 
 
 def _decoder() -> nn.Module:
-    from membench.testing.decoder import Decoder
+    from membench.worker.decoder import Decoder
 
     return Decoder(_SHAPE.width, _SHAPE.layers, _SHAPE.heads, _SHAPE.inner_width, _SHAPE.vocabulary)

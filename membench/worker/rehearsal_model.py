@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class RehearsalModel(Model):
-    """An embedding and two linear layers: token ids (B, T) to logits (B, T, 256)."""
+    """A decoder of two layers: token ids (B, T) to logits (B, T, 256)."""
 
     def build(self, context: Context) -> nn.Module:
         return self._layers().to(context.device)
@@ -23,9 +23,9 @@ class RehearsalModel(Model):
             return self._layers()
 
     def _layers(self) -> nn.Module:
-        from torch import nn
+        from membench.worker.decoder import Decoder
 
-        return nn.Sequential(nn.Embedding(256, 64), nn.Linear(64, 64), nn.Linear(64, 256))
+        return Decoder(width=64, layers=2, heads=4, inner_width=64, vocabulary=256)
 
     def vocabulary(self, module: nn.Module) -> int:
         return 256

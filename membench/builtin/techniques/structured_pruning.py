@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, PrivateAttr
 
@@ -16,6 +16,7 @@ from membench.builtin.techniques.importance import Part, influences, magnitudes,
 from membench.builtin.techniques.pruning import Pruning, is_transposed
 from membench.errors import summary
 from membench.plugins import Context, Setting, Shape, Unsuitable
+from membench.worker.rehearsal_model import RehearsalModel
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,8 @@ class _Structured(Pruning):
     """A pattern over the paths of the layers, such as 'encoder.blocks.*'; by default the lists of layers there are."""
     units: ClassVar[str]
     """What is taken out, in the plural."""
+    names_of_parts: ClassVar[tuple[str, ...]] = ("layers",)
+    """The options that name parts of a model."""
     _outline: tuple[type, int] | None = PrivateAttr(None)
 
     @staticmethod
@@ -51,6 +54,12 @@ class _Structured(Pruning):
         gone = min(self._removed(len(scores)), len(scores) - 1)
         by_score = sorted(range(len(scores)), key=scores.__getitem__)
         return sorted(by_score[gone:])
+
+    def for_rehearsal(self, context: Context) -> Self:
+        """This technique, without names of a model's parts where the case is rehearsed on a model of other parts."""
+        if not isinstance(context.model, RehearsalModel):
+            return self
+        return self.model_copy(update={name: type(self).model_fields[name].default for name in self.names_of_parts})
 
     def remember(self, module: nn.Module) -> None:
         """Remember what the cut module is like, if transformers is to build it again from its configuration."""
@@ -95,11 +104,10 @@ class _Sliced(_Structured):
         return [magnitudes(part).tolist() for part in parts]
 
     def apply(self, module: nn.Module, context: Context) -> nn.Module:
-        lists = _lists(module, self.layers, context)
-        if not lists:
-            return module
+        technique = self.for_rehearsal(context)
+        lists = layer_lists(module, technique.layers)
         probe = Probe(_body(module), context.model.vocabulary(module), context)
-        self.cut(module, lists, probe, context)
+        technique.cut(module, lists, probe, context)
         self.remember(module)
         self.recover(module, context)
         return module
@@ -133,6 +141,7 @@ class PruneFfn(_Sliced):
 
     acts_on: ClassVar[str] = "weights, activations"
     units: ClassVar[str] = "feed-forward channels"
+    names_of_parts: ClassVar[tuple[str, ...]] = ("layers", "up", "down")
     up: tuple[str, ...] = ()
     down: str | None = Field(None, min_length=1)
 
@@ -178,6 +187,7 @@ class PruneHeads(_Sliced):
 
     acts_on: ClassVar[str] = "weights, cache"
     units: ClassVar[str] = "key-value heads"
+    names_of_parts: ClassVar[tuple[str, ...]] = ("layers", "qkv", "output", "heads")
     qkv: tuple[str, ...] = ()
     output: str | None = Field(None, min_length=1)
     heads: int | None = Field(None, ge=1)
@@ -239,9 +249,8 @@ class DropLayers(_Structured):
         return self.recover_steps > 0
 
     def apply(self, module: nn.Module, context: Context) -> nn.Module:
-        if not _lists(module, self.layers, context):
-            return module
-        found, body, config = the_layer_list(module, self.layers), _body(module), decoder_config.text_config(module)
+        found = the_layer_list(module, self.for_rehearsal(context).layers)
+        body, config = _body(module), decoder_config.text_config(module)
         for name, reason in _TIED_TO_PLACES.items():
             if getattr(config, name, None):
                 raise Unsuitable(f"{name} = {getattr(config, name)}: {reason}")
@@ -265,16 +274,6 @@ _TIED_TO_PLACES = {
     "num_kv_shared_layers": "layers use keys and values of others, so none is taken out",
     "scale_attn_by_inverse_layer_idx": "a layer's place is part of what it computes, so none is taken out",
 }
-
-
-def _lists(module: nn.Module, pattern: str | None, context: Context) -> list[LayerList]:
-    """The lists of layers; none where a case is rehearsed on a module that is not of the model's kind."""
-    try:
-        return layer_lists(module, pattern)
-    except (Unsuitable, ValueError):
-        if context.rehearsal:
-            return []
-        raise
 
 
 def _body(module: Any) -> nn.Module:
