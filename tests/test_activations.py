@@ -158,12 +158,16 @@ def test_every_second_layer_is_checkpointed() -> None:
     assert [layer.gradient_checkpointing for layer in module.model.layers] == [True, False] * 2  # type: ignore
 
 
-def test_a_model_without_transformers_layers_is_not_served() -> None:
+def test_a_model_without_layers_or_transformers_attention_is_not_served() -> None:
     import torch
 
-    for technique in (_technique("checkpointing"), _technique("sdpa")):
-        with pytest.raises(plugins.Unsuitable, match="transformers"):
-            technique.apply(torch.nn.Sequential(torch.nn.Linear(2, 2)), context(_MODELS["llama"]))
+    reasons = {
+        "checkpointing": "a Sequential has no list of like layers: name them with layers",
+        "sdpa": "transformers",
+    }
+    for technique, reason in reasons.items():
+        with pytest.raises(plugins.Unsuitable, match=reason):
+            _technique(technique).apply(torch.nn.Sequential(torch.nn.Linear(2, 2)), context(_MODELS["llama"]))
 
 
 @pytest.mark.parametrize(

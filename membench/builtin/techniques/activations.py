@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from membench.builtin.techniques.decoder_layers import checkpointing_layer, layer_lists
 from membench.plugins import Context, Setting, Technique, TrainingStep, Unsuitable
+from membench.worker.rehearsal_model import RehearsalModel
 
 if TYPE_CHECKING:
     import torch
@@ -34,12 +36,14 @@ class Checkpointing(_Training):
     (Korthikanti et al. 2022, Reducing Activation Recomputation in Large Transformer Models), at the price of a second
     forward pass through it. While a layer goes backward its activations are there whole.
 
-    ``every_k`` = 2 checkpoints the layers 0, 2, 4 and so on. Source: torch.utils.checkpoint, non-reentrant, with the
-    random state of dropout brought back (Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost). Limits: for
-    models whose layers are transformers' GradientCheckpointingLayer.
+    ``every_k`` = 2 checkpoints the layers 0, 2, 4 and so on. Layers are transformers' own, or the like modules that lie
+    in a list; ``layers`` is a pattern over the paths of others, such as 'encoder.blocks.*'. Source:
+    torch.utils.checkpoint, non-reentrant, with the random state of dropout brought back (Chen et al. 2016, Training
+    Deep Nets with Sublinear Memory Cost).
     """
 
     acts_on: ClassVar[str] = "activations"
+    layers: str | None = Field(None, min_length=1)
     every_k: int = Field(1, ge=1)
 
     def check(self, setting: Setting) -> str | None:
@@ -50,21 +54,52 @@ class Checkpointing(_Training):
 
     def apply(self, module: nn.Module, context: Context) -> nn.Module:
         from torch.utils.checkpoint import checkpoint
-        from transformers.modeling_layers import GradientCheckpointingLayer
 
-        layers = [child for child in module.modules() if isinstance(child, GradientCheckpointingLayer)]
-        if not layers:
-            raise Unsuitable("the model has no layers of transformers' GradientCheckpointingLayer")
+        pattern = None if isinstance(context.model, RehearsalModel) else self.layers
+        layers: list[Any] = [layer for each in layer_lists(module, pattern) for layer in each.layers]
+        if self.every_k > len(layers) and not context.rehearsal:
+            raise Unsuitable(f"every_k = {self.every_k} is more than the model's {len(layers)} layers")
         again = functools.partial(checkpoint, use_reentrant=False)
-        for number, layer in enumerate(layers):
-            if number % self.every_k == 0:
+        own: Any = checkpointing_layer()
+        for layer in layers[:: self.every_k]:
+            if own and isinstance(layer, own):
                 layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, again
+            else:
+                _checkpoint(layer)
         # A key-value cache would keep keys and values, and be written twice; transformers warns of it and drops it.
         configurations: list[Any] = [getattr(child, "config", None) for child in module.modules()]
         for configuration in configurations:
             if hasattr(configuration, "use_cache"):
                 configuration.use_cache = False
         return module
+
+
+def _checkpoint(layer: nn.Module) -> None:
+    """Let a layer's own class be one whose forward pass is checkpointed in training.
+
+    Raises:
+        Unsuitable: if the layer has a forward of its own, which that of a class does not replace.
+    """
+    if "forward" in vars(layer):
+        raise Unsuitable(f"a {type(layer).__name__} has a forward of its own, put in place of its class's")
+    kind: Any = type(layer)
+    layer.__class__ = _checkpointed(kind)
+
+
+@functools.cache
+def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
+    """A class of the same name that drops activations of its forward pass; the same one for layers of one class."""
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    @functools.wraps(kind.forward)
+    def forward(self: nn.Module, *arguments: Any, **named: Any) -> Any:
+        run = functools.partial(kind.forward, self)
+        if not (self.training and torch.is_grad_enabled()):
+            return run(*arguments, **named)
+        return checkpoint(run, *arguments, use_reentrant=False, **named)
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
 class OffloadActivations(_Training):

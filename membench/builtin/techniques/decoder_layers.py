@@ -125,7 +125,7 @@ def _lists(module: nn.Module) -> Iterator[LayerList]:
     """
     from torch import nn
 
-    known = _checkpointing_layer()
+    known = checkpointing_layer()
     if known is not None and not any(isinstance(child, known) for child in module.modules()):
         known = None
     taken: dict[str, Any] = {}
@@ -144,7 +144,7 @@ def _lists(module: nn.Module) -> Iterator[LayerList]:
             yield LayerList(path, holder, tuple(layers), tuple(layers.values()))
 
 
-def _checkpointing_layer() -> type[nn.Module] | None:
+def checkpointing_layer() -> Any:
     """transformers' base class of layers, if its models are loaded at all."""
     loaded: Any = sys.modules.get("transformers.modeling_layers")
     return getattr(loaded, "GradientCheckpointingLayer", None)
