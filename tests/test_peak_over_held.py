@@ -64,5 +64,5 @@ def test_it_is_shown_by_explain_and_not_in_the_comparison() -> None:
     (metric,) = (metric for metric in METRICS if metric.field == _FIELD)
     records = [_record("none", 3.5), _record("remat", 1.25)]
     assert metric.title not in comparison(records)
-    (line,) = (line for line in explanation(records).splitlines() if line.startswith(metric.title))
+    *_, line = (line for line in explanation(records).splitlines() if line.startswith(metric.title))
     assert line.split()[-2:] == ["3.500", "1.250"]

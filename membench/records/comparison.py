@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from membench.protocol.case import REFERENCE
+from membench.records.disturbed_times import are_disturbed, median
 from membench.records.metrics import METRIC_OF_FIELD, METRICS
 from membench.records.record import Record, metrics_in
 
@@ -24,7 +24,8 @@ _SIGNIFICANT_STANDARD_ERRORS = 2
 class Comparison:
     """Records grouped by case, in the order in which they were measured, each group's reference first.
 
-    The value of a metric of a case is the median over the case's repeats.
+    The value of a metric of a case is the median over the case's repeats; of a time, over those that other processes
+    did not disturb, if there are any.
 
     Attributes:
         metrics: the built-in metrics and the custom metrics of the records.
@@ -62,8 +63,11 @@ class Comparison:
         """
         if METRIC_OF_FIELD[field].learnt and self.reads_only(group):
             return None
-        values = [v for record in self.repeats(group, technique) if (v := record.metrics.get(field)) is not None]
-        return statistics.median(values) if values else None
+        return median(self.repeats(group, technique), field)
+
+    def is_disturbed(self, group: Group, field: str, *techniques: str) -> bool:
+        """Whether the value of any of these cases is a time that other processes disturbed."""
+        return any(are_disturbed(self.repeats(group, technique), field) for technique in techniques)
 
     def reads_other_text(self, record: Record) -> bool:
         """Whether a record was measured on a text other than the reference's, because the files changed in between."""
@@ -131,8 +135,10 @@ class Comparison:
         return "tokens_per_s" if self.is_known(group, "tokens_per_s") else "step_median_s"
 
     def pace_s(self, group: Group, technique: str) -> float | None:
-        """Return the seconds per token, or per step if steps process no tokens; ``None`` if not known."""
+        """Return the seconds per token, or per step if steps process no tokens; ``None`` if not known, or disturbed."""
         field = self.speed_field(group)
+        if self.is_disturbed(group, field, technique):
+            return None
         value = self.value(group, technique, field)
         if field == "step_median_s":
             return value
@@ -170,7 +176,8 @@ class Comparison:
         The criteria are live memory, speed, quality, and the size of the training data if the workload reads some.
         If the workload only reads data, the share of the text that is kept replaces quality; if no quality is known,
         it is not a criterion. Two values tie when they differ by less than run-to-run variation: the metric's
-        ``same_within``, the resolution of the source, or two standard errors of a loss.
+        ``same_within``, the resolution of the source, or two standard errors of a loss. A speed that other processes
+        disturbed ties with any other.
         """
         techniques = self.techniques(group)
 
@@ -203,7 +210,9 @@ class Comparison:
             return _Score(-(100.0 if value is None else value), 0.0)
         if value is None:
             return None
-        if metric.loss is not None:
+        if self.is_disturbed(group, field, technique):
+            off = math.inf
+        elif metric.loss is not None:
             off = self.error(group, technique, field)
         else:
             off = max(metric.same_within * value, self.resolution(group, technique, field))

@@ -6,8 +6,10 @@ This is the one definition. The worker takes such steps again, and every reader 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from membench.protocol.readings import ProcessReading
+if TYPE_CHECKING:
+    from membench.protocol.readings import ProcessReading
 
 MOST_WAITING = 0.1
 """The largest share of a duration that threads may have waited for cores which other processes used. On a quiet machine
@@ -47,6 +49,12 @@ def counted_steps(
     """Return the numbers of the steps that figures are derived from: the calm ones, or all if they are too few."""
     calm = calm_steps(durations_s, waited_s, passive)
     return calm if are_enough(calm, durations_s) else list(range(len(durations_s)))
+
+
+def counted_durations_s(process: ProcessReading) -> list[float]:
+    """Return the durations of the timed steps that figures are derived from."""
+    durations_s = process.durations_s or ()
+    return [durations_s[number] for number in counted_steps(durations_s, process.waited_s, process.passive)]
 
 
 def are_enough(calm: Sequence[int], durations_s: Sequence[float]) -> bool:

@@ -63,6 +63,7 @@ class Metric:
         signed: whether values may be negative: ``no``; ``in noise``, such as memory above a baseline; ``yes``, and
             then limits may be negative, too.
         peak_of: the phase whose live peak, or a part's live peak, it is.
+        timed_in: the phase whose duration it is, or in which it was timed; ``None``: that of the timed steps.
         part: the part of a step (``step``: the whole step) whose live peak or median duration it is or derives from.
         category: the category of the memory breakdown that it counts.
         of_scripts: whether it is measured for a user's script, too.
@@ -89,6 +90,7 @@ class Metric:
     tolerance: float | None = None
     signed: Literal["no", "in noise", "yes"] = "no"
     peak_of: Phase | None = None
+    timed_in: Phase | None = None
     part: str | None = None
     category: Literal["weights", "optimizer", "activations", "cache"] | None = None
     of_scripts: bool = False

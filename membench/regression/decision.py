@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
+from membench.records.disturbed_times import WHY
 from membench.records.metric import Metric
 from membench.regression.bounds import proven
 from membench.regression.measured import Measured, MeasuredCase
@@ -18,6 +19,7 @@ watched."""
 _LEAST_OF_A_STEP = 0.01
 """What is left of a step at least, whatever its threads waited."""
 
+_CALM = "measure times where less else is done, or let cases wait longer for calm (calm_within_s in [settings])"
 _IN_TURN = "to tell such a time from chance, measure both in turn: 'membench run SUITE --against-ref GIT_REF'"
 _MORE_REPEATS = (
     "to tell a time that was measured once or twice from chance, measure both in turn ('membench run SUITE"
@@ -32,6 +34,8 @@ _TIME = "step_median_s"
 def said_of_few_times(baseline: Measured, case_ids: Iterable[str], remedy: str) -> str | None:
     """What whoever keeps these cases must know of their times; ``None`` where each can be told from chance."""
     for case_id in case_ids:
+        if _TIME in baseline.cases[case_id].disturbed:
+            return f"while times were measured, {WHY}: none will be called slower than these; {_CALM}"
         count = len(baseline.cases[case_id].values.get(_TIME, ()))
         if 0 < count < LEAST_REPEATS and not baseline.noise.factor(case_id, _TIME):
             return (
@@ -94,6 +98,8 @@ def decide_time(
     if abs(worse_by) <= allowed:
         return Decision("same")
     by = allowed / abs(before) if before else 0.0
+    if disturbed := _disturbed(metric, base, new):
+        return disturbed if is_watched and worse_by > 0 else Decision("same")
     if worse_by < 0:
         return Decision("better" if timing and timing.is_certainly_faster(by, noise) else "same")
     if timing is None:
@@ -105,6 +111,14 @@ def decide_time(
     else:
         return Decision("regressed" if is_watched else "worse")
     return doubt if is_watched else Decision("same")
+
+
+def _disturbed(metric: Metric, base: MeasuredCase, new: MeasuredCase) -> Decision | None:
+    """Why nothing follows from a time that other processes disturbed on either side."""
+    sides = [whose for whose, case in (("the base", base), ("now", new)) if metric.field in case.disturbed]
+    if not sides:
+        return None
+    return Decision("undecided", f"{WHY} ({' and '.join(sides)})", _CALM)
 
 
 def _doubt(timing: Timing, noise: float | None) -> Decision:

@@ -137,6 +137,8 @@ def _change(
         () if judged.verdict in ("same", "not judged") else causes(metric, base, new),
         len(new.values[field]),
         bool(is_barred),
+        field in base.disturbed,
+        field in new.disturbed,
     )
 
 

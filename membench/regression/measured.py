@@ -14,6 +14,8 @@ from pydantic import ConfigDict
 from membench.errors import ResultsError, summary
 from membench.host.device import Device
 from membench.protocol.readings import ProcessReading
+from membench.records.disturbance import counted_steps
+from membench.records.disturbed_times import are_disturbed, counted
 from membench.records.metrics import METRICS, PEAK_OF_PHASE, known_metric
 from membench.records.record import Record, Status
 from membench.records.run_file import Run
@@ -28,6 +30,8 @@ _MEDIANS = tuple(metric for metric in METRICS if metric.part and metric.role in 
 
 _TOLD_BY_PHASE = tuple(phase for phase in PEAK_OF_PHASE if phase != "run")
 """Phases of which what is held afterwards tells where their peak comes from; of a step its parts tell that."""
+
+_TIME = "step_median_s"
 
 _LEAST_S, _MOST_S = 1e-9, 2.0**63
 """Of a step's duration: no clock tells less."""
@@ -59,6 +63,8 @@ class MeasuredCase:
         resolution_bytes: by metric field, how far off its source may be.
         bounds: by metric field, ``at least`` or ``at most`` where it is not exact.
         samples: by metric field, the single measurements (of steps) of each repeat, in the metric's unit.
+        disturbed: the fields of times that other processes disturbed in all repeats: they support no verdict. Where
+            some repeats were calm, ``values`` and ``samples`` are of these alone.
         waited_s: for how long the threads of each step waited for cores that others had, repeat by repeat; empty where
             that is not known of every one.
         breakdown_bytes: by part of a step and category, at the part's highest moment.
@@ -81,6 +87,7 @@ class MeasuredCase:
     bounds: Mapping[str, str] = field(default_factory=dict)
     samples: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
     waited_s: Sequence[Sequence[float]] = ()
+    disturbed: Sequence[str] = ()
     breakdown_bytes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     peak_part: str | None = None
     modules: Sequence[Modules] | None = None
@@ -186,11 +193,13 @@ def _case(case_id: str, repeats: Sequence[Record]) -> MeasuredCase:
         worst = max(measured, key=_badness)
     last = measured[-1]
     process = last.processes[0]
+    fields = dict.fromkeys(name for record in measured for name in record.metrics)
     values: dict[str, list[float]] = {}
-    for record in measured:
-        for name, value in record.metrics.items():
-            if value is not None:
-                values.setdefault(name, []).append(value + 0)  # what is no number fails here
+    for name in fields:
+        for record in counted(measured, name):
+            value = record.metrics[name]
+            assert value is not None, "it counts"
+            values.setdefault(name, []).append(value + 0)  # what is no number fails here
     modules = process.modules_bytes
     return MeasuredCase(
         case_id,
@@ -203,6 +212,7 @@ def _case(case_id: str, repeats: Sequence[Record]) -> MeasuredCase:
         _bounds(measured),
         _samples(measured),
         _waited_s(measured),
+        [name for name in fields if are_disturbed(measured, name)],
         {part: dict(sizes) for part, sizes in (process.breakdown_bytes or {}).items()},
         process.peak_part,
         None if modules is None else [Modules(each.modules, each.count, each.bytes) for each in modules],
@@ -243,14 +253,15 @@ def is_duration_of_a_step(seconds: float) -> bool:
 def _samples(measured: Sequence[Record]) -> dict[str, list[list[float]]]:
     """The durations behind each metric that is a median of them, repeat by repeat."""
     found: dict[str, list[list[float]]] = {}
-    for record in measured:
+    for record in counted(measured, _TIME):
         process = record.processes[0]
         timed = process.phase("time")
         parts = timed.parts if timed else {}
         steps = process.durations_s or ()
         for metric in _MEDIANS:
             of_part = parts[metric.part].durations_s if metric.part and metric.part in parts else ()
-            seconds = steps if metric.part == "step" else of_part if len(of_part) == len(steps) else ()
+            whole = steps if metric.part == "step" else of_part if len(of_part) == len(steps) else ()
+            seconds = _of_counted_steps(process, whole)
             value = record.metrics.get(metric.field)
             if value is not None and seconds and all(map(is_duration_of_a_step, seconds)):
                 middle = statistics.median(seconds)
@@ -260,10 +271,16 @@ def _samples(measured: Sequence[Record]) -> dict[str, list[list[float]]]:
     return found
 
 
+def _of_counted_steps(process: ProcessReading, of_steps: Sequence[float]) -> list[float]:
+    """The values of the steps that figures are derived from; empty if there are none of each step."""
+    numbers = counted_steps(process.durations_s or (), process.waited_s, process.passive)
+    return [of_steps[number] for number in numbers] if len(of_steps) == len(process.durations_s or ()) else []
+
+
 def _waited_s(measured: Sequence[Record]) -> list[list[float]]:
-    found = [list(record.processes[0].waited_s or ()) for record in measured]
-    steps = [len(record.processes[0].durations_s or ()) for record in measured]
-    return found if all(steps) and [len(repeat) for repeat in found] == steps else []
+    processes = [record.processes[0] for record in counted(measured, _TIME)]
+    found = [_of_counted_steps(process, process.waited_s or ()) for process in processes]
+    return found if all(found) else []
 
 
 def _stands_for(case: Mapping[str, Any]) -> dict[str, Any]:

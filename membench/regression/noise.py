@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from pydantic import ConfigDict
 
+from membench.records.disturbed_times import is_disturbed
 from membench.records.record import Record
 
 _DEVIATIONS = 3.0
@@ -81,12 +82,15 @@ class Noise:
 
     @classmethod
     def of_records(cls, records: Sequence[Record]) -> Noise:
-        """From A/A repeats: records of one run with repeats, or of several runs of one suite on one machine."""
+        """From A/A repeats: records of one run with repeats, or of several runs of one suite on one machine.
+
+        Times that other processes disturbed are left out.
+        """
         values: dict[str, dict[str, list[float]]] = {}
         for record in records:
             if record.status == "ok":
                 for name, value in record.metrics.items():
-                    if value is not None:
+                    if value is not None and not is_disturbed(record, name):
                         values.setdefault(record.id, {}).setdefault(name, []).append(value)
         return cls.of_values(values)
 

@@ -54,6 +54,9 @@ class Change:
     repeats: int = 0
     barred: bool = False
     """Not judged because the machines differ."""
+    base_is_disturbed: bool = False
+    """It is a time that other processes disturbed; ``new_is_disturbed`` likewise."""
+    new_is_disturbed: bool = False
 
     @property
     def is_watched(self) -> bool:
@@ -66,7 +69,8 @@ class Change:
 
     def sentence(self) -> str:
         """Return one line: 'llama-60m/bf16/train/cpu: peak_live 517.8 MiB → 533.4 MiB (+3.0%, tolerance 1%): …'."""
-        then, now = (_shown(self.metric, value) for value in (self.base, self.new))
+        sides = ((self.base, self.base_is_disturbed), (self.new, self.new_is_disturbed))
+        then, now = (("~" if is_disturbed else "") + _shown(self.metric, value) for value, is_disturbed in sides)
         told = f"{self.case_id}: {self.metric.name} {then} → {now}"
         if self.base is None or self.new is None:
             return f"{told}: {self.reason}"

@@ -53,8 +53,9 @@ def change(found: Comparison, group: Group, technique: str, metric: Metric, base
 
 
 def sign(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
-    """Return the sign before a value that is a bound or approximate."""
-    return bound_of(found, group, technique, metric) or ("~" if is_coarse(found, group, technique, metric) else "")
+    """Return the sign before a value that is a bound, approximate, or a disturbed time."""
+    is_rough = is_coarse(found, group, technique, metric) or found.is_disturbed(group, metric.field, technique)
+    return bound_of(found, group, technique, metric) or ("~" if is_rough else "")
 
 
 def bound_of(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
@@ -64,7 +65,12 @@ def bound_of(found: Comparison, group: Group, technique: str, metric: Metric) ->
 
 
 def bound_of_ratio(found: Comparison, group: Group, technique: str, metric: Metric, base: str) -> str:
-    """Return the sign of a ratio of which a value is a bound; ``~`` if the two bounds say nothing together."""
+    """Return the sign of a ratio of which a value is a bound; ``~`` if it says nothing.
+
+    Two bounds may say nothing together, and a time that other processes disturbed says nothing at all.
+    """
+    if found.is_disturbed(group, metric.field, technique, base):
+        return "~"
     own, of = bound_of(found, group, technique, metric), bound_of(found, group, base, metric)
     reversed_of = _REVERSED.get(of, "")
     if own and reversed_of and own != reversed_of:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from membench.host.environment import differences
 from membench.records.comparison import Comparison, Group
+from membench.records.disturbed_times import WHY
 from membench.records.metric import Metric
 from membench.records.metrics import METRIC_OF_FIELD
 from membench.records.run_file import Run
@@ -50,13 +51,17 @@ def _lines(runs: Sequence[tuple[Run, Comparison]], group: Group, metric: Metric)
                tuple(signed(found, group, name, metric) for _, found in runs))
         for name, column in values.items() if any(value is not None for value in column)
     )  # fmt: skip
-    changes = []
+    changes, disturbed = [], []
     for name, column in values.items():
         first, last = column[0], column[-1]
-        if first and last is not None and abs(last / first - 1) > metric.same_within:
+        if any(runs[end][1].is_disturbed(group, metric.field, name) for end in (0, -1)):
+            disturbed.append(name)
+        elif first and last is not None and abs(last / first - 1) > metric.same_within:
             changes.append(f"{name} {format_percent(abs(last / first - 1) * 100)} {'more' if last > first else 'less'}")
     caption = f"{metric.title.capitalize()} over {len(runs)} runs{order}. The last against the first: "
     caption += f"{listed(changes)}." if changes else f"no change beyond {metric.same_within:.1%}."
+    if disturbed:
+        caption += f" Not compared, because {WHY}: {listed(disturbed)}."
     unlike = _unlike([run for run, _ in runs])
     for number, respects in unlike.items():
         caption += f" No line goes to {labels[number]}, on another machine or with other versions ({listed(respects)})."

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from membench.records.disturbed_times import WHY, is_disturbed
 from membench.records.metric import Metric
 from membench.records.metrics import METRIC_OF_FIELD
 from membench.records.record import Record, metrics_in
@@ -42,7 +43,9 @@ def _rows(records: Sequence[Record], noise: Noise) -> Iterator[dict[str, Any]]:
             values = [
                 value
                 for record in repeats
-                if record.status == "ok" and (value := record.metrics.get(metric.field)) is not None
+                if record.status == "ok"
+                and not is_disturbed(record, metric.field)
+                and (value := record.metrics.get(metric.field)) is not None
             ]
             spread = noise.spreads.get(case_id, {}).get(metric.field)
             yield {
@@ -59,7 +62,9 @@ def _rows(records: Sequence[Record], noise: Noise) -> Iterator[dict[str, Any]]:
 
 def _reason(metric: Metric, repeats: Sequence[Record], known: int) -> str:
     """Why there is no spread."""
-    ends = {record.status for record in repeats if record.status != "ok"}
+    ends: set[str] = {record.status for record in repeats if record.status != "ok"}
+    if any(record.status == "ok" and is_disturbed(record, metric.field) for record in repeats):
+        ends.add(WHY)
     why = ", ".join(sorted(ends)) or next(
         (record.reasons[metric.field] for record in repeats if metric.field in record.reasons), "not known"
     )

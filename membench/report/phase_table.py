@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from membench.errors import one_line
-from membench.protocol.readings import PartReading, PhaseReading
+from membench.protocol.readings import PartReading, PhaseReading, ProcessReading
+from membench.records.disturbance import has_waited, steps_are_disturbed
 from membench.records.record import Record
 from membench.records.run_file import Run
 from membench.report.cells import SIGNS
@@ -67,7 +68,8 @@ def _or_blank(row: Mapping[str, Any], field: str, show: Callable[[float], str]) 
     if row[field] is None:
         return "" if row["part"] else "–"
     bound = row["bound"] if field == "footprint_peak_bytes" else None
-    return f"{SIGNS.get(str(bound), '')}{show(row[field])}"
+    is_rough = field == "duration_s" and row["disturbed"]
+    return f"{'~' if is_rough else SIGNS.get(str(bound), '')}{show(row[field])}"
 
 
 def _phase_rows(record: Record) -> Iterator[dict[str, Any]]:
@@ -90,6 +92,7 @@ def _phase_rows(record: Record) -> Iterator[dict[str, Any]]:
                            "role": one_line(process.role), "rank": process.rank,
                            "phase": one_line(phase.name), "part": None if part is None else one_line(part),
                            "allocator": one_line(phase.allocator), **row,
+                           "disturbed": _is_disturbed(process, phase, part),
                            "bound": phase.bound if part is None else None}  # fmt: skip
 
 
@@ -98,6 +101,13 @@ def _duration_s(entry: PhaseReading | PartReading) -> float | None:
     if isinstance(entry, PhaseReading):
         return entry.duration_s
     return statistics.median(entry.durations_s) if entry.durations_s else None
+
+
+def _is_disturbed(process: ProcessReading, phase: PhaseReading, part: str | None) -> bool:
+    """Whether other processes disturbed a phase, or the parts of a step in it."""
+    if phase.name == "time" and part is not None:
+        return steps_are_disturbed(process)
+    return has_waited(phase.duration_s, phase.waited_s)
 
 
 def _gpu_peak_seen(entry: PhaseReading | PartReading) -> int | None:

@@ -95,7 +95,10 @@ def figures(measured: Measured, form: str = DEFAULT) -> str:
         {
             "case": style.cell(case.id),
             "status": case.status,
-            **{metric.title: _figure(metric, case.value(metric.field)) for metric in known},
+            **{
+                metric.title: _figure(metric, case.value(metric.field), is_disturbed=metric.field in case.disturbed)
+                for metric in known
+            },
         }
         for case in cases
     ]
@@ -127,8 +130,11 @@ def _rows(first: str, pairs: Sequence[Pair | None], titles: Sequence[str]) -> It
         changes = [_of_metric(pair, metric) for pair in pairs]
         if not _is_shown(metric, changes):
             continue
-        before = next((change.base for change in changes if change and change.base is not None), None)
-        cells = [_figure(metric, before), *(_cell(change) for change in changes)]
+        first_known = next((change for change in changes if change and change.base is not None), None)
+        before = "–"
+        if first_known is not None:
+            before = _figure(metric, first_known.base, is_disturbed=first_known.base_is_disturbed)
+        cells = [before, *(_cell(change) for change in changes)]
         yield {"case": first, "figure": metric.title, **dict(zip(titles, cells, strict=True))}
         first = ""
 
@@ -146,16 +152,17 @@ def _is_shown(metric: Metric, changes: Sequence[Change | None]) -> bool:
     return any(change.verdict != "same" and (change.is_watched or of_interest) for change in known)
 
 
-def _figure(metric: Metric, value: float | None) -> str:
-    return "–" if value is None else metric.format(value)
+def _figure(metric: Metric, value: float | None, *, is_disturbed: bool = False) -> str:
+    return "–" if value is None else f"{'~' if is_disturbed else ''}{metric.format(value)}"
 
 
 def _cell(change: Change | None) -> str:
     if change is None:
         return "–"
-    told = [_figure(change.metric, change.new)]
+    told = [_figure(change.metric, change.new, is_disturbed=change.new_is_disturbed)]
     if change.ratio is not None:
-        told.append(format_ratio(change.ratio))
+        mark = "~" if change.base_is_disturbed or change.new_is_disturbed else ""
+        told.append(f"{mark}{format_ratio(change.ratio)}")
     if change.interval is not None:
         told.append("[{}]".format(", ".join(format_ratio(end).removeprefix("×") for end in change.interval)))
     if change.verdict != "same":

@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Iterator, Sequence
 
+from membench.records.disturbed_times import is_disturbed
 from membench.records.metric import Metric
 from membench.records.record import Record, metrics_in
 
@@ -41,10 +42,14 @@ def bencher(records: Sequence[Record]) -> str:
 
 
 def _figures(records: Sequence[Record]) -> Iterator[tuple[str, Metric, list[float]]]:
-    """What is known of every case that ended well, in the order in which the cases were measured."""
+    """What is known of every case that ended well, in the order in which the cases were measured.
+
+    Times that other processes disturbed are left out: a history of them would raise alarms without a cause.
+    """
     for case_id in dict.fromkeys(record.id for record in records):
         repeats = [record for record in records if record.id == case_id and record.status == "ok"]
         for metric in metrics_in(repeats):
-            values = [value for record in repeats if (value := record.metrics.get(metric.field)) is not None]
+            kept = [record for record in repeats if not is_disturbed(record, metric.field)]
+            values = [value for record in kept if (value := record.metrics.get(metric.field)) is not None]
             if values:
                 yield case_id, metric, values

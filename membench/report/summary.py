@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from membench.protocol.case import REFERENCE
 from membench.records.comparison import QUALITY, Comparison, Group
+from membench.records.disturbed_times import WHY
 from membench.records.metrics import METRIC_OF_FIELD, NO_DIVERGENCE, SAME_ACCURACY
 from membench.records.record import Record
 from membench.records.run_file import Run
@@ -26,7 +27,8 @@ _AS_SMALL = 0.05
 """Of techniques as small as this within each other the fastest is named."""
 
 HOW_TO_READ = (
-    f"Of techniques that need as little within {_AS_SMALL:.0%}, the fastest is named. 'Chance' is two standard errors"
+    f"Of techniques that need as little within {_AS_SMALL:.0%}, the fastest is named. Times marked '~' say nothing:"
+    " other processes used the cores. 'Chance' is two standard errors"
     " of the difference over held-out text. Where only the divergence of the logits is known, quality itself is not."
 )
 
@@ -146,6 +148,8 @@ def _fastest_of_the_smallest(found: Comparison, group: Group, techniques: Sequen
 
     least = min(map(size, techniques))
     near = [technique for technique in techniques if size(technique) <= least * (1 + _AS_SMALL)]
+    if found.is_disturbed(group, found.speed_field(group), *near):
+        return min(near, key=size)
     return min(near, key=lambda technique: (found.pace_s(group, technique) or float("inf"), size(technique)))
 
 
@@ -225,12 +229,12 @@ def _loss(found: Comparison, group: Group, technique: str) -> str:
 
 def _time(found: Comparison, group: Group, technique: str) -> str:
     # Of an epoch that reads less text the time says nothing.
-    if found.reads_only(group):
-        ratio, what = _ratio(found, group, technique, "tokens_per_s"), "time a token"
-    else:
-        ratio, what = _ratio(found, group, technique, "step_median_s"), "time"
+    field, what = ("tokens_per_s", "time a token") if found.reads_only(group) else ("step_median_s", "time")
+    ratio = _ratio(found, group, technique, field)
     if ratio is None or not ratio.value:
         return ""
+    if found.is_disturbed(group, field, technique, REFERENCE):
+        return f", its time not known because {WHY}"
     times = 1 / ratio.value if found.reads_only(group) else ratio.value
     return f", in {times:.2g} times the {what}" if ratio.tells else f", in about the same {what}"
 

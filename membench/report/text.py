@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from membench.errors import one_line
 from membench.protocol.case import REFERENCE
 from membench.records.comparison import Comparison, Group, prefixes
+from membench.records.disturbed_times import WHY
 from membench.records.metric import Metric
 from membench.records.metrics import METRIC_OF_FIELD
 from membench.records.record import Record
@@ -52,7 +53,11 @@ def is_shown(found: Comparison, group: Group, metric: Metric) -> bool:
         return found.is_known(group, metric.field)
     if not metric.has_ratio:
         return len({found.value(group, technique, metric.field) for technique in found.techniques(group)} - {None}) > 1
-    techniques = [technique for technique in found.techniques(group) if not is_coarse(found, group, technique, metric)]
+    techniques = [
+        technique
+        for technique in found.techniques(group)
+        if not is_coarse(found, group, technique, metric) and not found.is_disturbed(group, metric.field, technique)
+    ]
     ratios = [found.ratio(group, technique, metric.field) for technique in techniques]
     changes = any(ratio is not None and abs(ratio - 1) > _DIFFERENT for ratio in ratios)
     return changes and (
@@ -138,7 +143,9 @@ def explanation(records: Sequence[Record], form: str = DEFAULT) -> str:
                     row[style.cell(step)] = shown
                 if "+" in technique:
                     together = found.interaction(group, technique, metric.field)
-                    row["together"] = "" if together is None else format_ratio(together)
+                    says_nothing = found.is_disturbed(group, metric.field, REFERENCE, technique, *technique.split("+"))
+                    sign_of = "~" if says_nothing else ""
+                    row["together"] = "" if together is None else sign_of + format_ratio(together)
                 rows.append(row)
             # Medians of the parts would not add up to any moment that was measured.
             of = " of the first repeat" if any(len(found.repeats(group, step)) > 1 for step in chain) else ""
@@ -167,6 +174,8 @@ def remarks(records: Sequence[Record]) -> list[str]:
     lines = []
     for record in records:
         lines += [f"{record.id}: {text}" for text in said_of(record)]
+        if found.is_disturbed(record.group, "step_median_s", record.technique):
+            lines.append(f"{record.id}: {WHY} while steps were timed; times marked ~ support no conclusion")
         if found.reads_other_text(record):
             lines.append(f"{record.id}: worked on another text than its reference; ratios say nothing of the technique")
         running = found.value(record.group, REFERENCE, "peak_live_bytes")

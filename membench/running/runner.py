@@ -13,6 +13,8 @@ from membench.host import procfs
 from membench.host.device import Device
 from membench.host.nvml import gpus
 from membench.protocol.messages import BrokenMessage, Result
+from membench.protocol.readings import ProcessReading
+from membench.records.disturbed_times import WHY, is_disturbed_time
 from membench.records.metrics import METRIC_OF_FIELD
 from membench.records.record import Record
 from membench.running.derived_metrics import DerivedMetrics
@@ -154,9 +156,9 @@ class Runner:
             reasons=found.reasons,
             obtained=found.obtained,
             processes=processes,
-            remarks=(*_of_all(results, "remarks"), *_unchecked_limits(found, status, job.limits)),
+            remarks=(*_of_all(results, "remarks"), *_unchecked_limits(found, status, job.limits, processes)),
             notes=_of_all(results, "notes"),
-            broken_limits=_broken_limits(found, job.limits),
+            broken_limits=_broken_limits(found, job.limits, processes),
             unchecked_limits=_skipped_limits(status, job.limits),
             timeline=finished.timeline.columns(),
             output_tail="" if status in ("ok", "skipped") else deciding.tail.decode(errors="replace"),
@@ -174,16 +176,16 @@ def _of_all(results: Sequence[Result | None], what: Literal["remarks", "notes"])
     return tuple(found)
 
 
-def _unchecked_limits(found: DerivedMetrics, status: str, limits: Mapping[str, float]) -> list[str]:
+def _unchecked_limits(
+    found: DerivedMetrics, status: str, limits: Mapping[str, float], processes: Sequence[ProcessReading]
+) -> list[str]:
     """Return remarks on limits that could not be checked: these must not look as if they were kept."""
     if status != "ok":
         return []
-    return [
-        f"the limit on {METRIC_OF_FIELD[name].name} was not checked: "
-        + found.reasons.get(name, "the case has no such figure")
-        for name in limits
-        if found.metrics.get(name) is None
-    ]
+    unchecked = {name: found.reasons.get(name, "the case has no such figure") for name in limits
+                 if found.metrics.get(name) is None}  # fmt: skip
+    unchecked |= {name: WHY for name in limits if name not in unchecked and is_disturbed_time(name, processes)}
+    return [f"the limit on {METRIC_OF_FIELD[name].name} was not checked: {why}" for name, why in unchecked.items()]
 
 
 def _skipped_limits(status: str, limits: Mapping[str, float]) -> tuple[str, ...]:
@@ -193,11 +195,15 @@ def _skipped_limits(status: str, limits: Mapping[str, float]) -> tuple[str, ...]
     return tuple(f"the limit on {METRIC_OF_FIELD[name].name} was not checked: the case was skipped" for name in limits)
 
 
-def _broken_limits(found: DerivedMetrics, limits: Mapping[str, float]) -> tuple[str, ...]:
+def _broken_limits(
+    found: DerivedMetrics, limits: Mapping[str, float], processes: Sequence[ProcessReading]
+) -> tuple[str, ...]:
     broken = []
     for name, limit in limits.items():
         value, metric = found.metrics.get(name), METRIC_OF_FIELD[name]
-        if value is not None and (value > limit if metric.better == "lower" else value < limit):
+        if value is None or is_disturbed_time(name, processes):
+            continue
+        if value > limit if metric.better == "lower" else value < limit:
             direction = "over" if metric.better == "lower" else "under"
             broken.append(f"{metric.name} {metric.format(value)} is {direction} its limit of {metric.format(limit)}")
     return tuple(broken)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import fnmatch
 import math
 import operator
-import re
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from membench.errors import RuleError, did_you_mean
 from membench.protocol.case import REFERENCE
+from membench.records.disturbed_times import WHY, are_disturbed, median
 from membench.records.metric import Metric
 from membench.records.metrics import metrics_by_name
 from membench.records.validation import shown
+from membench.suite.rule_tokens import Token, tokens
 from membench.units import format_bytes, format_number, format_seconds, parse_bytes, parse_seconds
 
 if TYPE_CHECKING:
@@ -31,10 +31,6 @@ _WORDS = {"<=": "over", "<": "not under", ">=": "under", ">": "not over"}
 _ARITHMETIC: Mapping[str, Callable[[float, float], float]] = {
     "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
 }  # fmt: skip
-_TOKEN = re.compile(
-    r"\s*(?:(?P<number>\d+(?:\.\d+)?)(?:\s*(?P<unit>[A-Za-zµ%]+))?|(?P<name>[A-Za-z]\w*(?:\.\w+)?)"
-    r"|(?P<sign><=|>=|[<>+*/()-]))"
-)
 
 
 class _Dimension(NamedTuple):
@@ -159,21 +155,13 @@ def parse(text: str, match: str = "*", own: Sequence[Metric] = ()) -> Gate:
         raise RuleError(f"rule {shown(text)}{error}") from None
 
 
-@dataclass(frozen=True)
-class _Token:
-    kind: str
-    text: str
-    column: int
-    unit: str = ""
-
-
 class _Parser:
     """A recursive-descent parser of rules."""
 
     def __init__(self, text: str, own: Sequence[Metric]) -> None:
         self._text = text
         self._named = metrics_by_name(own)
-        self._tokens = list(_tokens(text))
+        self._tokens = list(tokens(text))
         self._at = 0
         self._depth = 0
         self._first = next(
@@ -192,12 +180,12 @@ class _Parser:
             raise self._wrong(comparison, f"{left.dimension} stands on its left and {right.dimension} on its right")
         return Gate(self._text, match, left, comparison.text, right)
 
-    def _take(self) -> _Token:
+    def _take(self) -> Token:
         token = self._tokens[self._at]
         self._at += token.kind != "end"
         return token
 
-    def _wrong(self, token: _Token, remedy: str) -> RuleError:
+    def _wrong(self, token: Token, remedy: str) -> RuleError:
         found = f"'{token.text}'" if token.text else "the end"
         return RuleError(f", column {token.column}: {found}: {remedy}")
 
@@ -212,7 +200,7 @@ class _Parser:
     def _sum(self) -> _Expression:
         return self._chain(lambda: self._chain(self._factor, "*/"), "+-")
 
-    def _joined(self, first: _Expression, sign: _Token, second: _Expression) -> _Expression:
+    def _joined(self, first: _Expression, sign: Token, second: _Expression) -> _Expression:
         one, other = first.dimension, second.dimension
         if sign.text in "+-":
             if one != other:
@@ -246,7 +234,7 @@ class _Parser:
             return self._metric(token)
         raise self._wrong(token, "a number, a metric or 'reference' is wanted here")
 
-    def _number(self, token: _Token) -> _Expression:
+    def _number(self, token: Token) -> _Expression:
         if not token.unit:
             number, dimension = float(token.text), _NUMBER
         elif token.unit == "%":
@@ -255,7 +243,7 @@ class _Parser:
             number, dimension = self._with_unit(token)
         return _Expression(lambda _: number, dimension)
 
-    def _with_unit(self, token: _Token) -> tuple[float, _Dimension]:
+    def _with_unit(self, token: Token) -> tuple[float, _Dimension]:
         written = f"{token.text} {token.unit}"
         for parsed, dimension in ((parse_bytes, _SIZE), (parse_seconds, _DURATION)):
             try:
@@ -264,7 +252,7 @@ class _Parser:
                 continue
         raise self._wrong(token, f"unit '{token.unit}' is none of B, KiB, MiB, GiB, TiB, µs, ms, s, min and h")
 
-    def _metric(self, token: _Token) -> _Expression:
+    def _metric(self, token: Token) -> _Expression:
         whose, _, named = token.text.partition(".")
         if whose == _REFERENCE:
             of_reference, name = True, named
@@ -280,19 +268,6 @@ class _Parser:
         found = metric
         dimension = _DIMENSIONS.get(metric.unit.counts, _NUMBER)
         return _Expression(lambda lookup: lookup(of_reference, found), dimension, of_reference, frozenset({found.name}))
-
-
-def _tokens(text: str) -> Iterator[_Token]:
-    position = 0
-    while text[position:].strip():
-        match = _TOKEN.match(text, position)
-        if match is None:
-            column = position + len(text[position:]) - len(text[position:].lstrip()) + 1
-            raise RuleError(f", column {column}: '{text[column - 1]}' has no place in a rule")
-        kind = next(name for name in ("number", "name", "sign") if match[name])
-        yield _Token(kind, match[kind], match.start(kind) + 1, match["unit"] or "")
-        position = match.end()
-    yield _Token("end", "", len(text) + 1)
 
 
 def of_table(table: Mapping[str, Any], own: Sequence[Metric] = ()) -> tuple[Gate, ...]:
@@ -381,8 +356,9 @@ def _checked(gate: Gate, repeats: Sequence[Record], reference: Sequence[Record])
         left = right = math.inf
     if not (math.isfinite(left) and math.isfinite(right)):
         return Outcome(repeats[0].id, gate, None, reason="it comes to more than a number holds")
-    holds = _COMPARISONS[gate.comparison](left, right)
-    return Outcome(repeats[0].id, gate, holds, gate.left.shown(left), gate.right.shown(right))
+    return Outcome(
+        repeats[0].id, gate, _COMPARISONS[gate.comparison](left, right), gate.left.shown(left), gate.right.shown(right)
+    )
 
 
 def _median(repeats: Sequence[Record], metric: Metric, whose: str) -> float:
@@ -391,9 +367,10 @@ def _median(repeats: Sequence[Record], metric: Metric, whose: str) -> float:
     bad = next((record for record in repeats if record.status not in ("ok", "diverged")), None)
     if bad is not None:
         raise _Unknown(f"{whose} ended as {bad.status}", is_skipped=bad.status == "skipped")
-    values = [value for record in repeats if (value := record.metrics.get(metric.field)) is not None]
-    if values:
-        return statistics.median(values)
+    if are_disturbed(repeats, metric.field):
+        raise _Unknown(f"{metric.name} of {whose} says nothing: {WHY}")
+    if (value := median(repeats, metric.field)) is not None:
+        return value
     if metric.field in repeats[0].metrics:
         reason = repeats[0].reasons.get(metric.field, "no reason is kept")
         raise _Unknown(f"{metric.name} of {whose} is not known: {reason}")
