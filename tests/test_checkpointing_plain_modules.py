@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -81,12 +82,18 @@ def test_of_each_checkpointed_layer_its_input_alone_is_kept(options: dict[str, A
     assert whole > 8 * state
 
 
-def test_a_checkpointed_copy_computes_with_its_own_weights() -> None:
+def _pickled(module: nn.Module) -> Any:
+    return pickle.loads(pickle.dumps(module))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, _pickled])
+def test_a_copy_is_checkpointed_too_and_computes_with_its_own_weights(copied: Any) -> None:
     import torch
 
     model = _Plain(name="blocks")
     module = _technique().apply(model.build(context(model)), context(model))
-    other = copy.deepcopy(module)
+    other = copied(module)
+    assert _kept_bytes(other.train()) == _kept_bytes(module.train()) == 5 * _B * _T * _WIDTH * 4
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.zero_()

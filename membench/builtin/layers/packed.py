@@ -95,6 +95,12 @@ class PackedWeight(nn.Module):
         scale = self.scale if self.scale.shape[0] == 1 else self.scale[ids]
         return _scaled(self.integers(self.packed[ids]), scale)
 
+    def part(self, position: int, parts: int) -> torch.Tensor:
+        """One of as many equal parts of the rows; no others are unpacked."""
+        packed = self.packed.chunk(parts)[position]
+        scale = self.scale if self.scale.shape[0] == 1 else self.scale.chunk(parts)[position]
+        return _scaled(self.integers(packed), scale)
+
     def extra_repr(self) -> str:
         return f"rows={self.packed.shape[0]}, columns={self.columns}, bits={self.bits}, scales={self.scale.numel()}"
 

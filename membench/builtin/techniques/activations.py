@@ -99,7 +99,18 @@ def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
             return run(*arguments, **named)
         return checkpoint(run, *arguments, use_reentrant=False, **named)
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    def reduce(self: nn.Module, protocol: object) -> tuple[Any, ...]:
+        return _empty, (kind,), vars(self)
+
+    names = {"forward": forward, "__reduce_ex__": reduce, "__module__": kind.__module__}
+    return type(kind.__name__, (kind,), names)
+
+
+def _empty(kind: Any) -> nn.Module:
+    """A checkpointed layer to be filled with the state of a pickled or copied one."""
+    made: Any = _checkpointed(kind)
+    empty: nn.Module = made.__new__(made)
+    return empty
 
 
 class OffloadActivations(_Training):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
+from membench.builtin.techniques.experts import by_expert, go_expert_by_expert
 from membench.builtin.techniques.precision import Bf16
 from membench.builtin.techniques.quantizer import LayerQuantizer, once
 from membench.plugins import Context, Setting, Unsuitable
@@ -32,10 +33,12 @@ class RoundToNearest(LayerQuantizer):
     6e-5 lose precision.
 
     ``embeddings`` and ``head`` take in what is else left alone. There is no kernel for packed integers: a layer's
-    weight is unpacked whole for each pass, which costs time and, for that moment, memory.
+    weight is unpacked whole for each pass, which costs time and, for that moment, memory. Experts that transformers
+    keeps stacked in one tensor are packed, too, and run one after the other, each unpacked alone; under adapters,
+    autograd keeps those unpacked until the backward pass.
     """
 
-    imports = ("torch", "membench.builtin.layers.packed")
+    imports = ("torch", "membench.builtin.layers.packed", "membench.builtin.layers.packed_experts")
     bits: int = Field(8, ge=2, le=8)
     granularity: Literal["tensor", "channel", "group"] = "channel"
     group_size: int | None = Field(None, ge=2)
@@ -69,22 +72,48 @@ class RoundToNearest(LayerQuantizer):
         packed = once(layer.weight, lambda: self.packed(layer.weight.data))
         return PackedEmbedding(packed) if isinstance(layer, nn.Embedding) else PackedLinear(packed, layer.bias)
 
-    def packed(self, weight: torch.Tensor) -> PackedWeight:
-        """The integers and scales of a weight (rows, columns); beside these there are never more than some rows."""
+    def convert(self, name: str, layer: nn.Module, head: nn.Module | None) -> nn.Module:
+        from membench.builtin.layers.packed_experts import PackedExperts
+
+        stacks = by_expert(layer)
+        if not stacks:
+            return super().convert(name, layer, head)
+        transposed = bool(getattr(layer, "is_transposed", False))
+        for key, stack in stacks.items():
+            matrices = [matrix.t() if transposed else matrix for matrix in stack.data]
+            if self.group_size and (columns := matrices[0].shape[1]) % self.group_size:
+                reason = f"group_size = {self.group_size} does not divide the {columns} columns of '{name}.{key}'"
+                raise Unsuitable(reason)
+            packed = self.packed(*matrices)
+            delattr(layer, key)
+            setattr(layer, key, PackedExperts(packed, len(matrices), transposed))
+        go_expert_by_expert(layer)
+        return layer
+
+    def packed(self, *matrices: torch.Tensor) -> PackedWeight:
+        """The integers and scales of a weight (rows, columns), or of several of one shape, one below the other.
+
+        Beside these there are never more than some rows. Where a matrix has one scale, each of several has its own.
+        """
         import torch
 
         from membench.builtin.layers.packed import PackedWeight, runs_of_rows
 
-        rows, columns = weight.shape
-        runs = runs_of_rows(weight)
+        rows, columns = matrices[0].shape
         groups = columns // self.group_size if self.group_size else 1
-        largest = torch.cat([_largest(run.reshape(len(run), groups, -1)) for run in runs]).float()
-        if self.granularity == "tensor":
-            largest = largest.amax().view(1, 1)
-        scale = (largest / self._most).to(weight.dtype)
+        scales: list[torch.Tensor] = []
+        runs: list[torch.Tensor] = []
+        for matrix in matrices:
+            own = runs_of_rows(matrix)
+            largest = torch.cat([_largest(run.reshape(len(run), groups, -1)) for run in own]).float()
+            if self.granularity == "tensor":
+                largest = largest.amax().view(1, 1)
+            scales.append((largest / self._most).to(matrix.dtype))
+            runs += own
+        scale = scales[0] if len(scales) == 1 else torch.cat([each.expand(rows, groups) for each in scales])
         scale[scale == 0] = 1  # what is all zero, or too small for the type
-        scales = scale.expand(rows, groups).split(len(runs[0]))
-        return PackedWeight(map(self._integers, runs, scales), (rows, columns), scale, self.bits)
+        by_run = scale.expand(rows * len(matrices), groups).split([len(run) for run in runs])
+        return PackedWeight(map(self._integers, runs, by_run), (rows * len(matrices), columns), scale, self.bits)
 
     def _integers(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """int8 of a weight (rows, columns), for its scales (rows, groups)."""

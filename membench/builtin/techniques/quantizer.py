@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
+from membench.builtin.techniques.experts import remark_on_left
 from membench.plugins import Context, LayerWise, Setting, Technique, Unsuitable
 
 if TYPE_CHECKING:
@@ -56,6 +57,9 @@ class WeightQuantizer(Technique):
         if any(getattr(technique, "trains_adapters", False) for technique in setting.after):
             return self.no_gradients
         return f"{self.kind} weights have no gradients: they cannot be trained"
+
+    def remark(self, module: nn.Module, context: Context) -> str | None:
+        return remark_on_left(module)
 
     def for_rehearsal(self, context: Context) -> Self:
         """This quantizer, with groups that fit the miniature where the case is rehearsed on one."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from membench.builtin.techniques.experts import remark_on_left
 from membench.builtin.techniques.pruning import Pruning, is_linear, is_transposed, plain_weight
 from membench.builtin.techniques.quantizer import as_linear
 from membench.host.device import Device
@@ -45,6 +46,9 @@ class _Unstructured(Pruning):
     def stored(self, layer: nn.Module) -> nn.Module:
         """What takes the place of a layer whose weight has its zeros."""
         return layer
+
+    def remark(self, module: nn.Module, context: Context) -> str | None:
+        return remark_on_left(module)
 
     def apply(self, module: nn.Module, context: Context) -> nn.Module:
         import torch
