@@ -56,16 +56,16 @@ print(json.dumps({'spun_ms': spun, 'policies': [waiting.policy(0, 5), waiting.po
 """
 
 
-def _switched(**variables: str) -> Mapping[str, Any]:
+def _measured_spinning(code: str, **variables: str) -> Mapping[str, Any]:
     own = {name: value for name, value in os.environ.items() if name not in environment.WAIT_POLICY_VARIABLES}
-    ran = subprocess.run([sys.executable, "-c", _SWITCHED], env=own | variables, check=True, stdout=subprocess.PIPE)
+    ran = subprocess.run([sys.executable, "-c", code], env=own | variables, check=True, stdout=subprocess.PIPE)
     found: Mapping[str, Any] = json.loads(ran.stdout)
     return found
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="threads wait for each other on two cores or more")
 def test_the_switch_makes_threads_wait_passively_and_as_in_a_users_process_again() -> None:
-    found = _switched()
+    found = _measured_spinning(_SWITCHED)
     as_users, passive, again, passive_again, at_last = found["spun_ms"]
     # A thread that spins does so for some 7 ms; one that waits passively for a hundredth of that.
     assert min(as_users, again, at_last) > 5 * max(passive, passive_again)
@@ -78,9 +78,22 @@ def test_the_switch_makes_threads_wait_passively_and_as_in_a_users_process_again
 
 
 def test_a_policy_of_the_users_own_is_kept_and_nothing_is_switched() -> None:
-    found = _switched(OMP_WAIT_POLICY="PASSIVE")
+    found = _measured_spinning(_SWITCHED, OMP_WAIT_POLICY="PASSIVE")
     assert max(found["spun_ms"]) < 1
     assert found["policies"] == ["threads wait as OMP_WAIT_POLICY=PASSIVE says"] * 3
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="threads wait for each other on two cores or more")
+def test_a_process_in_which_a_technique_prepares_its_files_waits_passively() -> None:
+    prepared = (
+        _SWITCHED.partition("waiting = Waiting(2)")[0]
+        + """
+from membench.worker.child_process import run_in_child
+
+print(json.dumps({'spun_ms': run_in_child(lambda: {'ms': [spun_ms()]})['ms']}))
+"""
+    )
+    assert _measured_spinning(prepared)["spun_ms"][0] < 1
 
 
 def test_one_thread_waits_for_none() -> None:

@@ -13,9 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from membench.records.disturbance import counted_durations_s
-from membench.records.disturbed_times import counted
-
 if TYPE_CHECKING:
     from membench.records.record import Record
 
@@ -126,6 +123,9 @@ def add_case(item: pytest.Item, arguments: dict[str, Any], group: str, records: 
 
 def durations_s(records: Sequence[Record]) -> list[float]:
     """Return the durations of the timed steps that figures are derived from; none if a repeat did not complete."""
+    from membench.records.disturbance import counted_durations_s
+    from membench.records.disturbed_times import counted
+
     if any(record.status not in ("ok", "diverged") for record in records):
         return []
     return [each for record in counted(records, "step_median_s") for each in counted_durations_s(record.processes[0])]

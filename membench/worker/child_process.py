@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from membench import plugins
+from membench.worker.waiting import wait_passively
 
 _UNSUITABLE_EXIT_CODE = 3
 """The exit code of a preparing process if a technique cannot be applied to the case."""
@@ -26,6 +27,7 @@ def run_in_child(work: Callable[[], dict[str, list[Any]]]) -> dict[str, list[Any
         output, code = b"", 0
         try:
             os.close(read_end)
+            wait_passively()
             output = json.dumps(work()).encode()
         except plugins.Unsuitable as error:
             output, code = str(error).encode()[:4096], _UNSUITABLE_EXIT_CODE

@@ -18,6 +18,7 @@ from membench.worker import case as measured_case
 from membench.worker import function
 from membench.worker.assembly import create
 from membench.worker.meter import Meter
+from membench.worker.waiting import wait_passively
 
 _LONGEST_MESSAGE = 500
 
@@ -57,6 +58,7 @@ def main(request: Request, channel: socket.socket) -> None:
 
 def _prepare(work: PrepareModel, meter: Meter) -> None:
     model = create("model", work.model)
+    wait_passively()
     model.prepare(lambda done, total, what: meter.send(Progress(done, total, what)))
 
 

@@ -68,6 +68,12 @@ def libraries() -> list[str]:
     return sorted({file for file in files if "libgomp" in os.path.basename(file)})
 
 
+def wait_passively() -> None:
+    """Let threads of this process wait passively until it ends; for processes in which nothing is timed."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    Waiting(int(threads) if threads.isdecimal() else os.cpu_count() or 1).be_passive()
+
+
 class Waiting:
     """The switch between waiting as in a user's process, which is how it begins, and waiting passively.
 
