@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from membench.protocol.case import REFERENCE
 from membench.records.disturbed_times import are_disturbed, median
+from membench.records.highest_peak import HIGHEST, LIVE_PEAKS, RUNNING, Peak, highest, peaks_of, with_highest_peak
 from membench.records.metrics import METRIC_OF_FIELD, METRICS
 from membench.records.record import Record, metrics_in
 
@@ -16,6 +17,9 @@ Group = tuple[str, str, str]
 
 QUALITY = tuple(metric.field for metric in METRICS if metric.loss)
 """The fields of the quality metrics, in order of preference."""
+
+_DECIDES = 0.05
+"""By so much another phase must exceed the peak of running to decide what is needed."""
 
 _SIGNIFICANT_STANDARD_ERRORS = 2
 """A difference within so many standard errors counts as noise."""
@@ -33,6 +37,7 @@ class Comparison:
 
     def __init__(self, records: Sequence[Record]) -> None:
         self._cases: dict[tuple[Group, str], list[Record]] = {}
+        records = [with_highest_peak(record) for record in records]
         for record in records:
             self._cases.setdefault((record.group, record.technique), []).append(record)
         self.metrics = metrics_in(records)
@@ -169,21 +174,55 @@ class Comparison:
             return loss.chance
         return _SIGNIFICANT_STANDARD_ERRORS * (self.value(group, technique, loss.error_field) or 0.0)
 
-    def front(self, group: Group) -> set[str]:
+    def highest_peak(self, group: Group, technique: str, *others: str) -> Peak | None:
+        """Return the highest live peak of a case's phases, in the repeat that needs the most; ``None`` if unknown.
+
+        Args:
+            others: fields of peaks that are not live ones and count, too.
+        """
+        repeats = self.repeats(group, technique)
+        return highest([p for r in repeats for p in peaks_of(r.metrics, r.obtained, (*others, *LIVE_PEAKS))])
+
+    def needed_before(self, group: Group, technique: str) -> Peak | None:
+        """Return the highest peak of a technique if it decides: if it surely is more than the reference ever needs.
+
+        ``None`` also if it is the peak of running, which is looked at anyway, or hardly more than that.
+        """
+        peak, of_reference = self.highest_peak(group, technique), self.highest_peak(group, REFERENCE)
+        if peak is None or of_reference is None or of_reference.at_most_bytes is None or peak.field == RUNNING:
+            return None
+        running_bytes = self.value(group, technique, RUNNING) or 0.0
+        needed_bytes = max(
+            of_reference.at_most_bytes + peak.off_bytes + of_reference.off_bytes, running_bytes * (1 + _DECIDES)
+        )
+        return peak if peak.at_least_bytes > needed_bytes else None
+
+    def needs_more_in(self, group: Group, technique: str, field: str) -> bool:
+        """Whether a technique needs more than the reference ever does, and at this live peak."""
+        peak = self.needed_before(group, technique)
+        return peak is not None and peak.field == field
+
+    def front(self, group: Group, peak: str = HIGHEST) -> set[str]:
         """Return the techniques on the Pareto front.
 
         No other technique is at least as good as these in all criteria and better in one.
-        The criteria are live memory, speed, quality, and the size of the training data if the workload reads some.
+        The criteria are live memory (the highest peak of all phases, or that of running), speed, quality,
+        and the size of the training data if the workload reads some.
         If the workload only reads data, the share of the text that is kept replaces quality; if no quality is known,
         it is not a criterion. Two values tie when they differ by less than run-to-run variation: the metric's
         ``same_within``, the resolution of the source, or two standard errors of a loss. A speed that other processes
         disturbed ties with any other.
+
+        Args:
+            peak: the field of the live peak that counts.
         """
+        if not self.is_known(group, peak):
+            peak = RUNNING
         techniques = self.techniques(group)
 
         is_known = functools.partial(self.is_known, group)
         quality = self.quality_field(group)
-        fields = ["peak_live_bytes", self.speed_field(group), *filter(is_known, ["data_bytes"])]
+        fields = [peak, self.speed_field(group), *filter(is_known, ["data_bytes"])]
         fields += [quality] if quality else list(filter(is_known, ["corpus_kept_percent"]))
         scores: dict[str, tuple[_Score, ...]] = {}
         for technique in techniques:
@@ -206,6 +245,8 @@ class Comparison:
             value = self.difference(group, technique, field)
             return None if value is None else _Score(value, self.error(group, technique, field))
         value = self.value(group, technique, field)
+        if value is None and field == HIGHEST:
+            return self._score(group, technique, RUNNING)
         if field == "corpus_kept_percent":
             return _Score(-(100.0 if value is None else value), 0.0)
         if value is None:

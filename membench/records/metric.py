@@ -54,8 +54,8 @@ class Metric:
         better: the direction of improvement.
         depends_on: what must be alike on two machines for their values to be comparable.
         role: the aspect of a case that it measures.
-        in_table: whether the comparison table shows it: always, only if a technique changes it, or only if it
-            decides how much memory is needed.
+        in_table: whether the comparison table shows it: always, only if a technique changes it, only if it
+            decides how much memory is needed, or only if a technique needs more there than the reference ever does.
         has_ratio: whether the ratio of two cases' values is meaningful.
         has_difference: whether the difference of two cases' values is meaningful.
         same_within: run-to-run variation; a ratio closer to one than this is neither a gain nor a loss.
@@ -83,7 +83,7 @@ class Metric:
     better: Literal["lower", "higher"]
     depends_on: Dependence
     role: Role
-    in_table: bool | Literal["where it decides", "where it changes"] = False
+    in_table: bool | Literal["where it decides", "where it changes", "where it needs more"] = False
     has_ratio: bool = True
     has_difference: bool = True
     same_within: float = 0.005

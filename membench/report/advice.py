@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from membench.host.device import Device
 from membench.protocol.case import REFERENCE
 from membench.records.comparison import Comparison, Group
 from membench.records.disturbed_times import WHY
-from membench.records.metrics import METRIC_OF_FIELD, NO_DIVERGENCE, PEAK_OF_PHASE
+from membench.records.highest_peak import Peak
+from membench.records.metrics import METRIC_OF_FIELD, NO_DIVERGENCE
 from membench.records.record import Record
 from membench.report.cells import signed
 from membench.report.outcomes import said_of
 from membench.units import format_bytes, format_divergence, format_number, format_percent, format_seconds
-
-_NEEDED = ("peak_footprint_bytes", *(metric.field for metric in PEAK_OF_PHASE.values()))
-"""What has to find room at one time or another; a case needs the highest of them."""
 
 _MUST_BE_KNOWN = ("peak_footprint_bytes", "peak_live_bytes")
 
@@ -36,39 +34,6 @@ class Advice:
     why: str
     others: tuple[tuple[str, str], ...]
     """Each other technique, and why it is not advised."""
-
-
-@dataclass(frozen=True)
-class _Need:
-    """How much memory a case needs: surely ``at_least_bytes``; no more than ``at_most_bytes``, where that is known."""
-
-    field: str
-    at_least_bytes: float
-    at_most_bytes: float | None
-    off_bytes: float
-    """How far off its source may be."""
-
-    def __str__(self) -> str:
-        if self.at_most_bytes is None:
-            amount = f"{format_bytes(self.at_least_bytes)} or more, as far as samples saw"
-        elif not self.at_least_bytes:
-            amount = f"{format_bytes(self.at_most_bytes)} at most"
-        elif self.at_most_bytes > self.at_least_bytes:
-            amount = f"{format_bytes(self.at_least_bytes)} to {format_bytes(self.at_most_bytes)}"
-        else:
-            amount = format_bytes(self.at_least_bytes)
-        return f"{amount} at its {METRIC_OF_FIELD[self.field].title}"
-
-    @property
-    def highest_bytes(self) -> float:
-        """As far as is known."""
-        return self.at_least_bytes if self.at_most_bytes is None else self.at_most_bytes
-
-    def left_of(self, budget_bytes: int) -> str:
-        if self.at_most_bytes is None:
-            return f"leaves {format_bytes(budget_bytes - self.at_least_bytes)} at most"
-        sure = " at least" if self.at_most_bytes > self.at_least_bytes else ""
-        return f"leaves {format_bytes(budget_bytes - self.at_most_bytes)}{sure}"
 
 
 class _Loss(NamedTuple):
@@ -136,7 +101,7 @@ def _on_top(records: Sequence[Record]) -> str:
 
 def _of_group(found: Comparison, group: Group, budget_bytes: int, most_loss_percent: float | None) -> Advice:
     refused: dict[str, str] = {}
-    fitting: dict[str, tuple[_Need, _Loss]] = {}
+    fitting: dict[str, tuple[Peak, _Loss]] = {}
     for technique in found.techniques(group):
         reason = _unfit(found, group, technique)
         need, loss = _need(found, group, technique), _loss(found, group, technique)
@@ -158,7 +123,7 @@ def _of_group(found: Comparison, group: Group, budget_bytes: int, most_loss_perc
     fastest_s = min(pace_s[technique] for technique in losing_least)
     as_fast = [technique for technique in losing_least if pace_s[technique] <= fastest_s * _AS_FAST]
     best = min(as_fast, key=lambda technique: fitting[technique][0].highest_bytes)
-    why = f"needs {fitting[best][0]}, {fitting[best][0].left_of(budget_bytes)}; {fitting[best][1].told}"
+    why = f"needs {fitting[best][0]}, {_left_of(budget_bytes, fitting[best][0])}; {fitting[best][1].told}"
     for technique, (need, loss) in fitting.items():
         if technique not in losing_least:
             refused[technique] = f"fits ({need}), but {loss.told}"
@@ -171,7 +136,7 @@ def _of_group(found: Comparison, group: Group, budget_bytes: int, most_loss_perc
 _AS_FAST = 1 + METRIC_OF_FIELD["step_median_s"].same_within
 
 
-def _slower_or_larger(found: Comparison, group: Group, technique: str, best: str, need: _Need) -> str:
+def _slower_or_larger(found: Comparison, group: Group, technique: str, best: str, need: Peak) -> str:
     """Why of two that fit and lose as little the other one is advised."""
     slow_s, fast_s = (found.pace_s(group, name) for name in (technique, best))
     if not slow_s or not fast_s:
@@ -212,36 +177,19 @@ def _includes_interpreter(record: Record) -> bool:
     return any(process.includes_interpreter for process in record.processes)
 
 
-def _need(found: Comparison, group: Group, technique: str) -> _Need | None:
+def _need(found: Comparison, group: Group, technique: str) -> Peak | None:
     """What has to find room at one time or another, in the repeat that needs the most."""
-    needs = [
-        _need_of(record, field, value)
-        for record in found.repeats(group, technique)
-        for field in _NEEDED
-        if (value := record.metrics.get(field)) is not None
-    ]
-    if not needs:
-        return None
-    at_least_bytes = max(need.at_least_bytes for need in needs)
-    if any(need.at_most_bytes is None for need in needs):
-        return replace(max(needs, key=lambda need: need.at_least_bytes), at_most_bytes=None)
-    highest = max(needs, key=lambda need: (need.highest_bytes, need.at_least_bytes))
-    return replace(highest, at_least_bytes=at_least_bytes)
+    return found.highest_peak(group, technique, "peak_footprint_bytes")
 
 
-def _need_of(record: Record, field: str, value: float) -> _Need:
-    how = record.obtained.get(field, {})
-    off_bytes = how.get("resolution_bytes", 0)
-    match how.get("bound"):
-        case "at least":
-            most_bytes = how.get("at_most_bytes")
-            return _Need(field, value, None if most_bytes is None else max(most_bytes, value), off_bytes)
-        case "at most":
-            return _Need(field, how.get("at_least_bytes", 0), value, off_bytes)
-    return _Need(field, value, value, off_bytes)
+def _left_of(budget_bytes: int, need: Peak) -> str:
+    if need.at_most_bytes is None:
+        return f"leaves {format_bytes(budget_bytes - need.at_least_bytes)} at most"
+    sure = " at least" if need.at_most_bytes > need.at_least_bytes else ""
+    return f"leaves {format_bytes(budget_bytes - need.at_most_bytes)}{sure}"
 
 
-def _over(need: _Need, budget_bytes: int) -> str | None:
+def _over(need: Peak, budget_bytes: int) -> str | None:
     if need.at_least_bytes > budget_bytes:
         return f"needs {need}, {format_bytes(need.at_least_bytes - budget_bytes)} too much"
     if need.at_most_bytes is not None and need.at_most_bytes > budget_bytes:

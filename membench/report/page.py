@@ -161,7 +161,7 @@ class _Row:
     mark: str
     said: list[str]
     cells: list[_Cell]
-    on_front: bool
+    front_mark: str
     together: str
 
 
@@ -196,11 +196,9 @@ class _Shown:
         ]
         self.has_stacks = any("+" in technique for _, technique in self._cases)
         self.groups = [" · ".join(filter(None, (label, *group))) for _, label, _, group in self._groups]
-        fronts = [
-            found.front(group) if len(found.techniques(group)) > 1 else set() for _, _, found, group in self._groups
-        ]
+        marks = [text.front_marks(found, group) for _, _, found, group in self._groups]
         self.rows = [
-            self._row(case, number, technique, technique in fronts[number])
+            self._row(case, number, technique, marks[number].get(technique, ""))
             for case, (number, technique) in enumerate(self._cases)
         ]
 
@@ -208,7 +206,7 @@ class _Shown:
         """Which run it is, where there are several."""
         return f"{run.header.get('suite')} {summary.started(run)}".strip() if self._several else ""
 
-    def _row(self, case: int, number: int, technique: str, on_front: bool) -> _Row:
+    def _row(self, case: int, number: int, technique: str, front_mark: str) -> _Row:
         _, label, found, group = self._groups[number]
         repeats = found.repeats(group, technique)
         status = outcomes.status_of(repeats)
@@ -220,7 +218,7 @@ class _Shown:
         )
         return _Row(
             case, number, label, group[0], technique, group[1], group[2], status, _MARKS.get(status.split(",")[0], "✗"),
-            list(said), [self._cell(found, group, technique, metric) for metric in self.columns], on_front,
+            list(said), [self._cell(found, group, technique, metric) for metric in self.columns], front_mark,
             "" if together is None else format_ratio(together),
         )  # fmt: skip
 

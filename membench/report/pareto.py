@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from membench.protocol.case import REFERENCE
 from membench.records.comparison import Comparison, Group
 from membench.records.disturbed_times import WHY
+from membench.records.highest_peak import RUNNING
 from membench.records.metric import Loss, Metric
 from membench.records.metrics import METRIC_OF_FIELD, NO_DIVERGENCE
 from membench.report.cells import figure, signed
@@ -24,7 +25,7 @@ def drawn(found: Comparison, group: Group) -> list[str]:
     techniques = found.techniques(group)
     if len(techniques) <= _MOST_DRAWN:
         return techniques
-    front = found.front(group)
+    front = found.front(group, RUNNING)
 
     def rank(technique: str) -> tuple[bool, bool, float]:
         live = found.value(group, technique, "peak_live_bytes")
@@ -43,9 +44,9 @@ def left_out_of(found: Comparison, group: Group) -> str:
 
 
 def pareto(found: Comparison, group: Group) -> Cloud:
-    """Live memory against what quality is lost; against time, where the group's quality is not known."""
+    """Live memory of running against what quality is lost; against time, where the group's quality is not known."""
     quality = found.quality_field(group)
-    front = found.front(group)
+    front = found.front(group, RUNNING)
     placed: list[tuple[str, float, float, float]] = []
     left_out, disturbed = [], []
     for technique in drawn(found, group):
@@ -153,7 +154,23 @@ def _caption_of_cloud(found: Comparison, group: Group, points: Sequence[Point], 
         f"The further down, the less memory; the further left, {left}; the larger, the faster.",
         f"The least live memory at its peak has {least} ({shown}).",
         f"Filled: on the front of the table ({listed(front)})." if front else "",
+        *_of_other_phases(found, group, [point.technique for point in points], front),
         "The dotted line joins what no other has less of both of.",
         f"Not drawn, for want of a figure: {listed(left_out)}." if left_out else "",
     ]
     return " ".join(filter(None, said))
+
+
+def _of_other_phases(found: Comparison, group: Group, techniques: Sequence[str], front: Sequence[str]) -> Sequence[str]:
+    """Sentences on techniques that need more before running, and on the front by the highest peak, if it is another."""
+    before = {technique: found.needed_before(group, technique) for technique in techniques}
+    more = [f"{technique} ({peak})" for technique, peak in before.items() if peak is not None]
+    by_highest = [technique for technique in techniques if technique in found.front(group)]
+    said = []
+    if more or by_highest != front:
+        said.append("All this is of the live peak while running.")
+    if more:
+        said.append(f"Before that, more is needed than the reference ever takes: {listed(more)}.")
+    if by_highest != front:
+        said.append(f"By the highest peak of all phases the front is: {listed(by_highest)}.")
+    return said

@@ -43,6 +43,8 @@ def verdicts(records: Sequence[Record]) -> list[str]:
             lines.append(f"{technique}: nothing to compare with: '{REFERENCE}' was not measured to its end")
             continue
         for metric, where in shown_in.items():
+            if metric.in_table == "where it needs more":
+                where = [group for group in where if found.needs_more_in(group, technique, metric.field)]
             reached = ratios_of(found, where, technique, metric)
             told = [ratio.gains for ratio in reached if ratio.tells]
             if told:

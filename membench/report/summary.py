@@ -131,6 +131,8 @@ def sentence(found: Comparison, group: Group, technique: str) -> str:
         _size(found, group, technique, "peak_live_bytes", "live memory at its peak"),
     ]
     amounts = " and ".join(amount for amount in held if amount) or "an amount of memory that is not known"
+    if (before := found.needed_before(group, technique)) is not None:
+        amounts += f" while running, but needs {before}, more than the reference ever does"
     return f"holds {amounts}{_loss(found, group, technique)}{_time(found, group, technique)}."
 
 

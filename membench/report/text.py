@@ -8,6 +8,7 @@ from membench.errors import one_line
 from membench.protocol.case import REFERENCE
 from membench.records.comparison import Comparison, Group, prefixes
 from membench.records.disturbed_times import WHY
+from membench.records.highest_peak import RUNNING
 from membench.records.metric import Metric
 from membench.records.metrics import METRIC_OF_FIELD
 from membench.records.record import Record
@@ -45,12 +46,14 @@ def comparison(records: Sequence[Record], form: str = DEFAULT, width: int | None
 def is_shown(found: Comparison, group: Group, metric: Metric) -> bool:
     """Whether a metric has a column: whenever it is known, or only if a technique changes it.
 
-    A metric of loading or converting must also exceed the peak of running, as only then it decides the memory needed.
+    The peak of another phase must also exceed that of running, as only then it decides the memory needed.
     """
     if not metric.in_table:
         return False
     if metric.in_table is True:
         return found.is_known(group, metric.field)
+    if metric.in_table == "where it needs more":
+        return any(found.needs_more_in(group, technique, metric.field) for technique in found.techniques(group))
     if not metric.has_ratio:
         return len({found.value(group, technique, metric.field) for technique in found.techniques(group)} - {None}) > 1
     techniques = [
@@ -69,15 +72,27 @@ def is_shown(found: Comparison, group: Group, metric: Metric) -> bool:
     )
 
 
+ON_FRONT, WHILE_RUNNING = "●", "○"
+"""On the front by the highest peak of all phases; by the peak of running alone."""
+
+
+def front_marks(found: Comparison, group: Group) -> dict[str, str]:
+    """Return the mark of each technique on a Pareto front; none where a single technique was measured."""
+    if len(found.techniques(group)) < 2:
+        return {}
+    by_highest, running = found.front(group), found.front(group, RUNNING)
+    return {**dict.fromkeys(running, WHILE_RUNNING), **dict.fromkeys(by_highest, ON_FRONT)}
+
+
 def _rows(found: Comparison, group: Group, metrics: Sequence[Metric]) -> Iterator[dict[str, str]]:
-    techniques, front = found.techniques(group), found.front(group)
+    techniques, marks = found.techniques(group), front_marks(found, group)
     has_stacks = any("+" in technique for technique in techniques)
     for technique in techniques:
         row = {"technique": technique, "status": status_of(found.repeats(group, technique))}
         for metric in metrics:
             row[metric.title] = figure(found, group, technique, metric)
         if len(techniques) > 1:
-            row["Pareto"] = "●" if technique in front else ""
+            row["Pareto"] = marks.get(technique, "")
         if has_stacks:
             together = found.interaction(group, technique, "peak_live_bytes") if "+" in technique else None
             row["together"] = "" if together is None else format_ratio(together)
@@ -168,8 +183,17 @@ def _breakdown(found: Comparison, group: Group, chain: Sequence[str]) -> dict[st
     return categories
 
 
+_BEFORE_RUNNING = {
+    "loading": "load_peak_live_bytes",
+    "converting": "apply_peak_live_bytes",
+    "packing training data": "store_peak_live_bytes",
+    "the first step": "warmup_peak_live_bytes",
+}
+_SAID_IF_HIGHEST = ("packing training data", "the first step")
+
+
 def remarks(records: Sequence[Record]) -> list[str]:
-    """Return a line per failure, broken limit, remark and note, and per conversion that needs more than running."""
+    """Return a line per failure, broken limit, remark and note, and on phases that need more than running."""
     found = Comparison(records)
     lines = []
     for record in records:
@@ -182,15 +206,27 @@ def remarks(records: Sequence[Record]) -> list[str]:
         is_sure = bound_of(found, record.group, REFERENCE, METRIC_OF_FIELD["peak_live_bytes"]) != "≥"
         if record.repeat or record.technique == REFERENCE or running is None or not is_sure:
             continue
-        for doing, field in (("loading", "load_peak_live_bytes"), ("converting", "apply_peak_live_bytes")):
+        for doing, field in _BEFORE_RUNNING.items():
             ratio = found.ratio(record.group, record.technique, field)
             how = record.obtained.get(field, {})
             # What the reference's loading needs as well is not a cost of the technique.
             changed = ratio is None or abs(ratio - 1) > _DIFFERENT
+            if doing in _SAID_IF_HIGHEST:
+                changed = found.needs_more_in(record.group, record.technique, field)
             taken = record.metrics.get(field) or 0
             if changed and how.get("bound") != "at most" and taken > running + how.get("resolution_bytes", 0):
                 lines.append(
                     f"{record.id}: {doing} takes {format_bytes(taken)} of live memory,"
                     f" more than running the original ({format_bytes(running)})"
                 )
+    lines += _fronts_that_differ(found)
     return list(dict.fromkeys(map(one_line, lines)))  # several repeats may say the same
+
+
+def _fronts_that_differ(found: Comparison) -> Iterator[str]:
+    for group in found.groups:
+        if WHILE_RUNNING in front_marks(found, group).values():
+            yield (
+                f"{' · '.join(group)}: {ON_FRONT} is on the Pareto front by the highest peak of all phases,"
+                f" {WHILE_RUNNING} only by the live peak while running"
+            )

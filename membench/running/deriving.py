@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from membench.protocol.messages import BrokenMessage, Result
 from membench.protocol.readings import Baseline, MemoryReading, PhaseReading, ProcessReading
 from membench.records.disturbance import counted_steps
+from membench.records.highest_peak import HIGHEST, highest_live_peak
 from membench.records.record import Status
 from membench.running.derived_metrics import DerivedMetrics, resolution_bytes
 
@@ -151,6 +152,13 @@ def warmup(found: DerivedMetrics, phase: PhaseReading, memory: WorkerMemory) -> 
     """Add the live peak and the duration of the first step."""
     live(found, phase, "warmup_peak_live_bytes", memory)
     found.add("warmup_s", phase.duration_s, "monotonic clock, under the pinned allocator")
+
+
+def highest_peak(found: DerivedMetrics) -> None:
+    """Add the highest of the live peaks of phases, once they are known."""
+    peak = highest_live_peak(found.metrics, found.obtained)
+    if peak is not None:
+        found.add(HIGHEST, peak.value, **peak.obtained())
 
 
 def footprint(

@@ -15,6 +15,7 @@ from membench.host.nvml import gpus
 from membench.protocol.messages import BrokenMessage, Result
 from membench.protocol.readings import ProcessReading
 from membench.records.disturbed_times import WHY, is_disturbed_time
+from membench.records.highest_peak import HIGHEST, RUNNING, highest_live_peak
 from membench.records.metrics import METRIC_OF_FIELD
 from membench.records.record import Record
 from membench.running.derived_metrics import DerivedMetrics
@@ -156,7 +157,11 @@ class Runner:
             reasons=found.reasons,
             obtained=found.obtained,
             processes=processes,
-            remarks=(*_of_all(results, "remarks"), *_unchecked_limits(found, status, job.limits, processes)),
+            remarks=(
+                *_of_all(results, "remarks"),
+                *_unchecked_limits(found, status, job.limits, processes),
+                *limits_kept_while_running(found, job.limits),
+            ),
             notes=_of_all(results, "notes"),
             broken_limits=_broken_limits(found, job.limits, processes),
             unchecked_limits=_skipped_limits(status, job.limits),
@@ -193,6 +198,19 @@ def _skipped_limits(status: str, limits: Mapping[str, float]) -> tuple[str, ...]
     if status != "skipped":
         return ()
     return tuple(f"the limit on {METRIC_OF_FIELD[name].name} was not checked: the case was skipped" for name in limits)
+
+
+def limits_kept_while_running(found: DerivedMetrics, limits: Mapping[str, float]) -> list[str]:
+    """Return a remark if the live peak of running is within its limit, and another phase needs more than that."""
+    limit, running = limits.get(RUNNING), found.metrics.get(RUNNING)
+    peak = highest_live_peak(found.metrics, found.obtained)
+    if limit is None or running is None or peak is None or running > limit or peak.at_least_bytes <= limit:
+        return []
+    metric, of_all = METRIC_OF_FIELD[RUNNING], METRIC_OF_FIELD[HIGHEST]
+    return [
+        f"{metric.name} is within its limit of {metric.format(limit)} while running, but the case needs {peak};"
+        f" a limit on {of_all.name} is one on all phases"
+    ]
 
 
 def _broken_limits(

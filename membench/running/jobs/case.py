@@ -102,6 +102,7 @@ class CaseJob(RunnableJob):
             if part in run.parts:
                 deriving.live(found, run.parts[part], f"{part}_peak_live_bytes", memory)
         deriving.warmup(found, deriving.phase_of(process, "warmup"), memory)
+        deriving.highest_peak(found)
         _holdings(found, result)
         _loss(found, result)
         if result.quality is not None:
