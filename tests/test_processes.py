@@ -118,7 +118,7 @@ def test_workers_have_the_wait_policy_of_a_users_process_and_so_many_threads(mon
     server = ForkServer([], threads=3)
     try:
         (pid,) = procfs.children(os.getpid())
-        server.wait_until_ready()
+        server.wait_until_ready(60)
         told = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     finally:
         server.close()

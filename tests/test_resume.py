@@ -86,6 +86,35 @@ def test_a_suite_goes_on_with_its_own_run_and_not_with_that_of_a_longer_name(tmp
     assert _techniques(membench.read_run(paths["a-b"])) == []
 
 
+_PREPARED = """\
+import os, pathlib, signal
+from membench.builtin.known_amounts import Ballast
+class Prepared(Ballast):
+    how: str
+    def prepare(self, progress):
+        if pathlib.Path(self.how).exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_cases_whose_models_preparing_was_killed_are_measured_after_all(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(_PREPARED)
+    flag = tmp_path / "killed"
+    flag.touch()
+    suite = _written(tmp_path, "s")
+    text = suite.read_text().replace('use = "ballast"', f'use = "prepared"\nhow = "{flag}"')
+    suite.write_text(text.replace('name = "s"', 'name = "s"\nplugins = ["own.py"]'))
+    killed = membench.run(membench.load_suite(suite), output=tmp_path)
+    assert [(record.status, record.ended_in) for record in killed.records] == [("crashed", "prepare")] * 2
+    assert killed.records[0].message == "preparing the model ended as crashed: killed by SIGKILL"
+    flag.unlink()
+    run = membench.run(membench.load_suite(suite), output=tmp_path, resume=True)
+    assert run.path == killed.path
+    assert [(record.technique, record.repeat, record.status) for record in run.records] == [
+        ("none", 0, "ok"), ("bf16", 0, "ok"),
+    ]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(folder, suite's path) of a run that was begun."""

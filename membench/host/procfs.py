@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,6 +183,11 @@ def running(pid: int) -> str | None:
         return None
     name, _, fields = rest.rpartition(") ")
     return None if fields[:1] in "ZX" else name
+
+
+def named(pids: Iterable[int]) -> list[str]:
+    """Return names and ids of those processes that have not ended."""
+    return [f"{name} (process {pid})" for pid in pids if (name := running(pid)) is not None]
 
 
 def unique_bytes(pid: int) -> int:

@@ -56,6 +56,14 @@ Order: TypeAlias = StartWorker | StartProgram | Kill
 
 
 @dataclass(frozen=True)
+class Importing:
+    """Answer: the import of a module begins."""
+
+    answer: ClassVar[str] = "importing"
+    module: str
+
+
+@dataclass(frozen=True)
 class Ready:
     """Answer: all imports are done, and workers can be started."""
 
@@ -82,6 +90,7 @@ class WorkerEnded:
         forked_from_bytes: the upper bound of the memory of the process that a program was forked from.
         had_children: whether it waited for child processes.
         left: names of the processes that outlived its grace period and were killed.
+        unkilled: names and ids of the processes that could not be killed.
     """
 
     answer: ClassVar[str] = "ended"
@@ -92,12 +101,13 @@ class WorkerEnded:
     forked_from_bytes: int
     had_children: bool
     left: Sequence[str] = field(default=())
+    unkilled: Sequence[str] = field(default=())
 
 
-Answer: TypeAlias = Ready | Started | WorkerEnded
+Answer: TypeAlias = Importing | Ready | Started | WorkerEnded
 
 _ORDERS: Mapping[str, type[Order]] = {each.order: each for each in (StartWorker, StartProgram, Kill)}
-_ANSWERS: Mapping[str, type[Answer]] = {each.answer: each for each in (Ready, Started, WorkerEnded)}
+_ANSWERS: Mapping[str, type[Answer]] = {each.answer: each for each in (Importing, Ready, Started, WorkerEnded)}
 
 
 def encode_order(order: Order) -> bytes:

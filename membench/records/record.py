@@ -16,6 +16,12 @@ SCHEMA_VERSION = 1
 Status = Literal["ok", "diverged", "out-of-memory", "timeout", "crashed", "failed", "skipped"]
 """``diverged``: the training loss became non-finite; all metrics were measured nevertheless."""
 
+CUT_SHORT: tuple[Status, ...] = ("crashed", "out-of-memory", "timeout")
+"""The statuses of jobs that something ended from outside; another attempt may go further."""
+
+PREPARING = "prepare"
+"""What ``ended_in`` says of a case whose model could not be prepared."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -59,6 +65,11 @@ class Record:
     settings: Mapping[str, Any]
     unchecked_limits: tuple[str, ...] = ()
     schema: int = SCHEMA_VERSION
+
+    @property
+    def is_unprepared(self) -> bool:
+        """Whether the case was not begun, because the preparing of its model was killed."""
+        return self.ended_in == PREPARING and self.status in CUT_SHORT
 
     @property
     def group(self) -> tuple[str, str, str]:

@@ -17,7 +17,7 @@ from typing import Any
 from membench.errors import ResultsError
 from membench.records.encoding import record_of
 from membench.records.keepable import LONGEST_LINE_BYTES, encoded, keepable
-from membench.records.record import SCHEMA_VERSION, Record
+from membench.records.record import PREPARING, SCHEMA_VERSION, Record
 from membench.records.schema import Membership, check_header, check_record, check_version
 from membench.records.strict_json import open_file, parsed
 from membench.units import format_bytes
@@ -89,7 +89,10 @@ class RunFile:
 
     @classmethod
     def reopen(cls, path: Path) -> RunFile:
-        """Open a run's file to continue it. A last line that is incomplete because the run was killed is removed.
+        """Open a run's file to continue it.
+
+        Two things are removed: a last line that is incomplete because the run was killed, and records of cases that
+        were not begun because the preparing of their model was killed, so that they are measured now.
 
         Raises:
             ResultsError: if it cannot be written to, or if another run is writing to it.
@@ -97,12 +100,36 @@ class RunFile:
         reopened = cls(path, 0)
         try:
             content = path.read_bytes()
-            if not content.endswith(b"\n"):
-                os.truncate(reopened._descriptor, content.rfind(b"\n") + 1)
+            whole = content[: content.rfind(b"\n") + 1]
+            begun = b"".join(line for line in whole.splitlines(keepends=True) if not _is_unprepared(line))
+            if begun != whole:
+                return reopened._replaced(begun)
+            if whole != content:
+                os.truncate(reopened._descriptor, len(whole))
         except OSError as error:
             reopened._close()
             raise ResultsError(f"{path}: cannot be mended: {error.strerror}") from None
         return reopened
+
+    def _replaced(self, content: bytes) -> RunFile:
+        """Replace the file at once by one with other content, and return that, open and locked.
+
+        Raises:
+            OSError, ResultsError: if that fails; the file stays as it is.
+        """
+        partial = self.path.with_suffix(".partial")
+        partial.unlink(missing_ok=True)
+        replaced = RunFile(partial, os.O_CREAT | os.O_EXCL)
+        try:
+            replaced._write(content)
+            os.replace(partial, self.path)
+        except (OSError, ResultsError):
+            replaced._close()
+            partial.unlink(missing_ok=True)
+            raise
+        self._close()
+        replaced.path = self.path
+        return replaced
 
     def __enter__(self) -> RunFile:
         return self
@@ -265,6 +292,15 @@ def _parsed(line: bytes) -> object:
     if len(line) > _LONGEST_LINE_BYTES:
         raise ResultsError(f"longer than any record: more than {format_bytes(_LONGEST_LINE_BYTES)}")
     return parsed(line)
+
+
+def _is_unprepared(line: bytes) -> bool:
+    if PREPARING.encode() not in line:
+        return False
+    with contextlib.suppress(ResultsError, KeyError, TypeError):  # readers report what is wrong with it
+        entry: Any = parsed(line)
+        return record_of(entry).is_unprepared
+    return False
 
 
 def newest_run(folder: str | Path) -> Path:

@@ -17,16 +17,16 @@ from membench.protocol.readings import ProcessReading
 from membench.records.disturbed_times import WHY, is_disturbed_time
 from membench.records.highest_peak import HIGHEST, RUNNING, highest_live_peak
 from membench.records.metrics import METRIC_OF_FIELD
-from membench.records.record import Record
+from membench.records.record import CUT_SHORT, PREPARING, Record, Status
 from membench.running.derived_metrics import DerivedMetrics
 from membench.running.deriving import JobReadings
-from membench.running.fork_client import ForkServer, ForkServerLost
+from membench.running.fork_client import ForkServer, ForkServerLost, ForkServerSilent
 from membench.running.jobs.preparing import PreparingJob
 from membench.running.jobs.runnable import RunnableJob
 from membench.running.needs import Needs
 from membench.running.rank import Tell
 from membench.running.references import References
-from membench.running.running_job import RunningJob, Turn, kernel_killed_for_memory
+from membench.running.running_job import RunningJob, Turn
 
 _PREPARE_TIMEOUT_S = 1800
 
@@ -53,7 +53,7 @@ class Runner:
         self._references = References(needs.references)
         self._server: ForkServer | None = None
         self._gpus, self._no_gpus = gpus() if needs.on_gpu else (None, None)
-        self._prepared: dict[str, str | None] = {}
+        self._prepared: dict[str, tuple[Status, str] | None] = {}
 
     def __enter__(self) -> Runner:
         return self
@@ -61,16 +61,22 @@ class Runner:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.restart()
 
-    def restart(self) -> None:
-        """End the fork server; the next job starts a new one, like the first job of a run."""
-        if self._server:
-            self._server.close()
-            self._server = None
+    def restart(self, *, answers: bool = True) -> list[str]:
+        """End the fork server; the next job starts a new one, like the first job of a run.
 
-    def _ready_server(self) -> ForkServer:
+        Args:
+            answers: whether the fork server may be expected to end by itself.
+
+        Returns:
+            names and ids of the processes that cannot be killed.
+        """
+        server, self._server = self._server, None
+        return server.close(answers=answers) if server else []
+
+    def _ready_server(self, timeout_s: float) -> ForkServer:
         if self._server is None:
             self._server = ForkServer(self._needs.preload, self._needs.threads, self._needs.variables)
-        self._server.wait_until_ready()
+        self._server.wait_until_ready(timeout_s)
         return self._server
 
     def measure(self, job: RunnableJob) -> Record:
@@ -86,26 +92,32 @@ class Runner:
         else:
             finished = RunningJob(job, None, self._tell)
             for rank in finished.ranks:
-                rank.status, rank.message = "failed", failure
+                rank.status, rank.message = failure
+                rank.phase = PREPARING
         record = self._record(job, finished, started_at, time.monotonic() - began - finished.waited_s)
         if any(rank.is_interrupted for rank in finished.ranks):
             raise Interrupted(record)
         return record
 
-    def _prepare(self, job: RunnableJob) -> str | None:
-        """Prepare a job's model before its first job; return the reason if that failed."""
+    def _prepare(self, job: RunnableJob) -> tuple[Status, str] | None:
+        """Prepare a job's model before its first job; return status and reason of its records if that failed."""
         model = job.preparation
         if model is None:
             return None
         name = job.names["model"]
-        if name not in self._prepared:
-            preparing = PreparingJob(
-                id=name, repeat=0, device=Device("cpu"), settings=job.settings, model=model
-            )  # fmt: skip
-            rank = self._run(preparing, _PREPARE_TIMEOUT_S).deciding_rank
-            ended_badly = f"preparing the model ended as {rank.status}: {rank.message}"
-            self._prepared[name] = None if rank.status == "ok" else ended_badly
-        return self._prepared[name]
+        if name in self._prepared:
+            return self._prepared[name]
+        preparing = PreparingJob(
+            id=name, repeat=0, device=Device("cpu"), settings=job.settings, model=model
+        )  # fmt: skip
+        finished = self._run(preparing, _PREPARE_TIMEOUT_S)
+        rank, failure = finished.deciding_rank, None
+        if rank.status != "ok":
+            status: Status = rank.status if rank.status in CUT_SHORT else "failed"
+            failure = status, f"preparing the model ended as {rank.status}: {rank.message}"
+        if not finished.is_lost:  # else it says nothing of the model: another fork server may prepare it
+            self._prepared[name] = failure
+        return failure
 
     def _run(self, job: RunnableJob, timeout_s: float) -> RunningJob:
         """Start the ranks of a job and run them to their end."""
@@ -113,15 +125,14 @@ class Runner:
             running.wait_for_turn()
             oom_kills_before = procfs.oom_kills()
             try:
-                running.start(self._ready_server(), self._gpus, self._no_gpus, self._references)
+                server = self._ready_server(job.settings.timeout_s)
+                running.start(server, timeout_s, self._gpus, self._no_gpus, self._references)
                 running.run_to_end(timeout_s)
                 running.settle_status(timeout_s, oom_kills_before)
             except ForkServerLost as error:
-                # The fork server was killed, perhaps by the kernel for lack of memory: the next job starts a new one.
-                self.restart()
-                for rank in running.ranks:
-                    rank.status = "out-of-memory" if kernel_killed_for_memory(oom_kills_before) else "crashed"
-                    rank.message = str(error)
+                # The next job starts a new fork server.
+                unkilled = self.restart(answers=not isinstance(error, ForkServerSilent))
+                running.settle_lost(error, unkilled, timeout_s, oom_kills_before)
         return running
 
     def _record(self, job: RunnableJob, finished: RunningJob, started_at: str, duration_s: float) -> Record:
@@ -159,6 +170,7 @@ class Runner:
             processes=processes,
             remarks=(
                 *_of_all(results, "remarks"),
+                *(f"{process} cannot be killed, and still runs" for process in finished.unkilled),
                 *_unchecked_limits(found, status, job.limits, processes),
                 *limits_kept_while_running(found, job.limits),
             ),

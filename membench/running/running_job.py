@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import signal
 import socket
 import time
 from collections.abc import Sequence
 from typing import Protocol
 
-from membench.host import procfs
 from membench.host.nvml import Gpus
 from membench.protocol.forking import WorkerEnded
 from membench.protocol.messages import (
@@ -24,7 +22,8 @@ from membench.protocol.messages import (
     PhaseEnds,
     decode,
 )
-from membench.running.fork_client import ForkServer
+from membench.running.fork_client import ForkServer, ForkServerLost, ForkServerSilent
+from membench.running.job_ending import ending_of_lost, settle_status
 from membench.running.jobs.runnable import RunnableJob
 from membench.running.observer import Observer
 from membench.running.rank import Rank, Tell
@@ -35,6 +34,11 @@ from membench.units import format_bytes
 _SAMPLING_SHARE = 0.1
 """The largest share of a core that sampling may take during timed steps: reading the memory of a child process walks
 its page tables, which takes milliseconds."""
+_END_TIMEOUT_S = 12
+"""Seconds in which killed ranks must have ended: more than the fork server waits for their descendants."""
+_REPORT_TIMEOUT_S = 60
+"""Seconds in which the end of ranks that have done all must be reported; to give back much memory takes a while."""
+_DRAIN_TIMEOUT_S = 2
 _LARGEST_READ_BYTES = 65536
 _LARGEST_LINE_BYTES, _LARGEST_OF_A_STEP_BYTES = 2**24, 4000
 """The longest message: what does not grow with the number of timed steps, and the durations of a step's parts."""
@@ -103,18 +107,21 @@ class RunningJob:
         timeline: the memory of all ranks over time.
         waited_s: seconds spent waiting for a turn.
         timed_out: whether the job was killed because it exceeded its time limit.
+        is_lost: whether the fork server was lost, so that how the ranks ended is not known.
     """
 
     def __init__(self, job: RunnableJob, turn: Turn | None, tell: Tell) -> None:
         self.ranks: Sequence[Rank] = [job.rank(number, tell) for number in range(job.device.count)]
         self.timeline = Timeline()
         self.waited_s = 0.0
-        self.timed_out = False
+        self.timed_out = self.is_lost = False
         self._job, self._turn, self._tell = job, turn, tell
         self._server: ForkServer | None = None
         self._channels: dict[Rank, _Channels] = {}
         self._ended: dict[Rank, WorkerEnded] = {}
         self._arrived: dict[Rank, PhaseBegins | PhaseEnds] = {}
+        self._killed_at_s: float | None = None
+        self._heard_at_s = 0.0
 
     def __enter__(self) -> RunningJob:
         return self
@@ -129,11 +136,13 @@ class RunningJob:
         for channels in self._channels.values():
             channels.close()
 
-    def start(self, server: ForkServer, gpus: Gpus | None, no_gpus: str | None, references: References) -> None:
+    def start(
+        self, server: ForkServer, timeout_s: float, gpus: Gpus | None, no_gpus: str | None, references: References
+    ) -> None:
         """Start all ranks.
 
         Raises:
-            ForkServerLost: if the fork server is gone.
+            ForkServerLost: if the fork server is gone, or does not answer.
         """
         self._server = server
         # The idle level of the GPUs must be read before a rank uses one.
@@ -141,7 +150,8 @@ class RunningJob:
         for rank in self.ranks:
             channels = self._channels[rank] = _Channels()
             at_s = time.monotonic()
-            pid = server.start(self._job.order(rank.number, references), (*channels.for_rank(), *self._job.streams))
+            order, streams = self._job.order(rank.number, references), (*channels.for_rank(), *self._job.streams)
+            pid = server.start(order, streams, timeout_s)
             channels.close_for_rank()
             rank.on_start(Observer(pid, gpus, idle, self.timeline, rank.number), no_gpus, at_s)
 
@@ -158,6 +168,7 @@ class RunningJob:
 
         Raises:
             ForkServerLost: if the fork server is gone.
+            ForkServerSilent: if ranks do not end that were to be killed.
             KeyboardInterrupt: if the user interrupts a job whose record is not kept in that case.
         """
         deadline = time.monotonic() - self.waited_s + timeout_s
@@ -176,6 +187,7 @@ class RunningJob:
     def _kill(self) -> None:
         assert self._server is not None
         self._server.kill()
+        self._killed_at_s = self._killed_at_s or time.monotonic()
 
     def _wait_for_ranks(self, deadline: float) -> None:
         assert self._server is not None
@@ -184,8 +196,10 @@ class RunningJob:
         sources = [self._server.fileno(), *pipes, *outputs]
         next_sample_at_s = 0.0
         self._collect_ended(wait=False)  # a rank may have ended while another was started
-        while len(self._ended) < len(self.ranks) or self._has_open_sources(sources, pipes, outputs):
+        while len(self._ended) < len(self.ranks) or self._may_hear_more(sources, pipes, outputs):
             ready, _, _ = select.select(sources, [], [], self._job.settings.sampling_interval_s)
+            if ready:
+                self._heard_at_s = time.monotonic()
             for source in ready:
                 if source in outputs and not self._read_output(outputs[source]):
                     sources.remove(source)
@@ -198,12 +212,30 @@ class RunningJob:
                     sources.remove(self._server.fileno())
             if len(self._ended) < len(self.ranks):
                 next_sample_at_s = self._look(next_sample_at_s)
-                if not self.timed_out and time.monotonic() - self.waited_s > deadline:
-                    self.timed_out = True
-                    self._kill()
+                self._hold_to_time(deadline)
 
-    def _has_open_sources(self, sources: Sequence[int], pipes: dict[int, Rank], outputs: dict[int, Rank]) -> bool:
-        """Whether data of a rank that has ended may still arrive."""
+    def _hold_to_time(self, deadline: float) -> None:
+        """Have the ranks killed when their time is over.
+
+        Raises:
+            ForkServerSilent: if that does not end them, or if ends are not reported.
+        """
+        now = time.monotonic()
+        if all(rank.is_done for rank in self.ranks):
+            if now - self._heard_at_s > _REPORT_TIMEOUT_S:
+                within = f"within {_REPORT_TIMEOUT_S} s"
+                raise ForkServerSilent(f"measured, but the fork server did not report its end {within}")
+            return
+        if not self.timed_out and now - self.waited_s > deadline:
+            self.timed_out = True
+            self._kill()
+        if self._killed_at_s is not None and now - self._killed_at_s > _END_TIMEOUT_S:
+            raise ForkServerSilent(f"it did not end within {_END_TIMEOUT_S} s when it was to be killed")
+
+    def _may_hear_more(self, sources: Sequence[int], pipes: dict[int, Rank], outputs: dict[int, Rank]) -> bool:
+        """Whether data of a rank that has ended may still arrive; a process elsewhere may hold its pipes open."""
+        if time.monotonic() - self._heard_at_s > _DRAIN_TIMEOUT_S:
+            return False
         return any(source in pipes or (source in outputs and outputs[source].reads_output_to_end) for source in sources)
 
     def _read_output(self, rank: Rank) -> bool:
@@ -306,6 +338,23 @@ class RunningJob:
         return next_sample_at_s
 
     @property
+    def unkilled(self) -> list[str]:
+        """Names and ids of processes that the ranks started and that could not be killed."""
+        return [name for ended in self._ended.values() for name in ended.unkilled]
+
+    def settle_lost(
+        self, error: ForkServerLost, unkilled: Sequence[str], timeout_s: float, oom_kills_before: int | None
+    ) -> None:
+        """Set the status of each rank after the fork server was lost."""
+        self.is_lost = True
+        is_interrupted = any(rank.is_interrupted for rank in self.ranks)
+        status, message = ending_of_lost(error, self.timed_out, timeout_s, oom_kills_before)
+        for rank in self.ranks:
+            rank.status, rank.message = ("crashed", "interrupted") if is_interrupted else (status, message)
+            if unkilled:
+                rank.message += f"; cannot be killed, and still running: {', '.join(unkilled)}"
+
+    @property
     def deciding_rank(self) -> Rank:
         """The rank that determines the status of the job: the first that failed, else rank 0."""
         failed = [rank for rank in self.ranks if rank.status != "ok" and rank in self._ended]
@@ -315,39 +364,10 @@ class RunningJob:
         """Set the status of each rank that did not report one."""
         for rank in self.ranks:
             if rank.status is None:
-                _settle_status(rank, self._ended[rank].status, self.timed_out, timeout_s, oom_kills_before)
+                settle_status(rank, self._ended[rank].status, self.timed_out, timeout_s, oom_kills_before)
             if rank.message and (line := rank.last_line()):
                 rank.message += f": {line}"
 
 
 def _boundary(message: PhaseBegins | PhaseEnds) -> tuple[type, str]:
     return type(message), message.phase if isinstance(message, PhaseBegins) else message.reading.name
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # real-time signals have no names of their own
-        return f"signal {number}"
-
-
-def kernel_killed_for_memory(oom_kills_before: int | None) -> bool:
-    """Whether the kernel has killed a process for lack of memory since the counter was read."""
-    now = procfs.oom_kills()
-    return None not in (oom_kills_before, now) and now != oom_kills_before
-
-
-def _settle_status(rank: Rank, exited: int, timed_out: bool, timeout_s: float, oom_kills_before: int | None) -> None:
-    if rank.is_done:
-        rank.status, rank.phase = "ok", None
-    elif timed_out:
-        rank.status, rank.message = "timeout", f"not done after {timeout_s:g} s"
-    elif os.WIFSIGNALED(exited):
-        number = os.WTERMSIG(exited)
-        if number == signal.SIGKILL and kernel_killed_for_memory(oom_kills_before):
-            rank.status, rank.message = "out-of-memory", "killed by the kernel for want of memory"
-        else:
-            rank.status, rank.message = "crashed", f"killed by {_signal_name(number)}"
-    else:
-        rank.status = "crashed"
-        rank.message = f"ended with exit code {os.WEXITSTATUS(exited)} before it was done"

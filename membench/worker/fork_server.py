@@ -32,6 +32,7 @@ from membench.worker import allocator
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _WORKER_FAILED = 70
+_KILL_TIMEOUT_S = 5
 _CANNOT_BE_STARTED = 127  # the exit code that shells use for a command that was not found
 
 
@@ -42,22 +43,29 @@ def die_with_parent() -> None:
 
 def _kill(pids: list[int]) -> None:
     for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
             os.kill(pid, signal.SIGKILL)
 
 
-def _kill_descendants(keep: Collection[int] = ()) -> None:
+def _kill_descendants(keep: Collection[int] = ()) -> list[str]:
     """Kill and reap all descendants. Orphaned ones are found, too, since they become children of this process.
 
     Args:
         keep: workers to leave running, with their descendants.
+
+    Returns:
+        names and ids of those that cannot be killed, because the kernel holds them or they belong to another user.
     """
+    deadline = time.monotonic() + _KILL_TIMEOUT_S
     while descendants := _descendants(keep):
         _kill(descendants)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
+        if time.monotonic() > deadline:
+            return procfs.named(descendants)
         select.select([], [], [], 0.002)
+    return []
 
 
 def _descendants(keep: Collection[int]) -> list[int]:
@@ -193,12 +201,13 @@ class _Server:
         """
         ended_at_s = time.monotonic()
         left = _left_running(self._grace_s, keep=self._workers)
-        _kill_descendants(keep=self._workers)
+        unkilled = _kill_descendants(keep=self._workers)
         if not self._workers:
             scratch.empty(self._folder)
+        forked_from_bytes = procfs.resident().peak_bytes
         self._answer(
             forking.WorkerEnded(
-                pid, status, ended_at_s, peak_bytes, procfs.resident().peak_bytes, had_children, tuple(left)
+                pid, status, ended_at_s, peak_bytes, forked_from_bytes, had_children, tuple(left), tuple(unkilled)
             )
         )
 
@@ -245,15 +254,16 @@ def serve(folder: Path, preload: list[str]) -> None:
     import_path.add_current_folder()
     server = socket.socket(fileno=os.dup(0))
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    for name in preload:
-        # A module that cannot be imported fails again in the worker that needs it, where the error is reported.
-        with contextlib.suppress(Exception):
-            importlib.import_module(name)
-    if preload:
-        corpus.read()  # saves each case some 40 ms
-    allocator.settle()
-    gc.freeze()
     try:
+        for name in preload:
+            server.sendall(forking.encode_answer(forking.Importing(name)))
+            # A module that cannot be imported fails again in the worker that needs it, where the error is reported.
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+        if preload:
+            corpus.read()  # saves each case some 40 ms
+        allocator.settle()
+        gc.freeze()
         _Server(server, folder).serve()
     except (BrokenPipeError, ConnectionResetError):
         pass

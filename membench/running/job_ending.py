@@ -1,0 +1,55 @@
+"""How a process of a job, or the whole job, came to its end: status and message where it did not report them."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from membench.host import procfs
+from membench.records.record import Status
+from membench.running.fork_client import ForkServerLost, ForkServerSilent
+from membench.running.rank import Rank
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # real-time signals have no names of their own
+        return f"signal {number}"
+
+
+def kernel_killed_for_memory(oom_kills_before: int | None) -> bool:
+    """Whether the kernel has killed a process for lack of memory since the counter was read."""
+    now = procfs.oom_kills()
+    return None not in (oom_kills_before, now) and now != oom_kills_before
+
+
+def settle_status(rank: Rank, exited: int, timed_out: bool, timeout_s: float, oom_kills_before: int | None) -> None:
+    """Set the status of a rank that did not report one.
+
+    Args:
+        exited: its exit status as returned by ``os.waitpid``.
+        timed_out: whether it was killed because it exceeded its time limit.
+    """
+    if rank.is_done:
+        rank.status, rank.phase = "ok", None
+    elif timed_out:
+        rank.status, rank.message = "timeout", f"not done after {timeout_s:g} s"
+    elif os.WIFSIGNALED(exited):
+        number = os.WTERMSIG(exited)
+        if number == signal.SIGKILL and kernel_killed_for_memory(oom_kills_before):
+            rank.status, rank.message = "out-of-memory", "killed by the kernel for want of memory"
+        else:
+            rank.status, rank.message = "crashed", f"killed by {_signal_name(number)}"
+    else:
+        rank.status = "crashed"
+        rank.message = f"ended with exit code {os.WEXITSTATUS(exited)} before it was done"
+
+
+def ending_of_lost(
+    error: ForkServerLost, timed_out: bool, timeout_s: float, oom_kills_before: int | None
+) -> tuple[Status, str]:
+    """Return status and message of a job whose fork server was lost."""
+    if isinstance(error, ForkServerSilent):
+        return "timeout", f"not done after {timeout_s:g} s; {error}" if timed_out else str(error)
+    return "out-of-memory" if kernel_killed_for_memory(oom_kills_before) else "crashed", str(error)
