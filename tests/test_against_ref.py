@@ -17,9 +17,11 @@ import pytest
 
 import membench
 from membench import cli
+from membench.comparing import against_commit
 from membench.comparing.against_commit import Interleaved
 from membench.comparing.git import GitError, Repository
 from membench.errors import MembenchError
+from membench.host import procfs
 from tests.repositories import MODEL, SUITE, commit, git, repository
 
 _WIDTH, _WIDER = 256, 512
@@ -214,6 +216,16 @@ def test_a_side_that_is_killed_is_told_of_and_leaves_nothing_behind(here: Path) 
         os.kill(both._base._process.pid, signal.SIGKILL)
         with pytest.raises(MembenchError, match=r"^base: its process in .* ended unexpectedly: without a word$"):
             both.measure(1)
+
+
+def test_a_side_that_does_not_answer_is_told_of_and_killed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(against_commit, "_SILENCE_S", 8 - _suite().settings.timeout_s)
+    with Interleaved(_suite(), "HEAD") as both:
+        pid = both._base._process.pid
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(MembenchError, match=r"^base: its process in .* did not answer within 8 s$"):
+            both.measure(1)
+    assert procfs.running(pid) is None
 
 
 def test_an_interrupt_in_the_middle_of_a_case_removes_the_work_tree(here: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -32,6 +33,8 @@ from membench.running.session import silent
 from membench.suite.suite import Suite
 
 _END_TIMEOUT_S = 20
+_SILENCE_S = 120
+"""Seconds of silence beyond the time limit of a case: a process reports what it samples while a case runs."""
 
 Tell = Callable[[str, Mapping[str, Any]], None]
 
@@ -113,11 +116,11 @@ class Interleaved:
                 ),
                 not_from=str(self._repository.root),
             )
-            paths = _import_paths(self._repository.root)
+            paths, timeout_s = _import_paths(self._repository.root), self._suite.settings.timeout_s
             self._base = opened.enter_context(
-                _VersionProcess("base", there, _counterparts(tree, paths), base, self._tell)
+                _VersionProcess("base", there, _counterparts(tree, paths), base, timeout_s, self._tell)
             )
-            self._head = opened.enter_context(_VersionProcess("head", here, paths, head, self._tell))
+            self._head = opened.enter_context(_VersionProcess("head", here, paths, head, timeout_s, self._tell))
             for version in (self._base, self._head):
                 version.wait_until_ready()
             self._open = opened.pop_all()
@@ -166,18 +169,28 @@ class Interleaved:
 class _VersionProcess:
     """The process that measures one version. Use as a context manager."""
 
-    def __init__(self, name: str, folder: Path, paths: Sequence[Path], setup: Setup, tell: Tell) -> None:
+    def __init__(
+        self, name: str, folder: Path, paths: Sequence[Path], setup: Setup, timeout_s: float, tell: Tell
+    ) -> None:
+        """Prepare the process.
+
+        Args:
+            timeout_s: the time limit of a case.
+        """
         self.name, self._folder, self._setup, self._tell = name, folder, setup, tell
+        self._longest_silence_s = timeout_s + _SILENCE_S
         self._paths = list(map(str, paths))
         self.path: Path = Path()
         self.ids: Sequence[str] = ()
+        self._is_silent = False
+        self._unread = b""
 
     def __enter__(self) -> _VersionProcess:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(self._paths)}
         self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "membench.comparing.version_process"],
-            cwd=self._folder, env=environment, text=True, encoding="utf-8",
+            cwd=self._folder, env=environment,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
             start_new_session=True,  # Ctrl-C in the terminal reaches only this process, which then ends the other
         )  # fmt: skip
@@ -191,10 +204,11 @@ class _VersionProcess:
             assert self._process.stdin is not None
             self._process.stdin.close()
         try:
-            self._process.wait(_END_TIMEOUT_S)
+            self._process.wait(0 if self._is_silent else _END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # the kernel holds it
+                self._process.wait(_END_TIMEOUT_S)
         assert self._process.stdout is not None
         self._process.stdout.close()
         self._errors.close()
@@ -219,12 +233,31 @@ class _VersionProcess:
     def _send(self, message: VersionMessage) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # the process has ended; its last message can still be read
-            self._process.stdin.write(encode(message))
+            self._process.stdin.write(encode(message).encode())
             self._process.stdin.flush()
 
-    def _wait_for(self, is_wanted: Callable[[VersionMessage], bool]) -> VersionMessage:
+    def _next_line(self) -> str | None:
+        """Return the next line from the process; ``None`` at its end.
+
+        Raises:
+            MembenchError: if it says nothing for longer than a case may take.
+        """
         assert self._process.stdout is not None
-        for line in self._process.stdout:
+        while b"\n" not in self._unread:
+            if not select.select([self._process.stdout], [], [], self._longest_silence_s)[0]:
+                self._is_silent = True
+                raise MembenchError(
+                    f"{self.name}: its process in {self._folder} did not answer within {self._longest_silence_s:g} s"
+                )
+            data = os.read(self._process.stdout.fileno(), 65536)
+            if not data:
+                return None
+            self._unread += data
+        line, _, self._unread = self._unread.partition(b"\n")
+        return line.decode(errors="replace")
+
+    def _wait_for(self, is_wanted: Callable[[VersionMessage], bool]) -> VersionMessage:
+        while (line := self._next_line()) is not None:
             message = decode(line)
             if isinstance(message, Refused):
                 raise MembenchError(f"{self.name}: {message.message}")
