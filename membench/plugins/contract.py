@@ -102,8 +102,29 @@ class Model(Options):
         """Return what is wrong with the options, as far as is known without torch (the suite is then refused)."""
         return None
 
+    def verify(self) -> str | None:
+        """Return what is wrong with the options as only torch can tell, or ``None``.
+
+        It runs in a process of its own before anything is measured; the run is then refused, as by ``check``.
+        """
+        return None
+
     def prepare(self, progress: Callable[[int, int, str], None]) -> None:
         """Do one-off work, such as training or downloading, before anything is measured."""
+
+    def unsuitable(self, workload: Workload) -> str | None:
+        """Return why a workload makes no sense with the model (the case is then skipped with this reason), or ``None``.
+
+        It runs in the measured process, before anything is measured.
+        """
+        return None
+
+    def unjudged(self) -> str | None:
+        """Return why the held-out loss says nothing about the model although it is trained (``quality``), or ``None``.
+
+        It runs in the measured process, when quality is measured.
+        """
+        return None
 
     def build(self, context: Context) -> nn.Module:
         """Return the module on ``context.device``, ready to run, with seeded weights."""

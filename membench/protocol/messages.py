@@ -111,6 +111,7 @@ class Result(Reading):
     Attributes:
         pinned: whether the C library's allocator was pinned, which makes resident memory equal to live memory.
         is_trained: whether the model is trained, which makes its held-out loss meaningful.
+        unjudged: the reason why the held-out loss of a trained model says nothing about it.
         durations_s, waited_s, passive, wait_policy: of the timed steps; see ``ProcessReading``.
         tokens_per_step: tokens per step without padding; ``None`` if steps have no tokens.
         epoch_bytes: packed bytes that a step reads, if a step reads an epoch.
@@ -124,6 +125,7 @@ class Result(Reading):
 
     pinned: StrictBool
     is_trained: StrictBool = False
+    unjudged: str | None = None
     durations_s: Sequence[Seconds] = ()
     waited_s: Sequence[Seconds] | None = None
     passive: Sequence[StrictBool] | None = None
@@ -176,6 +178,15 @@ class Done(Reading):
 
 
 @dataclass(frozen=True)
+class OptionsRefused(Reading):
+    """The options of a model are wrong: the name of the model, and what is wrong."""
+
+    event: ClassVar[str] = "refused"
+    name: str
+    problem: str
+
+
+@dataclass(frozen=True)
 class Progress(Reading):
     """The progress of a preparation, such as the training of a model."""
 
@@ -187,13 +198,14 @@ class Progress(Reading):
 
 Message: TypeAlias = (
     PhaseBegins | PhaseEnds | MarkEntered | MarkLeft | BaselineTaken | GpuFound | ResultSoFar | EndedBadly | Done
-    | Progress
+    | OptionsRefused | Progress
 )  # fmt: skip
 
 _TYPES: Mapping[str, type[Message]] = {
     each.event: each
     for each in (
-        PhaseBegins, PhaseEnds, MarkEntered, MarkLeft, BaselineTaken, GpuFound, ResultSoFar, EndedBadly, Done, Progress,
+        PhaseBegins, PhaseEnds, MarkEntered, MarkLeft, BaselineTaken, GpuFound, ResultSoFar, EndedBadly, Done,
+        OptionsRefused, Progress,
     )
 }  # fmt: skip
 

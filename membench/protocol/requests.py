@@ -62,6 +62,14 @@ class Checkouts:
 
 
 @dataclass(frozen=True)
+class VerifyModels:
+    """Request to verify the options of models, by the name of each, before anything is measured."""
+
+    models: Mapping[str, Plugin]
+    what: Literal["verify"] = "verify"
+
+
+@dataclass(frozen=True)
 class PrepareModel:
     """Request to prepare a model once, such as by training it."""
 
@@ -108,7 +116,7 @@ class MeasureFunction:
     what: Literal["function"] = "function"
 
 
-WorkerRequest: TypeAlias = PrepareModel | MeasureCase | MeasureFunction
+WorkerRequest: TypeAlias = VerifyModels | PrepareModel | MeasureCase | MeasureFunction
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from membench.host.device import Device
+from membench.protocol.case import Plugin
 from membench.running.jobs.runnable import RunnableJob
 
 
@@ -20,6 +21,7 @@ class Needs:
         references: the folder of the run for the logits of reference cases.
         preload: modules that the fork server imports once, which keeps the import time out of every job.
         variables: environment variables that are set for measured processes only.
+        unverified: the models, by name, whose options torch must verify before the first job.
     """
 
     devices: tuple[Device, ...]
@@ -27,6 +29,7 @@ class Needs:
     references: Path
     preload: tuple[str, ...] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
+    unverified: Mapping[str, Plugin] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -52,6 +55,7 @@ class Needs:
             references,
             tuple(sorted(modules)),
             variables or {},
+            {name: model for job in known for name, model in job.unverified.items()},
         )
 
     @property

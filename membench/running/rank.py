@@ -16,6 +16,7 @@ from membench.protocol.messages import (
     EndedBadly,
     GpuFound,
     Message,
+    OptionsRefused,
     PhaseBegins,
     PhaseEnds,
     Progress,
@@ -54,6 +55,7 @@ class Rank:
         self.tail = b""
         self.is_done = False
         self.is_interrupted = False
+        self.refused: list[tuple[str, str]] = []
         self._measuring: str | None = None
         self._begun: set[str] = set()
         self._observer: Observer | None = None
@@ -133,6 +135,8 @@ class Rank:
                 self.phase = message.phase and message.phase[:_LONGEST_TEXT]
             case Done():
                 self.is_done = True
+            case OptionsRefused():
+                self.refused.append((message.name, message.problem))
             case Progress():
                 self._tell("progress", dataclasses.asdict(message))
             case _:

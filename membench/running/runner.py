@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Literal
 
-from membench.errors import summary
+from membench.errors import SuiteError, summary
 from membench.host import procfs
 from membench.host.device import Device
 from membench.host.nvml import gpus
@@ -23,10 +23,12 @@ from membench.running.deriving import JobReadings
 from membench.running.fork_client import ForkServer, ForkServerLost, ForkServerSilent
 from membench.running.jobs.preparing import PreparingJob
 from membench.running.jobs.runnable import RunnableJob
+from membench.running.jobs.verifying import VerifyingJob
 from membench.running.needs import Needs
 from membench.running.rank import Tell
 from membench.running.references import References
 from membench.running.running_job import RunningJob, Turn
+from membench.suite.schema import Settings
 
 _PREPARE_TIMEOUT_S = 1800
 
@@ -78,6 +80,19 @@ class Runner:
             self._server = ForkServer(self._needs.preload, self._needs.threads, self._needs.variables)
         self._server.wait_until_ready(timeout_s)
         return self._server
+
+    def refuse_wrong_models(self) -> None:
+        """Verify the options of models where only torch can tell, before the first job.
+
+        Raises:
+            SuiteError: if those of one are wrong.
+        """
+        if not self._needs.unverified:
+            return
+        settings, models = Settings.model_validate({}), self._needs.unverified
+        verifying = VerifyingJob(id="models", repeat=0, device=Device("cpu"), settings=settings, models=models)
+        for name, problem in self._run(verifying, _PREPARE_TIMEOUT_S).deciding_rank.refused:
+            raise SuiteError(f"model '{name}': {problem}")
 
     def measure(self, job: RunnableJob) -> Record:
         """Measure a job and return its record, even if the job fails.

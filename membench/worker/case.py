@@ -350,7 +350,8 @@ class _Work:
             figures, failed = quality.custom_figures(
                 case.metrics, case.model, module, case.techniques, case.workload, case.context, Path(reference.path)
             )
-        self._update_result(quality=found, custom_figures=figures)
+            unjudged = case.model.unjudged() if case.model.quality else None
+        self._update_result(quality=found, unjudged=unjudged, custom_figures=figures)
         self._remarks += failed
         if None in found.nats and self.diverged is None:
             self._remarks.append("the logits of held-out text are not finite")

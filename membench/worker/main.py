@@ -12,8 +12,8 @@ from membench import plugins
 from membench.errors import is_out_of_memory
 from membench.host import import_path
 from membench.protocol import requests
-from membench.protocol.messages import Done, EndedBadly, Progress
-from membench.protocol.requests import MeasureCase, MeasureFunction, PrepareModel, Request
+from membench.protocol.messages import Done, EndedBadly, OptionsRefused, Progress
+from membench.protocol.requests import MeasureCase, MeasureFunction, PrepareModel, Request, VerifyModels
 from membench.worker import case as measured_case
 from membench.worker import function
 from membench.worker.assembly import create
@@ -34,6 +34,8 @@ def main(request: Request, channel: socket.socket) -> None:
     meter = Meter(channel, request.rank)
     try:
         match request.work:
+            case VerifyModels():
+                _verify(request.work, meter)
             case PrepareModel():
                 _prepare(request.work, meter)
             case MeasureFunction():
@@ -54,6 +56,14 @@ def main(request: Request, channel: socket.socket) -> None:
         message = f"{type(error).__name__}: {error}".partition("\n")[0]
         meter.send(EndedBadly(status, message[:_LONGEST_MESSAGE], meter.current_phase))
         raise
+
+
+def _verify(work: VerifyModels, meter: Meter) -> None:
+    for name, model in work.models.items():
+        # One that cannot be verified fails when it is measured.
+        with contextlib.suppress(Exception):
+            if (problem := create("model", model).verify()) is not None:
+                meter.send(OptionsRefused(name, str(problem)[:_LONGEST_MESSAGE]))
 
 
 def _prepare(work: PrepareModel, meter: Meter) -> None:

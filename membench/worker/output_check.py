@@ -71,7 +71,7 @@ def found_vocabulary(model: plugins.Model, module: nn.Module) -> int:
 
 
 def refuse_wrong_output(workload: plugins.Workload, context: plugins.Context, name: str | None) -> None:
-    """Refuse a case whose model does not return what the workload needs, or does not know all token ids.
+    """Refuse a case whose workload cannot run the model, or whose model does not return what the workload needs.
 
     The model's skeleton is run on shapes alone. If that is not possible, the model is built in a process of its own, so
     that none of its memory remains here. A model with a miniature is run when it is rehearsed.
@@ -84,6 +84,8 @@ def refuse_wrong_output(workload: plugins.Workload, context: plugins.Context, na
         plugins.Unsuitable: if the workload cannot run the model.
     """
     model, tokens = context.model, workload.longest_sequence()
+    if (reason := model.unsuitable(workload)) is not None:
+        raise plugins.Unsuitable(reason)
     if not model.gives_logits or tokens < 1:
         return
     with contextlib.suppress(NotImplementedError):

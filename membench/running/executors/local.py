@@ -25,13 +25,21 @@ class LocalExecutor:
     """Runs jobs on this machine. Use as a context manager."""
 
     def __init__(self, needs: Needs, tell: Tell, turn: Turn | None = None) -> None:
-        """Prepare the executor; no process is started before the first job.
+        """Prepare the executor; no process is started before the first job, except to verify models.
 
         Args:
             turn: coordinates the jobs with other runners on this machine.
+
+        Raises:
+            SuiteError: if the options of a model are wrong.
         """
         self.machine: Mapping[str, Any] = machine_here(needs.threads, needs.devices)
         self._runner = Runner(needs, self.machine, tell, turn)
+        try:
+            self._runner.refuse_wrong_models()
+        except BaseException:
+            self._runner.restart()
+            raise
 
     def __enter__(self) -> LocalExecutor:
         return self

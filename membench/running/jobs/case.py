@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from membench.plugins import registry
+from membench.plugins import Model, registry
 from membench.protocol import requests
 from membench.protocol.case import Case, Plugin
 from membench.protocol.forking import StartWorker
@@ -32,6 +32,7 @@ _CATEGORIES = {
     "activations": "activations_bytes",
 }
 _PARTS = ("prefill", "decode", "forward", "backward", "optimizer")
+_LOST = ("lost_bits_per_byte", "lost_bits_per_byte_standard_error")
 _MOST_NATS = 460
 """The loss per token at which perplexity is capped: ``exp`` of it stays within the range of stored numbers."""
 
@@ -57,6 +58,12 @@ class CaseJob(RunnableJob):
         for kind, plugin in self.case.plugins:
             found |= set(registry.find(kind, plugin.use, plugin.files).loaded.imports)
         return frozenset(found)
+
+    @property
+    def unverified(self) -> Mapping[str, Plugin]:
+        model = self.case.model_plugin
+        loaded = registry.find("model", model.use, model.files).loaded
+        return {} if getattr(loaded, "verify", None) is Model.verify else {self.case.model: model}
 
     @property
     def preparation(self) -> Plugin | None:
@@ -106,7 +113,7 @@ class CaseJob(RunnableJob):
         _holdings(found, result)
         _loss(found, result)
         if result.quality is not None:
-            _quality(found, result.quality, is_trained=result.is_trained)
+            _quality(found, result.quality, is_trained=result.is_trained, unjudged=result.unjudged)
         for name, figure in result.custom_figures.items():
             if figure.value is None:
                 found.add_unknown(name, figure.reason or "its plug-in does not say why")
@@ -193,16 +200,19 @@ def _loss(found: DerivedMetrics, result: Result) -> None:
         found.add("final_loss_nats", last, "cross entropy in fp32 of the last step")
 
 
-def _quality(found: DerivedMetrics, quality: QualityReading, *, is_trained: bool) -> None:
-    """Add quality from the loss of each piece of text, and the difference to the reference from paired pieces."""
+def _quality(found: DerivedMetrics, quality: QualityReading, *, is_trained: bool, unjudged: str | None) -> None:
+    """Add quality from the loss of each piece of text, and the difference to the reference from paired pieces.
+
+    Args:
+        unjudged: the reason why the loss says nothing about the model.
+    """
     source = "cross entropy in fp32 over held-out text"
     nats, all_bytes = quality.nats, None if None in quality.bytes else sum(b for b in quality.bytes if b)
     if is_trained:
-        if not nats or None in nats or all_bytes is None:
+        if unjudged is not None or not nats or None in nats or all_bytes is None:
             reason = "it is not finite" if None in nats else "the model has no tokenizer: no text can be put to it"
-            if not nats and quality.unknown:
-                reason = quality.unknown
-            for name in ("bits_per_byte", "perplexity_per_token"):
+            reason = unjudged or (quality.unknown if not nats and quality.unknown else reason)
+            for name in ("bits_per_byte", "perplexity_per_token", *(_LOST if unjudged and quality.is_compared else ())):
                 found.add_unknown(name, reason)
         else:
             all_nats = sum(each for each in nats if each is not None)
@@ -220,12 +230,19 @@ def _quality(found: DerivedMetrics, quality: QualityReading, *, is_trained: bool
             else:
                 found.add(name, value, against)
     reference_nats = quality.reference_nats
-    if is_trained and all_bytes and reference_nats is not None and None not in (*nats, *reference_nats):
+    if (
+        is_trained
+        and unjudged is None
+        and all_bytes
+        and reference_nats is not None
+        and None not in (*nats, *reference_nats)
+    ):
         differences = [
             a - b for a, b in zip(nats, reference_nats, strict=True) if a is not None and b is not None
         ]  # fmt: skip
         in_bits = 1 / all_bytes / math.log(2)
-        found.add("lost_bits_per_byte", sum(differences) * in_bits, against)
+        lost, lost_error = _LOST
+        found.add(lost, sum(differences) * in_bits, against)
         if len(differences) > 1:
             error = statistics.stdev(differences) * len(differences) ** 0.5 * in_bits
-            found.add("lost_bits_per_byte_standard_error", error, f"{len(differences)} paired pieces of text")
+            found.add(lost_error, error, f"{len(differences)} paired pieces of text")

@@ -54,6 +54,11 @@ class RunnableJob(Job, ABC):
         return Steps(self.settings.warmup_steps, self.settings.measured_steps, self.settings.calm_within_s)
 
     @property
+    def unverified(self) -> Mapping[str, Plugin]:
+        """The models, by name, whose options torch must verify before anything is measured."""
+        return {}
+
+    @property
     def preparation(self) -> Plugin | None:
         """The model to prepare once before the job, if any."""
         return None
