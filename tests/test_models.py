@@ -144,7 +144,7 @@ def _run_pretrained(folder: Path, options: str = "") -> Record:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_checkpoint_that_lacks_a_tensor_is_an_error_unless_its_name_is_allowed(
+def test_a_checkpoint_that_lacks_a_tensor_is_refused_and_one_that_may_lack_it_is_not_judged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from safetensors.torch import load_file, save_file
@@ -154,14 +154,20 @@ def test_a_checkpoint_that_lacks_a_tensor_is_an_error_unless_its_name_is_allowed
     tensors = load_file(saved)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, saved, metadata={"format": "pt"})
-    failed = _run_pretrained(tmp_path)
-    assert failed.status == "failed"
-    assert failed.message == (
-        "ValueError: source = 'model': the checkpoint lacks model.layers.1.mlp.up_proj.weight; if the task does not"
-        " need that, list names or patterns in allow_missing"
-    )
-    assert _run_pretrained(tmp_path, 'allow_missing = ["lm_head.*"]').status == "failed"
-    assert _run_pretrained(tmp_path, 'allow_missing = ["model.layers.*.up_proj.*"]').status == "ok"
+    for options in ("", 'allow_missing = ["lm_head.*"]'):
+        with pytest.raises(membench.MembenchError) as raised:
+            _run_pretrained(tmp_path, options)
+        assert (raised.value.exit_code, str(raised.value)) == (
+            2,
+            "model 'here': source = 'model': the checkpoint lacks model.layers.1.mlp.up_proj.weight; if the task does"
+            " not need that, list names or patterns in allow_missing",
+        )
+    assert not list(tmp_path.glob("*.jsonl"))
+    allowed = _run_pretrained(tmp_path, 'allow_missing = ["model.layers.*.up_proj.*"]')
+    assert allowed.status == "ok"
+    assert allowed.metrics["bits_per_byte"] is None
+    reason = "weights that the checkpoint lacks are random: model.layers.1.mlp.up_proj.weight"
+    assert allowed.reasons["bits_per_byte"] == allowed.reasons["perplexity_per_token"] == reason
 
 
 @pytest.mark.filterwarnings("ignore")

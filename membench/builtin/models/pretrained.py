@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from membench.builtin.techniques.mapped_checkpoint import own_copy
-from membench.plugins import Context, Model
+from membench.errors import PluginError
+from membench.plugins import Context, Model, Workload
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,9 +24,13 @@ _WANTED_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.py"]
 
 
 class Pretrained(Model):
-    """A causal language model from a folder or a hub id, safetensors only.
+    """A model of transformers from a folder or a hub id, safetensors only; of the class that its config.json names.
+
+    Encoders and encoder–decoders run what makes sense, as those of ``config`` do; the held-out loss is told of models
+    that predict next tokens alone. Class and weights are checked before anything is measured.
 
     Attributes:
+        architecture: another class to load the weights into, such as 'BertForMaskedLM'.
         allow_missing: patterns of weights that the checkpoint may lack, or have in another shape; they are random then.
         allow_unexpected: patterns of tensors in the checkpoint for which the model has no place.
     """
@@ -33,6 +38,7 @@ class Pretrained(Model):
     imports = ("torch", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto")
     quality: ClassVar[bool] = True
     source: str = Field(min_length=1)
+    architecture: str | None = Field(default=None, min_length=1)
     trust_remote_code: bool = False
     allow_missing: tuple[str, ...] = ()
     allow_unexpected: tuple[str, ...] = ()
@@ -86,23 +92,80 @@ class Pretrained(Model):
             raise FileNotFoundError(f"source = '{self.source}': there is no .safetensors file in {folder}")
         return folder
 
+    def verify(self) -> str | None:
+        from membench.builtin.models import architectures
+
+        try:
+            self.folder()
+        except Exception:  # it is downloaded when it is prepared
+            return None
+        try:
+            architectures.refuse_without_token_ids(self._architecture())
+            self._refuse_other_weights(self._loaded("meta")[1])
+        except (PluginError, ValueError) as error:
+            return str(error)
+        return None
+
+    def unsuitable(self, workload: Workload) -> str | None:
+        from membench.builtin.models import architectures
+
+        return architectures.unsuitable(self._architecture(), workload)
+
+    def unjudged(self) -> str | None:
+        from membench.builtin.models import architectures
+
+        if (reason := architectures.unjudged(self._architecture(), self._config())) is not None:
+            return reason
+        if not self.allow_missing:
+            return None
+        loaded = self._loaded("meta")[1]
+        random = sorted({*loaded["missing_keys"], *(name for name, _, _ in loaded["mismatched_keys"])})
+        return f"weights that the checkpoint lacks are random: {_first(random)}" if random else None
+
+    @property
+    def gives_logits(self) -> bool:  # type: ignore[override]  # known once the class is
+        from membench.builtin.models import architectures
+
+        return architectures.predicts(self._architecture()) is not None
+
+    def _architecture(self) -> Any:
+        """The class of the model: the one that is asked for, or that config.json names, or transformers' choice.
+
+        Raises:
+            PluginError: if transformers does not have it.
+        """
+        from membench.builtin.models import architectures
+
+        config = self._config()
+        if self.architecture is not None:
+            return architectures.class_named(self.architecture)
+        named = next(iter(config.architectures or ()), None)
+        if self.trust_remote_code and getattr(config, "auto_map", None):
+            return _remote_class(config, str(self.folder()))
+        return architectures.default_class(config) if named is None else architectures.class_named(named)
+
     def build(self, context: Context) -> nn.Module:
-        return self._read(self.folder()).to(context.device)
+        return self._read().to(context.device)
 
-    def _read(self, folder: Path) -> nn.Module:
+    def _loaded(self, device: str) -> tuple[Any, dict[str, Any]]:
+        """The model and transformers' account of loading; on the meta device no weight is read."""
         import torch
-        from transformers import AutoModelForCausalLM
 
-        module: nn.Module
-        module, loaded = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=self.trust_remote_code,
+        return self._architecture().from_pretrained(
+            self.folder(), dtype=torch.float32, use_safetensors=True, trust_remote_code=self.trust_remote_code,
             local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
+            **({} if device == "cpu" else {"device_map": device}),
         )  # fmt: skip
+
+    def _read(self) -> nn.Module:
+        from membench.builtin.models import architectures
+
+        module, loaded = self._loaded("cpu")
         self._refuse_other_weights(loaded)
         for parameter in module.parameters():
             # transformers maps the file: the weights would be file pages in the reference and live memory elsewhere.
             parameter.data = own_copy(parameter.data)
-        return module
+        return architectures.taking_token_ids(module)
 
     def _refuse_other_weights(self, loaded: dict[str, Any]) -> None:
         """Refuse a checkpoint that does not have the model's weights: transformers fills in random ones.
@@ -150,16 +213,25 @@ class Pretrained(Model):
 
     def skeleton(self) -> nn.Module:
         import torch
-        from transformers import AutoModelForCausalLM
+
+        from membench.builtin.models import architectures
 
         with torch.device("meta"):
-            module: nn.Module = AutoModelForCausalLM.from_config(
-                self._config(), trust_remote_code=self.trust_remote_code
-            )
-        return module
+            return architectures.made(self._architecture(), self._config())
 
-    def miniature(self) -> Model:
-        return _Shrunk(source=self.source, trust_remote_code=self.trust_remote_code)
+    def vocabulary(self, module: nn.Module) -> int:
+        config: Any = module.config
+        return int(config.get_text_config().vocab_size)
+
+    def miniature(self) -> Model | None:
+        from membench.builtin.models import architectures
+
+        small = architectures.shrunk(self._architecture(), self._config())
+        if small is None:
+            return None
+        made = _Shrunk.model_validate(self.model_dump(exclude_unset=True))
+        made._small = small
+        return made
 
     def needed_bytes(self) -> int | None:
         return sum(parameter.numel() * 4 for parameter in self.skeleton().parameters())
@@ -169,6 +241,15 @@ class Pretrained(Model):
 
     def token_ends(self, text: bytes) -> Sequence[int] | None:
         return _encoded(str(self.folder()), self.trust_remote_code, text)[1]
+
+
+def _remote_class(config: Any, folder: str) -> Any:
+    """The class that a folder brings along: the one that it has for causal language models, or for none."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    kinds = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel")
+    named = next(config.auto_map[kind] for kind in kinds if kind in config.auto_map)
+    return get_class_from_dynamic_module(named, folder)
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -203,17 +284,18 @@ class _Shrunk(Pretrained):
     """A model of the same class, of one narrow layer and with random weights."""
 
     quality: ClassVar[bool] = False
+    _small: Any = PrivateAttr(None)
 
     def build(self, context: Context) -> nn.Module:
-        from transformers import AutoModelForCausalLM
+        from membench.builtin.models import architectures
 
-        config = type(self._config())(
-            hidden_size=64, intermediate_size=192, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=2, vocab_size=512,
-        )  # fmt: skip
-        module: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
+        module: Any = architectures.made(self._architecture(), self._small)
         module.save_pretrained(context.scratch / "shrunk")
-        return self._read(context.scratch / "shrunk").to(context.device)
+        saved = Pretrained(source=str(context.scratch / "shrunk"), architecture=self._architecture().__name__)
+        return saved.build(context)
+
+    def miniature(self) -> Model:
+        return self
 
     def encode(self, text: bytes) -> Sequence[int] | None:
         return None

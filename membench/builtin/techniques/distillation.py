@@ -12,7 +12,8 @@ from pydantic import Field
 from membench.builtin.techniques.activations import Checkpointing
 from membench.builtin.techniques.compiling import Compile
 from membench.builtin.techniques.inner_training import tune
-from membench.builtin.workloads.train import next_token_loss
+from membench.builtin.workloads.generate import is_encoder_decoder
+from membench.builtin.workloads.train import next_token_loss, predicts_masked_tokens
 from membench.errors import PluginError
 from membench.plugins import Context, Model, Setting, Shape, Technique, Unsuitable, logits_of, registry
 
@@ -106,6 +107,10 @@ class _Student(Technique):
         import torch
         from transformers import AutoModelForCausalLM
 
+        if predicts_masked_tokens(type(teacher)) or is_encoder_decoder(teacher):
+            raise Unsuitable(
+                f"a student learns to predict next tokens, and a {type(teacher).__name__} does not do that"
+            )
         context = self.seeded(context)
         if self.student is not None:
             named = self._named(self.student)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from membench.builtin.techniques.inner_training import windows
 from membench.builtin.techniques.pruning import is_transposed, plain_weight
-from membench.builtin.workloads.train import next_token_loss
+from membench.builtin.workloads.train import token_loss
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +93,7 @@ def taylor(parts: Sequence[Part], module: nn.Module, context: Context) -> list[t
                     listen(score, side, parameter, axis)
         count = 0
         for piece in _calibration(module, context):
-            next_token_loss(module, piece).backward()
+            token_loss(module, piece).backward()
             count += 1
         for handle in handles:
             handle.remove()

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from membench.builtin.workloads.train import next_token_loss
+from membench.builtin.workloads.train import token_loss
 from membench.data import corpus
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def tune(
     context: Context,
     steps: int,
     learning_rate: float,
-    loss: Callable[[nn.Module, torch.Tensor], torch.Tensor] = next_token_loss,
+    loss: Callable[[nn.Module, torch.Tensor], torch.Tensor] = token_loss,
     text_tokens: int | None = None,
 ) -> None:
     """Train all parameters that want gradients with AdamW, the rate falling linearly to zero.

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from membench.builtin.techniques import cross_entropy
 from membench.builtin.techniques.activations import OffloadActivations
+from membench.builtin.workloads.train import predicts_masked_tokens
 from membench.plugins import Context, Setting, Technique, TrainingStep, Unsuitable, logits_of, output_head
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class ChunkedCrossEntropy(_Loss):
     def _loss(self, module: nn.Module, batch: torch.Tensor) -> torch.Tensor:
         import torch
 
+        if predicts_masked_tokens(type(module)):
+            raise Unsuitable(f"it is a loss of next tokens, and a {type(module).__name__} predicts masked ones")
         logits = logits_of(module(batch), batch)
         # The last token's logits predict nothing. To cut them off would copy all the others.
         targets = torch.nn.functional.pad(batch[:, 1:], (0, 1), value=cross_entropy.NOTHING)

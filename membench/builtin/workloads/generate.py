@@ -33,7 +33,8 @@ class Generate(Workload):
     """Greedy generation with a key-value cache: parts prefill (time to first token) and decode.
 
     The forward pass takes its cache as ``past_key_values`` (or ``cache``) and returns it under that name, or in a tuple
-    after the logits. Logits of the last position alone are enough; then there is no loss of held-out text.
+    after the logits. Logits of the last position alone are enough; then there is no loss of held-out text. Where there
+    is an encoder, it reads the prompt in the prefill, and the decoder begins with one token.
     """
 
     batch_size: int = Field(1, ge=1, le=65_536)
@@ -76,10 +77,10 @@ class Generate(Workload):
         """Run a prefill and the decoding of one token, as ``start`` does."""
         name = name_of_cache(module)
         options = _first_options(module)
-        prompt, token = ids[:, :-1], ids[:, -1:]
-        output = module(prompt, **options)
-        last_logits_of(output, prompt)
-        decoded = module(token, **{**options, name: cache_of(output, name)})
+        output, given = _prefilled(module, ids[:, :-1], options)
+        last_logits_of(output, given)
+        token = ids[:, -1:]
+        decoded = _decoded(module, token, {**options, **_encoded(output), name: cache_of(output, name)})
         return last_logits_of(decoded, token).shape[-1]
 
     def start(self, module: nn.Module, tokens: Tokens, techniques: Sequence[Technique], context: Context) -> Step:
@@ -95,13 +96,14 @@ class Generate(Workload):
             with torch.no_grad(), stepping(techniques, context):
                 options = _options(module, techniques, context, name)
                 with context.part("prefill"):
-                    output = module(prompt, **options)
-                    token = last_logits_of(output, prompt).argmax(-1)
+                    output, given = _prefilled(module, prompt, options)
+                    token = last_logits_of(output, given).argmax(-1)
                     cache[:] = [cache_of(output, name)]
+                    hidden = _encoded(output)
                     del output
                 with context.part("decode"):
                     for _ in range(self.new_tokens - 1):
-                        decoded = module(token, **{**options, name: cache[0]})
+                        decoded = _decoded(module, token, {**options, **hidden, name: cache[0]})
                         token = last_logits_of(decoded, token).argmax(-1)
                         cache[:] = [cache_of(decoded, name)]
                     del decoded
@@ -109,6 +111,36 @@ class Generate(Workload):
                 cache.clear()
 
         return step
+
+
+def is_encoder_decoder(module: nn.Module) -> bool:
+    """Whether a module of transformers has a decoder beside an encoder."""
+    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
+
+
+def _prefilled(module: nn.Module, prompt: torch.Tensor, options: dict[str, Any]) -> tuple[object, torch.Tensor]:
+    """What a module returns for a prompt (B, T), and the ids that its logits are of.
+
+    An encoder reads the prompt, and its decoder begins with the token that the configuration names.
+    """
+    import torch
+
+    if not is_encoder_decoder(module):
+        return module(prompt, **options), prompt
+    start = getattr(module.config, "decoder_start_token_id", None) or 0
+    first = torch.full_like(prompt[:, :1], start)
+    return module(prompt, decoder_input_ids=first, **options), first
+
+
+def _encoded(output: object) -> dict[str, Any]:
+    """What the decoder is given of the encoder's output, if there is an encoder."""
+    hidden = getattr(output, "encoder_last_hidden_state", None)
+    return {} if hidden is None else {"encoder_outputs": (hidden,)}
+
+
+def _decoded(module: nn.Module, token: torch.Tensor, options: dict[str, Any]) -> object:
+    """What a module returns for the next token ids (B, 1)."""
+    return module(decoder_input_ids=token, **options) if "encoder_outputs" in options else module(token, **options)
 
 
 def name_of_cache(module: nn.Module) -> str:
@@ -162,6 +194,8 @@ def _options(module: nn.Module, techniques: Sequence[Technique], context: Contex
     options = _first_options(module)
     for technique in techniques:
         options = given_back(technique.generate_options(options, context), technique, "generate_options", "options")
+    if "past_key_values" in options and is_encoder_decoder(module):
+        raise Unsuitable("a decoder beside an encoder has two caches, of its own tokens and of the encoder's")
     if "past_key_values" in options:
         options[name] = options.pop("past_key_values")
     return options
