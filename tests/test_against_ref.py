@@ -17,11 +17,13 @@ import pytest
 
 import membench
 from membench import cli
+from membench.cli import against
 from membench.comparing import against_commit
 from membench.comparing.against_commit import Interleaved
 from membench.comparing.git import GitError, Repository
 from membench.errors import MembenchError
 from membench.host import procfs
+from membench.suite.tolerances import Tolerances, parse_fail
 from tests.repositories import MODEL, SUITE, commit, git, repository
 
 _WIDTH, _WIDER = 256, 512
@@ -232,7 +234,7 @@ def test_an_interrupt_in_the_middle_of_a_case_removes_the_work_tree(here: Path) 
     command = [sys.executable, "-m", "membench", "run", "small.toml", "--against-ref", "HEAD", "--repeats", "50"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 60
-        while not list((here / "results").glob("base/*.references/*.npy")):  # the first case is done
+        while not any(path.read_bytes().count(b"\n") > 1 for path in (here / "results").glob("base/*.jsonl")):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert git(here, "worktree", "list").count("\n") == 1
@@ -285,6 +287,32 @@ def test_a_suite_that_is_new_is_measured_alone_by_its_limits_and_gates(here: Pat
 def test_what_has_not_changed_passes(here: Path) -> None:
     done = _membench("run", "small.toml", "--against-ref", "HEAD", "--repeats", "1", "--fail", "time:off")
     assert (done.returncode, "nothing regressed" in done.stdout) == (0, True), done.stdout + done.stderr
+    # Nothing watches quality, so no time is spent on it.
+    assert "quality was not judged: no tolerance, limit or gate watches it" in done.stdout
+    for path in (membench.newest_run("results"), membench.newest_run("results/base")):
+        (record,) = membench.read_run(path).records
+        assert record.reasons["kl_nats"] == "quality was not judged: evaluate_s = 0"
+        assert record.processes[0].phase("evaluate") is None
+
+
+@pytest.mark.parametrize(
+    ("more", "asked", "watches"),
+    [
+        ("", [], False),
+        ("", ["peak_live:off"], False),
+        ("", ["kl:0.01"], True),
+        ("", ["kl:off"], False),
+        ('[regression]\nbits_per_byte = "1%"\n', [], True),
+        ("[limits]\ntop1_agreement = 90\n", [], True),
+        ('[gate]\nrules = ["kl <= 0.01"]\n', [], True),
+        ('[gate]\nrules = ["weights <= 1 GiB"]\n', [], False),
+    ],
+)
+def test_quality_is_judged_where_something_watches_it(more: str, asked: list[str], watches: bool, here: Path) -> None:
+    (here / "small.toml").write_text(SUITE + more)
+    suite = _suite()
+    tolerances = Tolerances(suite.tolerances, [parse_fail(text) for text in asked])
+    assert against.watches_quality(suite, tolerances) is watches
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,9 @@ ROUNDS = 5
 """Times are judged from three repeats on; with five, a change is easier to tell from noise."""
 
 
+_NOT_JUDGED = "quality was not judged: no tolerance, limit or gate watches it (--fail kl:0.01, say, makes it judged)"
+
+
 def missing_suite(arguments: argparse.Namespace, suite: Suite) -> str | None:
     """Return a message if the other commit lacks the suite, so that there is nothing to compare with; else ``None``.
 
@@ -52,6 +55,20 @@ def _tolerances(arguments: argparse.Namespace, suite: Suite) -> Tolerances:
     return Tolerances(suite.tolerances, asked)
 
 
+def watches_quality(suite: Suite, tolerances: Tolerances) -> bool:
+    """Whether a tolerance, a limit or a gate is about quality over held-out text."""
+    from membench.records.metrics import METRIC_OF_FIELD, is_of_held_out_text, metrics_by_name, metrics_with
+
+    named = metrics_by_name(suite.own_metrics)
+    ruled = [
+        *(METRIC_OF_FIELD[field] for field in suite.limits),
+        *(named[name] for gate in suite.gates for name in gate.metrics),
+    ]
+    known = metrics_with(metric.field for metric in suite.own_metrics)
+    watched = [metric for metric in known if any(tolerances.of(case.id, metric) for case in suite.cases)]
+    return any(map(is_of_held_out_text, (*ruled, *watched)))
+
+
 def run(arguments: argparse.Namespace, suite: Suite) -> int:
     """Measure both versions, print the comparison and return the exit code: 0 fine, 1 regressed, 3 cannot compare.
 
@@ -70,6 +87,7 @@ def run(arguments: argparse.Namespace, suite: Suite) -> int:
     tolerances = _tolerances(arguments, suite)
     rounds = arguments.repeats or max(ROUNDS, suite.settings.repeats)
     keep = selection.parse(arguments.expression) if arguments.expression else None
+    evaluates = suite.settings.evaluate_s > 0 and watches_quality(suite, tolerances)
     begun = TableIfInterrupted(arguments.format)
     with (
         begun,
@@ -80,6 +98,7 @@ def run(arguments: argparse.Namespace, suite: Suite) -> int:
             ids=[case.id for case in suite.select(keep)] if keep else None,
             devices=arguments.device,
             output=arguments.output,
+            evaluates=evaluates,
             tell=begun.hearing(display),
         ) as both,
     ):
@@ -96,6 +115,8 @@ def run(arguments: argparse.Namespace, suite: Suite) -> int:
         )
     print_judgements([judgement], arguments.format)
     checked = rules.check(suite.gates, sides.head.records)
+    if not evaluates:
+        print_remarks([_NOT_JUDGED], arguments.format)
     checked.print_gates(arguments.format)
     checked.print_limits(arguments.format)
     checked.print_unchecked(arguments.format, is_allowed=arguments.allow_skipped)

@@ -57,6 +57,7 @@ class Interleaved:
         ids: Sequence[str] | None = None,
         devices: Sequence[str] | None = None,
         output: Path = Path("results"),
+        evaluates: bool = True,
         tell: Tell = silent,
     ) -> None:
         """Find the commit; no process is started yet.
@@ -67,6 +68,7 @@ class Interleaved:
             ids: the ids of the cases to measure, including those that they are compared with; ``None``: all.
             devices: devices in place of the suite's own.
             output: folder for the run of the current files; the commit's run goes into ``base`` below it.
+            evaluates: whether quality is judged over held-out text, which takes time of its own.
             tell: receives the events of both sessions; ids begin with the version's name, ``base`` or ``head``.
 
         Raises:
@@ -74,7 +76,7 @@ class Interleaved:
         """
         self._repository = Repository(Path.cwd())
         self._suite, self._ids, self._devices = suite, ids, devices
-        self._output, self._tell = output, tell
+        self._output, self._evaluates, self._tell = output, evaluates, tell
         self.ref, self.commit = ref, self._repository.commit(ref)
         self.is_changed = self._repository.is_changed()
         self._rounds = 0
@@ -105,6 +107,7 @@ class Interleaved:
                 code=dataclasses.replace(code_version(self._repository.root), is_changed=self.is_changed),
                 devices=self._devices,
                 ids=self._ids,
+                evaluates=self._evaluates,
             )
             base = dataclasses.replace(
                 head,

@@ -11,7 +11,7 @@ from membench.records.run_file import Run
 from membench.regression.judging import judge
 from membench.regression.measured import Measured, MeasuredCase, of_run
 from membench.regression.verdict import Judgement
-from membench.running import session
+from membench.running import references, session
 from membench.running.executors.executor import Opener
 from membench.running.executors.local import LocalExecutor
 from membench.suite.suite import Suite
@@ -40,8 +40,14 @@ def check(
     Raises:
         ResultsError: if the run's file cannot be written.
     """
-    return suspects.confirm(
-        session.run(suite, keep=keep, output=output, tell=tell, executor=executor),
-        judge=lambda run: judge(base, of_run(run), tolerances, across_machines=across_machines),
-        measure_again=lambda run, ids, repeats: session.measure_again(suite, run.path, ids, repeats, tell, executor),
-    )
+    first = session.run(suite, keep=keep, output=output, tell=tell, executor=executor, keeps_references=True)
+    try:
+        return suspects.confirm(
+            first,
+            judge=lambda run: judge(base, of_run(run), tolerances, across_machines=across_machines),
+            measure_again=lambda run, ids, repeats: session.measure_again(
+                suite, run.path, ids, repeats, tell, executor
+            ),
+        )
+    finally:
+        references.remove(first.path)

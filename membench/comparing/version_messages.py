@@ -31,6 +31,7 @@ class Setup:
         output: folder of the run's file.
         root: folder of this version's checkout.
         not_from: folder of the other version's checkout, which must not be imported.
+        evaluates: whether quality is judged over held-out text.
     """
 
     kind: ClassVar[str] = "setup"
@@ -42,6 +43,7 @@ class Setup:
     devices: Sequence[str] | None = None
     ids: Sequence[str] | None = None
     not_from: str | None = None
+    evaluates: bool = True
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ JSON, one object per line.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
 import os
@@ -32,6 +33,7 @@ from membench.host.import_guard import ON_PATH, ForeignCode, is_foreign
 from membench.plugins import registry
 from membench.protocol.case import Case, Plugin
 from membench.protocol.requests import Checkouts
+from membench.running import references
 from membench.running.executors.executor import Opener
 from membench.running.executors.local import LocalExecutor
 from membench.running.session import Session
@@ -72,6 +74,8 @@ def _serve(
 ) -> None:  # fmt: skip
     suite = load_suite(setup.suite, None if setup.devices is None else list(setup.devices))
     suite, ids = suite.with_repeats(setup.repeats), setup.ids
+    if not setup.evaluates:
+        suite = suite.without_held_out_text()
     checkouts: Checkouts | None = None
     if setup.not_from:
         checkouts = Checkouts(setup.not_from, setup.root)
@@ -86,15 +90,20 @@ def _serve(
         if event != "record":  # a record is reported below, once it is certain that it measured this version
             send(SessionEvent(event, details))
 
-    with Session(
-        suite,
-        chosen,
-        Path(setup.output),
-        tell=report_except_records,
-        executor=executor,
-        code=setup.code,
-        checkouts=checkouts,
-    ) as session:
+    with (
+        contextlib.ExitStack() as opened,
+        Session(
+            suite,
+            chosen,
+            Path(setup.output),
+            tell=report_except_records,
+            executor=executor,
+            code=setup.code,
+            checkouts=checkouts,
+        ) as session,
+    ):
+        # Nothing goes on with such a run, however it ends.
+        opened.callback(references.remove, session.path)
         send(Ready(str(session.path.resolve()), list(cases)))
         for line in requests:
             request = decode(line)

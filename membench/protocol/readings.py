@@ -171,6 +171,7 @@ class QualityReading(Reading):
         reference_nats: the loss of each piece under the reference's logits; ``None`` without a reference.
         kl_nats: KL divergence from the reference's distribution, as the mean over tokens.
         unknown: the reason why no comparison with the reference was possible.
+        all_pieces: the number of pieces that there are, if quality was judged over fewer for want of time.
     """
 
     nats: Sequence[Number | None] = ()
@@ -180,6 +181,7 @@ class QualityReading(Reading):
     kl_nats: Number | None = None
     top1_agreement_percent: Number | None = None
     unknown: str | None = None
+    all_pieces: Count | None = None
 
     @property
     def is_compared(self) -> bool:

@@ -86,6 +86,7 @@ class MeasureCase:
         members: the names of the stack's members; ``techniques`` are the plug-ins they refer to.
         metrics: quality metrics that are plug-ins, by metric field.
         checkouts: the code that may be imported, if another commit is measured alternately.
+        evaluate_s: how long quality may be judged; 0: not at all, ``None``: over all held-out text.
     """
 
     model: Plugin
@@ -98,6 +99,7 @@ class MeasureCase:
     metrics: Mapping[str, Plugin] = field(default_factory=dict)
     checkouts: Checkouts | None = None
     model_name: str | None = None
+    evaluate_s: float | None = None
     what: Literal["case"] = "case"
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import get_args
 
 from membench import units
-from membench.records.metric import Loss, Metric, Phase, Role, own_metric
+from membench.records.metric import Loss, Metric, Phase, Role, is_own, own_metric
 
 _TIMES_DIFFER = 0.15
 _FOOTPRINTS_DIFFER = 0.15
@@ -162,6 +162,12 @@ METRICS: tuple[Metric, ...] = (
 )
 # fmt: on
 
+OF_HELD_OUT_TEXT = frozenset({
+    "bits_per_byte", "lost_bits_per_byte", "lost_bits_per_byte_standard_error", "perplexity_per_token", "kl_nats",
+    "top1_agreement_percent",
+})  # fmt: skip
+"""Fields of the metrics that are judged over held-out text, besides those of plug-ins."""
+
 METRICS_OF_SCRIPTS = tuple(
     sorted((metric for metric in METRICS if metric.of_scripts), key=lambda metric: get_args(Role).index(metric.role))
 )
@@ -213,6 +219,11 @@ def own_metrics(fields: Iterable[str]) -> tuple[Metric, ...]:
 def metrics_with(fields: Iterable[str]) -> tuple[Metric, ...]:
     """Return the built-in metrics, and the custom metrics among fields."""
     return (*METRICS, *own_metrics(fields))
+
+
+def is_of_held_out_text(metric: Metric) -> bool:
+    """Whether a metric is judged over held-out text, which takes time of its own."""
+    return metric.field in OF_HELD_OUT_TEXT or is_own(metric.field)
 
 
 def is_possible_value(field: str, value: float) -> bool:

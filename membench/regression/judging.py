@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from membench.records.metric import Dependence, Metric
-from membench.records.metrics import metrics_with
+from membench.records.metrics import is_of_held_out_text, metrics_with
 from membench.regression.attribution import causes
 from membench.regression.decision import Decision, decide, decide_time, timing_of
 from membench.regression.machines import Difference, differences
@@ -114,7 +114,10 @@ def _change(
     timing = timing_of(base, new, metric)
     ratio = now / before if metric.has_ratio and before else None
     is_barred = barred.get(metric.depends_on)
-    if is_barred:
+    other_text = _other_text(base, new, metric)
+    if other_text:
+        judged = Decision("not judged", other_text)
+    elif is_barred:
         judged = Decision("not judged", f"the machines differ in {is_barred}")
     elif is_time:
         judged = decide_time(metric, base, new, allowed, timing, factor, is_watched=closest is not None)
@@ -140,6 +143,14 @@ def _change(
         field in base.disturbed,
         field in new.disturbed,
     )
+
+
+def _other_text(base: MeasuredCase, new: MeasuredCase, metric: Metric) -> str | None:
+    """Return why a quality that was judged over more text here than there cannot be compared."""
+    if not is_of_held_out_text(metric) or list(base.judged_tokens) == list(new.judged_tokens):
+        return None
+    before, now = (" and ".join(map(str, case.judged_tokens)) or "all" for case in (base, new))
+    return f"it was judged over {before} tokens of held-out text, and now over {now}; a larger evaluate_s gives it time"
 
 
 def _allowed(

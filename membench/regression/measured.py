@@ -73,6 +73,8 @@ class MeasuredCase:
         phases: by phase, ``peak_live_bytes`` and ``held_live_bytes``.
         stands_for: what the names in the id stood for: ``model``, ``technique`` and ``workload``, each with options.
         device: on which it ran.
+        judged_tokens: where there was no time to judge quality over all held-out text, the numbers of tokens over which
+            it was judged, in ascending order; of several repeats those that differ.
     """
 
     __pydantic_config__ = _AS_WRITTEN
@@ -94,6 +96,7 @@ class MeasuredCase:
     phases: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     stands_for: Mapping[str, Any] = field(default_factory=dict)
     device: str = "cpu"
+    judged_tokens: Sequence[int] = ()
 
     @property
     def on_gpu(self) -> bool:
@@ -219,6 +222,7 @@ def _case(case_id: str, repeats: Sequence[Record]) -> MeasuredCase:
         _phases(process),
         _stands_for(last.case),
         str(last.case["device"]),
+        _judged_tokens(measured),
     )
 
 
@@ -281,6 +285,13 @@ def _waited_s(measured: Sequence[Record]) -> list[list[float]]:
     processes = [record.processes[0] for record in counted(measured, _TIME)]
     found = [_of_counted_steps(process, process.waited_s or ()) for process in processes]
     return found if all(found) else []
+
+
+def _judged_tokens(measured: Sequence[Record]) -> list[int]:
+    readings = [record.processes[0].quality for record in measured]
+    if not any(quality is not None and quality.all_pieces is not None for quality in readings):
+        return []
+    return sorted({sum(quality.tokens) for quality in readings if quality is not None})
 
 
 def _stands_for(case: Mapping[str, Any]) -> dict[str, Any]:

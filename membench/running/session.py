@@ -16,7 +16,7 @@ from membench.errors import ResultsError
 from membench.host import environment
 from membench.host.code_version import CodeVersion, code_version
 from membench.plugins import local_files
-from membench.protocol.case import Case, PluginFile
+from membench.protocol.case import REFERENCE, Case, PluginFile
 from membench.protocol.requests import Checkouts
 from membench.records.metric import Metric
 from membench.records.record import Record
@@ -27,6 +27,7 @@ from membench.running.jobs.from_case import job_from_case
 from membench.running.jobs.runnable import RunnableJob
 from membench.running.needs import Needs
 from membench.running.rank import Tell
+from membench.running.references import References, references, remove
 from membench.running.runner import Interrupted
 from membench.suite.suite import Suite
 
@@ -44,6 +45,7 @@ def run(
     resume: bool | Path = False,
     tell: Tell = silent,
     executor: Opener = LocalExecutor,
+    keeps_references: bool = False,
 ) -> Run:
     """Run a suite's cases and keep a record of each.
 
@@ -66,18 +68,42 @@ def run(
             ========  ==========================================================================================
 
         executor: opens the executor that runs the cases; by default, this machine.
+        keeps_references: keep the logits of references beside the run's file, because ``measure_again`` may need them.
 
     Raises:
         ResultsError: if there is no run to resume; if the suite, its devices or the machine have changed since; or if
             the run's file cannot be written. Records written before are kept.
     """
     cases = suite.select(keep)
-    with Session(suite, cases, Path(output), resume=resume, tell=tell, executor=executor) as session:
-        done = {(record.id, record.repeat) for record in read_run(session.path).records}
+    with Session(
+        suite, cases, Path(output), resume=resume, tell=tell, executor=executor, keeps_references=keeps_references
+    ) as session:
+        records = read_run(session.path).records
+        done = {(record.id, record.repeat) for record in records}
         asked = [(case, repeat) for repeat in range(suite.settings.repeats) for case in cases]
         todo = [(case, repeat) for case, repeat in asked if (case.id, repeat) not in done]
-        session.measure_all(todo, done=len(asked) - len(todo))
+        again = _references_to_repeat(suite, session.path, [case for case, _ in todo], records)
+        session.measure_all([*again, *todo], done=len(asked) - len(todo))
     return read_run(session.path)
+
+
+def _references_to_repeat(
+    suite: Suite, path: Path, todo: Sequence[Case], records: Sequence[Record]
+) -> list[tuple[Case, int]]:
+    """Return the references to measure once more, each with the number of its repeat.
+
+    They are those that cases are to be compared with and whose logits were removed when a run was done with them.
+    """
+    kept, measured = References(references(path)), collections.Counter(record.id for record in records)
+    with_logits = {
+        record.id for record in records for process in record.processes if process.quality and process.quality.nats
+    }
+    groups = {case.group for case in todo} - {case.group for case in todo if case.technique == REFERENCE}
+    return [
+        (case, measured[case.id])
+        for case in suite.cases
+        if case.technique == REFERENCE and case.group in groups and case.id in with_logits and not kept.has(case)
+    ]
 
 
 class Session:
@@ -94,6 +120,7 @@ class Session:
         executor: Opener = LocalExecutor,
         code: CodeVersion | None = None,
         checkouts: Checkouts | None = None,
+        keeps_references: bool = False,
     ) -> None:
         """Open the run's file and its executor; see ``run`` for the other arguments.
 
@@ -101,11 +128,13 @@ class Session:
             cases: all cases that may be measured.
             code: the commit of the code under test, for the header of a new run; ``None``: that of the suite's file.
             checkouts: the checkout to measure, and the one whose code must not be imported.
+            keeps_references: keep the logits of references after all, too; else only if the run is interrupted.
 
         Raises:
             ResultsError: as for ``run``.
         """
         self._suite, self._tell, self._checkouts = suite, tell, checkouts
+        self._keeps_references = keeps_references
         resumed = _run_to_resume(suite, output, resume)
         code = code or code_version(suite.code_folder)
         header = header_of(suite, datetime.now(UTC), code)
@@ -136,6 +165,8 @@ class Session:
                 self._file.check()
         finally:
             self._file.__exit__(kind, error, at)
+        if error is None and not self._keeps_references:
+            remove(self.path)
 
     def _job(self, case: Case, repeat: int) -> RunnableJob:
         return job_from_case(case, repeat, self._suite.settings, self._suite.limits, self._checkouts)
@@ -195,8 +226,10 @@ def measure_again(
     """
     cases = tuple(case for case in suite.cases if case.id in case_ids)
     with Session(suite, cases, path.parent, resume=path, tell=tell, executor=executor) as session:
-        done = collections.Counter(record.id for record in read_run(path).records)
-        session.measure_all([(case, done[case.id] + number) for number in range(times) for case in cases])
+        records = read_run(path).records
+        done = collections.Counter(record.id for record in records)
+        todo = [(case, done[case.id] + number) for number in range(times) for case in cases]
+        session.measure_all([*_references_to_repeat(suite, path, cases, records), *todo])
     return read_run(path)
 
 
@@ -269,11 +302,6 @@ def run_header(
 def run_path(folder: Path, header: Mapping[str, Any]) -> Path:
     """Return the path of a run's file in a folder."""
     return folder / f"{header['run']}.jsonl"
-
-
-def references(path: Path) -> Path:
-    """Return the folder for the reference logits of a run."""
-    return path.with_suffix(".references")
 
 
 def _check_resumable(path: Path, suite: Suite, machine: Mapping[str, Any], code: CodeVersion | None = None) -> None:

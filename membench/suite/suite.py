@@ -147,6 +147,10 @@ class Suite:
         """Return the same suite with another number of repeats of each case."""
         return self._with(settings=self.settings.model_copy(update={"repeats": repeats}))
 
+    def without_held_out_text(self) -> Suite:
+        """Return the same suite, of whose cases quality is not judged over held-out text."""
+        return self._with(settings=self.settings.model_copy(update={"evaluate_s": 0.0}))
+
     def on(self, devices: list[str]) -> Suite:
         """Return the same suite on other devices.
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from membench import plugins
 from membench.host import import_guard
-from membench.protocol.messages import Result, ResultSoFar
-from membench.protocol.readings import PartReading
+from membench.protocol.messages import CustomFigure, Result, ResultSoFar
+from membench.protocol.readings import PartReading, QualityReading
 from membench.protocol.requests import MeasureCase, Rank
 from membench.units import LARGEST_VALUE
 from membench.worker import allocator, breakdown, checkpoint, device, notes, output_check, plugin_values, quality
@@ -340,17 +340,24 @@ class _Work:
         """Run the phase ``evaluate``, if the model gives logits."""
         if not self.case.model.gives_logits:
             return
-        case, reference = self.case, self._request.reference
+        case, reference, within_s = self.case, self._request.reference, self._request.evaluate_s
+        if within_s == 0:
+            unknown = {field: CustomFigure(None, quality.NOT_JUDGED) for field in case.metrics}
+            self._update_result(quality=QualityReading(unknown=quality.NOT_JUDGED), custom_figures=unknown)
+            return
         with self._meter.phase("evaluate", "pinned"):
             module.eval()
             found = quality.evaluate(
                 case.model, module, case.techniques, case.workload, case.context,
-                Path(reference.path), reference.is_written_here,
+                Path(reference.path), reference.is_written_here, within_s,
             )  # fmt: skip
             figures, failed = quality.custom_figures(
-                case.metrics, case.model, module, case.techniques, case.workload, case.context, Path(reference.path)
-            )
+                case.metrics, case.model, module, case.techniques, case.workload, case.context, Path(reference.path),
+                len(found.tokens) or None,
+            )  # fmt: skip
             unjudged = case.model.unjudged() if case.model.quality else None
+        if (note := quality.note_on_time(found)) is not None:
+            self._notes.append(note)
         self._update_result(quality=found, unjudged=unjudged, custom_figures=figures)
         self._remarks += failed
         if None in found.nats and self.diverged is None:

@@ -17,6 +17,7 @@ from membench.errors import is_out_of_memory, summary
 from membench.protocol.messages import CustomFigure
 from membench.protocol.readings import QualityReading
 from membench.records.metrics import METRIC_OF_FIELD, is_possible_value
+from membench.worker.time_budget import TimeBudget
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,7 @@ _PIECE_TOKENS = 256
 _FEWEST_PIECES = 8  # for a standard error
 _LARGEST_REFERENCE_BYTES = 64 * 2**20
 _NO_REFERENCE = "the reference's logits are not there"
+NOT_JUDGED = "quality was not judged: evaluate_s = 0"
 
 
 @dataclass(frozen=True)
@@ -89,19 +91,25 @@ def evaluate(
     context: Context,
     reference: Path,
     is_reference: bool,
+    within_s: float | None = None,
 ) -> QualityReading:
     """Measure the held-out loss and, if the reference's logits are available, the divergence from them.
+
+    As many pieces of text are judged as the time allows, and no more than were judged of the reference: so each has its
+    pair there.
 
     Args:
         workload: computes the logits, possibly through a key-value cache.
         reference: the file of the reference's logits (tokens, vocabulary), fp32.
         is_reference: whether this case is the reference; then the file is written.
+        within_s: about how long it may take; one piece is judged in any case. ``None``: as long as it takes.
     """
     import numpy
     import torch
 
     from membench.plugins import WrongOutput
 
+    budget = TimeBudget(within_s)
     logits_of = functools.partial(_logits, module, techniques, workload, context)
     try:
         held_out, predicted = _pieces_of_logits(model, module, workload, logits_of, context.device)
@@ -117,13 +125,15 @@ def evaluate(
         logits_kept = _kept_logits(reference)
     nats, reference_nats, divergence, agreed, position = [], [], 0.0, 0, 0
     with torch.no_grad():
-        for piece in held_out:
+        for number, piece in enumerate(held_out, 1):
+            rows = slice(position, position + len(piece.ids) - 1)
+            if not is_reference and logits_kept is not None and rows.stop > len(logits_kept):
+                break  # the reference was judged over no more
             ids = torch.tensor(piece.ids, dtype=torch.long, device=context.device)
             # In half precision, rounding of the loss would exceed the effect of quantization.
             logits = logits_of(ids[:-1]).float()
             own = logits.log_softmax(-1)
             nats.append(-own.gather(1, ids[1:, None]).sum().item())
-            rows = slice(position, position + len(ids) - 1)
             position = rows.stop
             if is_reference:
                 logits_kept[rows] = logits.cpu().numpy()
@@ -132,25 +142,42 @@ def evaluate(
                 reference_nats.append(-theirs.gather(1, ids[1:, None]).sum().item())
                 divergence += (theirs.exp() * (theirs - own)).sum(dtype=torch.float64).item()
                 agreed += int((theirs.argmax(-1) == own.argmax(-1)).sum())
+            if budget.is_used_up(number, len(held_out) - number):
+                break
     if is_reference:
         logits_kept.flush()
+        if position < count:
+            _keep_rows(logits_kept, position, partial)
         os.replace(partial, reference)
+    judged = held_out[: len(nats)]
     own_loss = QualityReading(
         nats=[_finite(each) for each in nats],
-        tokens=[len(piece.ids) - 1 for piece in held_out],
-        bytes=[piece.bytes for piece in held_out],
+        tokens=[len(piece.ids) - 1 for piece in judged],
+        bytes=[piece.bytes for piece in judged],
+        all_pieces=len(held_out) if len(judged) < len(held_out) else None,
     )
     if not is_reference and logits_kept is None:
         return dataclasses.replace(own_loss, unknown=_NO_REFERENCE)
     if not reference_nats:
         return own_loss
     # For logits that are NaN, argmax returns the first token, which the reference may predict by chance.
-    top1_agreement = agreed / count * 100 if math.isfinite(divergence) else math.nan
+    top1_agreement = agreed / position * 100 if math.isfinite(divergence) else math.nan
     return dataclasses.replace(
         own_loss,
         reference_nats=[_finite(each) for each in reference_nats],
-        kl_nats=_finite(_not_negative(divergence / count)),  # rounding of fp32 logarithms can make it negative
+        kl_nats=_finite(_not_negative(divergence / position)),  # rounding of fp32 logarithms can make it negative
         top1_agreement_percent=_finite(top1_agreement),
+    )
+
+
+def note_on_time(found: QualityReading) -> str | None:
+    """Return a note if quality was judged over less text than there is."""
+    if found.all_pieces is None:
+        return None
+    pieces_judged, tokens_judged = len(found.tokens), sum(found.tokens)
+    return (
+        f"quality was judged over {pieces_judged} of {found.all_pieces} pieces of held-out text, {tokens_judged}"
+        " tokens: there was no time for more within the setting evaluate_s, here or for the reference"
     )
 
 
@@ -162,11 +189,13 @@ def custom_figures(
     workload: Workload,
     context: Context,
     reference: Path,
+    most_pieces: int | None = None,
 ) -> tuple[dict[str, CustomFigure], list[str]]:
     """Measure custom quality metrics.
 
     Args:
         metrics: the metrics, by field.
+        most_pieces: over how many pieces of text ``evaluate`` judged; ``None``: over all.
         reference: the file of the reference's logits, written by ``evaluate``.
 
     Returns:
@@ -185,6 +214,7 @@ def custom_figures(
             given = [piece.ids for piece in _pieces_of_logits(model, module, workload, logits, context.device)[0]]
         except WrongOutput as error:
             return {field: CustomFigure(None, str(error)) for field in metrics}, []
+        given = given[:most_pieces]
         starts = list(itertools.accumulate((len(ids) - 1 for ids in given), initial=0))
 
         logits_kept = _kept_logits(reference)
@@ -255,6 +285,16 @@ def _kept_logits(reference: Path) -> Any | None:
     import numpy
 
     return numpy.load(reference, mmap_mode="r") if reference.exists() else None
+
+
+def _keep_rows(logits: Any, count: int, path: Path) -> None:
+    """Replace the file of logits by one of its first rows."""
+    import numpy
+
+    shortened = path.with_suffix(f"{path.suffix}-shortened")
+    with open(shortened, "wb") as file:
+        numpy.save(file, logits[:count])
+    os.replace(shortened, path)
 
 
 def _not_negative(value: float) -> float:

@@ -82,6 +82,7 @@ class CaseJob(RunnableJob):
             case.metric_plugins,
             self.checkouts,
             case.model,
+            self.settings.evaluate_s,
         )
         request = requests.encode(requests.Request(work, self.rank_request(number)))
         return StartWorker(request, number, self.settings.isolation)
@@ -207,6 +208,8 @@ def _quality(found: DerivedMetrics, quality: QualityReading, *, is_trained: bool
         unjudged: the reason why the loss says nothing about the model.
     """
     source = "cross entropy in fp32 over held-out text"
+    if quality.all_pieces is not None:
+        source += f", {len(quality.tokens)} of {quality.all_pieces} pieces"
     nats, all_bytes = quality.nats, None if None in quality.bytes else sum(b for b in quality.bytes if b)
     if is_trained:
         if unjudged is not None or not nats or None in nats or all_bytes is None:
