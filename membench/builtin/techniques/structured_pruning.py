@@ -242,7 +242,7 @@ class DropLayers(_Structured):
         return shape.layers
 
     def nominal_share(self) -> float | None:
-        return 1 - self.share
+        return 1 - self.share if self.layers is None else None  # else of some of the layers
 
     @property
     def changes_weights(self) -> bool:
