@@ -337,6 +337,19 @@ _ROTARY_BYTES = 2 * 4 * 24  # frequencies, for each two of a head's 48 numbers, 
 _ADAPTERS = 6 * 8 * (4 * (288 + 288) + 3 * (288 + 768))
 
 
+def test_projections_of_other_names_have_adapters_and_output_heads_have_none() -> None:
+    from torch import nn
+
+    from membench.testing.tiny import tiny_module
+
+    model = nn.ModuleDict({"body": tiny_module(), "mlp": nn.ModuleDict({"linear1": nn.Linear(8, 8)})})
+    model["output"] = nn.Linear(64, 256)  # a name of attention's projections, but at the top
+    adapted = _technique("lora").apply(model, _context("llama"))
+    found = {name.partition(".lora_A")[0] for name, _ in adapted.named_modules() if name.endswith(".lora_A")}
+    parts = {f"body.blocks.{n}.attention.{name}" for n in (0, 1) for name in ("query_key_value", "output")}
+    assert found == {*parts, "mlp.linear1"}
+
+
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
     folder = tmp_path_factory.mktemp("adapters")

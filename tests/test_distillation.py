@@ -216,6 +216,32 @@ def test_a_named_model_can_be_the_student() -> None:
     assert sum(parameter.numel() for parameter in student.parameters()) == 15_191_712
 
 
+@pytest.mark.parametrize(
+    ("family", "sizes", "inner"),
+    [
+        ("OPT", {"ffn_dim": 80, "word_embed_proj_dim": 48}, "fc1"),
+        ("GPTNeoX", {"intermediate_size": 80}, "dense_h_to_4h"),
+    ],
+)
+def test_a_student_of_another_family_has_fewer_layers_less_width_and_the_teachers_layers(
+    family: str, sizes: dict[str, int], inner: str
+) -> None:
+    import torch
+    import transformers
+
+    config = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 6, "vocab_size": 256,
+              "max_position_embeddings": 160}  # fmt: skip
+    teacher = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{family}Config")(**config, **sizes))
+    student = _technique("distill", layers=2, width=0.5, steps=1).untrained(teacher, _context())
+    into = [child for name, child in student.named_modules() if name.endswith(inner)]
+    assert [tuple(layer.weight.shape) for layer in into] == [(40, 24)] * 2
+    copied = _technique("distill", layers=2, start="teacher", steps=1, learning_rate=1e-12).apply(teacher, _context())
+    found = [
+        [child.weight for name, child in module.named_modules() if name.endswith(inner)] for module in (copied, teacher)
+    ]
+    torch.testing.assert_close(found[0], [found[1][0], found[1][2]])
+
+
 def test_what_has_no_configuration_of_transformers_has_no_student() -> None:
     import torch
 

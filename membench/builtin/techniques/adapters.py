@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from membench.builtin.techniques.bitsandbytes import BnbNf4
+from membench.builtin.techniques.projections import ATTENTION, FEED_FORWARD
 from membench.plugins import Context, LayerWise, Setting, Unsuitable
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-# Attention's and the feed-forward network's projections, as Llama and Qwen name them, and GPT-2.
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "c_attn", "c_proj", "c_fc")
+_PROJECTIONS = tuple(dict.fromkeys((*ATTENTION, *FEED_FORWARD)))
 
 
 class Lora(LayerWise):
@@ -32,7 +32,7 @@ class Lora(LayerWise):
 
     Adapters are in fp32 whatever the weights are in. Quantized weights may lie beneath ('int8-weight-only+lora'), if a
     gradient passes through them. ``targets`` are last parts of layers' names; by default the projections of attention
-    and of the feed-forward network.
+    and of the feed-forward network, as transformers' families call them.
 
     Limits: a checkpoint holds the frozen weights too, where a user would keep the adapters alone; adapters stay beside
     the weights and are not merged into them. torchao's int8 and fp8 weights are kept unpacked from the forward to the
@@ -63,7 +63,10 @@ class Lora(LayerWise):
         for parameter in layer._parameters.values():
             if parameter is not None:
                 parameter.requires_grad_(False)
-        return self._adapted(name, layer) if name.rpartition(".")[2] in self.targets else layer
+        where, _, last = name.rpartition(".")
+        # What has a standard name at the top of a model, or gives the logits, is no part of a layer.
+        by_default = self.targets == _PROJECTIONS and (not where or layer is head)
+        return self._adapted(name, layer) if last in self.targets and not by_default else layer
 
     def _adapted(self, name: str, layer: nn.Module) -> nn.Module:
         import torch

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
+WIDTH = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim")
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 ENCODER_LAYERS = ("encoder_layers", "num_encoder_layers", "num_layers")
 DECODER_LAYERS = ("decoder_layers", "num_decoder_layers")

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from membench.builtin.techniques import decoder_config
 from membench.builtin.techniques.activations import Checkpointing
 from membench.builtin.techniques.compiling import Compile
+from membench.builtin.techniques.decoder_layers import the_layer_list
 from membench.builtin.techniques.inner_training import tune
 from membench.builtin.workloads.generate import is_encoder_decoder
 from membench.builtin.workloads.train import next_token_loss, predicts_masked_tokens
@@ -137,19 +139,15 @@ class _Student(Technique):
         student = self.reduced(shape)
         if not context.rehearsal and (student == shape or (self.layers or 1) > shape.layers):
             raise Unsuitable(f"the student would be no smaller than its teacher of {shape.layers} layers")
-        named = {
-            "hidden_size": student.width,
-            "num_hidden_layers": student.layers,
-            "num_attention_heads": student.heads,
-            "num_key_value_heads": student.key_value_heads,
-            "intermediate_size": student.inner_width,
-            "n_inner": student.inner_width,
-        }
-        for name, value in named.items():
-            if getattr(config, name, None) is not None:
-                setattr(config, name, value)
-        if getattr(config, "layer_types", None):
-            config.layer_types = [config.layer_types[place] for place in _kept(shape.layers, student.layers)]
+        for names, old, new in (
+            (decoder_config.WIDTH, shape.width, student.width),
+            (decoder_config.HEADS, shape.heads, student.heads),
+            (decoder_config.KEY_VALUE_HEADS, shape.key_value_heads, student.key_value_heads),
+        ):
+            decoder_config.replace(config, names, old, new)
+        if student.inner_width != shape.inner_width:
+            decoder_config.describe_inner_width(config, shape.inner_width, student.inner_width)
+        decoder_config.describe_layers(config, "", shape.layers, _kept(shape.layers, student.layers))
         return config
 
     @staticmethod
@@ -248,12 +246,12 @@ def _predictions(module: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 def _shape_of(config: Any) -> Shape:
     heads = config.num_attention_heads
     width = config.hidden_size
-    inner_width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
+    inner_width = decoder_config.number(config, decoder_config.INNER_WIDTH) or 4 * width
     return Shape(
         width=width,
         layers=config.num_hidden_layers,
         heads=heads,
-        key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+        key_value_heads=decoder_config.number(config, decoder_config.KEY_VALUE_HEADS) or heads,
         inner_width=inner_width,
         vocabulary=config.vocab_size,
         longest=getattr(config, "max_position_embeddings", 0),
@@ -283,8 +281,8 @@ def _copy_layers(teacher: nn.Module, student: nn.Module) -> None:
     Raises:
         Unsuitable: if an earlier technique has changed the teacher's tensors or their names.
     """
-    (where, theirs), (_, own) = _layer_list(teacher), _layer_list(student)
-    kept = _kept(len(theirs), len(own))
+    theirs, own = the_layer_list(teacher, None), the_layer_list(student, None)
+    where, kept = theirs.path, _kept(len(theirs.layers), len(own.layers))
     source = teacher.state_dict()
     for name, tensor in student.state_dict().items():
         place, _, rest = name.removeprefix(f"{where}.").partition(".")
@@ -292,15 +290,6 @@ def _copy_layers(teacher: nn.Module, student: nn.Module) -> None:
         if found is None or found.shape != tensor.shape or hasattr(found, "__tensor_flatten__"):
             raise Unsuitable(f"start = 'teacher' copies plain weights; an earlier technique has changed '{name}'")
         tensor.copy_(found)
-
-
-def _layer_list(module: Any) -> tuple[str, nn.ModuleList]:
-    from torch import nn
-
-    for name, child in module.named_modules():
-        if isinstance(child, nn.ModuleList) and len(child) == module.config.num_hidden_layers:
-            return name, child
-    raise Unsuitable("start = 'teacher' wants a model that keeps its layers in a list")
 
 
 def _other_vocabulary(name: str, own: int, wanted: int) -> str:
