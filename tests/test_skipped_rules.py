@@ -12,10 +12,10 @@ import membench
 from membench import cli
 from membench.records.keepable import keepable
 from membench.records.record import Record
-from membench.report import documents, page, summary
+from membench.report import documents, page, phase_table, summary, timeline
 from membench.suite.gates import outcomes, parse
 
-from .made_up import MIB, record, run
+from .made_up import MIB, process, record, run
 
 pytest_plugins = ["pytester"]
 
@@ -135,6 +135,13 @@ def test_no_report_says_all_ok_where_a_limit_or_a_gate_is_broken(
     assert [("all ok" in document) for document in documented] == ["all ok" in told] * 3
     if "gate broken" in told:
         assert all("reference is broken: 1.000 MiB is over" in document for document in documented)
+
+
+def test_no_table_or_picture_of_one_case_says_ok_where_its_limit_is_broken() -> None:
+    phases = ({"name": "run", "began_s": 0.0, "ended_s": 1.0, "duration_s": 1.0},)
+    over = dataclasses.replace(_over("a"), processes=(process(phases=phases),))
+    assert phase_table.phases([over]).startswith("m/a/forward/cpu · over limit\n")
+    assert "ended as over limit" in timeline.timeline(over, 1).caption
 
 
 def test_show_names_broken_gates_and_the_progress_cases_over_their_limit(

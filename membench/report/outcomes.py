@@ -12,6 +12,11 @@ def worst_of(repeats: Sequence[Record]) -> Record:
     return next((record for record in repeats if record.status != "ok"), repeats[0])
 
 
+def end_of(record: Record) -> str:
+    """How one measurement ended: its status, or that it is over a limit."""
+    return "over limit" if record.status == "ok" and record.broken_limits else record.status
+
+
 def status_of(repeats: Sequence[Record]) -> str:
     worst = worst_of(repeats)
     if worst.status != "ok":

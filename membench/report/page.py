@@ -214,7 +214,11 @@ class _Shown:
         said = dict.fromkeys(
             line
             for record in repeats
-            for line in (record.broken_limits if record.status == "ok" else outcomes.said_of(record)[:1])
+            for line in (
+                *(() if record.status == "ok" else outcomes.said_of(record)[:1]),
+                *record.broken_limits,
+                *record.unchecked_limits,
+            )
         )
         return _Row(
             case, number, label, group[0], technique, group[1], group[2], status, _MARKS.get(status.split(",")[0], "✗"),

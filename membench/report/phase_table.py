@@ -12,6 +12,7 @@ from membench.records.disturbance import has_waited, steps_are_disturbed
 from membench.records.record import Record
 from membench.records.run_file import Run
 from membench.report.cells import SIGNS
+from membench.report.outcomes import end_of
 from membench.report.table_formats import DEFAULT, FORMATS
 from membench.units import format_bytes, format_seconds
 
@@ -59,7 +60,7 @@ def phases(records: Sequence[Record], form: str = DEFAULT) -> str:
             }
             for row in rows
         ]
-        tables.append("\n\n".join(filter(None, [style.title(f"{record.id} · {record.status}"), style.render(shown)])))
+        tables.append("\n\n".join(filter(None, [style.title(f"{record.id} · {end_of(record)}"), style.render(shown)])))
     return "\n\n".join(tables)
 
 
@@ -88,7 +89,7 @@ def _phase_rows(record: Record) -> Iterator[dict[str, Any]]:
                 }
                 # The meter's own entry for what runs between parts says nothing that is shown here.
                 if part is None or any(value is not None for value in row.values()):
-                    yield {"case": record.id, "repeat": record.repeat, "status": record.status,
+                    yield {"case": record.id, "repeat": record.repeat, "status": end_of(record),
                            "role": one_line(process.role), "rank": process.rank,
                            "phase": one_line(phase.name), "part": None if part is None else one_line(part),
                            "allocator": one_line(phase.allocator), **row,

@@ -15,6 +15,7 @@ from membench.records.record import Record
 from membench.records.run_file import Run
 from membench.report.broken_rules import troubled_gates
 from membench.report.cells import bound_of_ratio, is_coarse, signed
+from membench.report.outcomes import end_of
 from membench.report.savings import Ratio, ratios_of
 from membench.units import format_bytes, format_divergence, format_percent
 
@@ -66,9 +67,7 @@ def _ends(run: Run) -> str:
     gates = troubled_gates(run)
     broken = sum(outcome.holds is False for outcome in gates)
     unchecked = len(gates) - broken + sum(len(record.unchecked_limits) for record in run.records)
-    ends = collections.Counter(
-        "over limit" if record.status == "ok" and record.broken_limits else record.status for record in run.records
-    )
+    ends = collections.Counter(map(end_of, run.records))
     if ends.keys() == {"ok"} and not gates:
         return "all ok"
     told = [f"{number} {end}" for end, number in ends.items()]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from membench.protocol.readings import Baseline, PhaseReading, ProcessReading
 from membench.records.record import Record
 from membench.report.drawing import Span, Timeline
+from membench.report.outcomes import end_of
 from membench.units import byte_unit, format_bytes, format_seconds
 
 _BUCKETS = 60
@@ -138,7 +139,7 @@ def _at_least(phase: PhaseReading, baseline_file_bytes: int) -> float:
 def _caption(record: Record, peaks: Sequence[_Peak], samples: int, shown: int, counted_from: str) -> str:
     if not samples and not peaks:
         return f"{record.id} ended as {record.status} before anything was seen of its memory."
-    said = [f"{record.id} took {format_seconds(record.duration_s)} and ended as {record.status}."]
+    said = [f"{record.id} took {format_seconds(record.duration_s)} and ended as {end_of(record)}."]
     said += _highest(peaks)
     said.append("Lines are samples; bars are phases' exact peaks, which hold what was too short for a sample, too.")
     if any(peak.is_bound for peak in peaks):
