@@ -245,6 +245,47 @@ def test_a_decoder_without_layers_computes_what_the_whole_does_with_these_layers
     _generates_and_is_built_again(member, "drop-layers", decoder, module, tmp_path)
 
 
+_BERT = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6}
+_T5 = {"vocab_size": 96, "d_model": 48, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 6, "pad_token_id": 0,
+       "decoder_start_token_id": 0}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "sizes", "technique", "gone"),
+    [
+        ("BertForMaskedLM", "BertConfig", _BERT, "prune-ffn", 2 * 14),
+        ("BertForMaskedLM", "BertConfig", _BERT, "prune-heads", 2 * 2 * 8),
+        ("ModernBertForMaskedLM", "ModernBertConfig", {**_BERT, "pad_token_id": 0}, "prune-ffn", 2 * 14),
+        ("T5ForConditionalGeneration", "T5Config", _T5, "prune-ffn", 4 * 14),
+    ],
+)
+def test_encoders_and_encoder_decoders_are_cut_likewise(
+    architecture: str, config: str, sizes: dict[str, int], technique: str, gone: int
+) -> None:
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    module = _unlike(getattr(transformers, architecture)(getattr(transformers, config)(**sizes)).eval())
+    whole = copy.deepcopy(module)
+    _technique(technique, share=0.35).apply(module, _context())
+    assert _with_zeros(whole, module) == gone
+    decoder = {"decoder_input_ids": _ids()} if module.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        _same(module(_ids(), **decoder).logits, whole(_ids(), **decoder).logits)
+
+
+def test_a_decoder_beside_an_encoder_loses_the_layers_that_are_named() -> None:
+    import transformers
+
+    module: Any = _unlike(transformers.T5ForConditionalGeneration(transformers.T5Config(**_T5)).eval())
+    with pytest.raises(Unsuitable, match=r"in 2 lists; name one with layers = …: 'encoder\.block\.\*' \(2 T5Block\), "):
+        _technique("drop-layers").apply(module, _context())
+    _technique("drop-layers", layers="decoder.block.*").apply(module, _context())
+    assert (len(module.encoder.block), len(module.decoder.block)) == (2, 1)
+    assert (module.config.num_layers, module.config.num_decoder_layers) == (2, 1)
+
+
 def _blocks(module: Any) -> list[Any]:
     from torch import nn
 

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from membench.builtin.techniques.decoder_layers import checkpointing_layer, layer_lists
+from membench.builtin.techniques.decoder_layers import checkpointing_layer, layer_lists, outermost_named
 from membench.plugins import Context, Setting, Technique, TrainingStep, Unsuitable
-from membench.worker.rehearsal_model import RehearsalModel
 
 if TYPE_CHECKING:
     import torch
@@ -55,8 +54,10 @@ class Checkpointing(_Training):
     def apply(self, module: nn.Module, context: Context) -> nn.Module:
         from torch.utils.checkpoint import checkpoint
 
-        pattern = None if isinstance(context.model, RehearsalModel) else self.layers
-        layers: list[Any] = [layer for each in layer_lists(module, pattern) for layer in each.layers]
+        # A case may be rehearsed on a model of other parts.
+        known = self.layers is None or not context.rehearsal or bool(outermost_named(module, self.layers))
+        lists = layer_lists(module, self.layers if known else None)
+        layers: list[Any] = [layer for each in lists for layer in each.layers]
         if self.every_k > len(layers) and not context.rehearsal:
             raise Unsuitable(f"every_k = {self.every_k} is more than the model's {len(layers)} layers")
         again = functools.partial(checkpoint, use_reentrant=False)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from membench.builtin.techniques.importance import at_rest, first_tensor
+from membench.builtin.techniques.importance import at_rest, first_tensor, run
 from membench.errors import is_out_of_memory, summary
 from membench.plugins import Context, Unsuitable
 
@@ -57,8 +57,6 @@ class Probe:
             return hear
 
         handles = [*hooks, *(layer.register_forward_hook(keep(place)) for place, layer in enumerate(layers))]
-        config = getattr(self.body, "config", None)
-        named = {"decoder_input_ids": self._ids} if getattr(config, "is_encoder_decoder", False) else {}
         try:
             with ExitStack() as stack:
                 stack.enter_context(at_rest(self.body))
@@ -67,7 +65,7 @@ class Probe:
                 stack.enter_context(warnings.catch_warnings())
                 warnings.simplefilter("ignore")  # switching it off warns of GPUs that are not there
                 stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-                self.body(self._ids, **named)
+                run(self.body, self._ids)
         except Exception as error:
             if is_out_of_memory(error):
                 raise

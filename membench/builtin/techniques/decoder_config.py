@@ -18,7 +18,8 @@ ENCODER_LAYERS = ("encoder_layers", "num_encoder_layers", "num_layers")
 DECODER_LAYERS = ("decoder_layers", "num_decoder_layers")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
-INNER_WIDTH = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff", "inner_dim")
+INNER_WIDTH = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff", "inner_dim", "hidden_dim",
+               "encoder_ffn_dim", "decoder_ffn_dim")  # fmt: skip
 
 _DEFAULT_INNER_WIDTH = ("n_inner", "intermediate_size", "ffn_hidden_size")
 """Where ``None`` means four times the width."""

@@ -123,7 +123,7 @@ def influences(blocks: Sequence[nn.Module], body: nn.Module, context: Context) -
     handles = [block.register_forward_hook(listen(position), with_kwargs=True) for position, block in enumerate(blocks)]
     with at_rest(body), torch.no_grad():
         for piece in _calibration(body, context):
-            body(piece)
+            run(body, piece)
             tokens += piece.numel()
     for handle in handles:
         handle.remove()
@@ -134,6 +134,14 @@ def _calibration(module: nn.Module, context: Context) -> Iterator[torch.Tensor]:
     """Pieces of the training text, small ones: the logits of whole batches would make the peak."""
     pieces = (piece for batch in windows(module, context, context.seed) for piece in batch.split(_ROWS))
     return itertools.islice(pieces, 1 if context.rehearsal else _PIECES)
+
+
+def run(body: nn.Module, ids: torch.Tensor) -> None:
+    """Run a model without its head on token ids; where a decoder lies beside an encoder, both read them."""
+    if getattr(getattr(body, "config", None), "is_encoder_decoder", False):
+        body(ids, decoder_input_ids=ids)
+    else:
+        body(ids)
 
 
 def first_tensor(held: Any) -> torch.Tensor:

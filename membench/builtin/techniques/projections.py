@@ -17,14 +17,17 @@ if TYPE_CHECKING:
 
 # As transformers' families and torch call them.
 _UP = ("gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "fc_in", "dense_h_to_4h", "linear1", "lin1", "wi", "wi_0",
-       "wi_1", "w1", "w3")  # fmt: skip
-_DOWN = ("down_proj", "fc2", "c_proj", "fc_out", "dense_4h_to_h", "linear2", "lin2", "wo", "w2")
+       "wi_1", "w1", "w3", "Wi")  # fmt: skip
+_DOWN = ("down_proj", "fc2", "c_proj", "fc_out", "dense_4h_to_h", "linear2", "lin2", "wo", "w2", "Wo")
 _QUERY_KEY_VALUE = (
     ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("wq", "wk", "wv"),
     ("to_q", "to_k", "to_v"), ("q", "k", "v"),
 )  # fmt: skip
 _FUSED = ("query_key_value", "qkv_proj", "c_attn", "Wqkv", "wqkv", "qkv", "qkv_lin", "in_proj", "W_pack")
-_OUTPUT = ("o_proj", "out_proj", "dense", "c_proj", "wo", "output", "out", "out_lin", "proj", "o")
+_OUTPUT = ("o_proj", "out_proj", "dense", "c_proj", "wo", "Wo", "output", "out", "out_lin", "proj", "o")
+_BERTS_ATTENTION = (("self.query", "self.key", "self.value"), "output.dense")
+_BERTS_FEED_FORWARD = ("intermediate.dense", "output.dense")
+"""BERT and its kin have a module around each projection."""
 ATTENTION = (*(name for names in _QUERY_KEY_VALUE for name in names), *_FUSED, *_OUTPUT)
 """Names of projections into and out of attention."""
 FEED_FORWARD = (*_UP, *_DOWN)
@@ -224,6 +227,8 @@ def _feed_forwards(layer: nn.Module) -> Iterator[FeedForward]:
         down = [child for name, child in children.items() if name in _DOWN]
         if up and len(down) == 1:
             yield FeedForward(holder, up, down[0])
+        elif layers := _at(holder, _BERTS_FEED_FORWARD):
+            yield FeedForward(holder, layers[:1], layers[1])
         elif isinstance(holder, nn.Sequential):
             linear = [child for child in children.values() if is_linear(child)]
             if len(linear) != 2 or _has_others(holder, linear):
@@ -241,6 +246,15 @@ def _attentions(layer: nn.Module) -> Iterator[tuple[nn.Module, tuple[nn.Module, 
         output = [name for name in _OUTPUT if name in children and all(name not in names for names in into)]
         if len(into) == 1 and len(output) == 1:
             yield holder, tuple(children[name] for name in into[0]), children[output[0]]
+        elif layers := _at(holder, (*_BERTS_ATTENTION[0], _BERTS_ATTENTION[1])):
+            yield holder.get_submodule("self"), layers[:3], layers[3]
+
+
+def _at(holder: nn.Module, paths: Sequence[str]) -> tuple[nn.Module, ...]:
+    """The linear layers at some paths; none if one is missing."""
+    found = dict(holder.named_modules())
+    layers = tuple(found[path] for path in paths if path in found and is_linear(found[path]))
+    return layers if len(layers) == len(paths) else ()
 
 
 def _refuse_multihead_attention(path: str, layer: nn.Module) -> None:

@@ -11,7 +11,7 @@ from pydantic import Field, PrivateAttr
 
 from membench.builtin.techniques import decoder_config, projections
 from membench.builtin.techniques.cut_check import Probe, passed_by, unchanged, without_inputs, without_outputs
-from membench.builtin.techniques.decoder_layers import LayerList, layer_lists, the_layer_list
+from membench.builtin.techniques.decoder_layers import LayerList, layer_lists, outermost_named, the_layer_list
 from membench.builtin.techniques.importance import Part, influences, magnitudes, taylor
 from membench.builtin.techniques.pruning import Pruning, is_transposed
 from membench.errors import summary
@@ -55,9 +55,10 @@ class _Structured(Pruning):
         by_score = sorted(range(len(scores)), key=scores.__getitem__)
         return sorted(by_score[gone:])
 
-    def for_rehearsal(self, context: Context) -> Self:
+    def for_rehearsal(self, module: nn.Module, context: Context) -> Self:
         """This technique, without names of a model's parts where the case is rehearsed on a model of other parts."""
-        if not isinstance(context.model, RehearsalModel):
+        has_layers = self.layers is None or bool(outermost_named(module, self.layers))
+        if not context.rehearsal or (has_layers and not isinstance(context.model, RehearsalModel)):
             return self
         return self.model_copy(update={name: type(self).model_fields[name].default for name in self.names_of_parts})
 
@@ -104,7 +105,7 @@ class _Sliced(_Structured):
         return [magnitudes(part).tolist() for part in parts]
 
     def apply(self, module: nn.Module, context: Context) -> nn.Module:
-        technique = self.for_rehearsal(context)
+        technique = self.for_rehearsal(module, context)
         lists = layer_lists(module, technique.layers)
         probe = Probe(_body(module), context.model.vocabulary(module), context)
         technique.cut(module, lists, probe, context)
@@ -249,7 +250,7 @@ class DropLayers(_Structured):
         return self.recover_steps > 0
 
     def apply(self, module: nn.Module, context: Context) -> nn.Module:
-        found = the_layer_list(module, self.for_rehearsal(context).layers)
+        found = the_layer_list(module, self.for_rehearsal(module, context).layers)
         body, config = _body(module), decoder_config.text_config(module)
         for name, reason in _TIED_TO_PLACES.items():
             if getattr(config, name, None):
