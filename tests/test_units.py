@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
+import membench
 from membench import units
+from membench.pytest_plugin.readable import ByteSize
+from membench.suite import gates
+from membench.suite.tolerances import parse_fail
+
+from .made_up import record
 
 
 @pytest.mark.parametrize(
@@ -26,6 +34,19 @@ def test_a_size_is_printed_and_read_back(size_bytes: int, text: str) -> None:
 )  # fmt: skip
 def test_decimal_and_binary_units_are_read_as_other_tools_of_linux_do(text: str, size_bytes: int) -> None:
     assert units.parse_bytes(text) == size_bytes
+
+
+def test_sizes_are_read_alike_wherever_they_are_written() -> None:
+    for text, size_bytes in (("24GB", 24 * 10**9), ("24 GB", 24 * 10**9), ("24G", 24 * 2**30), ("24 GiB", 24 * 2**30)):
+        assert ByteSize(size_bytes) == text
+        assert parse_fail(f"peak_live:{text}").amount == size_bytes
+        suite = membench.Suite("s", script={"module": "this"}, limits={"peak_footprint": text})
+        assert suite.limits == {"peak_footprint_bytes": size_bytes}
+        made = record("none", peak_live_bytes=size_bytes)
+        over = dataclasses.replace(made, metrics={"peak_live_bytes": size_bytes + 1})
+        assert [gates.outcomes([gates.parse(f"peak_live <= {text}")], [one])[0].holds for one in (made, over)] == [
+            True, False,
+        ]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", ["24", "24 Gb", "24 Gi", "24 Bytes", "-2 GB", "2 GB GB", "24 E"])
