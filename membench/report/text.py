@@ -193,9 +193,17 @@ _SAID_IF_HIGHEST = ("packing training data", "the first step")
 
 
 def remarks(records: Sequence[Record]) -> list[str]:
-    """Return a line per failure, broken limit, remark and note, and on phases that need more than running."""
+    """Return a line per failure, broken limit, remark and note, and on phases that need more than running.
+
+    A table leaves out columns without figures, so that a line says why there is no live memory in it.
+    """
     found = Comparison(records)
-    lines = []
+    phases = [phase for record in records for process in record.processes for phase in process.phases]
+    lines = [
+        f"live is not available under {phase.allocator}"
+        for phase in phases
+        if phase.allocator not in ("pinned", "default") and not phase.reads_gpu_itself
+    ]
     for record in records:
         lines += [f"{record.id}: {text}" for text in said_of(record)]
         if found.is_disturbed(record.group, "step_median_s", record.technique):

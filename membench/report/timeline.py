@@ -108,7 +108,7 @@ def _peak(phase: PhaseReading, baseline_file_bytes: int) -> _Peak:
     """A phase's peak by the kernel's or torch's counters, of what counts there: live memory or footprint."""
     if phase.reads_gpu_itself:
         size, what = phase.cuda_peak_allocated_bytes, "allocated"
-    elif phase.allocator == "default":
+    elif phase.allocator != "pinned":
         # That of the process itself, as its line is; its children have a line of their own.
         size = phase.own_peak_bytes if phase.bound == "at least" else phase.peak_footprint_bytes
         what = "footprint"
