@@ -26,7 +26,8 @@ from membench.builtin.workloads.train import Train
 from membench.host import procfs
 from membench.records.record import Record
 from membench.worker.assembly import Assembly
-from membench.worker.weights import own_tensors, plain_tensors, weight_bytes
+from membench.worker.storages import plain_tensors
+from membench.worker.weights import own_tensors, weight_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -169,8 +170,8 @@ def test_mapped_weights_are_pages_of_the_file_until_they_are_written_to(tmp_path
         table.add_(1)
     written = procfs.resident()
     assert read.file_bytes - before.file_bytes == pytest.approx(table.nbytes, rel=0.03)
-    assert read.anonymous_bytes - before.anonymous_bytes < 2**20
-    assert written.anonymous_bytes - read.anonymous_bytes == pytest.approx(table.nbytes, rel=0.03)
+    assert read.private_bytes - before.private_bytes < 2**20
+    assert written.private_bytes - read.private_bytes == pytest.approx(table.nbytes, rel=0.03)
     assert written.file_bytes - read.file_bytes == pytest.approx(-table.nbytes, rel=0.03)
 
 
@@ -361,7 +362,7 @@ _MIB = 2**20
 
 def test_plain_loading_holds_the_weights_twice_and_a_meta_skeleton_once(records: dict[str, Record]) -> None:
     assert _metric(records, "plain-load", "load_peak_live_bytes") == pytest.approx(2 * _WEIGHTS_BYTES, rel=0.02)
-    assert _metric(records, "meta-init", "load_peak_live_bytes") == pytest.approx(_WEIGHTS_BYTES, rel=0.03)
+    assert _metric(records, "meta-init", "load_peak_live_bytes") == pytest.approx(_WEIGHTS_BYTES, rel=0.05)
     for technique in ("none", "plain-load", "meta-init"):
         assert _metric(records, technique, "held_live_bytes") == pytest.approx(_WEIGHTS_BYTES, rel=0.02)
 
@@ -410,10 +411,8 @@ def test_streaming_never_takes_a_fifth_more_than_the_result(
     for phase in ("load", "apply"):
         field = f"{phase}_peak_live_bytes"
         most = _metric(records, technique, field)
-        # Of a model so small, pages of a library's code that come meanwhile are a part; the peak may be without them.
-        least = records[f"llama-15m/{technique}/short/cpu"].obtained[field].get("at_least_bytes", most)
-        assert 0.99 * result_bytes < most < 1.25 * result_bytes
-        assert least < 1.2 * result_bytes
+        # Python's objects and the rows that are being converted do not grow with the model.
+        assert 0.99 * result_bytes < most < 1.2 * result_bytes + _MIB
 
 
 def test_what_was_saved_converted_holds_no_more_than_converting_does(records: dict[str, Record]) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 from membench.worker.breakdown import storages
-from membench.worker.weights import kept_tensors, own_tensors, plain_tensors
+from membench.worker.storages import plain_tensors
+from membench.worker.weights import kept_tensors, own_tensors
 
 if TYPE_CHECKING:
     import torch

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from membench.worker.weights import kept_tensors, plain_tensors
+from membench.worker.storages import plain_tensors
+from membench.worker.weights import kept_tensors
 
 if TYPE_CHECKING:
     import torch

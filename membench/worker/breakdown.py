@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from membench.worker.weights import kept_tensors, plain_tensors
+from membench.worker.storages import Storages, plain_tensors
+from membench.worker.weights import kept_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -87,6 +88,7 @@ class MemoryWatcher:
         self._inventory = inventory
         self._held_bytes = held_bytes
         self._weights = storages(kept_tensors(module))
+        self._weight_ranges = Storages(kept_tensors(module))
         self._saved: dict[tuple[str, int], list[int]] = {}
         self._part = part
         self._highest: dict[str | None, tuple[int, dict[str, int]]] = {}
@@ -116,17 +118,14 @@ class MemoryWatcher:
         held, part = self._held_bytes(), self._part()
         if part in self._highest and held <= self._highest[part][0]:
             return
-        gradients = storages(p.grad for p in self._module.parameters() if p.grad is not None)
+        counted = self._weight_ranges.copy()
         found = {
-            "weights": sum(self._weights.values()),
-            "gradients": sum(gradients.values()),
-            "activations": sum(size for _, size in self._saved.values()),
+            "weights": counted.bytes,
+            "gradients": sum(counted.add(p.grad) for p in self._module.parameters() if p.grad is not None),
+            "activations": sum(counted.cover(*key, size) for key, (_, size) in self._saved.items()),
         }
-        counted = {*self._weights, *gradients, *self._saved}
         for category, holder in self._inventory.items():
-            own = {key: size for key, size in storages(tensors_in(holder())).items() if key not in counted}
-            counted |= own.keys()
-            found[category] = sum(own.values())
+            found[category] = sum(counted.add(tensor) for tensor in tensors_in(holder()))
         self._highest[part] = (held, found)
 
     @contextlib.contextmanager

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from membench.units import format_bytes, format_ratio
-from membench.worker.breakdown import named_tensors_in, storages
-from membench.worker.weights import own_tensors, plain_tensors, weight_bytes
+from membench.worker.breakdown import named_tensors_in
+from membench.worker.storages import Storages, plain_tensors
+from membench.worker.weights import own_tensors, weight_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -94,8 +95,7 @@ def on_states(
     if not stated or not adamw_bytes:
         return []
     size, technique = stated[-1]
-    found: dict[tuple[str, int], int] = {}
-    causes: dict[str, int] = {}
+    found, causes = Storages(), dict[str, int]()
     nominal_bytes = 0.0
     for parameter in parameters:
         kept = states.get(parameter, {})
@@ -110,12 +110,9 @@ def on_states(
             _add(causes, _MISSING_STATES, int(size * parameter.numel()))
         for name, tensor in tensors.items():
             for inner, plain in _named_plain(name, tensor):
-                storage = plain.untyped_storage()
-                key = (str(plain.device), storage.data_ptr())
-                if key not in found:
-                    found[key] = storage.nbytes()
-                    _add(causes, _cause_of_state(name, inner, plain), storage.nbytes())
-    measured, nominal = sum(found.values()) / adamw_bytes, nominal_bytes / adamw_bytes
+                if size_bytes := found.add(plain):
+                    _add(causes, _cause_of_state(name, inner, plain), size_bytes)
+    measured, nominal = found.bytes / adamw_bytes, nominal_bytes / adamw_bytes
     if abs(measured / nominal - 1) <= _LARGEST_DEVIATION:
         return []
     causes.pop("", None)
@@ -136,18 +133,15 @@ def on_cache(cache: Any, numbers: int, techniques: Sequence[Technique], built_bi
     bits = [stated for technique in techniques if (stated := technique.nominal_cache_bits()) is not None]
     if not bits or not numbers:
         return []
-    found: dict[tuple[str, int], int] = {}
-    causes: dict[str, int] = {}
+    found, causes = Storages(), dict[str, int]()
     for name, tensor in named_tensors_in(cache):
-        for key, size in storages([tensor]).items():
-            if key not in found:
-                found[key] = size
-                type_name = str(tensor.dtype).removeprefix("torch.")
-                if name in _SCALES_OF_A_CACHE:
-                    _add(causes, f"of scales and minima in {type_name}", size)
-                elif tensor.is_floating_point():
-                    _add(causes, f"of the newest tokens, not quantized yet, in {type_name}", size)
-    measured, nominal = sum(found.values()) / (numbers * built_bits / 8), min(*bits, built_bits) / built_bits
+        if size := found.add(tensor):
+            type_name = str(tensor.dtype).removeprefix("torch.")
+            if name in _SCALES_OF_A_CACHE:
+                _add(causes, f"of scales and minima in {type_name}", size)
+            elif tensor.is_floating_point():
+                _add(causes, f"of the newest tokens, not quantized yet, in {type_name}", size)
+    measured, nominal = found.bytes / (numbers * built_bits / 8), min(*bits, built_bits) / built_bits
     if abs(measured / nominal - 1) <= _LARGEST_DEVIATION:
         return []
     return [_note("keys and values", measured, nominal, causes)]
@@ -190,15 +184,13 @@ def _causes(module: nn.Module, bits: float, adapted: bool, pruned: bool) -> dict
     """
     head = getattr(module, "get_output_embeddings", lambda: None)()
     found: dict[str, int] = {}
-    seen: set[tuple[str, int]] = set()
+    storages = Storages()
     for _, child in module.named_modules():
         for name, tensor in own_tensors(child):
             for inner, plain in _named_plain(name, tensor):
-                storage = plain.untyped_storage()
-                key = (str(plain.device), storage.data_ptr())
-                if plain.device.type == "meta" or key in seen:
+                size_bytes = storages.add(plain)
+                if not size_bytes:
                     continue
-                seen.add(key)
                 cause = _cause(child, child is head, name, inner, tensor, plain, bits, pruned)
                 if pruned and cause is None and (zeros := _zero_bytes(plain)):
                     kind = f"of zeros in {str(plain.dtype).removeprefix('torch.')}"
@@ -206,7 +198,7 @@ def _causes(module: nn.Module, bits: float, adapted: bool, pruned: bool) -> dict
                 if adapted and tensor.requires_grad:
                     cause = f"of adapters in {str(plain.dtype).removeprefix('torch.')}"
                 if cause:
-                    _add(found, cause, storage.nbytes())
+                    _add(found, cause, size_bytes)
     return found
 
 
@@ -219,7 +211,7 @@ def _zero_bytes(plain: torch.Tensor) -> int:
 
 def _named_plain(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     if not hasattr(tensor.data, "__tensor_flatten__"):
-        return [(name, tensor)]
+        return [(name, plain) for plain in plain_tensors(tensor)]
     names = tensor.data.__tensor_flatten__()[0]
     return [(inner, plain) for inner in names for plain in plain_tensors(getattr(tensor.data, inner))]
 

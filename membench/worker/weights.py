@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from membench.host import procfs
+from membench.worker.storages import Storages, plain_tensors
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from membench.protocol.readings import ModulesReading
-
-
-def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield the plain tensors in a tensor: itself, or the inner tensors (data, scales) of a quantized one."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from plain_tensors(getattr(tensor, name))
-    else:
-        yield tensor
 
 
 _DEEPEST = 3
@@ -51,6 +46,8 @@ def _in_attributes(attributes: Mapping[Any, Any], depth: int) -> Iterator[tuple[
             continue
         elif isinstance(value, Mapping):
             yield from _in_attributes(value, depth - 1)
+        elif isinstance(value, list | tuple | set | frozenset):
+            yield from _in_attributes({f"{name}.{number}": each for number, each in enumerate(value)}, depth - 1)
         elif hasattr(value, "__dict__"):
             yield from _in_attributes(vars(value), depth - 1)
 
@@ -61,16 +58,61 @@ def kept_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Return the bytes of parameters, buffers and tensors in attributes, each storage counted once and in full."""
-    storages: dict[tuple[str, int], int] = {}
-    for tensor in kept_tensors(module):
-        for plain in plain_tensors(tensor):
-            storage = plain.untyped_storage()
-            if plain.device.type == "meta":
-                storages[("meta", id(tensor))] = plain.nbytes
-            else:
-                storages[(str(plain.device), storage.data_ptr())] = storage.nbytes()
-    return sum(storages.values())
+    """Return the bytes of all that the layers of a module keep; each byte that several tensors share counts once.
+
+    That is parameters, buffers, tensors in attributes and packed weights. A tensor keeps the whole of its storage. On
+    the meta device it is what tensors would take, each by itself.
+    """
+    storages, packed = Storages(), _PackedWeights()
+    planned: dict[tuple[int, int], int] = {}
+    for layer in module.modules():
+        for _, tensor in own_tensors(layer):
+            storages.add(tensor)
+            for number, plain in enumerate(plain_tensors(tensor)):
+                if plain.device.type == "meta":
+                    planned[id(tensor), number] = plain.nbytes
+        packed.add(layer)
+    return storages.bytes + sum(planned.values()) + packed.bytes
+
+
+class _PackedWeights:
+    """Weights that layers of ``torch.ao`` keep packed for their kernels, out of reach of Python.
+
+    They are counted as they unpack; the kernels' own layout pads some rows.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._seen: dict[int, object] = {}  # keeps them, so that no other object gets their address
+
+    def add(self, layer: nn.Module) -> int:
+        """Add those in a layer's own attributes; return how many bytes were not counted before."""
+        before = self.bytes
+        for value in vars(layer).values():
+            self._add_object(value)
+        return self.bytes - before
+
+    def _add_object(self, value: object) -> None:
+        import torch
+
+        if not isinstance(value, torch.ScriptObject) or id(value) in self._seen:
+            return
+        self._seen[id(value)] = value
+        if not value._type().qualified_name().startswith("__torch__.torch.classes."):
+            return
+        with contextlib.suppress(RuntimeError, AttributeError):  # an object that cannot be taken apart
+            self._add_state(value.__getstate__())
+
+    def _add_state(self, state: object) -> None:
+        import torch
+
+        if isinstance(state, torch.Tensor):
+            self.bytes += Storages([state]).bytes
+        elif isinstance(state, list | tuple):
+            for each in state:
+                self._add_state(each)
+        else:
+            self._add_object(state)
 
 
 _NUMBER_IN_NAME = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -80,22 +122,15 @@ _MOST_GROUPS = 100
 def bytes_by_module(module: nn.Module) -> list[ModulesReading]:
     """Return the bytes of a module's weights by layer, largest first.
 
-    Each storage counts for the first layer that has it. Layers of the same size whose names differ only in numbers are
-    one entry; ``*`` replaces the numbers that differ. The smallest entries beyond a hundred are summed up in one.
+    Memory that layers share counts for the first of them. Layers of the same size whose names differ only in numbers
+    are one entry; ``*`` replaces the numbers that differ. The smallest entries beyond a hundred are summed up in one.
     """
     from membench.protocol.readings import ModulesReading  # techniques import this module when they are listed
 
-    seen: set[tuple[str, int]] = set()
+    storages, packed = Storages(), _PackedWeights()
     groups: dict[tuple[str, int], list[str]] = {}
     for name, layer in module.named_modules():
-        own = 0
-        for _, tensor in own_tensors(layer):
-            for plain in plain_tensors(tensor):
-                storage = plain.untyped_storage()
-                key = (str(plain.device), storage.data_ptr())
-                if plain.device.type != "meta" and key not in seen:
-                    seen.add(key)
-                    own += storage.nbytes()
+        own = sum(storages.add(tensor) for _, tensor in own_tensors(layer)) + packed.add(layer)
         if own:
             groups.setdefault((_NUMBER_IN_NAME.sub("*", name), own), []).append(name or "the model itself")
     found = [
@@ -117,32 +152,39 @@ def _common_name(names: Sequence[str]) -> str:
     return ".".join(part[0] if len(set(part)) == 1 else "*" for part in parts)
 
 
-def fingerprint(module: nn.Module) -> list[tuple[object, ...]]:
+def fingerprint(module: nn.Module) -> bytes:
     """Return a fingerprint of a module, which differs after a technique has changed the module.
 
     It covers the modules with their settings and configurations (such as the attention implementation or activation
-    checkpointing), and the types, shapes and addresses of their tensors with a sample of their values.
+    checkpointing), and the types, shapes and addresses of their tensors with a sample of their values. It is a hash:
+    samples that are kept would be memory of the harness in what is measured.
     """
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    modules = list(module.named_modules())
-    configurations = {id(child.config): child.config for _, child in modules if hasattr(child, "config")}
+    digest = hashlib.blake2b(digest_size=16)
+
+    def add(*values: object) -> None:
+        digest.update(repr(values).encode())
+
+    configurations = set()
+    for name, child in module.named_modules():
+        add(name, id(type(child)), _settings(child))
+        configuration = getattr(child, "config", None)
+        if configuration is not None and id(configuration) not in configurations:
+            configurations.add(id(configuration))
+            add(id(type(configuration)), _settings(configuration))
     mapped = procfs.file_mappings()
-    return [
-        *((name, type(child), _settings(child)) for name, child in modules),
-        *(("", type(configuration), _settings(configuration)) for configuration in configurations.values()),
-        *(
-            (name, type(t), t.dtype, tuple(t.shape), t.requires_grad, t._version, _sample(t, mapped))
-            for name, t in tensors
-        ),
-    ]
+    for name, t in itertools.chain(module.named_parameters(), module.named_buffers()):
+        add(name, id(type(t)), str(t.dtype), tuple(t.shape), t.requires_grad, t._version)
+        for part in _sample(t, mapped):
+            digest.update(part)
+    return digest.digest()
 
 
 _SAMPLED = 4096
 _STRIDE = 2_654_435_761  # a prime, so that samples cover all rows and columns
 
 
-def _sample(tensor: torch.Tensor, mapped: Sequence[tuple[int, int]]) -> tuple[object, ...]:
-    """Return the address and a sample of the values of a tensor, since writes to ``.data`` do not change its version.
+def _sample(tensor: torch.Tensor, mapped: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+    """Yield the address and a sample of the values of a tensor, since writes to ``.data`` do not change its version.
 
     Args:
         mapped: address ranges of mapped files. Values there are not read, since that would make the pages resident.
@@ -150,12 +192,11 @@ def _sample(tensor: torch.Tensor, mapped: Sequence[tuple[int, int]]) -> tuple[ob
     import numpy
     import torch
 
-    found: list[object] = []
     for plain in plain_tensors(tensor.data):
         if plain.device.type == "meta" or plain.layout is not torch.strided or plain.is_quantized or not plain.numel():
             continue
         address = plain.data_ptr()
-        found.append(address)
+        yield str(address).encode()
         if not any(first <= address < last for first, last in mapped):
             count = plain.untyped_storage().nbytes() // plain.element_size()
             flat = plain.as_strided((count,), (1,), 0).view(torch.uint8).view(count, plain.element_size())
@@ -164,8 +205,7 @@ def _sample(tensor: torch.Tensor, mapped: Sequence[tuple[int, int]]) -> tuple[ob
             sample = (
                 flat.numpy()[places] if plain.device.type == "cpu" else flat[torch.from_numpy(places)].cpu().numpy()
             )
-            found.append(sample.tobytes())
-    return tuple(found)
+            yield sample.tobytes()
 
 
 def _settings(holder: object) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from membench.host import procfs
 from membench.plugins import Model, Unsuitable
 from membench.units import format_bytes
-from membench.worker.weights import plain_tensors
+from membench.worker.storages import plain_tensors
 
 if TYPE_CHECKING:
     import torch
