@@ -279,16 +279,16 @@ def test_a_stage_can_be_called_with_a_context_alone(tmp_path: Path) -> None:
 
 def test_what_is_held_is_there_and_what_burst_is_gone() -> None:
     testing.burst("1 MiB")
-    before = procfs.resident().anonymous_bytes
+    before = procfs.resident().private_bytes
     with testing.hold("64 MiB") as held:
         assert held.nbytes == 64 * MIB
-        assert procfs.resident().anonymous_bytes - before == pytest.approx(64 * MIB, rel=0.02)
+        assert procfs.resident().private_bytes - before == pytest.approx(64 * MIB, rel=0.02)
         del held
-    assert procfs.resident().anonymous_bytes - before < 2 * MIB
+    assert procfs.resident().private_bytes - before < 2 * MIB
     procfs.reset_peak()
     testing.burst(64 * MIB)
     now = procfs.resident()
-    assert now.anonymous_bytes - before < 2 * MIB
+    assert now.private_bytes - before < 2 * MIB
     assert now.peak_bytes - now.total_bytes == pytest.approx(64 * MIB, rel=0.05)
 
 

@@ -38,7 +38,7 @@ def _tokens(model: str, scratch: Path) -> Tokens:
         Plugin(model), [Plugin("none")], ["none"], Plugin("forward"),
         seed=0, steps=Steps(1, 1), reference=ReferenceLogits("", is_written_here=False),
     )  # fmt: skip
-    assembly = Assembly.of(asked, "cpu", scratch, _no_parts)
+    assembly = Assembly.of(asked, "cpu", scratch, _no_parts, contextlib.nullcontext)
     return assembly.tokens(assembly.model.skeleton())
 
 

@@ -25,7 +25,8 @@ SignedSize = Annotated[int, Field(strict=True, ge=-LARGEST_SIZE, le=LARGEST_SIZE
 Seconds = Annotated[float, Field(strict=True, ge=0)]
 Duration = Annotated[float, Field(strict=True, ge=0, le=1e12)]
 """Seconds that a clock can have counted, so that sums of them are finite."""
-Bound = Literal["exact", "at least", "at most"]
+Bound = Literal["exact", "at least", "at most", "about"]
+"""``about``: an estimate, which may be off in both directions."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,9 @@ class MemoryReading(Reading):
     """Memory between two boundaries, in bytes above the worker's baseline.
 
     Attributes:
-        peak_live_bytes: upper bound of the live peak: the kernel's peak less the smaller count of file pages.
-        peak_live_at_least_bytes: lower bound of the live peak.
+        peak_live_bytes: the kernel's peak less the smaller count of file pages, and less what was free in the process
+            when the phase began.
+        peak_live_at_least_bytes, peak_live_at_most_bytes: bounds of the live peak.
         file_most_bytes: the maximum of the file pages at the two boundaries.
         peak_footprint_bytes: the kernel's peak of all pages.
         cuda_peak_allocated_bytes: torch's peak since the first boundary; likewise the other ``cuda_`` fields.
@@ -73,6 +75,7 @@ class MemoryReading(Reading):
 
     peak_live_bytes: SignedSize | None = None
     peak_live_at_least_bytes: SignedSize | None = None
+    peak_live_at_most_bytes: SignedSize | None = None
     held_live_bytes: SignedSize | None = None
     peak_footprint_bytes: SignedSize | None = None
     held_footprint_bytes: SignedSize | None = None
@@ -111,7 +114,8 @@ class PhaseReading(MemoryReading):
     """A phase of a job.
 
     Attributes:
-        allocator: ``pinned`` (freed memory is returned at once) or ``default`` (as in a user's process).
+        allocator: ``pinned`` (freed memory is returned at once), ``default`` (as in a user's process), or the name of
+            an allocator that cannot be pinned, such as ``jemalloc``.
         steps: the number of steps in the phase, warm-up steps included.
         waited_s: for how long its threads, all together, waited for cores used by other processes.
         inside: the enclosing phase, if phases are nested.

@@ -83,6 +83,8 @@ def _peak(field: str, value: float, how: Mapping[str, Any]) -> Peak:
             return Peak(field, value, None if most_bytes is None else max(most_bytes, value), False, off_bytes)
         case "at most":
             return Peak(field, how.get("at_least_bytes", 0), value, True, off_bytes)
+        case "about" if "at_most_bytes" in how:
+            return Peak(field, how.get("at_least_bytes", 0), max(how["at_most_bytes"], value), True, off_bytes)
     return Peak(field, value, value, False, off_bytes)
 
 

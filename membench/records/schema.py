@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from membench.errors import ResultsError
 from membench.protocol.case import REFERENCE
-from membench.protocol.readings import Duration, ProcessReading, SignedSize, Size
+from membench.protocol.readings import Bound, Duration, ProcessReading, SignedSize, Size
 from membench.records.metric import is_own
 from membench.records.metrics import is_possible_value, known_metric
 from membench.records.names import checked_device, checked_name, checked_plugin, checked_stack, members
@@ -100,7 +100,7 @@ class _Case(_Table):
 
 class _How(_Table):
     source: str | None = None
-    bound: Literal["exact", "at least", "at most"] = "exact"
+    bound: Bound = "exact"
     resolution_bytes: Size = 0
     at_least_bytes: Size | None = None
     at_most_bytes: SignedSize | None = None

@@ -244,7 +244,7 @@ def _bounds(measured: Sequence[Record]) -> dict[str, str]:
         (name, str(how["bound"]))
         for record in measured
         for name, how in record.obtained.items()
-        if how.get("bound", "exact") != "exact"
+        if how.get("bound") in ("at least", "at most")
     )
     return {name: bound for (name, bound), times in found.items() if 2 * times > len(measured)}
 

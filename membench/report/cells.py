@@ -9,8 +9,8 @@ from membench.units import format_ratio
 
 # A figure is marked as approximate if its source may be off by more than this share of it.
 _COARSE = 0.05
-SIGNS = {"at most": "≤", "at least": "≥"}
-_REVERSED = {"≤": "≥", "≥": "≤"}
+SIGNS = {"at most": "≤", "at least": "≥", "about": "≈"}
+_REVERSED = {"≤": "≥", "≥": "≤", "≈": "≈"}
 
 
 def is_coarse(found: Comparison, group: Group, technique: str, metric: Metric) -> bool:
@@ -59,7 +59,7 @@ def sign(found: Comparison, group: Group, technique: str, metric: Metric) -> str
 
 
 def bound_of(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
-    """Return ``≤`` or ``≥`` if only a bound of a value is known, else nothing."""
+    """Return ``≤`` or ``≥`` if only a bound of a value is known, ``≈`` if it is an estimate, else nothing."""
     bounds = {record.obtained.get(metric.field, {}).get("bound") for record in found.repeats(group, technique)}
     return next((sign for bound, sign in SIGNS.items() if bound in bounds), "")
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from membench.errors import one_line
 from membench.protocol.messages import BrokenMessage, Result
 from membench.protocol.readings import Baseline, MemoryReading, PhaseReading, ProcessReading
 from membench.records.disturbance import counted_steps
@@ -15,7 +16,11 @@ from membench.records.record import Status
 from membench.running.derived_metrics import DerivedMetrics, resolution_bytes
 
 _WIDE_BRACKET = 0.01
+_COUNTED_WITHIN_BYTES = 2**16
+"""What the interpreter and the C library take or leave from one step to the next."""
+_EMULATED = "in a process that was pinned before: up to 15% from one that never was"
 _NOT_PINNED = "the C library's malloc cannot be pinned: only glibc's can"
+_GLIBC = ("pinned", "default")
 
 
 @dataclass(frozen=True)
@@ -41,12 +46,26 @@ class WorkerMemory:
     """The context for interpreting a worker's memory readings.
 
     Attributes:
-        pinned: whether its allocator returned freed memory at once, which makes resident memory equal to live memory.
+        unpinned: why resident memory is not live memory, if its allocator does not return freed memory at once.
     """
 
     on_gpu: bool
-    pinned: bool
+    unpinned: str | None
     baseline: Baseline
+
+    @classmethod
+    def of(cls, process: ProcessReading, result: Result | None, *, on_gpu: bool) -> WorkerMemory:
+        """Return the context of a worker's readings; ``result`` is ``None`` if it did not reach its end."""
+        others = (phase.allocator for phase in process.phases if phase.allocator not in _GLIBC)
+        unpinned = _NOT_PINNED if result is not None and not result.pinned else None
+        if (other := next(others, None)) is not None:
+            unpinned = f"live is not available under {one_line(other)}"
+        return cls(on_gpu, unpinned, process.baseline or Baseline())
+
+    @property
+    def clock(self) -> str:
+        """Return the source of durations of phases in which memory is measured."""
+        return "monotonic clock" if self.unpinned else "monotonic clock, under the pinned allocator"
 
 
 def phase_of(process: ProcessReading, name: str) -> PhaseReading:
@@ -80,8 +99,8 @@ def live(found: DerivedMetrics, reading: MemoryReading, name: str, memory: Worke
     if memory.on_gpu:
         found.add(name, require(reading.cuda_peak_allocated_bytes), "torch.cuda.max_memory_allocated")
         return
-    if not memory.pinned:
-        found.add_unknown(name, _NOT_PINNED)
+    if memory.unpinned:
+        found.add_unknown(name, memory.unpinned)
         return
     peak_bytes = require(reading.peak_live_bytes)
     together = reading.family_anonymous_bytes if isinstance(reading, PhaseReading) else None
@@ -89,9 +108,13 @@ def live(found: DerivedMetrics, reading: MemoryReading, name: str, memory: Worke
     at_least = max(
         0, (reading.peak_live_at_least_bytes or 0) - _passing_file_pages(reading, memory.baseline.file_bytes)
     )
-    if not how["children"] and peak_bytes - at_least > _WIDE_BRACKET * max(peak_bytes, 1):
-        how |= {"bound": "at most", "at_least_bytes": at_least}
-    found.add(name, source="kernel's peak (VmHWM) less file pages, under the pinned allocator",
+    at_most = max(peak_bytes, reading.peak_live_at_most_bytes or 0)
+    if not how["children"]:
+        if at_most - peak_bytes > max(_WIDE_BRACKET * peak_bytes, resolution_bytes()):
+            how |= {"bound": "about", "at_least_bytes": at_least, "at_most_bytes": at_most}
+        elif peak_bytes - at_least > _WIDE_BRACKET * max(peak_bytes, 1):
+            how |= {"bound": "at most", "at_least_bytes": at_least}
+    found.add(name, source="kernel's peak (VmHWM) less file pages and free memory, under the pinned allocator",
               resolution_bytes=resolution_bytes(), **how)  # fmt: skip
 
 
@@ -124,11 +147,12 @@ def step_memory(found: DerivedMetrics, run: PhaseReading, memory: WorkerMemory) 
 def _held(found: DerivedMetrics, run: PhaseReading, memory: WorkerMemory) -> None:
     if memory.on_gpu:
         found.add("held_live_bytes", require(run.cuda_held_allocated_bytes), "torch.cuda.memory_allocated")
-    elif memory.pinned:
-        found.add("held_live_bytes", require(run.held_live_bytes), "RssAnon after collecting and trimming",
-                  resolution_bytes=resolution_bytes(), children=False)  # fmt: skip
+    elif memory.unpinned:
+        found.add_unknown("held_live_bytes", memory.unpinned)
     else:
-        found.add_unknown("held_live_bytes", _NOT_PINNED)
+        found.add("held_live_bytes", require(run.held_live_bytes),
+                  "anonymous pages counted one by one, less free memory, after collecting and trimming",
+                  resolution_bytes=_COUNTED_WITHIN_BYTES, children=False)  # fmt: skip
 
 
 def _peak_over_held(found: DerivedMetrics) -> None:
@@ -151,7 +175,7 @@ def _peak_over_held(found: DerivedMetrics) -> None:
 def warmup(found: DerivedMetrics, phase: PhaseReading, memory: WorkerMemory) -> None:
     """Add the live peak and the duration of the first step."""
     live(found, phase, "warmup_peak_live_bytes", memory)
-    found.add("warmup_s", phase.duration_s, "monotonic clock, under the pinned allocator")
+    found.add("warmup_s", phase.duration_s, memory.clock)
 
 
 def highest_peak(found: DerivedMetrics) -> None:
@@ -170,9 +194,14 @@ def footprint(
         return
     baseline_bytes = memory.baseline.resident_bytes
     how = _with_children(time, require(time.peak_footprint_bytes), time.family_rss_bytes, baseline_bytes)
-    found.add("peak_footprint_bytes", source="kernel's peak (VmHWM), under the default allocator",
+    under = "the default allocator" if time.allocator in _GLIBC else one_line(time.allocator)
+    if how["bound"] == "exact" and time.allocator == "default":
+        # mallopt and the steps before leave the heap in another state than a user's process has.
+        how["bound"], under = "about", f"{under}, {_EMULATED}"
+    found.add("peak_footprint_bytes", source=f"kernel's peak (VmHWM), under {under}",
               resolution_bytes=resolution_bytes(), **how)  # fmt: skip
-    found.add("held_footprint_bytes", require(time.held_footprint_bytes), "RSS after collecting and trimming",
+    found.add("held_footprint_bytes", require(time.held_footprint_bytes),
+              f"RSS after collecting and trimming, under {under}", how["bound"] if how["bound"] == "about" else "exact",
               resolution_bytes=resolution_bytes(), children=False)  # fmt: skip
 
 

@@ -17,7 +17,6 @@ from membench.data.epochs import endless
 from membench.data.layouts import Integers
 from membench.data.samples import StoredSamples
 from membench.data.shards import Shards
-from membench.errors import summary
 from membench.host.device import Device
 from membench.host.environment import available_bytes
 from membench.plugins import registry
@@ -25,7 +24,6 @@ from membench.plugins.storage import Storage
 from membench.protocol.case import Plugin
 from membench.protocol.requests import MeasureCase
 from membench.units import format_bytes
-from membench.worker import device, output_check
 from membench.worker.child_process import run_in_child
 from membench.worker.notes import PlainWeights
 from membench.worker.plugin_values import Facts
@@ -50,6 +48,7 @@ class Assembly:
         names: the members of the stack, as written in the suite.
         metrics: the custom quality metrics, by field.
         model_name: the name of the model in the suite.
+        aside: returns a context manager for work of the harness's own, which is left out of what is measured.
     """
 
     model: plugins.Model
@@ -59,6 +58,7 @@ class Assembly:
     context: plugins.Context
     metrics: Mapping[str, plugins.QualityMetric] = dataclasses.field(default_factory=dict)
     model_name: str | None = None
+    aside: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
     @classmethod
     def of(
@@ -67,6 +67,7 @@ class Assembly:
         device: str,
         scratch: Path,
         part: Callable[[str], contextlib.AbstractContextManager[None]],
+        aside: Callable[[], contextlib.AbstractContextManager[None]],
     ) -> Assembly:
         """Create the plug-ins that a request names.
 
@@ -74,6 +75,7 @@ class Assembly:
             device: the device of this rank, as torch names it.
             scratch: the folder for files of this case.
             part: returns a context manager that marks a part of a step.
+            aside: the attribute.
 
         Raises:
             plugins.Unsuitable: if a technique cannot be applied to the case, or needs a library that is not installed.
@@ -92,7 +94,8 @@ class Assembly:
             device, request.seed, model, part, {}, scratch, facts=Facts(), corpus=workload.corpus()
         )
         metrics = {field: create("metric", named) for field, named in request.metrics.items()}
-        return cls(model, techniques, workload, tuple(request.members), context, metrics, request.model_name)
+        members = tuple(request.members)
+        return cls(model, techniques, workload, members, context, metrics, request.model_name, aside)
 
     def name_of(self, plugin: object) -> str:
         """Return the kind and the name of a plug-in of the case for a message."""
@@ -118,7 +121,7 @@ class Assembly:
             self.context, model=miniature, part=_unmeasured, inventory={}, scratch=scratch, idle=[], diverged=[],
             facts={}, rehearsal=True,
         )  # fmt: skip
-        return dataclasses.replace(self, model=miniature, context=context)
+        return dataclasses.replace(self, model=miniature, context=context, aside=contextlib.nullcontext)
 
     @property
     def applied(self) -> list[plugins.Technique]:
@@ -144,10 +147,12 @@ class Assembly:
         for technique in self.applied:
             if type(technique).apply is plugins.Technique.apply:
                 continue
-            before = fingerprint(module)
+            with self.aside():
+                before = fingerprint(module)
             module = plugins.given_back(technique.apply(module, self.context), technique, "apply", "module")
-            if fingerprint(module) == before:
-                self.context.idle.append(technique)
+            with self.aside():
+                if fingerprint(module) == before:
+                    self.context.idle.append(technique)
         return module
 
     def make(self) -> nn.Module:
@@ -293,12 +298,14 @@ class Assembly:
 
         def prepare(assembly: Assembly) -> None:
             names = tuple(map(str, range(len(rest))))
-            made = dataclasses.replace(assembly, techniques=tuple(rest), names=names)
+            made = dataclasses.replace(
+                assembly, techniques=tuple(rest), names=names, aside=contextlib.nullcontext
+            )  # fmt: skip
             technique.prepare(made.make, assembly.context)
 
         rehearsed = self.rehearsed()
         if rehearsed is not None:
-            with contextlib.suppress(Exception):  # a failing rehearsal is not an error; see ``rehearse``
+            with contextlib.suppress(Exception):  # a failing rehearsal is not an error; see ``rehearsing``
                 prepare(rehearsed)
         torch.manual_seed(self.context.seed)  # the measured process does the same before it loads the model
         prepare(self)
@@ -311,39 +318,6 @@ class Assembly:
             return PlainWeights.of(self.model.skeleton())
         except Exception:  # the model cannot be built from shapes alone
             return None
-
-    def rehearse(self) -> str | None:
-        """Run the case on a tiny model before the baseline, so that libraries complete their one-time initialization.
-
-        Otherwise the first measured phase would include thread pools, the CUDA context, code pages of kernels and
-        lazily imported modules, some 10 MiB.
-
-        Returns:
-            the error, if the rehearsal fails. The measured case then either fails, too, or the error was due to the
-            small shapes.
-
-        Raises:
-            plugins.WrongOutput: if the model's own miniature does not return what the workload needs.
-            plugins.Unsuitable: if the workload cannot run it.
-        """
-        device.initialize(self.context.device)
-        assembly = self.rehearsed()
-        if assembly is None:
-            return None
-        with contextlib.suppress(Exception):
-            self.model.skeleton()  # imports the model's own code, which the generic model does not use
-        try:
-            module = assembly.make()
-            module.train(self.workload.trains)
-            refused = output_check.refusal_of_rehearsed(module, self.workload, assembly.context, self.model_name)
-            if refused is None:
-                assembly = assembly.store(module)
-                self.workload.start(module, assembly.tokens(module), self.techniques, assembly.context)()
-        except Exception as error:
-            return summary(error)
-        if refused is not None:
-            raise refused
-        return None
 
     def refuse_what_cannot_fit(self) -> None:
         """Compare the memory that loading needs with the free memory, before anything is loaded.

@@ -22,9 +22,12 @@ from membench.protocol.requests import MeasureCase, Rank
 from membench.units import LARGEST_VALUE
 from membench.worker import allocator, breakdown, checkpoint, device, notes, output_check, plugin_values, quality
 from membench.worker.assembly import Assembly
+from membench.worker.garbage import note_on_garbage
 from membench.worker.kernels import Kernels
 from membench.worker.meter import STEPS_FOR_MEMORY, Meter
 from membench.worker.numpy_threads import set_numpy_threads
+from membench.worker.rehearsing import rehearse
+from membench.worker.storages import Storages
 from membench.worker.timed_steps import TimedSteps
 from membench.worker.waiting import Waiting
 from membench.worker.weights import bytes_by_module, weight_bytes
@@ -82,7 +85,7 @@ class _Work:
     """A case that is being measured, with its result so far."""
 
     def __init__(self, request: MeasureCase, rank: Rank, scratch: Path, meter: Meter) -> None:
-        self.case = Assembly.of(request, rank.device, scratch, meter.part)
+        self.case = Assembly.of(request, rank.device, scratch, meter.part, meter.aside)
         self.losses: list[float] = []
         self.invalid: list[str] = []  # of each field once
         self.diverged: Diverged | None = None
@@ -131,7 +134,7 @@ class _Work:
         set_numpy_threads(self._rank.blas_threads)
         case.refuse_what_cannot_fit()
         self._waiting.be_passive()
-        failed = self._kernels.used_by(case.rehearse)
+        failed = self._kernels.used_by(functools.partial(rehearse, case))
         self._notes += self._kernels.notes
         if failed is not None:
             self._notes.append(f"what libraries set up once is in the figures: rehearsing ended in {failed}")
@@ -201,7 +204,7 @@ class _Work:
         if compiled := self._kernels.count() - compiled_before:
             self._notes.append(f"the first step compiled kernels, none of them from a cache (libraries: {compiled})")
         if case.workload.trains:
-            trained_bytes = sum(breakdown.storages(p for p in module.parameters() if p.requires_grad).values())
+            trained_bytes = Storages(p for p in module.parameters() if p.requires_grad).bytes
             # Packed weights are not parameters, so frozen weights are counted as all weights less the trained ones.
             self._update_result(
                 trained_weights_bytes=trained_bytes, frozen_weights_bytes=weight_bytes(module) - trained_bytes
@@ -209,11 +212,14 @@ class _Work:
         with meter.phase("run", "pinned") as run:
             meter.memory_in_parts = True
             for _ in range(STEPS_FOR_MEMORY):
+                meter.separate_step()
                 self._add_loss(step())
             meter.memory_in_parts = False
         # Weights are counted after the steps, because some libraries repack them in the first forward pass.
         self._update_result(weights_bytes=weight_bytes(module), modules_bytes=bytes_by_module(module))
         self._notes += case.notes_on_text(module)
+        assert run.reading is not None, "the phase has ended"
+        self._notes += note_on_garbage(meter.most_garbage_bytes, run.reading.live_peak_bytes)
         self._notes += notes.on_weights(module, case.techniques, self._plain)
         if (optimizer := case.context.inventory.get("optimizer")) is not None:
             trained = [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -29,6 +29,7 @@ from membench.data import corpus
 from membench.host import procfs, scratch
 from membench.protocol import forking, marks
 from membench.worker import allocator
+from membench.worker.python_blocks import FilledBlocks
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _WORKER_FAILED = 70
@@ -264,6 +265,8 @@ def serve(folder: Path, preload: list[str]) -> None:
             corpus.read()  # saves each case some 40 ms
         allocator.settle()
         gc.freeze()
+        filled = FilledBlocks()
+        filled.fill()  # once for all workers, which inherit it
         _Server(server, folder).serve()
     except (BrokenPipeError, ConnectionResetError):
         pass

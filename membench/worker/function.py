@@ -18,6 +18,7 @@ from membench.protocol import exceptions, pickling
 from membench.protocol.messages import EndedBadly, Result, ResultSoFar
 from membench.protocol.requests import MeasureFunction, Rank, Steps
 from membench.worker import allocator, device
+from membench.worker.garbage import note_on_garbage
 from membench.worker.meter import STEPS_FOR_MEMORY, Meter
 from membench.worker.numpy_threads import set_numpy_threads
 from membench.worker.timed_steps import TimedSteps
@@ -60,21 +61,24 @@ def measure(work: MeasureFunction, rank: Rank, meter: Meter) -> None:
     calls = _Calls(lambda: function(*arguments, **options), Path(work.raised))
     meter.set_baseline()
     try:
-        _measure_phases(calls, meter, work.steps, timed)
+        notes = _measure_phases(calls, meter, work.steps, timed)
     except _Raised as raised:
         error = raised.__cause__
         assert error is not None
         status = "out-of-memory" if is_out_of_memory(error) else "failed"
         meter.send(EndedBadly(status, summary(error)[:500], meter.current_phase))
         return
-    meter.send(ResultSoFar(Result(pinned=pinned, **timed.result())))
+    meter.send(ResultSoFar(Result(pinned=pinned, notes=notes, **timed.result())))
 
 
-def _measure_phases(calls: _Calls, meter: Meter, steps: Steps, timed_calls: TimedSteps) -> None:
+def _measure_phases(calls: _Calls, meter: Meter, steps: Steps, timed_calls: TimedSteps) -> list[str]:
+    """Measure the phases; return notes on what was measured."""
     with meter.phase("warmup", "pinned"):
         calls.next()
-    with meter.phase("run", "pinned"):
+    with meter.phase("run", "pinned") as run:
         for _ in range(STEPS_FOR_MEMORY):
+            calls.forget()
+            meter.separate_step()
             calls.next()
     allocator.unpin()
     timed_calls.settle()
@@ -85,6 +89,8 @@ def _measure_phases(calls: _Calls, meter: Meter, steps: Steps, timed_calls: Time
         # How often a function is called may change what it does.
         for _ in timed_calls.measure(calls.next, steps.measured, can_repeat=False):
             pass
+    assert run.reading is not None, "the phase has ended"
+    return note_on_garbage(meter.most_garbage_bytes, run.reading.live_peak_bytes)
 
 
 def _unpickled(path: Path) -> Any:
@@ -107,6 +113,10 @@ class _Calls:
         self._raised = raised
         self._returned: Any = None
 
+    def forget(self) -> None:
+        """Let go of what the last call returned."""
+        self._returned = None
+
     def next(self) -> None:
         """Call the function.
 
@@ -114,7 +124,7 @@ class _Calls:
             plugins.Unsuitable: if the function skips its test.
             _Raised: if the function raises any other exception.
         """
-        self._returned = None
+        self.forget()
         try:
             self._returned = self._call()
         except BaseException as error:  # includes SystemExit of sys.exit

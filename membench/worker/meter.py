@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import socket
 import time
@@ -15,6 +16,8 @@ from membench.protocol.messages import BaselineTaken, Message, PhaseBegins, Phas
 from membench.protocol.readings import Baseline, PartReading, PhaseReading
 from membench.protocol.requests import Rank
 from membench.worker import allocator
+from membench.worker.interval import Interval
+from membench.worker.live_memory import LiveMemory, Pages
 
 _T = TypeVar("_T")
 
@@ -73,8 +76,13 @@ class Meter:
         self._cores = environment.usable_cores()
         self._channel = channel
         self._answers = channel.makefile("rb")
-        self._baseline = self._interval_start = procfs.resident()
+        self._live = LiveMemory()
+        self._baseline = self._live.pages()
+        self._free_at_baseline_bytes = 0
+        self._interval = Interval(self._baseline)
         self._highest: dict[str, int] = {}
+        self._aside_s = 0.0
+        self.most_garbage_bytes = 0
 
     def send(self, message: Message) -> None:
         """Send a message to the runner, without waiting for an answer."""
@@ -94,11 +102,12 @@ class Meter:
     def set_baseline(self) -> None:
         """Take the baseline: the memory of the interpreter, the libraries and the harness."""
         self._settle()
-        self._baseline = procfs.resident()
+        self._baseline = self._live.pages_one_by_one()
+        self._free_at_baseline_bytes = self._live.free_bytes
         self.send(BaselineTaken(Baseline(self._baseline.anonymous_bytes, self._baseline.file_bytes)))
 
     def _settle(self) -> None:
-        allocator.settle()
+        self._live.settle()
         if self.on_gpu:
             import torch
 
@@ -111,7 +120,12 @@ class Meter:
             import torch
 
             return torch.cuda.memory_allocated(self._device)
-        return procfs.resident().anonymous_bytes - self._baseline.anonymous_bytes
+        return self._live.pages().anonymous_bytes - self._not_live_bytes
+
+    @property
+    def _not_live_bytes(self) -> int:
+        """Anonymous pages of the baseline, and those that were free when the process last settled."""
+        return self._baseline.anonymous_bytes + self._live.free_bytes - self._free_at_baseline_bytes
 
     def timed(self, step: Callable[[], _T]) -> tuple[_T, float, float | None]:
         """Run and time a step.
@@ -146,7 +160,7 @@ class Meter:
         """Measure a phase: its exact peaks, and the memory that is held after garbage collection at its end.
 
         Args:
-            allocator_name: the state of the allocator, for the record.
+            allocator_name: the state of the allocator for the record, if it is one that can be pinned.
         """
         self._settle()
         if self.on_gpu:
@@ -157,11 +171,13 @@ class Meter:
         self._send_and_wait(PhaseBegins(name))
         cores = procfs.cores(self.family)
         start = self._begin_interval()
+        holes_bytes = self._live.free_in_heap_bytes()
+        self._aside_s = 0.0
         began = time.perf_counter()
         phase = Phase()
         yield phase
         self.synchronize()
-        duration_s = time.perf_counter() - began
+        duration_s = time.perf_counter() - began - self._aside_s
         end, _ = self._end_interval()
         waited_s = self._waited_s(cores, duration_s)
         measured: dict[str, Any] = self._highest | {
@@ -169,14 +185,17 @@ class Meter:
             "file_end_bytes": end.file_bytes - self._baseline.file_bytes,
         }
         self._highest = {}
+        # What fills holes of the heap does not show; what was freed into new holes may still be in the peak.
+        measured["peak_live_at_most_bytes"] = measured["peak_live_bytes"] + holes_bytes
+        measured["peak_live_at_least_bytes"] -= max(0, self._live.free_in_heap_bytes() - holes_bytes)
         if self.on_gpu:
             self._update_gpu_peaks(measured)
             for part in self.parts.values():
                 for key in _GPU_PEAKS:
                     measured[key] = max(measured[key], part.memory.get(key, 0))
         self._settle()
-        settled = procfs.resident()
-        measured["held_live_bytes"] = settled.anonymous_bytes - self._baseline.anonymous_bytes
+        settled = self._live.pages_one_by_one()
+        measured["held_live_bytes"] = settled.anonymous_bytes - self._not_live_bytes
         measured["held_footprint_bytes"] = settled.total_bytes - self._baseline.total_bytes
         if self.on_gpu:
             measured["cuda_held_allocated_bytes"] = torch.cuda.memory_allocated(self._device)
@@ -184,7 +203,7 @@ class Meter:
         parts, self.parts = self.parts, {}
         phase.reading = PhaseReading(
             name=name,
-            allocator=allocator_name,
+            allocator=allocator.state(allocator_name),
             duration_s=duration_s,
             steps=phase.steps,
             waited_s=waited_s,
@@ -193,29 +212,46 @@ class Meter:
         )
         self._send_and_wait(PhaseEnds(phase.reading))
 
-    def _begin_interval(self) -> procfs.Resident:
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leave work of the harness's own, within a phase, out of the phase's memory and duration."""
+        self.synchronize()
+        began = time.perf_counter()
+        self._end_interval()
+        yield
+        self._live.count_free()
+        self._begin_interval()
+        self._aside_s += time.perf_counter() - began
+
+    def separate_step(self) -> None:
+        """Collect the garbage of earlier steps and what they left free, so that it is no memory of the next one."""
+        self._end_interval()
+        held_bytes = self.held_live_bytes()
+        gc.collect()
+        self.most_garbage_bytes = max(self.most_garbage_bytes, held_bytes - self.held_live_bytes())
+        self._live.count_free()
+        self._begin_interval()
+
+    def _begin_interval(self) -> Pages:
         """Begin an interval between two boundaries of phases or parts; return the memory at its begin."""
-        self._interval_start = procfs.resident()
+        start = self._live.pages()
+        self._interval = Interval(start)
         procfs.reset_peak()
-        return self._interval_start
+        return start
 
-    def _end_interval(self) -> tuple[procfs.Resident, dict[str, int]]:
+    def _end_interval(self) -> tuple[Pages, dict[str, int]]:
         """End an interval, and include its peaks in those of the phase.
-
-        The kernel reports only the peak of all resident pages. The file pages at the two ends of the interval give an
-        upper and a lower bound of the live peak.
 
         Returns:
             the memory at the end of the interval, and the peaks in it above the baseline.
         """
-        base, start, end = self._baseline, self._interval_start, procfs.resident()
-        fewest, most = sorted((start.file_bytes, end.file_bytes))
-        lowest = max(end.peak_bytes - most, start.anonymous_bytes, end.anonymous_bytes)
+        base, end = self._baseline, self._live.pages()
+        least_bytes, most_bytes = self._interval.anonymous_peak(end)
         peaks = {
-            "peak_live_bytes": max(end.peak_bytes - fewest, lowest) - base.anonymous_bytes,
-            "peak_live_at_least_bytes": lowest - base.anonymous_bytes,
-            "file_most_bytes": most - base.file_bytes,
-            "peak_footprint_bytes": max(end.peak_bytes, start.total_bytes, end.total_bytes) - base.total_bytes,
+            "peak_live_bytes": most_bytes - self._not_live_bytes,
+            "peak_live_at_least_bytes": least_bytes - self._not_live_bytes,
+            "file_most_bytes": max(self._interval.start.file_bytes, end.file_bytes) - base.file_bytes,
+            "peak_footprint_bytes": self._interval.peak(end) - base.total_bytes,
         }
         self._highest = {key: max(value, self._highest.get(key, value)) for key, value in peaks.items()}
         return end, peaks
@@ -249,7 +285,7 @@ class Meter:
         end, peaks = self._end_interval()
         if "peak_live_bytes" not in memory or peaks["peak_live_bytes"] > memory["peak_live_bytes"]:
             memory |= peaks | {"file_end_bytes": end.file_bytes - self._baseline.file_bytes}
-        memory["held_live_bytes"] = end.anonymous_bytes - self._baseline.anonymous_bytes
+        memory["held_live_bytes"] = end.anonymous_bytes - self._not_live_bytes
         self._begin_interval()
         if self.on_gpu:
             import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from membench.protocol import requests
 from membench.protocol.case import Case, Plugin
 from membench.protocol.forking import StartWorker
 from membench.protocol.messages import Result
-from membench.protocol.readings import Baseline, ProcessReading, QualityReading
+from membench.protocol.readings import ProcessReading, QualityReading
 from membench.running import deriving
 from membench.running.derived_metrics import DerivedMetrics
 from membench.running.deriving import JobReadings, WorkerMemory
@@ -90,10 +91,9 @@ class CaseJob(RunnableJob):
     def derive(self, readings: JobReadings) -> DerivedMetrics:
         """Derive the metrics of a case with one rank."""
         process, result = readings.processes[0], readings.results[0]
-        baseline = process.baseline or Baseline()
+        memory = WorkerMemory.of(process, result, on_gpu=readings.on_gpu)
         if result is None:
-            return _derive_partial(readings, process, WorkerMemory(readings.on_gpu, True, baseline))
-        memory = WorkerMemory(readings.on_gpu, result.pinned, baseline)
+            return _derive_partial(readings, process, memory)
         found = DerivedMetrics()
         if result.weights_bytes is not None:
             found.add("weights_bytes", result.weights_bytes, "walk over parameters and buffers")
@@ -164,7 +164,7 @@ def _memory(
     deriving.step_memory(found, run, memory)
     deriving.live(found, load, "load_peak_live_bytes", memory)
     deriving.live(found, apply, "apply_peak_live_bytes", memory)
-    found.add("apply_s", apply.duration_s, "monotonic clock, under the pinned allocator")
+    found.add("apply_s", apply.duration_s, memory.clock)
     deriving.footprint(found, run, time, memory, readings.interval_s)
     deriving.children(found, process.phases, readings.interval_s)
     for name, fact in result.facts.items():
@@ -172,9 +172,9 @@ def _memory(
     store = process.phase("store")
     if store is not None:
         deriving.live(found, store, "store_peak_live_bytes", memory)
-        found.add("store_s", store.duration_s, "monotonic clock, under the pinned allocator")
+        found.add("store_s", store.duration_s, memory.clock)
         if (compressing := store.parts.get("compress")) is not None:
-            on_cpu = WorkerMemory(False, memory.pinned, memory.baseline)
+            on_cpu = dataclasses.replace(memory, on_gpu=False)
             deriving.live(found, compressing, "compress_peak_live_bytes", on_cpu)
 
 

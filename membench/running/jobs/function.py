@@ -10,7 +10,6 @@ from typing import Any
 from membench.protocol import requests
 from membench.protocol.case import REFERENCE
 from membench.protocol.forking import StartWorker
-from membench.protocol.readings import Baseline
 from membench.running import deriving
 from membench.running.derived_metrics import DerivedMetrics
 from membench.running.deriving import JobReadings, WorkerMemory
@@ -68,7 +67,7 @@ class FunctionJob(RunnableJob):
             for name in _EXPECTED:
                 found.add_unknown(name, f"the case ended as {readings.status}")
             return found
-        memory = WorkerMemory(readings.on_gpu, result.pinned, process.baseline or Baseline())
+        memory = WorkerMemory.of(process, result, on_gpu=readings.on_gpu)
         run, time = deriving.phase_of(process, "run"), deriving.phase_of(process, "time")
         deriving.step_memory(found, run, memory)
         deriving.warmup(found, deriving.phase_of(process, "warmup"), memory)
