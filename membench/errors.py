@@ -12,6 +12,8 @@ EXIT_BAD_INPUT = 2
 EXIT_CANNOT_COMPARE = 3
 EXIT_INTERRUPTED = 130
 
+_MOST_CAUSES, _LONGEST_CAUSE = 3, 300
+
 
 def one_line(text: str) -> str:
     """Return the text with line breaks and terminal control characters written as escapes."""
@@ -24,17 +26,41 @@ def place_in(error: BaseException, file: str) -> str:
     return f", line {lines[-1]}" if lines else ""
 
 
+def is_rule(line: str) -> bool:
+    """Whether a line is only drawn: it has no letter and no digit."""
+    return not any(map(str.isalnum, line))
+
+
 def summary(error: BaseException) -> str:
-    """Summarize an error that is not membench's own in one line: its type and the first line of its message."""
-    first = str(error).strip().partition("\n")[0]
+    """Summarize an error that is not membench's own in one line: its type and the first line that tells something."""
+    try:
+        lines = [line.strip() for line in str(error).splitlines()]
+    except Exception:  # its own __str__ fails
+        lines = []
+    first = next((line for line in lines if not is_rule(line)), "")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out; libraries share no common type for that."""
-    text = str(error).lower()
-    kinds = ("MemoryError", "OutOfMemoryError")
-    return type(error).__name__ in kinds or "can't allocate memory" in text or "cannot allocate memory" in text
+def summary_with_causes(error: BaseException) -> str:
+    """Summarize an error in one line, with what it was caused by, or what was being handled when it was raised."""
+    said, seen = _summary_of_group(error), {id(error)}
+    for _ in range(_MOST_CAUSES):
+        cause = error.__cause__
+        relation = "caused by" if cause is not None else "while handling"
+        if cause is None and not error.__suppress_context__:
+            cause = error.__context__
+        if cause is None or id(cause) in seen:
+            break
+        seen.add(id(cause))
+        said += f" ({relation} {_summary_of_group(cause)[:_LONGEST_CAUSE]})"
+        error = cause
+    return said
+
+
+def _summary_of_group(error: BaseException) -> str:
+    if not isinstance(error, BaseExceptionGroup):
+        return summary(error)
+    return f"{summary(error)}: {'; '.join(_summary_of_group(each) for each in error.exceptions[:_MOST_CAUSES])}"
 
 
 class MembenchError(Exception):

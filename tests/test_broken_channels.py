@@ -9,8 +9,10 @@ import pickle
 import resource
 import signal
 import stat
+import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -177,6 +179,63 @@ def test_a_line_of_200_mib_without_an_end_is_refused_in_bounded_memory(measure: 
     )  # fmt: skip
     assert time.monotonic() - began_s < 15
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before < 64 * _MIB
+
+
+def _run_out_in_a_child() -> None:
+    subprocess.run([sys.executable, "-c", "raise MemoryError('no room')"], check=True)
+
+
+def _abort_for_memory() -> None:
+    os.write(2, b"terminate called after throwing an instance of 'std::bad_alloc'\n  what():  std::bad_alloc\n")
+    os.abort()
+
+
+def _raise_after_memory() -> None:
+    try:
+        raise MemoryError("no room")
+    except MemoryError:
+        traceback.print_exc()
+    raise ValueError("later")
+
+
+def _raise_for_memory() -> None:
+    try:
+        raise MemoryError("no room")
+    except MemoryError as error:
+        raise KeyError("weights") from error
+
+
+@pytest.mark.parametrize(
+    ("function", "status", "message"),
+    [
+        (_run_out_in_a_child, "out-of-memory", " exit status 1. (after: MemoryError: no room)"),
+        (
+            _abort_for_memory,
+            "out-of-memory",
+            "killed by SIGABRT: terminate called after throwing an instance of 'std::",
+        ),
+        (_raise_after_memory, "failed", "ValueError: later"),
+        (_raise_for_memory, "out-of-memory", "KeyError: 'weights' (caused by MemoryError: no room)"),
+    ],
+)
+def test_memory_that_runs_out_is_told_from_other_ends(
+    measure: Callable[..., Record], function: Callable[[], None], status: str, message: str
+) -> None:
+    record = measure(function)
+    assert record.status == status
+    assert message in str(record.message)
+    assert "no room" in record.output_tail or function is _abort_for_memory
+
+
+def test_of_a_long_output_the_beginning_and_the_end_are_kept(measure: Callable[..., Record]) -> None:
+    def write() -> None:
+        os.write(2, b"the first words\n" + b"x" * 100_000 + b"\nthe last words\n")
+        os._exit(1)
+
+    output = measure(write).output_tail
+    assert output.startswith("the first words\nxxx")
+    assert output.endswith("xxx\nthe last words\n")
+    assert "\n[93888 bytes are left out]\n" in output
 
 
 def test_a_signal_without_a_name_is_a_crash(measure: Callable[..., Record]) -> None:

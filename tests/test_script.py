@@ -188,6 +188,12 @@ def test_more_memory_than_before_has_regressed(trained: Ran, tmp_path: Path) -> 
          "crashed", "a", "killed by SIGSEGV"),
         ("import sys\nprint('first\\nlast\\n', file=sys.stderr)\nraise MemoryError",
          "out-of-memory", "script", "ended with exit code 1: MemoryError"),
+        ("import atexit, sys\natexit.register(print, 'wandb: synced', file=sys.stderr)\nraise MemoryError('no room')",
+         "out-of-memory", "script", "ended with exit code 1: MemoryError: no room"),
+        ("import sys\nsys.exit('torch.OutOfMemoryError: CUDA out of memory.\\n' + '=' * 60)",
+         "out-of-memory", "script", "ended with exit code 1: torch.OutOfMemoryError: CUDA out of memory."),
+        ("import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'raise MemoryError(1)'], check=True)",
+         "out-of-memory", "script", "ended with exit code 1: MemoryError: 1"),
     ],
 )  # fmt: skip
 def test_how_a_script_ends_is_its_status_with_phase_and_last_words(

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
-EXPLAIN = "every metric of every case, and what each member of a stack changes (csv and json have every metric anyway)"
+EXPLAIN = (
+    "every metric of every case, what each member of a stack changes, and what failed cases printed (csv and json have"
+    " every metric anyway)"
+)
 RESULTS = Path("results")
 
 
@@ -73,9 +76,20 @@ def print_run(run: Run, form: str, explain: bool, *, with_gates: bool = False) -
     print_table(text.comparison(run.records, form, shutil.get_terminal_size().columns if fits else None), form)
     if explain and not FORMATS[form].is_flat:
         print_table(f"\n{text.explanation(run.records, form)}", form)
+        if not FORMATS[form].is_for_machines:
+            _print_outputs(run, form)
     if not FORMATS[form].is_for_machines:
         put()
     print_remarks(_remarks(run, with_gates=with_gates), form)
+
+
+def _print_outputs(run: Run, form: str) -> None:
+    """Print what the cases that failed had printed, as much as their records keep."""
+    style = FORMATS[form]
+    for record in run.records:
+        if record.output_tail:
+            block = style.block(record.output_tail.splitlines())
+            print_table(f"\n{style.title(f'output of {record.id}')}\n\n{block}", form)
 
 
 def _remarks(run: Run, *, with_gates: bool) -> tuple[str, ...]:

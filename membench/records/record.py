@@ -41,7 +41,7 @@ class Record:
             threads waited for cores, or include in that time the waits of threads for each other.
         unchecked_limits: a sentence for each limit that was not checked because the case was skipped.
         timeline: columns of samples over the whole case, with ``at_s`` in seconds from its start.
-        output_tail: the end of the case's output, if the case failed.
+        output_tail: the case's output, if the case failed; of a long one the beginning and the end.
     """
 
     case: Mapping[str, Any]

@@ -15,6 +15,10 @@ from membench.report import latex, markdown
 Rows = Sequence[Mapping[str, object]]
 
 
+def _indented(lines: Sequence[str]) -> str:
+    return "\n".join(f"    {one_line(line)}" for line in lines)
+
+
 @dataclass(frozen=True)
 class TableFormat:
     """How a table is written.
@@ -24,6 +28,7 @@ class TableFormat:
         cell: makes a name from elsewhere safe as a cell or as a column's title.
         heading: writes a table's title; as a cell if not given.
         remark: makes a line below a table safe; it is plain text for people unless the format says otherwise.
+        block: writes lines of others as they are, set apart from what is membench's own.
         coded: writes a sign in another way that means the same, where the sign itself would be a command in a log.
         is_flat: one table of numbers, every metric of every case; else several tables of text for reading.
         is_for_machines: a program reads the output, so nothing but tables may be in it.
@@ -34,6 +39,7 @@ class TableFormat:
     cell: Callable[[str], str] = one_line
     heading: Callable[[str], str] | None = None
     remark: Callable[[str], str] = one_line
+    block: Callable[[Sequence[str]], str] = _indented
     coded: Callable[[str], str] = console.as_escape
     is_flat: bool = False
     is_for_machines: bool = False
@@ -87,7 +93,13 @@ def _json(rows: Rows) -> str:
 # Tabulate itself escapes the cells of HTML and LaTeX.
 FORMATS: Mapping[str, TableFormat] = {
     "simple": TableFormat(_tabulated("simple"), breaks=True),
-    "github": TableFormat(_tabulated("github"), cell=markdown.escaped, remark=markdown.verbatim, coded=_as_entity),
+    "github": TableFormat(
+        _tabulated("github"),
+        cell=markdown.escaped,
+        remark=markdown.verbatim,
+        block=lambda lines: markdown.fenced(lines, "text"),
+        coded=_as_entity,
+    ),
     "csv": TableFormat(_csv, is_flat=True, is_for_machines=True),
     "json": TableFormat(_json, coded=lambda sign: f"\\u{ord(sign):04x}", is_flat=True, is_for_machines=True),
     "latex": TableFormat(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
-from membench.host import procfs
+from membench.host import last_words, procfs
 from membench.records.record import Status
 from membench.running.fork_client import ForkServerLost, ForkServerSilent
 from membench.running.rank import Rank
@@ -25,25 +25,46 @@ def kernel_killed_for_memory(oom_kills_before: int | None) -> bool:
 
 
 def settle_status(rank: Rank, exited: int, timed_out: bool, timeout_s: float, oom_kills_before: int | None) -> None:
-    """Set the status of a rank that did not report one.
+    """Set the status of a rank that did not report one, or that reported only that another process failed.
 
     Args:
         exited: its exit status as returned by ``os.waitpid``.
         timed_out: whether it was killed because it exceeded its time limit.
     """
+    if rank.status is not None:
+        if rank.status == "failed" and rank.message and last_words.are_of_another(rank.message):
+            _settle_for_another(rank, rank.message, oom_kills_before)
+        return
+    words = last_words.of(rank.said)
     if rank.is_done:
         rank.status, rank.phase = "ok", None
-    elif timed_out:
+        return
+    if timed_out:
         rank.status, rank.message = "timeout", f"not done after {timeout_s:g} s"
-    elif os.WIFSIGNALED(exited):
+        return
+    if os.WIFSIGNALED(exited):
         number = os.WTERMSIG(exited)
         if number == signal.SIGKILL and kernel_killed_for_memory(oom_kills_before):
             rank.status, rank.message = "out-of-memory", "killed by the kernel for want of memory"
-        else:
-            rank.status, rank.message = "crashed", f"killed by {_signal_name(number)}"
+            return
+        rank.status, rank.message = "crashed", f"killed by {_signal_name(number)}"
     else:
         rank.status = "crashed"
         rank.message = f"ended with exit code {os.WEXITSTATUS(exited)} before it was done"
+    if words.are_of_memory:
+        rank.status = "out-of-memory"
+        if not rank.last_line():
+            rank.message += f": {words.line}"
+
+
+def _settle_for_another(rank: Rank, message: str, oom_kills_before: int | None) -> None:
+    """Look for the reason of a process that a rank had started and that failed."""
+    words = last_words.of(rank.said)
+    if words.are_of_memory:
+        rank.status, rank.message = "out-of-memory", f"{message} (after: {words.line})"
+    elif kernel_killed_for_memory(oom_kills_before) and last_words.tell_of_a_kill(f"{message}\n{rank.said}"):
+        rank.status = "out-of-memory"
+        rank.message = f"{message} (after the kernel had killed a process for want of memory)"
 
 
 def ending_of_lost(

@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 
+from membench.host import last_words
+from membench.host.last_words import LastWords
 from membench.records.record import Status
 
-_LONGEST_LINE = 300
-_OUT_OF_MEMORY = re.compile(r"([\w.]*\.)?(MemoryError|OutOfMemoryError)\b|.*can(not|'t) allocate memory", re.IGNORECASE)
+_KILLED = 128 + 9
+"""The exit code of a shell whose command was killed by SIGKILL."""
 
 
-def last_line(tail: bytes) -> str:
-    """Return the last line that is not empty of a program's standard error."""
-    lines = [line.strip() for line in re.split(r"[\r\n]", tail.decode(errors="replace"))]
-    return next((line[:_LONGEST_LINE] for line in reversed(lines) if line), "")
-
-
-def outcome(status: int, line: str) -> tuple[Status, str] | None:
+def outcome(status: int, words: LastWords, tail: str, *, kernel_killed: bool) -> tuple[Status, str] | None:
     """Return status and message of a program that failed by itself; ``None`` if it succeeded or a signal ended it.
 
     Args:
         status: the exit status as returned by ``os.waitpid``.
-        line: the last line of its standard error.
+        words: the last words of its standard error, and ``tail`` its end.
+        kernel_killed: whether the kernel has killed any process for lack of memory since the program was started.
     """
     code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 0
     if code == 0:
         return None
-    return ("out-of-memory" if _OUT_OF_MEMORY.match(line) else "failed"), f"ended with exit code {code}"
+    message = f"ended with exit code {code}"
+    if kernel_killed and (code == _KILLED or last_words.tell_of_a_kill(tail)):
+        return "out-of-memory", f"{message} after the kernel had killed a process of it for want of memory"
+    return ("out-of-memory" if words.are_of_memory else "failed"), message
 
 
 def leftover_remarks(left: Sequence[str]) -> list[str]:

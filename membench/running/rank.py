@@ -30,7 +30,10 @@ from membench.running.observer import Observer
 Tell = Callable[[str, Mapping[str, Any]], None]
 """Callback for the events of a run: name and details, as ``session.run`` lists them."""
 
-_TAIL_BYTES = 4096
+_HEAD_BYTES, _TAIL_BYTES = 2048, 4096
+"""How much of the output is kept in a record."""
+_LOOKED_AT_BYTES = 65536
+"""How much of the end of the output is looked at for what it says of the end: a launcher prints much for many ranks."""
 _MOST_PHASES = 100
 _LONGEST_TEXT, _LONGEST_QUOTE = 2000, 80
 
@@ -52,7 +55,7 @@ class Rank:
         self.message: str | None = None
         self.phases: list[PhaseReading] = []
         self.result: Result | None = None
-        self.tail = b""
+        self._head, self._tail, self._output_bytes = b"", bytearray(), 0
         self.is_done = False
         self.is_interrupted = False
         self.refused: list[tuple[str, str]] = []
@@ -143,15 +146,36 @@ class Rank:
                 raise BrokenMessage(f"a worker marks no phases of its own: {_quoted(message.phase)}")
 
     def add_output(self, data: bytes) -> None:
-        """Keep the tail of what the process printed."""
-        self.tail = (self.tail + data)[-_TAIL_BYTES:]
+        """Keep the beginning and the end of what the process printed."""
+        self._output_bytes += len(data)
+        self._head += data[: _HEAD_BYTES - len(self._head)]
+        self._tail += data
+        if len(self._tail) > 2 * _LOOKED_AT_BYTES:
+            del self._tail[:-_LOOKED_AT_BYTES]
+
+    @property
+    def said(self) -> str:
+        """The end of the output, as much as is looked at."""
+        return self._tail[-_LOOKED_AT_BYTES:].decode(errors="replace")
+
+    def output(self) -> str:
+        """Return the output for the record: of a long one the beginning and the end."""
+        left_out = self._output_bytes - _HEAD_BYTES - _TAIL_BYTES
+        if left_out <= 0:
+            return self.said
+        head, tail = self._head.decode(errors="replace"), self._tail[-_TAIL_BYTES:].decode(errors="replace")
+        return f"{head}\n[{left_out} bytes are left out]\n{tail}"
 
     def interrupt(self) -> None:
         """Record that the user interrupted the job."""
         self.is_interrupted = True
 
-    def on_end(self, ended: WorkerEnded) -> None:
-        """Process the end of the process; ``RunningJob.settle_status`` sets a status that is still missing."""
+    def on_end(self, ended: WorkerEnded, *, kernel_killed: bool) -> None:
+        """Process the end of the process; ``RunningJob.settle_status`` sets a status that is still missing.
+
+        Args:
+            kernel_killed: whether the kernel has killed any process for lack of memory since the job was started.
+        """
 
     def ended_well(self, ended: WorkerEnded) -> bool:
         """Whether the process ended after it had done all, as far as is known when it ends."""

@@ -142,7 +142,7 @@ class Runner:
             try:
                 server = self._ready_server(job.settings.timeout_s)
                 running.start(server, timeout_s, self._gpus, self._no_gpus, self._references)
-                running.run_to_end(timeout_s)
+                running.run_to_end(timeout_s, oom_kills_before)
                 running.settle_status(timeout_s, oom_kills_before)
             except ForkServerLost as error:
                 # The next job starts a new fork server.
@@ -193,7 +193,7 @@ class Runner:
             broken_limits=_broken_limits(found, job.limits, processes),
             unchecked_limits=_skipped_limits(status, job.limits),
             timeline=finished.timeline.columns(),
-            output_tail="" if status in ("ok", "skipped") else deciding.tail.decode(errors="replace"),
+            output_tail="" if status in ("ok", "skipped") else deciding.output(),
             machine={**self._machine, "threads": job.threads},
             settings=job.settings.model_dump(),
         )

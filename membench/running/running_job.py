@@ -23,7 +23,7 @@ from membench.protocol.messages import (
     decode,
 )
 from membench.running.fork_client import ForkServer, ForkServerLost, ForkServerSilent
-from membench.running.job_ending import ending_of_lost, settle_status
+from membench.running.job_ending import ending_of_lost, kernel_killed_for_memory, settle_status
 from membench.running.jobs.runnable import RunnableJob
 from membench.running.observer import Observer
 from membench.running.rank import Rank, Tell
@@ -163,7 +163,7 @@ class RunningJob:
         (self._turn.alone if alone else self._turn.share)()
         self.waited_s += time.monotonic() - asked_at
 
-    def run_to_end(self, timeout_s: float) -> None:
+    def run_to_end(self, timeout_s: float, oom_kills_before: int | None) -> None:
         """Handle messages and observe the ranks until all have ended. If one ends early, the others are killed.
 
         Raises:
@@ -181,8 +181,9 @@ class RunningJob:
                 rank.interrupt()
             self._kill()
             self._wait_for_ranks(deadline)
+        kernel_killed = kernel_killed_for_memory(oom_kills_before)
         for rank in self.ranks:
-            rank.on_end(self._ended[rank])
+            rank.on_end(self._ended[rank], kernel_killed=kernel_killed)
 
     def _kill(self) -> None:
         assert self._server is not None
@@ -361,10 +362,9 @@ class RunningJob:
         return min(failed, key=lambda rank: self._ended[rank].at_s, default=self.ranks[0])
 
     def settle_status(self, timeout_s: float, oom_kills_before: int | None) -> None:
-        """Set the status of each rank that did not report one."""
+        """Set the status of each rank that did not report one, or not the right one."""
         for rank in self.ranks:
-            if rank.status is None:
-                settle_status(rank, self._ended[rank].status, self.timed_out, timeout_s, oom_kills_before)
+            settle_status(rank, self._ended[rank].status, self.timed_out, timeout_s, oom_kills_before)
             if rank.message and (line := rank.last_line()):
                 rank.message += f": {line}"
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from membench.errors import is_out_of_memory, summary
+from membench.errors import summary
+from membench.host.out_of_memory import is_out_of_memory
 from membench.worker.weights import weight_bytes
 
 if TYPE_CHECKING:

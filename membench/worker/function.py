@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from membench import plugins
-from membench.errors import is_out_of_memory, summary
+from membench.errors import summary_with_causes
+from membench.host.out_of_memory import is_out_of_memory
 from membench.protocol import exceptions, pickling
 from membench.protocol.messages import EndedBadly, Result, ResultSoFar
 from membench.protocol.requests import MeasureFunction, Rank, Steps
@@ -65,8 +66,9 @@ def measure(work: MeasureFunction, rank: Rank, meter: Meter) -> None:
     except _Raised as raised:
         error = raised.__cause__
         assert error is not None
+        traceback.print_exception(error)  # for the record's output
         status = "out-of-memory" if is_out_of_memory(error) else "failed"
-        meter.send(EndedBadly(status, summary(error)[:500], meter.current_phase))
+        meter.send(EndedBadly(status, summary_with_causes(error)[:500], meter.current_phase))
         return
     meter.send(ResultSoFar(Result(pinned=pinned, notes=notes, **timed.result())))
 

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 from membench import plugins
-from membench.errors import is_out_of_memory
+from membench.errors import summary_with_causes
 from membench.host import import_path
+from membench.host.out_of_memory import is_out_of_memory
 from membench.protocol import requests
 from membench.protocol.messages import Done, EndedBadly, OptionsRefused, Progress
 from membench.protocol.requests import MeasureCase, MeasureFunction, PrepareModel, Request, VerifyModels
@@ -53,8 +54,7 @@ def main(request: Request, channel: socket.socket) -> None:
         meter.send(EndedBadly("diverged", str(error), error.phase))
     except (Exception, SystemExit) as error:  # a plug-in must not end the process
         status = "out-of-memory" if is_out_of_memory(error) else "failed"
-        message = f"{type(error).__name__}: {error}".partition("\n")[0]
-        meter.send(EndedBadly(status, message[:_LONGEST_MESSAGE], meter.current_phase))
+        meter.send(EndedBadly(status, summary_with_causes(error)[:_LONGEST_MESSAGE], meter.current_phase))
         raise
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from membench.data import corpus, tokens
-from membench.errors import is_out_of_memory, summary
+from membench.errors import summary
+from membench.host.out_of_memory import is_out_of_memory
 from membench.protocol.messages import CustomFigure
 from membench.protocol.readings import QualityReading
 from membench.records.metrics import METRIC_OF_FIELD, is_possible_value

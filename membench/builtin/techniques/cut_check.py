@@ -12,7 +12,8 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from membench.builtin.techniques.importance import at_rest, first_tensor, run
-from membench.errors import is_out_of_memory, summary
+from membench.errors import summary
+from membench.host.out_of_memory import is_out_of_memory
 from membench.plugins import Context, Unsuitable
 
 if TYPE_CHECKING:

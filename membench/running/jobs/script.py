@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from membench.host import last_words
 from membench.protocol.case import Case
 from membench.protocol.forking import StartProgram, WorkerEnded
 from membench.protocol.messages import BrokenMessage, MarkEntered, MarkLeft, Message, PhaseBegins, PhaseEnds, Result
@@ -106,10 +107,10 @@ class _Program(Rank):
             while data:
                 data = data[os.write(2, data) :]
 
-    def on_end(self, ended: WorkerEnded) -> None:
+    def on_end(self, ended: WorkerEnded, *, kernel_killed: bool) -> None:
         """Set the phases and the result, and the status unless a signal or the time limit ended the program."""
-        line = program_ending.last_line(self.tail)
-        self.phase = self._marked.ended_in(line)
+        words = last_words.of(self.said)
+        self.phase = self._marked.ended_in(words.line)
         self.phases = [
             dataclasses.replace(phase, gpu_unknown=phase.gpu_unknown or self._gpu_unknown)
             for phase in self._marked.end(ended.at_s, ended.peak_bytes, ended.forked_from_bytes)
@@ -128,7 +129,7 @@ class _Program(Rank):
             self.status, self.message = "crashed", "interrupted"
         elif self.status is not None:
             pass  # it was ended for what it sent
-        elif found := program_ending.outcome(ended.status, line):
+        elif found := program_ending.outcome(ended.status, words, self.said, kernel_killed=kernel_killed):
             self.status, self.message = found
         else:
             self.is_done = os.WIFEXITED(ended.status)
@@ -137,7 +138,9 @@ class _Program(Rank):
         return ended.status == 0
 
     def last_line(self) -> str:
-        return program_ending.last_line(self.tail)
+        if self.status in ("failed", "out-of-memory"):
+            return last_words.of(self.said).line
+        return last_words.last_line(self.said)
 
 
 def _footprint(found: DerivedMetrics, whole: PhaseReading, interval_s: float, *, had_children: bool) -> None:
