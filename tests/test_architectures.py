@@ -67,6 +67,14 @@ def test_a_file_its_folder_and_the_name_of_its_type_give_the_same_model(tmp_path
     assert (type(bare).__name__, bare.config.num_hidden_layers) == ("BertModel", 2)
 
 
+def test_a_miniature_is_small_in_all_its_parts_and_of_the_class_with_a_head_for_tokens() -> None:
+    small = _config("llava").miniature()
+    assert small is not None
+    module = small.skeleton()
+    assert type(module).__name__ == "LlavaForConditionalGeneration"
+    assert sum(parameter.numel() for parameter in module.parameters()) < 1_000_000
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

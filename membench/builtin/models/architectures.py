@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 Predicts: TypeAlias = Literal["next tokens", "masked tokens"]
 
 _NEXT = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT")
-_DEFAULTS = ("SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "CAUSAL_LM")
+_DEFAULTS = ("MASKED_LM", "CAUSAL_LM", "IMAGE_TEXT_TO_TEXT")
 _SMALL = {
-    **dict.fromkeys(("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"), 1),
+    **dict.fromkeys(("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 2),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
     **dict.fromkeys(("num_local_experts", "num_experts"), 2),
@@ -30,7 +30,9 @@ _SMALL = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "decoder_start_token_id": 0,
 }
+_MOST_SMALL_WEIGHTS = 10_000_000
 
 
 def class_named(name: str) -> Any:
@@ -110,14 +112,13 @@ def default_class(config: Any) -> Any:
     Raises:
         PluginError: if transformers has no class for it.
     """
-    for task in _DEFAULTS if config.is_encoder_decoder else (*_DEFAULTS[1:], _DEFAULTS[0]):
-        if config.model_type in (names := _classes_for(f"FOR_{task}")):
-            return class_named(names[config.model_type])
-    names = _classes_for("")
-    if config.model_type not in names:
-        raise PluginError(f"transformers has no model for a {type(config).__name__}")
-    found = names[config.model_type]
-    return class_named(found if isinstance(found, str) else found[0])
+    tasks = ("SEQ_TO_SEQ_CAUSAL_LM",) if config.is_encoder_decoder else _DEFAULTS
+    for task in (*(f"FOR_{task}" for task in tasks), ""):
+        for name in _flat([_classes_for(task).get(config.model_type, ())]):
+            found = class_named(name)
+            if isinstance(config, found.config_class):
+                return found
+    raise PluginError(f"transformers has no model for a {type(config).__name__}")
 
 
 def refuse_without_token_ids(architecture: Any) -> None:
@@ -193,28 +194,41 @@ def _feed_decoder(
 
 
 def shrunk(architecture: Any, config: Any) -> Any | None:
-    """Return a configuration of one narrow layer that is like another else; ``None`` if the class takes no such one."""
+    """Return a configuration of two narrow layers, else like another; ``None`` if the class takes no such one."""
     import torch
 
-    plain = config.to_dict()
+    for keeps_others in (True, False):
+        try:
+            found = config_of_class(type(config), _small_settings(config, keeps_others=keeps_others))
+            with torch.device("meta"):
+                module = made(architecture, found)
+        except PluginError:
+            continue
+        if sum(parameter.numel() for parameter in module.parameters()) <= _MOST_SMALL_WEIGHTS:
+            return found
+    return None
+
+
+def _small_settings(config: Any, *, keeps_others: bool) -> dict[str, Any]:
+    """Return a configuration's settings with the sizes of a small model, in its parts, too."""
     layers = getattr(config, "num_hidden_layers", None)
     # Lists with an entry a layer, as of the kinds of attention.
     settings = {
-        name: value[:1] if isinstance(value, list) and len(value) == layers else value for name, value in plain.items()
+        name: value[:2] if isinstance(value, list) and len(value) == layers else value
+        for name, value in (config.to_dict() if keeps_others else {}).items()
     }
     known = {*vars(config), *config.attribute_map}
     small = {name: size for name, size in _SMALL.items() if name in known and getattr(config, name, None) is not None}
+    if "qk_rope_head_dim" in known:  # the size of heads follows from that of their parts
+        small.pop("head_dim", None)
     for alias in small:
         settings.pop(config.attribute_map.get(alias, ""), None)
-    for base in (settings, {}):
-        try:
-            found = config_of_class(type(config), {**base, **small})
-            with torch.device("meta"):
-                made(architecture, found)
-        except PluginError:
-            continue
-        return found
-    return None
+    parts = {
+        name: _small_settings(part, keeps_others=keeps_others)
+        for name, part in vars(config).items()
+        if hasattr(part, "attribute_map")
+    }
+    return {**settings, **small, **parts}
 
 
 def _classes_for(task: str) -> Mapping[str, Any]:
@@ -225,8 +239,8 @@ def _classes_for(task: str) -> Mapping[str, Any]:
     return found
 
 
-def _flat(names: Iterable[str | Iterable[str]]) -> set[str]:
-    return {each for found in names for each in ((found,) if isinstance(found, str) else found)}
+def _flat(names: Iterable[str | Iterable[str]]) -> list[str]:
+    return [each for found in names for each in ((found,) if isinstance(found, str) else found)]
 
 
 def _known_classes() -> set[str]:

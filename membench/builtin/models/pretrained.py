@@ -281,7 +281,7 @@ def _encoded(folder: str, trust_remote_code: bool, text: bytes) -> tuple[list[in
 
 
 class _Shrunk(Pretrained):
-    """A model of the same class, of one narrow layer and with random weights."""
+    """A model of the same class, of two narrow layers and with random weights."""
 
     quality: ClassVar[bool] = False
     _small: Any = PrivateAttr(None)

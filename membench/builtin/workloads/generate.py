@@ -135,7 +135,11 @@ def _prefilled(module: nn.Module, prompt: torch.Tensor, options: dict[str, Any])
 def _encoded(output: object) -> dict[str, Any]:
     """What the decoder is given of the encoder's output, if there is an encoder."""
     hidden = getattr(output, "encoder_last_hidden_state", None)
-    return {} if hidden is None else {"encoder_outputs": (hidden,)}
+    if hidden is None:
+        return {}
+    from transformers.modeling_outputs import BaseModelOutput
+
+    return {"encoder_outputs": BaseModelOutput(last_hidden_state=hidden)}
 
 
 def _decoded(module: nn.Module, token: torch.Tensor, options: dict[str, Any]) -> object:
