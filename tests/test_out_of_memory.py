@@ -136,6 +136,7 @@ _OUTPUTS_OF_MEMORY = {
     f"{_OOM}\n{'=' * 60}\n": _OOM,
     f"{_TRACEBACK}{_OOM}\n{_TORCHRUN}": _OOM,
     f"{_RANKS}{_TORCHRUN}": _OOM,
+    f"loader: error: no cache yet\n{_RANKS}{_TORCHRUN}": _OOM,
     f"\x1b[31m{_TRACEBACK}MemoryError: no room\x1b[0m\nwandb: synced\n": "MemoryError: no room",
     f"{_TRACEBACK}MemoryError\nmake: *** [train] Error 1\n": "MemoryError",
     f"{_TRACEBACK}MemoryError: a{_CAUSED}{_TRACEBACK}own.Failed: b\n": "own.Failed: b (caused by MemoryError: a)",
@@ -166,6 +167,7 @@ _OUTPUTS_OF_OTHERS = {
         "train.py: error: the following arguments are required: --data"
     ),
     f"{_TRACEBACK}ValueError: bad\n{_TORCHRUN}": "ValueError: bad",
+    f"[rank0]: {_OOM}\n{_TRACEBACK}ValueError: bad\n": "ValueError: bad",
     _GROUP.format(first="KeyError: a"): "ValueError: x",
     f"{_TRACEBACK}ImportError: libgomp.so.1: cannot allocate memory in static TLS block\n": (
         "ImportError: libgomp.so.1: cannot allocate memory in static TLS block"

@@ -99,25 +99,29 @@ def of(text: str) -> LastWords:
     rank, since the first that fails makes the others fail.
     """
     streams: dict[str, list[str]] = {}
-    for line in _lines(text):
+    places: dict[str, list[int]] = {}
+    for place, line in enumerate(_lines(text)):
         named = _RANK.match(line)
-        streams.setdefault(named[1] if named else "", []).append(line[named.end() :] if named else line)
+        rank = named[1] if named else ""
+        streams.setdefault(rank, []).append(line[named.end() :] if named else line)
+        places.setdefault(rank, []).append(place)
     found = {rank: _ending(lines) for rank, lines in streams.items()}
-    common, ranks = found.pop("", None), list(found.values())
-    if common is not None and common.is_decided:
+    common = found.pop("", _Ending(""))
+    ranks = sorted(found.items(), key=lambda each: (not each[1].is_of_memory, not each[1].is_decided, not each[1].line))
+    if not ranks:
         return LastWords(common.line, common.is_of_memory)
-    for each in (*(rank for rank in ranks if rank.is_of_memory), *(rank for rank in ranks if rank.is_decided)):
-        return LastWords(each.line, each.is_of_memory)
-    if common is not None and common.line:
-        return LastWords(common.line, False)
-    return LastWords(next((rank.line for rank in ranks if rank.line), ""), False)
+    number, first = ranks[0]
+    is_later = common.is_decided and places[""][common.at] > places[number][first.at]
+    said = common if is_later or (common.line and not first.is_decided) else first
+    return LastWords(said.line, said.is_of_memory)
 
 
 @dataclass(frozen=True)
 class _Ending:
-    """What one stream of lines says: the line that tells most, and whether it is an error of its own."""
+    """What one stream of lines says: the line that tells most, its number, and whether it is an error of its own."""
 
     line: str
+    at: int = 0
     is_of_memory: bool = False
     is_decided: bool = False
 
@@ -133,24 +137,24 @@ def _ending(lines: list[str]) -> _Ending:
         in_group = lines[number].lstrip(" ").startswith(("|", "+"))
         line = lines[number].lstrip(" |") if in_group else lines[number]
         if others and not in_group:
-            return _Ending(others, is_decided=True)
+            return _Ending(others, number, is_decided=True)
         if not line.strip() or is_rule(line) or line[0].isspace():
             last = last or (line.strip() if line.strip() and not is_rule(line) else "")
             continue
         raises = _follows_traceback(lines, number) or _EXCEPTION.match(line) is not None
         if _MEMORY_TYPE.match(line) or _MEMORY.match(line) or (_MEMORY.search(line) and _is_of_library(line)):
             if not goes_on and not _GOING_ON.search(line):
-                return _Ending(line[:_LONGEST_LINE], is_of_memory=True, is_decided=True)
+                return _Ending(line[:_LONGEST_LINE], number, is_of_memory=True, is_decided=True)
         elif _CONSEQUENCE.search(line):
             consequence = consequence or (line[:_LONGEST_LINE] if raises else "")
         elif raises:
             cause = _cause(lines, number)
             told = line[:_LONGEST_LINE] + (f" (caused by {cause.line})" if cause.line else "")
             if cause.is_of_memory or not in_group:
-                return _Ending(told, cause.is_of_memory, is_decided=True)
+                return _Ending(told, number, cause.is_of_memory, is_decided=True)
             others = others or told
         elif _OTHER_ERROR.match(line):
-            return _Ending((last or line)[:_LONGEST_LINE], is_decided=True)
+            return _Ending((last or line)[:_LONGEST_LINE], number, is_decided=True)
         goes_on = goes_on or _GOING_ON.search(line) is not None
         last = last or line
     return _Ending(others or consequence or last[:_LONGEST_LINE], is_decided=bool(others))

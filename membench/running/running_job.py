@@ -346,14 +346,17 @@ class RunningJob:
     def settle_lost(
         self, error: ForkServerLost, unkilled: Sequence[str], timeout_s: float, oom_kills_before: int | None
     ) -> None:
-        """Set the status of each rank after the fork server was lost."""
+        """Set the status of each rank after the fork server was lost; what a rank reported before stays."""
         self.is_lost = True
         is_interrupted = any(rank.is_interrupted for rank in self.ranks)
         status, message = ending_of_lost(error, self.timed_out, timeout_s, oom_kills_before)
         for rank in self.ranks:
-            rank.status, rank.message = ("crashed", "interrupted") if is_interrupted else (status, message)
+            if is_interrupted:
+                rank.status, rank.message = "crashed", "interrupted"
+            elif rank.status in (None, "ok"):
+                rank.status, rank.message = status, message
             if unkilled:
-                rank.message += f"; cannot be killed, and still running: {', '.join(unkilled)}"
+                rank.message = f"{rank.message}; cannot be killed, and still running: {', '.join(unkilled)}"
 
     @property
     def deciding_rank(self) -> Rank:

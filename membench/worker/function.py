@@ -141,4 +141,7 @@ class _Calls:
         for _ in range(2):
             frames = frames.tb_next if frames else None
         text = "".join(traceback.format_exception(type(error), error, frames))
-        self._raised.write_bytes(pickle.dumps(exceptions.Raised(exceptions.sent(error), text)))
+        # The process may be killed while it writes.
+        partial = self._raised.with_suffix(".partial")
+        partial.write_bytes(pickle.dumps(exceptions.Raised(exceptions.sent(error), text)))
+        partial.replace(self._raised)
