@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import subprocess
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -12,6 +15,7 @@ from membench.errors import summary, summary_with_causes
 from membench.host import last_words
 from membench.host.out_of_memory import is_out_of_memory
 from membench.running import program_ending
+from membench.worker.child_process import run_in_child
 
 
 class OutOfMemoryError(RuntimeError):
@@ -222,3 +226,24 @@ def test_a_process_that_the_kernel_killed_below_a_launcher_is_out_of_memory(
     found = program_ending.outcome(code << 8, words, text, kernel_killed=kernel_killed)
     assert found is not None
     assert found[0] == status
+
+
+def test_memory_that_runs_out_in_a_preparing_process_runs_out_in_the_case() -> None:
+    def runs_out() -> dict[str, list[Any]]:
+        raise OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def fails() -> dict[str, list[Any]]:
+        raise ValueError("bad") from KeyError("key")
+
+    def is_killed() -> dict[str, list[Any]]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+    with pytest.raises(MemoryError, match=r"^OutOfMemoryError: CUDA out of memory"):
+        run_in_child(runs_out)
+    with pytest.raises(RuntimeError, match=r"^ValueError: bad \(caused by KeyError: 'key'\)$"):
+        run_in_child(fails)
+    with pytest.raises(RuntimeError) as killed:
+        run_in_child(is_killed)
+    assert last_words.tell_of_a_kill(str(killed.value))
+    assert last_words.are_of_another(str(killed.value))

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from membench.host.out_of_memory import is_out_of_memory
 from membench.plugins import TrainingData, Unsuitable
 from membench.plugins.storage import Damaged
 
@@ -54,6 +55,8 @@ def epochs(data: TrainingData, batch_size: int, seed: int, workers: int) -> Call
         except (Damaged, MemoryError) as error:
             raise type(error)(_said_by_worker(error)) from None
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise RuntimeError(_said_by_worker(error)) from None
 
     return batches

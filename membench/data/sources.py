@@ -18,6 +18,7 @@ from membench.data import corpus
 from membench.data.arrow import pyarrow
 from membench.errors import summary
 from membench.host.environment import available_bytes
+from membench.host.out_of_memory import is_out_of_memory
 from membench.plugins import DoesNotFit, Unsuitable
 from membench.plugins.storage import Damaged
 from membench.units import format_bytes
@@ -207,6 +208,8 @@ def _told_as_damage(path: Path) -> Iterator[None]:
     except (Unsuitable, Damaged):
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise Damaged(f"{path}: {summary(error)}") from None
 
 

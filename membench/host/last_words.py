@@ -50,12 +50,12 @@ _CONSEQUENCE = re.compile(
     r"ChildFailedError|ProcessRaisedException|ProcessExitedException|CalledProcessError|BrokenProcessPool|ExceptionGroup"
     r"|DistBackendError|NCCL|nccl|Connection (?:closed|reset)|Broken ?[Pp]ipe|ConnectionResetError|SystemExit"
     r"|exit(?:ed|s)?[ _-]?(?:code|status|with)|non-zero|Error \d+$|[Ss]ignal \d|SIG(?:KILL|TERM|ABRT|SEGV|INT|BUS)"
-    r"|terminated"
+    r"|killed by signal|exited unexpectedly|terminated"
 )
 """What is told of a process because another one failed."""
 _GOING_ON = re.compile(r"\b(?:retrying|falling back|skipping|continuing|resuming|recovered)\b", re.IGNORECASE)
 _KILLED = re.compile(
-    r"exit ?code\s*:\s*-9\b|Signal 9\b|SIGKILL|killed by signal: Killed"
+    r"exit ?code\s*:\s*-9\b|[Ss]ignal 9\b|SIGKILL|killed by signal: Killed"
     r"|exit(?:ed)? (?:with )?(?:code|status) (?:137|-9)\b|^(?:.*: line \d+:\s+\d+ )?Killed\b",
     re.MULTILINE,
 )

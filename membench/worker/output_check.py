@@ -16,6 +16,7 @@ from membench.data import corpus
 from membench.errors import summary
 from membench.host.device import Device
 from membench.host.environment import available_bytes
+from membench.host.out_of_memory import is_out_of_memory
 from membench.worker import allocator
 from membench.worker.child_process import run_in_child
 from membench.worker.rehearsal_model import RehearsalModel
@@ -164,7 +165,7 @@ def _check_in_child(workload: plugins.Workload, context: plugins.Context, tokens
         return
     try:
         found = run_in_child(lambda: _check_built(workload, context, tokens))
-    except RuntimeError:
+    except (RuntimeError, MemoryError):
         return
     if found["problem"]:
         raise plugins.WrongOutput(found["problem"][0], name)
@@ -184,6 +185,8 @@ def _check_built(workload: plugins.Workload, context: plugins.Context, tokens: i
     except plugins.Unsuitable:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         if Device.parse(context.device).on_gpu:  # it may have kernels for that device alone
             return {"problem": [], "known": []}
         return {"problem": [f"cannot be run on 1 × {tokens} token ids: {summary(error)}"], "known": []}
