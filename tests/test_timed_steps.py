@@ -21,6 +21,7 @@ from membench.host import procfs
 from membench.protocol.requests import Rank
 from membench.records.comparison import Comparison
 from membench.records.disturbance import calm_steps, steps_are_disturbed
+from membench.records.disturbed_times import is_disturbed
 from membench.records.metrics import METRICS
 from membench.regression.judging import judge
 from membench.regression.measured import of_records
@@ -118,6 +119,53 @@ def test_steps_of_a_training_are_never_repeated_but_wait_for_calm(neighbour: int
     assert len(done) == len(steps.durations_s) == 4
     assert time.monotonic() - began > 0.5
     assert procfs.running(neighbour)
+
+
+_PROGRAM = """\
+import hashlib
+
+hashlib.pbkdf2_hmac("sha256", b"a", b"b", 2_000_000)
+"""
+
+
+def test_a_program_that_waited_for_a_core_is_marked_too(neighbour: int, tmp_path: Path) -> None:
+    assert procfs.running(neighbour)
+    (tmp_path / "own.py").write_text(_PROGRAM)
+    suite = membench.Suite("own", script={"file": str(tmp_path / "own.py")})
+    (record,) = membench.run(suite, output=tmp_path / "results").records
+    (process,) = record.processes
+    assert process.waited_s is not None
+    assert process.durations_s is not None
+    assert process.waited_s[0] > 0.2 * process.durations_s[0]
+    assert is_disturbed(record, "step_median_s")
+    assert not is_disturbed(record, "peak_footprint_bytes")
+
+
+_BUSY_ITSELF = """\
+import hashlib, threading
+
+threads = [threading.Thread(target=hashlib.pbkdf2_hmac, args=("sha256", b"a", b"b", 500_000)) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_threads_of_a_program_that_wait_for_one_another_are_no_disturbance(tmp_path: Path) -> None:
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        (tmp_path / "own.py").write_text(_BUSY_ITSELF)
+        suite = membench.Suite("own", script={"file": str(tmp_path / "own.py")})
+        (record,) = membench.run(suite, output=tmp_path / "results").records
+    finally:
+        os.sched_setaffinity(0, allowed)
+    (process,) = record.processes
+    assert process.waited_s is not None
+    assert process.durations_s is not None
+    # What others took of the core, at most; the threads themselves waited for two to three times as long.
+    assert process.waited_s[0] < process.durations_s[0]
 
 
 _SUITE = """\

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Collection
@@ -58,6 +59,32 @@ class Others:
     def _read(self) -> _Use | None:
         busy_s, own = busy_cores_s(self._cores), procfs.cores(self._family)
         return None if busy_s is None or own is None else _Use(time.monotonic(), busy_s, own.used_s)
+
+
+class WatchedWaiting:
+    """For how long the threads of another process and of its descendants wait for cores, from repeated looks.
+
+    What threads wait after the last look before they end is not seen.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._waited_ns: dict[tuple[int, str], int] = {}
+        self._looked_at_s = -math.inf
+
+    @property
+    def waited_s(self) -> float | None:
+        """Return the seconds, summed over threads; ``None`` if the kernel reports none."""
+        return sum(self._waited_ns.values()) / 1e9 if self._waited_ns else None
+
+    def look(self, descendants: Collection[int]) -> None:
+        """Look at all threads, if the last look was long enough ago: it takes some 25 µs a thread."""
+        if time.monotonic() - self._looked_at_s < _SHORTEST_LOOK_S:
+            return
+        self._looked_at_s = time.monotonic()
+        for pid in (self._pid, *descendants):
+            for thread, waited_ns in procfs.threads_waited_ns(pid).items():
+                self._waited_ns[pid, thread] = waited_ns
 
 
 def busy_cores_s(cores: Collection[int]) -> float | None:

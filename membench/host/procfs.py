@@ -158,6 +158,14 @@ def cores(family: int | None = None) -> Cores | None:
     return Cores(waited_ns / 1e9, time.process_time() + used_ns / 1e9 + reaped.ru_utime + reaped.ru_stime)
 
 
+def threads_waited_ns(pid: int) -> dict[str, int]:
+    """Return for how long each thread of a process was ready to run and had no core, by id; empty if it is gone."""
+    try:
+        return {task: _schedstat(f"{pid}/task/{task}")[1] for task in os.listdir(f"/proc/{pid}/task")}
+    except (OSError, IndexError, ValueError):
+        return {}
+
+
 def _of_all_threads_ns(pid: int) -> int:
     """Return how long the threads of a process ran; 0 if it is gone."""
     try:

@@ -91,6 +91,7 @@ class WorkerEnded:
         had_children: whether it waited for child processes.
         left: names of the processes that outlived its grace period and were killed.
         unkilled: names and ids of the processes that could not be killed.
+        used_s: for how long its threads ran, and those of the children that it waited for, summed.
     """
 
     answer: ClassVar[str] = "ended"
@@ -102,6 +103,7 @@ class WorkerEnded:
     had_children: bool
     left: Sequence[str] = field(default=())
     unkilled: Sequence[str] = field(default=())
+    used_s: float = 0.0
 
 
 Answer: TypeAlias = Importing | Ready | Started | WorkerEnded

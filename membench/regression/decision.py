@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Literal, NamedTuple
 
 from membench.records.disturbed_times import WHY
@@ -31,16 +31,16 @@ _MORE_REPEATS = (
 _TIME = "step_median_s"
 
 
-def said_of_few_times(baseline: Measured, case_ids: Iterable[str], remedy: str) -> str | None:
+def said_of_few_times(baseline: Measured, case_ids: Collection[str], remedy: str) -> str | None:
     """What whoever keeps these cases must know of their times; ``None`` where each can be told from chance."""
     for case_id in case_ids:
-        if _TIME in baseline.cases[case_id].disturbed:
-            return f"while times were measured, {WHY}: none will be called slower than these; {_CALM}"
         count = len(baseline.cases[case_id].values.get(_TIME, ()))
         if 0 < count < LEAST_REPEATS and not baseline.noise.factor(case_id, _TIME):
             return (
                 f"times were measured less than {LEAST_REPEATS} times: none will be called slower than these; {remedy}"
             )
+    if any(_TIME in baseline.cases[case_id].disturbed for case_id in case_ids):
+        return f"while times were measured, {WHY}: none will be called slower than these; {_CALM}"
     return None
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from membench.host import procfs
+from membench.host.load import WatchedWaiting
 from membench.host.nvml import Gpu, GpuReading, Gpus
 from membench.protocol.readings import PhaseReading
 from membench.running.timeline import Sample, Timeline
@@ -78,6 +79,16 @@ class Observer:
         self._reading: GpuReading | None = None
         self._energy_mj: int | None = None
         self._seen: Observed | None = None
+        self._waiting: WatchedWaiting | None = None
+
+    def watch_waiting(self) -> None:
+        """Look from now on for how long threads of the process and its descendants wait for cores."""
+        self._waiting = WatchedWaiting(self.pid)
+
+    @property
+    def waited_s(self) -> float | None:
+        """Return for how long threads were seen to wait for cores, in seconds summed; ``None`` if not known."""
+        return self._waiting.waited_s if self._waiting else None
 
     def use_gpu(self, uuid: str) -> str | None:
         """Include a GPU in the samples from now on; return the reason if it is not found."""
@@ -108,6 +119,8 @@ class Observer:
         except ProcessLookupError:
             return None
         descendants = self._watch.descendants()
+        if self._waiting:
+            self._waiting.look(descendants)
         children = 0
         for child in descendants:
             try:

@@ -13,6 +13,7 @@ import gc
 import importlib
 import json
 import os
+import resource
 import select
 import shutil
 import signal
@@ -193,9 +194,9 @@ class _Server:
                 pid, status, usage = os.wait4(ended.si_pid, 0)
                 if is_worker:
                     self._workers.remove(pid)
-                    self._clean_up(pid, status, usage.ru_maxrss * 1024, had_children)
+                    self._clean_up(pid, status, usage, had_children)
 
-    def _clean_up(self, pid: int, status: int, peak_bytes: int, had_children: bool) -> None:
+    def _clean_up(self, pid: int, status: int, usage: resource.struct_rusage, had_children: bool) -> None:
         """Kill the descendants of an ended worker, and report how it ended.
 
         The workers' files are removed after the last worker of the job.
@@ -205,12 +206,11 @@ class _Server:
         unkilled = _kill_descendants(keep=self._workers)
         if not self._workers:
             scratch.empty(self._folder)
-        forked_from_bytes = procfs.resident().peak_bytes
-        self._answer(
-            forking.WorkerEnded(
-                pid, status, ended_at_s, peak_bytes, forked_from_bytes, had_children, tuple(left), tuple(unkilled)
-            )
-        )
+        ended = forking.WorkerEnded(
+            pid, status, ended_at_s, usage.ru_maxrss * 1024, procfs.resident().peak_bytes, had_children, tuple(left),
+            tuple(unkilled), usage.ru_utime + usage.ru_stime,
+        )  # fmt: skip
+        self._answer(ended)
 
     def _handle_order(self) -> bool:
         """Execute the runner's next order; return ``False`` if the runner has closed the socket."""

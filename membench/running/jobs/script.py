@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from membench.host import last_words
+from membench.host import environment, last_words, procfs
 from membench.protocol.case import Case
 from membench.protocol.forking import StartProgram, WorkerEnded
 from membench.protocol.messages import BrokenMessage, MarkEntered, MarkLeft, Message, PhaseBegins, PhaseEnds, Result
@@ -88,6 +88,7 @@ class _Program(Rank):
         if self.device.on_gpu:
             self._gpu_unknown = no_gpus or observer.use_gpu_of(str(self.device))
         self._marked = MarkedPhases(observer.pid, observer)
+        observer.watch_waiting()
 
     def handle(self, message: Message) -> None:
         match message:
@@ -118,9 +119,12 @@ class _Program(Rank):
         remarks = program_ending.leftover_remarks(ended.left)
         if self._marked.left_out:
             remarks.append(f"of the phases it marks only the first {MOST_PHASES} are kept")
+        duration_s = ended.at_s - self.started_at_s
+        waited_s = self._waited_for_others_s(ended, duration_s)
         self.result = Result(
             pinned=False,
-            durations_s=(ended.at_s - self.started_at_s,),
+            durations_s=(duration_s,),
+            waited_s=None if waited_s is None else (waited_s,),
             exit_code=os.WEXITSTATUS(ended.status) if os.WIFEXITED(ended.status) else None,
             had_children=ended.had_children,
             remarks=tuple(remarks),
@@ -133,6 +137,15 @@ class _Program(Rank):
             self.status, self.message = found
         else:
             self.is_done = os.WIFEXITED(ended.status)
+
+    def _waited_for_others_s(self, ended: WorkerEnded, duration_s: float) -> float | None:
+        """Return how much of the waiting for cores other processes can have caused; ``None`` if it is not known."""
+        waited_s = self.observer.waited_s
+        if waited_s is None:
+            return None
+        return procfs.Cores(waited_s, ended.used_s).waited_for_others_s(
+            procfs.Cores(0.0, 0.0), duration_s, environment.usable_cores()
+        )
 
     def ended_well(self, ended: WorkerEnded) -> bool:
         return ended.status == 0
