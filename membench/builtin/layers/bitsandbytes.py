@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Self
 
+import torch
 from bitsandbytes.nn import Linear4bit, Params4bit  # type: ignore[attr-defined]
 from torch import nn
 
@@ -40,6 +41,10 @@ class Nf4Linear(Linear4bit):
         # It packs 32 rows together, and fails where some are left over.
         made.support_avx512bf16_for_cpu = made.support_avx512bf16_for_cpu and layer.out_features % 32 == 0
         return made
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply; the kernel for CPUs reads inputs that are a transposed view as if they were none."""
+        return super().forward(x.contiguous())
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         weight: Any = self.weight
