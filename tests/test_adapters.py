@@ -279,6 +279,40 @@ def test_weights_that_no_gradient_passes_through_are_refused_when_training_start
         _training().start(module, lambda count: _ids(count)[0], stack, _context("llama, no groups"))
 
 
+@pytest.mark.parametrize("base", [None, "int8-weight-only"])
+def test_layers_that_begin_as_zeros_are_no_reason_to_refuse_adapters(base: str | None) -> None:
+    """The gradient through a weight of zeros is zero, whatever passes gradients and whatever does not."""
+    from membench.builtin.techniques.adapters import _adapted_layers, _passes_gradients
+
+    technique = _technique("lora", targets=["down_proj"])
+    zeros = _built("llama, no groups")
+    for layer in zeros.model.layers:
+        layer.mlp.down_proj.weight.data.zero_()
+    for member in (*(() if base is None else (_technique(base),)), technique):
+        zeros = member.apply(zeros, _context("llama, no groups"))
+    assert {_passes_gradients(layer) for _, layer in _adapted_layers(zeros)} == {None}
+    _training().start(zeros.train(), lambda count: _ids(count)[0], [technique], _context("llama, no groups"))
+    filled = _built("llama, no groups", *(() if base is None else (_technique(base),)), technique)
+    assert {_passes_gradients(layer) for _, layer in _adapted_layers(filled)} == {True}
+
+
+def test_targets_that_no_layer_has_are_named_with_what_there_is() -> None:
+    with pytest.raises(Unsuitable) as caught:
+        _built("gpt2", _technique("lora", targets=["q_proj", "v_proj"]))
+    assert str(caught.value) == (
+        "no layer has a name of targets = [q_proj, v_proj]; there are wte, wpe, ln_1, c_attn, c_proj, ln_2, c_fc, ln_f,"
+        " lm_head"
+    )
+
+
+def test_a_rehearsal_adapts_a_miniature_whose_layers_have_other_names() -> None:
+    import dataclasses
+
+    technique = _technique("lora", targets=["fc_1"])
+    context = dataclasses.replace(_context("llama"), rehearsal=True)
+    assert _trained(technique.apply(_MODELS["llama"].build(context), context))
+
+
 def test_a_target_that_no_layer_has_is_remarked() -> None:
     technique = _technique("lora", targets=["q_proj", "qproj"])
     module = _built("llama", technique)

@@ -20,7 +20,7 @@ from membench.plugins.options import CONTRACT_VERSION
 from membench.plugins.screen import contract_lines
 from tests.installing import install
 
-_CLASSES = ("Options", "Technique", "LayerWise", "Model", "Workload", "QualityMetric")
+_CLASSES = ("Options", "Technique", "SelectsLayers", "LayerWise", "Model", "Workload", "QualityMetric")
 
 
 def test_the_contract_fits_one_screen_and_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,7 +57,10 @@ _VERSION_1 = {
         "optimizer(optimizer, module, context)", "step_context(context)", "training_step(step, context)",
         "generate_options(options, context)", "remark(module, context)",
     ],
-    "LayerWise": ["convert(name, layer, head)", "for_rehearsal(context)"],
+    "SelectsLayers": ["keeps_layers", "skip", "only", "selects(name)", "check_patterns(names, context)"],
+    "LayerWise": [
+        "convert(name, layer, head)", "converted(name, layer, head, context)", "for_rehearsal(context)",
+    ],
     "Model": [
         "gives_logits", "quality", "shape", "check()", "prepare(progress)", "build(context)", "skeleton()",
         "miniature()", "vocabulary(module)", "encode(text)", "token_ends(text)", "max_tokens()", "needed_bytes()",
@@ -138,6 +141,14 @@ def _wrong(text: str, base: str) -> str | None:
 @pytest.mark.filterwarnings("ignore:Field name")  # which is what is told here
 def test_a_technique_that_would_fail_in_a_run_is_told_when_it_is_loaded(body: str, said: str | None) -> None:
     assert _wrong(f"class Own(Technique):\n    {body}\n", "Technique") == said
+
+
+def test_an_option_that_the_contract_has_already_cannot_be_one_of_a_plug_in() -> None:
+    layer_wise = "class Own(LayerWise):\n    def convert(self, name, layer, head): ...\n"
+    assert _wrong(layer_wise, "Technique") is None
+    assert _wrong(f"{layer_wise}    skip: int = 3\n", "Technique") == (
+        "'skip' is an option that SelectsLayers has already: take another name for yours"
+    )
 
 
 def test_what_has_no_default_must_be_there_in_the_class_or_above_it() -> None:

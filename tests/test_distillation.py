@@ -110,6 +110,13 @@ def test_a_student_is_in_fp32_whatever_the_teacher_is_in() -> None:
     assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
 
 
+def test_a_student_that_starts_from_a_teacher_with_hooks_is_refused_as_it_would_have_none() -> None:
+    teacher: Any = _MODELS["llama"].build(_context())
+    teacher.model.layers[0].mlp.up_proj.register_forward_hook(lambda layer, inputs, output: output * 2)
+    with pytest.raises(Unsuitable, match=r"'model.layers.0.mlp.up_proj' is more than those: it has hooks$"):
+        _technique("distill", steps=1, start="teacher").apply(teacher, _context())
+
+
 def test_softened_kl_is_the_mean_of_the_divergences_from_the_teacher_times_the_square_of_the_temperature() -> None:
     import torch
 

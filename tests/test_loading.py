@@ -25,6 +25,7 @@ from membench.builtin.workloads.forward import Forward
 from membench.builtin.workloads.train import Train
 from membench.host import procfs
 from membench.records.record import Record
+from membench.worker import converted_layers
 from membench.worker.assembly import Assembly
 from membench.worker.storages import plain_tensors
 from membench.worker.weights import own_tensors, weight_bytes
@@ -288,7 +289,9 @@ def test_a_member_that_changed_nothing_is_named_wherever_it_was_applied(
     case = Assembly(_UNTIED_LLAMA, stack, Train.model_validate({}), names, _context(_UNTIED_LLAMA, tmp_path))
     case.prepare()
     case.make()
-    assert case.remarks_on_idle() == ["'idle' changed nothing in the model"]
+    assert converted_layers.remarks(case.names, case.techniques, case.context) == [
+        "'idle' changed nothing in the model"
+    ]
 
 
 def hooked() -> nn.Module:

@@ -549,14 +549,26 @@ def test_stacks_and_devices_that_cannot_be_served_are_skipped_with_the_reason() 
     assert _reason(Fp8Dynamic(), device="cuda") is None
 
 
+def test_bnb_nf4_multiplies_a_transposed_view_as_any_other_input() -> None:
+    import torch
+    from torch import nn
+
+    layer = BnbNf4().convert("layer", nn.Linear(64, 64), None).eval()
+    inputs = torch.randn(1, 64, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(inputs.transpose(1, 2)), layer(inputs.transpose(1, 2).contiguous()))
+
+
 def test_a_layer_that_was_pruned_with_masks_is_not_quantized_unnoticed() -> None:
     from torch import nn
     from torch.nn.utils import prune
 
     layer = nn.Linear(64, 64)
     prune.random_unstructured(layer, "weight", 0.5)  # type: ignore[no-untyped-call]
-    with pytest.raises(Unsuitable, match="'proj' has no plain weight left"):
-        _made(Int8WeightOnly).convert("proj", layer, None)
+    context = _built(Llama.of_shape(_TIED))[1]
+    assert _made(Int8WeightOnly).converted("proj", layer, None, context) is layer
+    (left,) = context.left_alone
+    assert (left.path, left.reason) == ("proj", "it has hooks")
 
 
 def test_qat_learns_to_live_with_three_bits_better_than_as_much_training_without_rounding() -> None:

@@ -5,13 +5,15 @@ modules of this package.
 """
 
 from membench.plugins.contract import Context, Model, Setting, Shape, Technique, Workload, stepping
-from membench.plugins.layer_wise import LayerWise, output_head, replaced
+from membench.plugins.layer_wise import LayerWise, SelectsLayers, output_head, replaced
 from membench.plugins.logits import WrongOutput, last_logits_of, logits_of
 from membench.plugins.options import ByteCount, DoesNotFit, Options, Unsuitable, given_back
 from membench.plugins.quality_metric import HeldOut, QualityMetric
 from membench.plugins.training import Corpus, Samples, Step, Tokens, TrainingData, TrainingStep
 
-CONTRACT_CLASSES: tuple[type[Options], ...] = (Options, Technique, LayerWise, Model, Workload, QualityMetric)
+CONTRACT_CLASSES: tuple[type[Options], ...] = (
+    Options, Technique, SelectsLayers, LayerWise, Model, Workload, QualityMetric,
+)  # fmt: skip
 
 __all__ = [
     "CONTRACT_CLASSES",
@@ -25,6 +27,7 @@ __all__ = [
     "Options",
     "QualityMetric",
     "Samples",
+    "SelectsLayers",
     "Setting",
     "Shape",
     "Step",

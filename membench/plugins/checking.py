@@ -60,7 +60,11 @@ def _of_options(loaded: type[Options], stages: dict[str, Any]) -> Iterator[str]:
     for name, field in loaded.model_fields.items():
         if name in stages:
             yield f"option '{name}' has the name of a stage"
-        if any(name in vars(each).get("__annotations__", {}) for each in loaded.__mro__ if each in CONTRACT_CLASSES):
+        declaring = [each for each in loaded.__mro__ if name in vars(each).get("__annotations__", {})]
+        of_contract = [each for each in declaring if each in CONTRACT_CLASSES]
+        if len(declaring) > len(of_contract) > 0 and name in of_contract[0].model_fields:
+            yield f"'{name}' is an option that {of_contract[0].__name__} has already: take another name for yours"
+        elif of_contract and name not in of_contract[0].model_fields:
             yield f"'{name}' is no option: write '{name}: ClassVar[TYPE] = …', or leave its type out"
         if isinstance(field.default, _NOT_HASHABLE):
             kind = type(field.default).__name__

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from membench.plugins.logits import logits_of
 from membench.plugins.options import Options
+from membench.plugins.replacing import LeftAlone, WeightUse
 from membench.plugins.storage import Storage
 from membench.plugins.training import Corpus, Samples, Step, Tokens, TrainingData, TrainingStep
 
@@ -67,6 +68,8 @@ class Context:
         samples: the labelled samples of the stack, where the workload trains on some.
         rehearsal: whether the case is only rehearsed on a miniature; then do one step of whatever takes many.
         corpus: the corpus that the workload reads, if it reads one.
+        weight_uses: by path of a layer, who uses its weight besides the layer; ``None``: not known. See ``LayerWise``.
+        left_alone: layers that a technique would have converted, had they not something of their own to lose.
     """
 
     device: str
@@ -82,6 +85,8 @@ class Context:
     samples: Samples | None = None
     rehearsal: bool = False
     corpus: Corpus | None = None
+    weight_uses: Mapping[str, WeightUse] | None = None
+    left_alone: list[LeftAlone] = field(default_factory=list)
 
 
 class Model(Options):

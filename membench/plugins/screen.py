@@ -37,7 +37,8 @@ def _declared(owner: type[Options]) -> Iterator[str]:
     yield f"class {owner.__name__}({', '.join(base.__name__ for base in owner.__bases__)}):{group}"
     for name, annotation in inspect.get_annotations(owner).items():
         if name not in _FOR_THE_HARNESS:
-            yield f"    {name}: {annotation} = {vars(owner)[name]!r}"
+            field = owner.model_fields.get(name)
+            yield f"    {name}: {annotation} = {(vars(owner)[name] if field is None else field.default)!r}"
     for name, stage in vars(owner).items():
         if name.startswith("_"):
             continue

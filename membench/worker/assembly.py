@@ -20,10 +20,12 @@ from membench.data.shards import Shards
 from membench.host.device import Device
 from membench.host.environment import available_bytes
 from membench.plugins import registry
+from membench.plugins.replacing import LeftAlone
 from membench.plugins.storage import Storage
 from membench.protocol.case import Plugin
 from membench.protocol.requests import MeasureCase
 from membench.units import format_bytes
+from membench.worker import converted_layers, weight_uses
 from membench.worker.child_process import run_in_child
 from membench.worker.notes import PlainWeights
 from membench.worker.plugin_values import Facts
@@ -119,7 +121,7 @@ class Assembly:
         scratch.mkdir(exist_ok=True)
         context = dataclasses.replace(
             self.context, model=miniature, part=_unmeasured, inventory={}, scratch=scratch, idle=[], diverged=[],
-            facts={}, rehearsal=True,
+            left_alone=[], facts={}, rehearsal=True,
         )  # fmt: skip
         return dataclasses.replace(self, model=miniature, context=context, aside=contextlib.nullcontext)
 
@@ -159,13 +161,12 @@ class Assembly:
         """Load the module and apply the techniques."""
         return self.apply(self.load())
 
-    def remarks_on_idle(self) -> list[str]:
-        """Return a remark for each technique that only converts the model but changed nothing in it."""
-        return [
-            f"'{name}' changed nothing in the model"
-            for name, technique in zip(self.names, self.techniques, strict=True)
-            if not _acts_while_running(technique) and any(technique is idle for idle in self.context.idle)
-        ]
+    def watched(self) -> Assembly:
+        """Return the case with the knowledge of who uses layers' weights, if a technique of it replaces layers."""
+        if not any(isinstance(each, plugins.SelectsLayers) and not each.keeps_layers for each in self.techniques):
+            return self
+        uses = weight_uses.find(self.model, self.workload, self.context) if self.model.gives_logits else None
+        return dataclasses.replace(self, context=dataclasses.replace(self.context, weight_uses=uses))
 
     def read_text(self) -> None:
         """Read and encode the text before the baseline is taken, since the text belongs to the harness."""
@@ -286,13 +287,14 @@ class Assembly:
                 found = run_in_child(functools.partial(self._prepare_one, technique, rest))
                 self.context.idle.extend(rest[place] for place in found["idle"])
                 self.context.diverged.extend(found["diverged"])
+                self.context.left_alone.extend(LeftAlone(rest[place], *what) for place, *what in found["left_alone"])
 
     def _prepare_one(self, technique: plugins.Technique, rest: Sequence[plugins.Technique]) -> dict[str, list[Any]]:
         """Let one technique prepare its files.
 
         Returns:
-            the positions in ``rest`` of the techniques that changed nothing (``idle``), and messages on trainings that
-            diverged (``diverged``).
+            the positions in ``rest`` of the techniques that changed nothing (``idle``), messages on trainings that
+            diverged (``diverged``), and layers that were left alone, each with the position of the technique.
         """
         import torch
 
@@ -310,7 +312,13 @@ class Assembly:
         torch.manual_seed(self.context.seed)  # the measured process does the same before it loads the model
         prepare(self)
         idle = [place for place, member in enumerate(rest) if any(member is each for each in self.context.idle)]
-        return {"idle": idle, "diverged": self.context.diverged}
+        left_alone = [
+            (place, left.path, left.reason)
+            for place, member in enumerate(rest)
+            for left in self.context.left_alone
+            if converted_layers.belongs_to(left, member)
+        ]
+        return {"idle": idle, "diverged": self.context.diverged, "left_alone": left_alone}
 
     def plain_weights(self) -> PlainWeights | None:
         """Return the size of the model's weights without techniques; ``None`` if it has no skeleton."""
@@ -364,9 +372,3 @@ def _no_tokens(count: int) -> torch.Tensor:
 def _unmeasured(name: str) -> contextlib.AbstractContextManager[None]:
     del name
     return contextlib.nullcontext()
-
-
-def _acts_while_running(technique: plugins.Technique) -> bool:
-    """Whether a technique acts while steps run; then an unchanged model is not a problem."""
-    stages = ("optimizer", "step_context", "training_step", "generate_options")
-    return any(getattr(type(technique), stage) is not getattr(plugins.Technique, stage) for stage in stages)

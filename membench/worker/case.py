@@ -22,6 +22,7 @@ from membench.protocol.requests import MeasureCase, Rank
 from membench.units import LARGEST_VALUE
 from membench.worker import allocator, breakdown, checkpoint, device, notes, output_check, plugin_values, quality
 from membench.worker.assembly import Assembly
+from membench.worker.converted_layers import explaining, remarks
 from membench.worker.garbage import note_on_garbage
 from membench.worker.kernels import Kernels
 from membench.worker.meter import STEPS_FOR_MEMORY, Meter
@@ -128,6 +129,7 @@ class _Work:
         case.read_text()
         self._update_result(corpus=case.digest())
         allocator.unpin()
+        case = self.case = case.watched()
         case.prepare()
         self._update_result(pinned=allocator.pin())
         torch.set_num_threads(self._rank.threads)
@@ -163,7 +165,7 @@ class _Work:
         self._plain = plain if converted else notes.PlainWeights.of(module)
         with self._meter.phase("apply", "pinned"):
             module = self.case.apply(module)
-        self._remarks += self.case.remarks_on_idle()
+        self._remarks += remarks(self.case.names, self.case.techniques, self.case.context)
         if self.case.context.diverged and self.diverged is None:
             self.diverged = Diverged(self._meter.current_phase, self.case.context.diverged[0])
         module.train(self.case.workload.trains)
@@ -200,7 +202,8 @@ class _Work:
         compiled_before = self._kernels.count()
         with meter.phase("warmup", "pinned"):
             step = case.workload.start(module, case.tokens(module), case.techniques, case.context)
-            self._add_loss(step())
+            with explaining(module, case.names, case.techniques):
+                self._add_loss(step())
         if compiled := self._kernels.count() - compiled_before:
             self._notes.append(f"the first step compiled kernels, none of them from a cache (libraries: {compiled})")
         if case.workload.trains:
@@ -351,7 +354,7 @@ class _Work:
             unknown = {field: CustomFigure(None, quality.NOT_JUDGED) for field in case.metrics}
             self._update_result(quality=QualityReading(unknown=quality.NOT_JUDGED), custom_figures=unknown)
             return
-        with self._meter.phase("evaluate", "pinned"):
+        with self._meter.phase("evaluate", "pinned"), explaining(module, case.names, case.techniques):
             module.eval()
             found = quality.evaluate(
                 case.model, module, case.techniques, case.workload, case.context,

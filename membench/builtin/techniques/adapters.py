@@ -5,20 +5,23 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
 from membench.builtin.techniques.bitsandbytes import BnbNf4
 from membench.builtin.techniques.projections import ATTENTION, FEED_FORWARD
+from membench.builtin.techniques.pruning import is_linear, is_transposed
 from membench.plugins import Context, LayerWise, Setting, Unsuitable
+from membench.plugins.replacing import LeftAlone, use_of
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 _PROJECTIONS = tuple(dict.fromkeys((*ATTENTION, *FEED_FORWARD)))
+_MOST_NAMES = 12
 
 
 class Lora(LayerWise):
@@ -59,14 +62,47 @@ class Lora(LayerWise):
             return "there are adapters already"
         return None
 
+    def converted(self, name: str, layer: nn.Module, head: nn.Module | None, context: Context) -> nn.Module:
+        """Freeze the layer, whatever the options leave out, and return it or what adapts it.
+
+        peft's layer calls the one that it adapts, so that this keeps its own forward and hooks. Who reads the weight
+        itself passes by the adapter.
+        """
+        _freeze(layer)
+        if not self._targets(name, layer, head) or not self.selects(name):
+            return layer
+        if (use := use_of(name, context.weight_uses)) is not None and use.computed_by:
+            context.left_alone.append(LeftAlone(self, name, f"its weight is read by {use.computed_by}"))
+            return layer
+        return self._adapted(name, layer)
+
     def convert(self, name: str, layer: nn.Module, head: nn.Module | None) -> nn.Module:
-        for parameter in layer._parameters.values():
-            if parameter is not None:
-                parameter.requires_grad_(False)
+        _freeze(layer)
+        return self._adapted(name, layer) if self._targets(name, layer, head) else layer
+
+    def _targets(self, name: str, layer: nn.Module, head: nn.Module | None) -> bool:
         where, _, last = name.rpartition(".")
         # What has a standard name at the top of a model, or gives the logits, is no part of a layer.
         by_default = self.targets == _PROJECTIONS and (not where or layer is head)
-        return self._adapted(name, layer) if last in self.targets and not by_default else layer
+        return last in self.targets and not by_default
+
+    def check_patterns(self, names: Iterable[str], context: Context) -> None:
+        known = list(names)
+        super().check_patterns(known, context)
+        lasts = list(dict.fromkeys(name.rpartition(".")[2] for name in known))
+        if not context.rehearsal and not set(self.targets) & set(lasts):
+            names = ", ".join(lasts[:_MOST_NAMES])
+            targets = ", ".join(self.targets[:_MOST_NAMES]) + (", …" if len(self.targets) > _MOST_NAMES else "")
+            raise Unsuitable(f"no layer has a name of targets = [{targets}]; there are {names}")
+
+    def for_rehearsal(self, context: Context) -> Self:
+        """Adapt the linear layers of a miniature that has none of the targets' names."""
+        if not context.rehearsal:
+            return self
+        names = [
+            name.rpartition(".")[2] for name, layer in context.model.skeleton().named_modules() if is_linear(layer)
+        ]
+        return self if set(names) & set(self.targets) else self.model_copy(update={"targets": tuple(names)})
 
     def _adapted(self, name: str, layer: nn.Module) -> nn.Module:
         import torch
@@ -81,7 +117,7 @@ class Lora(LayerWise):
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # a factor as any other
             lora_dropout=self.dropout,
             target_modules=["layer"],
-            fan_in_fan_out=type(layer).__name__ == "Conv1D",
+            fan_in_fan_out=is_transposed(layer),
         )
         with warnings.catch_warnings():
             # torchao's layers cannot be merged with their adapters, which nobody is about to do.
@@ -102,13 +138,15 @@ class Lora(LayerWise):
         Raises:
             Unsuitable: if none does: rounded inputs have none, and all layers below would learn nothing, unnoticed.
         """
-        kinds: dict[tuple[type, type], Any] = {}
+        told: set[tuple[type, type]] = set()
         for _, layer in _adapted_layers(module):
             base = layer.get_base_layer()
             weight = getattr(base, "weight", None)
-            kinds.setdefault((type(base), type(weight if weight is None else weight.data)), layer)
-        for (layer_type, weight_type), layer in kinds.items():
-            if not _passes_gradients(layer):
+            kind = layer_type, weight_type = type(base), type(weight if weight is None else weight.data)
+            passes = None if kind in told else _passes_gradients(layer)
+            if passes is not None:
+                told.add(kind)
+            if passes is False:
                 raise Unsuitable(
                     f"no gradient passes through a {layer_type.__name__} with a {weight_type.__name__} as its weight: "
                     "adapters of layers below it would not learn"
@@ -141,7 +179,7 @@ class QLora(Lora):
     @property
     def base(self) -> BnbNf4:
         """What quantizes the frozen weights."""
-        return BnbNf4(block_size=self.block_size)
+        return BnbNf4(block_size=self.block_size, skip=self.skip, only=self.only)
 
     def check(self, setting: Setting) -> str | None:
         return super().check(setting) or self.base.check(setting)
@@ -150,13 +188,18 @@ class QLora(Lora):
         return super().refuse(setting) or self.base.refuse(dataclasses.replace(setting, after=(self, *setting.after)))
 
     def for_rehearsal(self, context: Context) -> Self:
-        return self.model_copy(update={"block_size": self.base.for_rehearsal(context).block_size})
+        fitting, block_size = super().for_rehearsal(context), self.base.for_rehearsal(context).block_size
+        return fitting.model_copy(update={"block_size": block_size}) if context.rehearsal else fitting
 
     def nominal_bits(self) -> float | None:
         return self.base.nominal_bits()
 
-    def convert(self, name: str, layer: nn.Module, head: nn.Module | None) -> nn.Module:
-        return super().convert(name, self.base.convert(name, layer, head), head)
+    def converted(self, name: str, layer: nn.Module, head: nn.Module | None, context: Context) -> nn.Module:
+        first = len(context.left_alone)
+        made = super().converted(name, self.base.converted(name, layer, head, context), head, context)
+        own = [dataclasses.replace(left, technique=self) for left in context.left_alone[first:]]
+        context.left_alone[first:] = own[:1]
+        return made
 
 
 def _adapted_layers(module: nn.Module) -> list[tuple[str, Any]]:
@@ -166,8 +209,18 @@ def _adapted_layers(module: nn.Module) -> list[tuple[str, Any]]:
     return [(name, child) for name, child in module.named_modules() if isinstance(child, LoraLayer)]
 
 
-def _passes_gradients(layer: Any) -> bool:
-    """Whether a row of ones through the frozen layer beneath peft's has a gradient, or there is nothing below it."""
+def _freeze(layer: nn.Module) -> None:
+    for parameter in layer._parameters.values():
+        if parameter is not None:
+            parameter.requires_grad_(False)
+
+
+def _passes_gradients(layer: Any) -> bool | None:
+    """Whether gradients pass through the frozen layer beneath peft's; ``None`` if this layer cannot tell.
+
+    Seen on two rows: where the layer's outputs for them differ, the gradient of one is not zero. Weights that are all
+    zero, as those of residual branches at the start, give equal outputs and no gradient, and say nothing.
+    """
     import torch
 
     base = layer.get_base_layer()
@@ -175,13 +228,17 @@ def _passes_gradients(layer: Any) -> bool:
         return True
     held = [tensor for tensor in (*base.parameters(), *base.buffers()) if tensor.is_floating_point()]
     dtype = held[0].dtype if held else torch.float32
+    draws = torch.Generator().manual_seed(0)
     with torch.enable_grad():
-        row = torch.ones(1, 1, layer.in_features, dtype=dtype, device=_device(base), requires_grad=True)
-        product = base(row).sum()
-        if not product.requires_grad:
+        rows = torch.randn(1, 2, layer.in_features, generator=draws).to(_device(base), dtype).requires_grad_()
+        outputs = base(rows)
+        if not outputs.requires_grad:
             return False
-        gradient = torch.autograd.grad(product, row, allow_unused=True)[0]
-    return gradient is not None and bool(gradient.any())
+        weights = torch.randn(outputs.shape[-1], generator=draws).to(outputs)
+        gradient = torch.autograd.grad((outputs * weights).sum(), rows, allow_unused=True)[0]
+    if gradient is not None and bool(gradient.any()):
+        return True
+    return None if torch.equal(outputs[:, 0], outputs[:, 1]) else False
 
 
 def _device(layer: nn.Module) -> torch.device:

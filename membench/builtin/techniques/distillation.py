@@ -18,6 +18,7 @@ from membench.builtin.workloads.generate import is_encoder_decoder
 from membench.builtin.workloads.train import next_token_loss, predicts_masked_tokens
 from membench.errors import PluginError
 from membench.plugins import Context, Model, Setting, Shape, Technique, Unsuitable, logits_of, registry
+from membench.plugins.replacing import reason_to_keep
 
 if TYPE_CHECKING:
     import torch
@@ -279,17 +280,29 @@ def _copy_layers(teacher: nn.Module, student: nn.Module) -> None:
     """Copy into every tensor of the student what the teacher has in its place.
 
     Raises:
-        Unsuitable: if an earlier technique has changed the teacher's tensors or their names.
+        Unsuitable: if an earlier technique has changed the teacher's tensors or their names, or if the teacher has
+            layers with a forward or hooks of their own, which the student would not have.
     """
     theirs, own = the_layer_list(teacher, None), the_layer_list(student, None)
     where, kept = theirs.path, _kept(len(theirs.layers), len(own.layers))
+
+    def taught(name: str) -> str:
+        """The teacher's name for what the student names so."""
+        place, _, rest = name.removeprefix(f"{where}.").partition(".")
+        return f"{where}.{kept[int(place)]}.{rest}".rstrip(".") if name.startswith(f"{where}.") else name
+
     source = teacher.state_dict()
     for name, tensor in student.state_dict().items():
-        place, _, rest = name.removeprefix(f"{where}.").partition(".")
-        found = source.get(f"{where}.{kept[int(place)]}.{rest}" if name.startswith(f"{where}.") else name)
+        found = source.get(taught(name))
         if found is None or found.shape != tensor.shape or hasattr(found, "__tensor_flatten__"):
             raise Unsuitable(f"start = 'teacher' copies plain weights; an earlier technique has changed '{name}'")
         tensor.copy_(found)
+    layers = dict(teacher.named_modules())
+    for name, layer in student.named_modules():
+        model = layers.get(taught(name))
+        reason = None if model is None else reason_to_keep(model, None)
+        if reason is not None and (type(model) is not type(layer) or "of its own" not in reason):
+            raise Unsuitable(f"start = 'teacher' copies weights, and '{taught(name)}' is more than those: {reason}")
 
 
 def _other_vocabulary(name: str, own: int, wanted: int) -> str:

@@ -55,9 +55,9 @@ class PlainLoad(_Loading):
     def prepare(self, make: Callable[[], nn.Module], context: Context) -> None:
         import torch
 
-        state = make().state_dict()
-        needs_room(sum(tensor.nbytes for tensor in state.values()), context.scratch)
-        torch.save(state, _path(context).with_suffix(".pt"))
+        module = make()
+        needs_room(weight_bytes(module), context.scratch)
+        torch.save(module.state_dict(), _path(context).with_suffix(".pt"))
 
     def load(self, build: Callable[[], nn.Module], rest: Sequence[Technique], context: Context) -> nn.Module:
         import torch
@@ -130,6 +130,8 @@ class Streamed(_Loading):
         module = checkpoint.skeleton(context.model)
         converters = [technique.for_rehearsal(context) for technique in rest if isinstance(technique, LayerWise)]
         names = {name for name, layer in module.named_modules() if layer._parameters}
+        for converter in converters:
+            converter.check_patterns(sorted(names), context)
         others, units = _units(module)
         for held in others:
             held.fill(checkpoint.read(held.name).to(context.device))
@@ -190,7 +192,7 @@ def _streamed(
         held.fill(checkpoint.touched(held.name, context.part).to(context.device))
     with context.part("convert"):
         for name in unit.layers:
-            module = _converted(module, name, names, converters, changed)
+            module = _converted(module, name, names, converters, changed, context)
     for name in unit.layers:
         for tensor in kept_tensors(module.get_submodule(name)):
             checkpoint.take_over(tensor)
@@ -199,7 +201,12 @@ def _streamed(
 
 
 def _converted(
-    module: nn.Module, name: str, names: set[str], converters: Sequence[LayerWise], changed: list[bool]
+    module: nn.Module,
+    name: str,
+    names: set[str],
+    converters: Sequence[LayerWise],
+    changed: list[bool],
+    context: Context,
 ) -> nn.Module:
     """The module with one layer converted by one technique after the other, and by each what the last one made of it.
 
@@ -211,7 +218,7 @@ def _converted(
         for path in pieces:
             layer = module.get_submodule(path)
             before = fingerprint(layer)
-            piece = technique.convert(path, layer, output_head(module))
+            piece = technique.converted(path, layer, output_head(module), context)
             changed[place] |= fingerprint(piece) != before
             del layer  # its weights
             module = replaced(module, path, piece)

@@ -15,6 +15,7 @@ from membench.builtin.techniques import cross_entropy
 from membench.builtin.techniques.activations import OffloadActivations
 from membench.builtin.workloads.train import predicts_masked_tokens
 from membench.plugins import Context, Setting, Technique, TrainingStep, Unsuitable, logits_of, output_head
+from membench.plugins.replacing import reason_to_keep
 
 if TYPE_CHECKING:
     import torch
@@ -112,6 +113,8 @@ def decoder_and_head(module: nn.Module, ids: torch.Tensor) -> tuple[nn.Module, n
         )
     if not _make_the_logits(module, decoder, head, ids):
         raise Unsuitable(f"{type(causal).__name__} does more to its logits than its output head")
+    if (reason := reason_to_keep(head, None) or reason_to_keep(causal, None)) is not None:
+        raise Unsuitable(f"the output head cannot be fused with the loss: of it or the model, {reason}")
     return decoder, head
 
 

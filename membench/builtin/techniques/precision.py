@@ -22,6 +22,7 @@ class _Cast(LayerWise):
     """Casts each layer's own parameters and buffers; buffers of layers without parameters (rotary angles) stay fp32."""
 
     acts_on: ClassVar[str] = "weights, activations, gradients, optimizer, cache"
+    keeps_layers: ClassVar[bool] = True
     dtype: ClassVar[str]
 
     def refuse(self, setting: Setting) -> str | None:

@@ -47,8 +47,8 @@ def is_linear(layer: nn.Module) -> bool:
 
 
 def is_transposed(layer: nn.Module) -> bool:
-    """Whether the weight is kept as (inputs, outputs), where torch keeps (outputs, inputs)."""
-    return type(layer).__name__ == "Conv1D"
+    """Whether it is GPT-2's linear layer, which keeps its weight as (inputs, outputs), torch as (outputs, inputs)."""
+    return type(layer).__name__ == "Conv1D" and type(layer).__module__ == "transformers.pytorch_utils"
 
 
 def plain_weight(layer: nn.Module) -> torch.Tensor:

@@ -50,8 +50,9 @@ class QuantizationAwareTraining(WeightQuantizer):
 
         quantizer, head = self.for_rehearsal(context), output_head(module)
         chosen: dict[str, nn.Module] = {}
+        quantizer.check_patterns((name for name, layer in module.named_modules() if layer._parameters), context)
         for name, layer in list(module.named_modules()):
-            if layer._parameters and (plain := quantizer.chosen(name, layer, head)) is not None:
+            if layer._parameters and (plain := quantizer.chosen(name, layer, head, context)) is not None:
                 module = replaced(module, name, plain)
                 chosen[name] = plain
         weights = {name: id(layer.weight) for name, layer in chosen.items()}  # before and after: shared ones are equal

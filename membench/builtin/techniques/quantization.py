@@ -72,6 +72,11 @@ class RoundToNearest(LayerQuantizer):
         packed = once(layer.weight, lambda: self.packed(layer.weight.data))
         return PackedEmbedding(packed) if isinstance(layer, nn.Embedding) else PackedLinear(packed, layer.bias)
 
+    def converted(self, name: str, layer: nn.Module, head: nn.Module | None, context: Context) -> nn.Module:
+        if by_expert(layer):
+            return self.convert(name, layer, head) if self.selects(name) else layer
+        return super().converted(name, layer, head, context)
+
     def convert(self, name: str, layer: nn.Module, head: nn.Module | None) -> nn.Module:
         from membench.builtin.layers.packed_experts import PackedExperts
 
@@ -132,6 +137,7 @@ class _Torchao(LayerQuantizer):
     """A layer's weight becomes a tensor of torchao's."""
 
     imports: ClassVar[tuple[str, ...]] = ("torch", "torchao.quantization")
+    weight_only = True
     rows_apart: ClassVar[bool] = True
     """Whether rows of a weight are quantized each by itself: then some are converted at a time."""
 
@@ -350,6 +356,7 @@ class Nf4(LayerQuantizer):
 
     imports = ("torch", "torchao.quantization")
     kind = "NF4"
+    weight_only = True
     no_embeddings = "torchao cannot look up rows of NF4 weights"
     block_size: int = Field(64, ge=2)
 

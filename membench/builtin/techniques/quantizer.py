@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from membench.builtin.techniques.experts import remark_on_left
-from membench.plugins import Context, LayerWise, Setting, Technique, Unsuitable
+from membench.builtin.techniques.pruning import is_transposed
+from membench.plugins import Context, LayerWise, SelectsLayers, Setting, Unsuitable
+from membench.plugins.replacing import LeftAlone, is_plain_subclass, reason_not_to_convert, reason_to_keep, use_of
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +20,7 @@ _Made = TypeVar("_Made")
 _SMALL = 32  # divides the layers of every model that a case is rehearsed on
 
 
-class WeightQuantizer(Technique):
+class WeightQuantizer(SelectsLayers):
     """Quantizes linear layers; embedding tables and the output head where asked to."""
 
     acts_on: ClassVar[str] = "weights"
@@ -28,6 +30,8 @@ class WeightQuantizer(Technique):
     """Why embedding tables cannot be quantized; ``None`` where they can."""
     no_gradients: ClassVar[str | None] = None
     """Why no gradient passes through a quantized layer, so that adapters below would not learn."""
+    weight_only: ClassVar[bool] = False
+    """Whether the layer stays, with its forward and hooks, and its weight alone is exchanged."""
     embeddings: bool = False
     head: bool = False
 
@@ -68,38 +72,54 @@ class WeightQuantizer(Technique):
             return self.model_copy(update={share[0]: _SMALL})
         return self
 
-    def chosen(self, name: str, layer: nn.Module, head: nn.Module | None) -> nn.Linear | nn.Embedding | None:
+    def chosen(
+        self, name: str, layer: nn.Module, head: nn.Module | None, context: Context
+    ) -> nn.Linear | nn.Embedding | None:
         """The layer, as one that libraries know, if it is to be quantized.
+
+        One that would be, had it not something of its own to lose, is added to the context's ``left_alone``.
 
         Raises:
             Unsuitable: if its weight cannot be.
         """
-        import torch
+        if not self.selects(name) or not self._takes(layer, head):
+            return None
+        weight_only = self.weight_only and not (is_transposed(layer) or is_plain_subclass(layer))
+        use = use_of(name, context.weight_uses)
+        reason = reason_to_keep(layer, use, weight_only=weight_only)
+        if use is not None and use.table and head is None and not self.embeddings:
+            reason = reason or f"it shares its weight with {use.table}"
+        if (reason := reason or reason_not_to_convert(layer, weight_only=weight_only)) is not None:
+            context.left_alone.append(LeftAlone(self, name, reason))
+            return None
+        taken: Any = as_linear(layer)
+        if (share := self.shares()) is not None and taken.weight.shape[1] % share[1]:
+            raise Unsuitable(
+                f"{share[0]} = {share[1]} does not divide the {taken.weight.shape[1]} columns of '{name}'; "
+                f'leave it out with skip = ["{name}"]'
+            )
+        return taken
+
+    def _takes(self, layer: nn.Module, head: nn.Module | None) -> bool:
         from torch import nn
 
-        if isinstance(layer, nn.Embedding):
-            if head is not None and getattr(head, "weight", None) is layer.weight and self.embeddings != self.head:
-                raise Unsuitable(_ONE_TABLE)
-            if not self.embeddings:
-                return None
-        else:
-            layer = as_linear(layer)
-            if not isinstance(layer, nn.Linear) or (layer is head and not self.head):
-                return None
-        weight = layer._parameters.get("weight")
-        if weight is None or weight.layout is not torch.strided or hasattr(weight.data, "__tensor_flatten__"):
-            raise Unsuitable(f"'{name}' has no plain weight left that could be quantized")
-        if (share := self.shares()) is not None and weight.shape[1] % share[1]:
-            raise Unsuitable(f"{share[0]} = {share[1]} does not divide the {weight.shape[1]} columns of '{name}'")
-        return layer
+        if not isinstance(layer, nn.Embedding):
+            return (isinstance(layer, nn.Linear) or is_transposed(layer)) and (layer is not head or self.head)
+        if head is not None and getattr(head, "weight", None) is layer.weight and self.embeddings != self.head:
+            raise Unsuitable(_ONE_TABLE)
+        return self.embeddings
 
 
 class LayerQuantizer(WeightQuantizer, LayerWise):
     """Quantizes each layer by itself, so that it can be streamed."""
 
-    def convert(self, name: str, layer: nn.Module, head: nn.Module | None) -> nn.Module:
-        chosen = self.chosen(name, layer, head)
+    def converted(self, name: str, layer: nn.Module, head: nn.Module | None, context: Context) -> nn.Module:
+        chosen = self.chosen(name, layer, head, context)
         return layer if chosen is None else self.quantized(name, chosen)
+
+    def convert(self, name: str, layer: nn.Module, head: nn.Module | None) -> nn.Module:
+        linear: Any = as_linear(layer)
+        return self.quantized(name, linear)
 
     def quantized(self, name: str, layer: nn.Linear | nn.Embedding) -> nn.Module:
         """What takes the place of a layer that is to be quantized."""
@@ -121,10 +141,14 @@ def once(weight: torch.Tensor, make: Callable[[], _Made]) -> _Made:
 
 
 def as_linear(layer: nn.Module) -> nn.Module:
-    """GPT-2 keeps its linear layers transposed in a class of its own, which libraries pass over without a word."""
+    """A layer as torch's linear one, which libraries know; they pass over those of GPT-2 and Falcon without a word."""
     from torch import nn
 
-    if type(layer).__name__ != "Conv1D":
+    if is_plain_subclass(layer):
+        plain = nn.Linear(layer.in_features, layer.out_features, device="meta")  # type: ignore[arg-type]
+        plain.weight, plain.bias = layer.weight, layer.bias  # type: ignore[assignment]
+        return plain
+    if not is_transposed(layer):
         return layer
     transposed: Any = layer
     inputs, outputs = transposed.weight.shape

@@ -12,7 +12,15 @@ from membench.builtin.techniques.experts import remark_on_left
 from membench.builtin.techniques.pruning import Pruning, is_linear, is_transposed, plain_weight
 from membench.builtin.techniques.quantizer import as_linear
 from membench.host.device import Device
-from membench.plugins import Context, Setting, Unsuitable, output_head, replaced
+from membench.plugins import Context, SelectsLayers, Setting, Unsuitable, output_head, replaced
+from membench.plugins.replacing import (
+    LeftAlone,
+    WeightUse,
+    is_plain_subclass,
+    reason_not_to_convert,
+    reason_to_keep,
+    use_of,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +30,7 @@ _PIECE = 2**20
 _NO_HALF = "on a CPU no kernel multiplies sparse matrices of half precision"
 
 
-class _Unstructured(Pruning):
+class _Unstructured(Pruning, SelectsLayers):
     """Sets single weights of the linear layers to zero; the output head is left alone."""
 
     acts_on: ClassVar[str] = "weights"
@@ -50,17 +58,44 @@ class _Unstructured(Pruning):
     def remark(self, module: nn.Module, context: Context) -> str | None:
         return remark_on_left(module)
 
+    def loses(self, layer: nn.Module, use: WeightUse | None) -> str | None:
+        """Why a layer would lose something of its own if it were pruned; ``None`` if it would not.
+
+        Dense zeros change nothing but numbers. A mask is applied when the layer's forward is called.
+        """
+        return f"its weight is read by {use.computed_by}" if use and use.computed_by and self._masks_a_while else None
+
+    @property
+    def _masks_a_while(self) -> bool:
+        return self.keeps_masks() or self.recover_steps > 0
+
+    def _names(self, module: nn.Module, context: Context) -> list[str]:
+        """The paths of the layers that are pruned.
+
+        Raises:
+            Unsuitable: if there are none.
+        """
+        head = output_head(module)
+        linear = {name: layer for name, layer in module.named_modules() if is_linear(layer)}
+        self.check_patterns(linear, context)
+        names = []
+        for name, layer in linear.items():
+            if layer is head or not self.selects(name):
+                continue
+            reason = reason_not_to_convert(layer) or self.loses(layer, use_of(name, context.weight_uses))
+            if reason is not None:
+                context.left_alone.append(LeftAlone(self, name, reason))
+            elif self.prunes(layer):
+                names.append(name)
+        if not names:
+            raise Unsuitable(_nothing_to_prune(module, [left for left in context.left_alone if left.technique is self]))
+        return names
+
     def apply(self, module: nn.Module, context: Context) -> nn.Module:
         import torch
         from torch.nn.utils import prune
 
-        head = output_head(module)
-        linear = {name: layer for name, layer in module.named_modules() if is_linear(layer) and layer is not head}
-        names = [name for name, layer in linear.items() if self.prunes(layer)]
-        del linear, head  # else they would keep the dense layers that are replaced
-        if not names:
-            raise Unsuitable(f"a {type(module).__name__} has no linear layers that could be pruned")
-        masked = self.keeps_masks() or self.recover_steps > 0
+        names, masked = self._names(module, context), self._masks_a_while
         with torch.no_grad():
             for name, mask in zip(names, self.masks(module, names, context), strict=True):
                 layer = module.get_submodule(name)
@@ -147,6 +182,9 @@ class MagnitudePrune(_Unstructured):
     def stored(self, layer: nn.Module) -> nn.Module:
         return _as_sparse(layer) if self.storage == "csr" else layer
 
+    def loses(self, layer: nn.Module, use: WeightUse | None) -> str | None:
+        return reason_to_keep(layer, use) if self.storage == "csr" else super().loses(layer, use)
+
 
 class SemiStructured(_Unstructured):
     """Keeps the 2 largest of every 4 weights of a row and packs them for the 2:4 kernels of NVIDIA GPUs.
@@ -196,6 +234,9 @@ class SemiStructured(_Unstructured):
                 raise Unsuitable("2:4 sparse kernels take 16-bit weights: stack this after bf16 or fp16")
             yield largest_two_of_four(weight, 0 if is_transposed(layer) else 1)
 
+    def loses(self, layer: nn.Module, use: WeightUse | None) -> str | None:
+        return reason_to_keep(layer, use, weight_only=not (is_transposed(layer) or is_plain_subclass(layer)))
+
     def stored(self, layer: nn.Module) -> nn.Module:
         import torch
 
@@ -205,6 +246,11 @@ class SemiStructured(_Unstructured):
             packed = torch.sparse.to_sparse_semi_structured(linear.weight.data)
         linear.weight = torch.nn.Parameter(packed, requires_grad=False)
         return linear
+
+
+def _nothing_to_prune(module: nn.Module, left: Sequence[LeftAlone]) -> str:
+    kept = f": '{left[0].path}' is left alone, {left[0].reason}" if left else ""
+    return f"a {type(module).__name__} has no linear layers that could be pruned{kept}"
 
 
 def largest_two_of_four(weight: torch.Tensor, axis: int) -> torch.Tensor:
