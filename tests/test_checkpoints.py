@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from membench.builtin.models.factory import Factory
+from membench.plugins import Context, Unsuitable, registry
 from membench.worker import checkpoint
 
 if TYPE_CHECKING:
@@ -130,3 +133,32 @@ def test_a_module_that_cannot_be_saved_has_no_size_and_says_why(tmp_path: Path) 
     assert size_bytes is None
     assert reason.startswith("the checkpoint cannot be written: ")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("technique", ["meta-init", "mmap", "streamed"])
+@pytest.mark.parametrize(("kind", "size_bytes"), [("views", 25 * 64 * 4), ("expanded", 64 * 4)])
+def test_unusual_tensors_are_loaded_from_a_file_of_their_size(
+    technique: str, kind: str, size_bytes: int, tmp_path: Path
+) -> None:
+    import torch
+
+    model = Factory.model_validate({"function": f"tests.own_layers:{kind}"})
+    context = Context("cpu", 0, model, lambda part: contextlib.nullcontext(), {}, tmp_path)
+    loader: Any = registry.create("technique", technique, {})
+    loader.prepare(lambda: model.build(context), context)
+    plain = model.build(context)
+    (path,) = tmp_path.iterdir()
+    weights_bytes = sum(parameter.nbytes for parameter in plain.parameters())
+    assert 0 <= path.stat().st_size - weights_bytes - size_bytes < _SLACK_BYTES
+    loaded = loader.load(lambda: model.build(context), (), context)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_a_sparse_buffer_is_a_reason_not_to_write_a_safetensors_file(tmp_path: Path) -> None:
+    model = Factory.model_validate({"function": "tests.own_layers:sparse"})
+    context = Context("cpu", 0, model, lambda part: contextlib.nullcontext(), {}, tmp_path)
+    loader: Any = registry.create("technique", "meta-init", {})
+    with pytest.raises(Unsuitable, match=r"'eye' is sparse \(torch.sparse_csr\), which a safetensors file cannot hold"):
+        loader.prepare(lambda: model.build(context), context)

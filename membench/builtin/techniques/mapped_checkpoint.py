@@ -27,7 +27,8 @@ Part: TypeAlias = Callable[[str], AbstractContextManager[None]]
 _BLOCK_BYTES, _MOST_BLOCKS = 2**20, 32
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "U16": "uint16", "U32": "uint32", "U64": "uint64", "C64": "complex64",
 }  # fmt: skip
 
 
@@ -40,11 +41,13 @@ class Held:
     places: list[tuple[MutableMapping[str, Any], str]] = field(default_factory=list)
 
     def fill(self, tensor: torch.Tensor) -> None:
-        """Put a tensor in all of its places: a parameter where one was."""
+        """Put a tensor in all of its places: a parameter where one was, and expanded as the tensor was there."""
         from torch import nn
 
+        tensor = tensor.expand(self.tensor.shape)
         if isinstance(self.tensor, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=self.tensor.requires_grad)
+            vars(tensor).update(vars(self.tensor))  # what optimizers are told by attributes of a parameter
         for holder, key in self.places:
             holder[key] = tensor
 
@@ -69,12 +72,26 @@ def held_by(module: nn.Module) -> list[Held]:
 def write(module: nn.Module, path: Path) -> None:
     """Keep every tensor of a module in a safetensors file, each once.
 
+    Of an expanded tensor the file has what is in memory; views of one storage are tensors of their own there.
+
     Raises:
-        Unsuitable: where there is no room for it.
+        Unsuitable: where there is no room for it, or where such a file cannot hold a tensor.
     """
     import safetensors.torch
+    import torch
 
-    tensors = {held.name: held.tensor.detach().contiguous() for held in held_by(module)}
+    tensors: dict[str, torch.Tensor] = {}
+    seen: set[tuple[str, int]] = set()
+    for held in held_by(module):
+        tensor = held.tensor.detach()
+        if tensor.layout is not torch.strided:
+            raise Unsuitable(f"'{held.name}' is sparse ({tensor.layout}), which a safetensors file cannot hold")
+        for axis, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+            tensor = tensor.narrow(axis, 0, 1) if stride == 0 and size > 1 else tensor
+        tensor = tensor.contiguous()
+        storage = (str(tensor.device), tensor.untyped_storage().data_ptr())
+        tensors[held.name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
     needs_room(sum(tensor.nbytes for tensor in tensors.values()), path.parent)
     safetensors.torch.save_file(tensors, str(path))
 
