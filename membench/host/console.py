@@ -15,7 +15,10 @@ from typing import TextIO
 from membench.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_OK, MembenchError, one_line
 
 # Replacements for signs in our own output that the encoding lacks.
-_PLAIN = {"×": "x", "·": "|", "–": "-", "±": "+-", "µ": "u", "…": "...", "●": "*", "━": "=", "─": "-"}
+_PLAIN = {
+    "×": "x", "·": "|", "–": "-", "±": "+-", "µ": "u", "…": "...", "●": "*", "○": "o", "━": "=", "─": "-",
+    "≤": "<=", "≥": ">=", "≈": "about ", "→": "->",
+}  # fmt: skip
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What a CI service that reads a log takes for a command: '::error::' at the beginning of a line, '##[error]' anywhere.
 _COMMAND = re.compile(r"^([ \t]*):(?=:)|#(?=#\w*\[)", re.MULTILINE)
