@@ -124,7 +124,7 @@ def test_experts_that_are_left_alone_are_named_with_their_share_of_the_bytes(nam
     size = 2 * 4 * 4 * (80 * 48 + 48 * 40)
     share = f"{size / weight_bytes(module):.0%}"
     expected = (
-        f"left the stacked experts of 2 MixtralExperts as they are: {size / 1024:.1f} KiB, {share} of the weights"
+        f"left 2 MixtralExperts as they are, whose weights are stacked in one tensor: {size / 1024:.1f} KiB, {share}"
     )
     assert str(member.remark(module, _context())).startswith(expected)
 
@@ -145,5 +145,7 @@ def test_a_stack_that_a_module_uses_in_a_way_of_its_own_is_left_and_named() -> N
     member = _technique("round-to-nearest")
     member.apply(module, _context())
     assert isinstance(module[1].weight, nn.Parameter)
-    assert "left the stacked experts of 1 Experts as they are: 16.00 KiB" in str(member.remark(module, _context()))
+    assert "left 1 Experts as they are, whose weights are stacked in one tensor: 16.00 KiB, " in str(
+        member.remark(module, _context())
+    )
     assert _technique("round-to-nearest").remark(nn.Sequential(nn.Conv1d(4, 4, 3)), _context()) is None

@@ -121,9 +121,9 @@ def built_again(kind: type[nn.Module], config: Any) -> int:
 
 
 def _set(holder: Any, name: str, value: object) -> bool:
-    """Set an attribute; a property that only computes it stays as it is."""
+    """Set an attribute, unless it is a property that is only computed, or a configuration's own checks refuse it."""
     try:
         setattr(holder, name, value)
-    except AttributeError:
+    except Exception:  # whatever transformers' families raise
         return False
     return True

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+_SMALLEST_SHARE = 0.005
+
 
 def by_expert(layer: nn.Module) -> dict[str, torch.Tensor]:
     """The stacked weights (experts, rows, columns) of a layer that takes one expert's matrix of them at a time.
@@ -32,15 +34,18 @@ def go_expert_by_expert(layer: nn.Module) -> None:
 
 
 def remark_on_left(module: nn.Module) -> str | None:
-    """What a technique for linear layers has left of stacked experts, and how much of the weights that is."""
+    """What a technique for linear layers has left of stacked weights, with its share if that is 0.5% or more."""
     left = [(type(layer).__name__, list(_stacked(layer).values())) for layer in module.modules() if _stacked(layer)]
     if not left:
         return None
     size_bytes = sum(storages(weight for _, weights in left for weight in weights).values())
+    share = size_bytes / weight_bytes(module)
+    if share < _SMALLEST_SHARE:
+        return None
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(kind for kind, _ in left).items())
     return (
-        f"left the stacked experts of {kinds} as they are: {format_bytes(size_bytes)},"
-        f" {size_bytes / weight_bytes(module):.0%} of the weights' bytes"
+        f"left {kinds} as they are, whose weights are stacked in one tensor: {format_bytes(size_bytes)},"
+        f" {share:.0%} of the weights' bytes"
     )
 
 
