@@ -121,6 +121,24 @@ def test_steps_of_a_training_are_never_repeated_but_wait_for_calm(neighbour: int
     assert procfs.running(neighbour)
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="threads wait for each other on two cores or more")
+def test_passive_waiting_disturbs_only_steps_in_which_threads_work_together(meter: Meter) -> None:
+    import torch
+
+    torch.set_num_threads(2)
+    summed, waiting = torch.ones(2**24), Waiting(2, environment={})
+    waiting.be_passive()
+    time.sleep(0.1)  # a thread that spins already does so to its end
+    try:
+        for step, passive in ((lambda: time.sleep(0.05), None), (summed.sum, [True])):
+            steps = TimedSteps(meter, waiting, 2, calm_within_s=0)
+            for _ in steps.measure(step, 1, can_repeat=False):
+                pass
+            assert steps.result()["passive"] == passive
+    finally:
+        waiting.be_as_users()
+
+
 _PROGRAM = """\
 import hashlib
 

@@ -202,8 +202,8 @@ class ProcessReading(Reading):
         role: ``worker``, or ``script`` for a user's program.
         durations_s: the duration of each timed step.
         waited_s: per timed step, the time that all its threads together waited for cores used by other processes.
-        passive: per timed step, whether threads waited for each other passively because other processes used the cores;
-            they do not in a user's process.
+        passive: per timed step, whether several threads worked in it and waited for each other passively, because other
+            processes used the cores; they do not in a user's process.
         wait_policy: how threads waited for each other in the timed steps, and why, as text.
         corpus: a digest of the training text.
         losses_nats: the loss of each training step; ``None`` if it is not finite.

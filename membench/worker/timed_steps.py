@@ -13,6 +13,8 @@ from membench.worker.waiting import Waiting
 
 _T = TypeVar("_T")
 _LOOK_S = 0.1
+_PARALLEL = 0.01
+"""Of a step's duration: where the other threads ran less, it hardly matters how threads wait for each other."""
 
 
 class TimedSteps:
@@ -68,10 +70,12 @@ class TimedSteps:
         while done < count:
             if self._is_disturbed:
                 self.settle()
+            others_ran_s = _others_ran_s()
             returned, duration_s, waited_s = self._meter.timed(step)
+            is_parallel = _others_ran_s() - others_ran_s > _PARALLEL * duration_s
             self.durations_s.append(duration_s)
             self._waited_s.append(waited_s)
-            self._passive.append(self._waiting.is_passive)
+            self._passive.append(self._waiting.is_passive and is_parallel)
             self._is_disturbed = not self._last_is_calm()
             if not self._is_disturbed or not can_repeat or self._left_s <= 0:
                 done += 1
@@ -87,3 +91,8 @@ class TimedSteps:
         """Return the waiting time of each step in seconds; ``None`` if the kernel did not report one of them."""
         known = [waited_s for waited_s in self._waited_s if waited_s is not None]
         return known if len(known) == len(self._waited_s) else None
+
+
+def _others_ran_s() -> float:
+    """Return for how long all threads but this one have run, in seconds summed."""
+    return time.process_time() - time.thread_time()
