@@ -109,10 +109,11 @@ def live(found: DerivedMetrics, reading: MemoryReading, name: str, memory: Worke
         0, (reading.peak_live_at_least_bytes or 0) - _passing_file_pages(reading, memory.baseline.file_bytes)
     )
     at_most = max(peak_bytes, reading.peak_live_at_most_bytes or 0)
+    wide_bytes = max(_WIDE_BRACKET * peak_bytes, resolution_bytes())
     if not how["children"]:
-        if at_most - peak_bytes > max(_WIDE_BRACKET * peak_bytes, resolution_bytes()):
+        if at_most - peak_bytes > wide_bytes:
             how |= {"bound": "about", "at_least_bytes": at_least, "at_most_bytes": at_most}
-        elif peak_bytes - at_least > _WIDE_BRACKET * max(peak_bytes, 1):
+        elif peak_bytes - at_least > wide_bytes:
             how |= {"bound": "at most", "at_least_bytes": at_least}
     found.add(name, source="kernel's peak (VmHWM) less file pages and free memory, under the pinned allocator",
               resolution_bytes=resolution_bytes(), **how)  # fmt: skip

@@ -43,6 +43,7 @@ class LiveMemory:
     def __init__(self) -> None:
         self.free_bytes = 0
         self._filled = FilledBlocks()
+        self._filled_before: FilledBlocks | None = None
         self._files_in_memory_bytes = self._shared_bytes = 0
 
     def pages(self) -> Pages:
@@ -85,3 +86,9 @@ class LiveMemory:
             return
         self._filled.fill()
         self.free_bytes = self._filled.bytes + self.free_in_heap_bytes()
+
+    def begin_at_baseline(self) -> None:
+        """Make what occupies free blocks now a part of the baseline, which is never released."""
+        self._filled_before, self._filled = self._filled, FilledBlocks()
+        for _ in range(2):  # settling takes some blocks itself, fewer each time
+            self.settle()

@@ -101,10 +101,21 @@ class Meter:
 
     def set_baseline(self) -> None:
         """Take the baseline: the memory of the interpreter, the libraries and the harness."""
+        self._rehearse()
         self._settle()
+        self._live.begin_at_baseline()
         self._baseline = self._live.pages_one_by_one()
         self._free_at_baseline_bytes = self._live.free_bytes
         self.send(BaselineTaken(Baseline(self._baseline.anonymous_bytes, self._baseline.file_bytes)))
+
+    def _rehearse(self) -> None:
+        """Do once what the end of a phase does, so that its first-time memory is in no figure."""
+        self._begin_interval()
+        self._end_interval()
+        self._highest = {}
+        self._live.free_in_heap_bytes()
+        self._live.pages_one_by_one()
+        encode(PhaseEnds(PhaseReading(name="", allocator=allocator.state("pinned"))))
 
     def _settle(self) -> None:
         self._live.settle()

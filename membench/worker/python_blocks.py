@@ -18,7 +18,9 @@ from membench.host import procfs
 
 _CLASS = re.compile(rb"^ +\d+ +(\d+) +\d+ +\d+ +(\d+)$", re.MULTILINE)
 _POOLS = re.compile(rb"^([\d,]+) unused pools \* (\d+) bytes", re.MULTILINE)
-_ALLOCATED = re.compile(rb"^# bytes in allocated blocks += +([\d,]+)$", re.MULTILINE)
+_USED = re.compile(
+    rb"^# bytes (?:in allocated blocks|lost to (?:pool headers|quantization)) += +([\d,]+)$", re.MULTILINE
+)
 _POOL_HEADER_BYTES = 48
 _POOLS_IN_AN_ARENA = 64
 _LARGEST_BYTES = 512
@@ -27,7 +29,10 @@ _EMPTY_BYTES = sys.getsizeof(b"")
 
 @dataclass(frozen=True)
 class _Blocks:
-    """The allocator's blocks: free ones by size in bytes, free pools with their size, and all bytes that are in use."""
+    """The allocator's blocks: free ones by size in bytes, free pools with their size, and all bytes that are in use.
+
+    What pools with blocks in use lose to their headers and at their ends is in use, too.
+    """
 
     free: dict[int, int]
     free_pools: int
@@ -49,14 +54,14 @@ def _blocks() -> _Blocks | None:
     finally:
         os.close(kept)
         os.close(output)
-    pools, used = _POOLS.search(text), _ALLOCATED.search(text)
-    if pools is None or used is None:
+    pools, used = _POOLS.search(text), _USED.findall(text)
+    if pools is None or not used:
         return None
     return _Blocks(
         {int(size): int(count) for size, count in _CLASS.findall(text)},
         _number(pools[1]),
         _number(pools[2]),
-        _number(used[1]),
+        sum(map(_number, used)),
     )
 
 
@@ -97,7 +102,6 @@ class FilledBlocks:
         for number in range(blocks.free_pools):
             faults = procfs.page_faults()
             self._keep(_objects(_LARGEST_BYTES, in_a_pool))
-            self.bytes += blocks.pool_bytes - in_a_pool * _LARGEST_BYTES  # the pool's header and what is left over
             is_fresh = procfs.page_faults() - faults >= pages_in_a_pool
             if is_fresh and blocks.free_pools - number < _POOLS_IN_AN_ARENA:
                 return
