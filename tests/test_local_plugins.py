@@ -443,3 +443,35 @@ def test_a_package_is_chosen_in_matrix_stack_variant_and_preset(
     assert refused(["membench:fp16+fp16"]) == (
         "matrix.technique = 'membench:fp16+fp16': 'membench:fp16' and 'fp16' are the same"
     )
+
+
+_SPAWNS = """\
+import multiprocessing
+from membench.plugins import Technique
+
+
+class Item:
+    size = 7
+
+
+def child(queue, item):
+    queue.put(Item if item.size == 7 else None)
+
+
+class Spawns(Technique):
+    def apply(self, module, context):
+        spawning = multiprocessing.get_context("spawn")
+        queue = spawning.SimpleQueue()
+        process = spawning.Process(target=child, args=(queue, Item()), daemon=True)
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        assert queue.get() is Item
+        return module
+"""
+
+
+def test_a_process_that_a_plug_in_spawns_finds_what_its_file_defines(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(_SPAWNS)
+    run = membench.run(membench.load_suite(_suite(tmp_path, ["spawns"], 'plugins = ["own.py"]')), output=tmp_path)
+    assert [(record.status, record.message) for record in run.records] == [("ok", None)] * 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import io
 import pickle
 import sys
@@ -92,9 +94,10 @@ class _PicklerForOrigin(_Pickler):
 
 
 def let_children_find_functions() -> None:
-    """Let processes that multiprocessing spawns find functions and classes that were sent here from another process.
+    """Let processes that multiprocessing spawns find functions and classes that they cannot import.
 
-    A spawned process imports what it is sent by name, and so misses modules that were never imported here.
+    A spawned process imports what it is sent by name, and so misses what was sent here from another process, and
+    modules that were loaded from a file outside the import path.
     """
     from multiprocessing.reduction import ForkingPickler
 
@@ -103,13 +106,26 @@ def let_children_find_functions() -> None:
 
 
 def _reduce_by_name(value: Any) -> Any:
-    """Reduce a function or class that cannot be imported here to its name and a copy; the pickler reduces others."""
+    """Reduce a function or class that cannot be imported to its name and a copy; the pickler reduces others."""
     if not isinstance(value, types.FunctionType | type):
         return NotImplemented
     module, name = getattr(value, "__module__", None), value.__qualname__
-    if not isinstance(module, str) or "<" in name or _named(module, name) is value or module == "builtins":
+    if not isinstance(module, str) or "<" in name or module in ("builtins", "__main__", "__mp_main__"):
         return NotImplemented
-    return _found_or_copied, (module, name, as_bytes(value, ()))
+    is_here = _named(module, name) is value
+    if is_here and _can_be_imported(module.partition(".")[0]):
+        return NotImplemented
+    return _found_or_copied, (module, name, as_bytes(value, [sys.modules[module]] if is_here else ()))
+
+
+@functools.cache
+def _can_be_imported(module: str) -> bool:
+    """Whether a new process can import a module of the top level, as far as the finders know."""
+    for finder in sys.meta_path:
+        with contextlib.suppress(Exception):
+            if finder.find_spec(module, None) is not None:
+                return True
+    return False
 
 
 def _found_or_copied(module: str, name: str, copy: bytes) -> Any:

@@ -7,7 +7,6 @@ import os
 import pickle
 import sys
 import traceback
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,9 +100,6 @@ def _unpickled(path: Path) -> Any:
     os.chdir(sent.folder)
     os.environ.clear()
     os.environ.update(sent.environment)
-    # What this process runs is no program that a process spawned by the function would have to import.
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    pickling.let_children_find_functions()
     return pickle.loads(sent.call)
 
 

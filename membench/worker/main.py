@@ -6,13 +6,14 @@ import contextlib
 import os
 import socket
 import sys
+import types
 from pathlib import Path
 
 from membench import plugins
 from membench.errors import summary_with_causes
 from membench.host import import_path
 from membench.host.out_of_memory import is_out_of_memory
-from membench.protocol import requests
+from membench.protocol import pickling, requests
 from membench.protocol.messages import Done, EndedBadly, OptionsRefused, Progress
 from membench.protocol.requests import MeasureCase, MeasureFunction, PrepareModel, Request, VerifyModels
 from membench.worker import case as measured_case
@@ -32,6 +33,7 @@ def main(request: Request, channel: socket.socket) -> None:
     """
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, the kernel kills this process first
+    _prepare_for_children()
     meter = Meter(channel, request.rank)
     try:
         match request.work:
@@ -64,6 +66,13 @@ def _verify(work: VerifyModels, meter: Meter) -> None:
         with contextlib.suppress(Exception):
             if (problem := create("model", model).verify()) is not None:
                 meter.send(OptionsRefused(name, str(problem)[:_LONGEST_MESSAGE]))
+
+
+def _prepare_for_children() -> None:
+    """Let processes that plug-ins and functions spawn find their functions, and import nothing of membench's."""
+    # A spawned process imports the main module of its parent; what runs here is nobody's program.
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    pickling.let_children_find_functions()
 
 
 def _prepare(work: PrepareModel, meter: Meter) -> None:
