@@ -57,10 +57,11 @@ def summary_with_causes(error: BaseException) -> str:
     return said
 
 
-def _summary_of_group(error: BaseException) -> str:
-    if not isinstance(error, BaseExceptionGroup):
+def _summary_of_group(error: BaseException, deep: int = 2) -> str:
+    if not isinstance(error, BaseExceptionGroup) or not deep:
         return summary(error)
-    return f"{summary(error)}: {'; '.join(_summary_of_group(each) for each in error.exceptions[:_MOST_CAUSES])}"
+    said = (_summary_of_group(each, deep - 1) for each in error.exceptions[:_MOST_CAUSES])
+    return f"{summary(error)}: {'; '.join(said)}"
 
 
 class MembenchError(Exception):

@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -187,6 +188,16 @@ def test_an_output_ends_for_lack_of_memory(text: str) -> None:
 @pytest.mark.parametrize("text", _OUTPUTS_OF_OTHERS)
 def test_an_output_ends_for_another_reason(text: str) -> None:
     assert last_words.of(text) == last_words.LastWords(_OUTPUTS_OF_OTHERS[text], False)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["OS", "| aError\n", f"{_TRACEBACK}E{_CAUSED}", "x: \n", "\n", "a.", "[rank1]: x\n", "MemoryError: a\n retrying\n"],
+)
+def test_any_output_is_looked_at_in_a_short_time(piece: str) -> None:
+    began_s = time.process_time()
+    last_words.of(piece * (65536 // len(piece)))
+    assert time.process_time() - began_s < 3
 
 
 def test_an_error_is_one_line_with_what_it_was_caused_by() -> None:

@@ -7,12 +7,12 @@ have messages of several lines.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from membench.errors import is_rule
 
-_LONGEST_LINE = 300
+_LONGEST_LINE, _LONGEST_LOOKED_AT, _MOST_CAUSES = 300, 1000, 3
 _MEMORY = re.compile(
     r"""
     (?<!['"`\w])(?:
@@ -128,10 +128,10 @@ class _Ending:
 
 def _lines(text: str) -> Iterator[str]:
     for line in re.split(r"[\r\n]", _ESCAPES.sub("", text)):
-        yield line.rstrip()
+        yield line[:_LONGEST_LOOKED_AT].rstrip()
 
 
-def _ending(lines: list[str]) -> _Ending:
+def _ending(lines: Sequence[str], causes: int = _MOST_CAUSES) -> _Ending:
     goes_on, consequence, last, others = False, "", "", ""
     for number in range(len(lines) - 1, -1, -1):
         in_group = lines[number].lstrip(" ").startswith(("|", "+"))
@@ -148,7 +148,7 @@ def _ending(lines: list[str]) -> _Ending:
         elif _CONSEQUENCE.search(line):
             consequence = consequence or (line[:_LONGEST_LINE] if raises else "")
         elif raises:
-            cause = _cause(lines, number)
+            cause = _Ending("") if in_group or not causes else _cause(lines, number, causes - 1)
             told = line[:_LONGEST_LINE] + (f" (caused by {cause.line})" if cause.line else "")
             if cause.is_of_memory or not in_group:
                 return _Ending(told, number, cause.is_of_memory, is_decided=True)
@@ -168,7 +168,7 @@ def _is_of_library(line: str) -> bool:
     return re.match(r"[\w./-]+: ", line) is not None and not _EXCEPTION.match(line) and line.lower().endswith("memory")
 
 
-def _follows_traceback(lines: list[str], number: int) -> bool:
+def _follows_traceback(lines: Sequence[str], number: int) -> bool:
     """Whether a line is the one that ends a traceback, whatever its exception is named."""
     for line in reversed(lines[max(0, number - 1000) : number]):
         if line.startswith("Traceback (most recent call last)"):
@@ -178,10 +178,10 @@ def _follows_traceback(lines: list[str], number: int) -> bool:
     return False
 
 
-def _cause(lines: list[str], number: int) -> _Ending:
+def _cause(lines: Sequence[str], number: int, causes: int) -> _Ending:
     """Return the exception that a traceback names as the direct cause of the one in a line."""
     for start in range(number - 1, -1, -1):
         if lines[start].startswith("Traceback (most recent call last)"):
             before = [line for line in lines[:start] if line]
-            return _ending(before[:-1]) if before and before[-1] == _CAUSED else _Ending("")
+            return _ending(before[:-1], causes) if before and before[-1] == _CAUSED else _Ending("")
     return _Ending("")
