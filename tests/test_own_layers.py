@@ -270,11 +270,16 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
     models = "".join(
         f'[model.{kind}]\nuse = "factory"\nfunction = "tests.own_layers:{kind}"\n' for kind in ("encoder", "late")
     )
+    (folder / "picky.py").write_text(
+        "from membench.plugins import Technique, Unsuitable\n\n\nclass Picky(Technique):\n"
+        "    def apply(self, module, context):\n        if not hasattr(module, 'mix'):\n"
+        "            raise Unsuitable('there is no mix')\n        return module\n"
+    )
     path = folder / "own.toml"
     path.write_text(
-        '[suite]\nname = "own"\n[matrix]\nmodel = ["late"]\n'
+        '[suite]\nname = "own"\nplugins = ["picky.py"]\n[matrix]\nmodel = ["late"]\n'
         'technique = ["round-to-nearest", "left-out"]\nworkload = ["short"]\n'
-        '[[include]]\nmodel = "encoder"\ntechnique = "round-to-nearest"\nworkload = "short"\n'
+        '[[include]]\nmodel = "encoder"\ntechnique = ["round-to-nearest", "picky"]\nworkload = "short"\n'
         '[workload.short]\nuse = "forward"\nsequence_length = 32\n[settings]\nmeasured_steps = 1\n'
         f'[technique.left-out]\nuse = "round-to-nearest"\nskip = ["mix"]\n{models}'
     )
@@ -300,3 +305,11 @@ def test_a_forward_that_a_technique_breaks_names_the_layer_and_how_to_leave_it_o
         ' leave them out: skip = ["mix"] (caused by TypeError: linear()'
     ) in record.message
     assert records["late/left-out/short/cpu"].status == "ok"
+
+
+def test_what_the_model_that_is_rehearsed_on_lacks_is_not_said_of_the_model(records: dict[str, Record]) -> None:
+    record = records["encoder/picky/short/cpu"]
+    assert record.status == "ok", record.message
+    assert record.remarks == ("'picky' changed nothing in the model",)
+    assert "what libraries set up once is in the figures: no small model takes the place of this one" in record.notes
+    assert "there is no mix" not in str(record)

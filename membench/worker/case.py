@@ -139,7 +139,7 @@ class _Work:
         failed = self._kernels.used_by(functools.partial(rehearse, case))
         self._notes += self._kernels.notes
         if failed is not None:
-            self._notes.append(f"what libraries set up once is in the figures: rehearsing ended in {failed}")
+            self._notes.append(f"what libraries set up once is in the figures: {failed}")
         self._waiting.be_passive()  # in the libraries, too, that were loaded meanwhile
         if self._meter.on_gpu:
             device.announce_gpu(self._meter, where)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+from typing import TYPE_CHECKING
 
 from membench.errors import summary
 from membench.worker import device, output_check
 from membench.worker.assembly import Assembly
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def rehearse(case: Assembly) -> str | None:
@@ -16,8 +21,8 @@ def rehearse(case: Assembly) -> str | None:
     lazily imported modules, some 10 MiB.
 
     Returns:
-        the error, if the rehearsal fails. The measured case then either fails, too, or the error was due to the
-        small shapes.
+        why it was not rehearsed whole, if it was not. The measured case then either fails, too, or the error was due to
+        the small shapes. What a generic model that took the place of the case's own fails with is not about the case.
 
     Raises:
         plugins.WrongOutput: if the model's own miniature does not return what the workload needs.
@@ -34,10 +39,19 @@ def rehearse(case: Assembly) -> str | None:
         module.train(case.workload.trains)
         refused = output_check.refusal_of_rehearsed(module, case.workload, assembly.context, case.model_name)
         if refused is None:
-            assembly = assembly.store(module)
-            case.workload.start(module, assembly.tokens(module), case.techniques, assembly.context)()
+            _step(assembly, module)
     except Exception as error:
-        return summary(error)
+        if case.model.miniature() is not None:
+            return f"rehearsing ended in {summary(error)}"
+        with contextlib.suppress(Exception):  # without techniques, for what the workload alone sets up
+            plain = dataclasses.replace(assembly, techniques=(), names=())
+            _step(plain, plain.make().train(case.workload.trains))
+        return "no small model takes the place of this one"
     if refused is not None:
         raise refused
     return None
+
+
+def _step(case: Assembly, module: nn.Module) -> None:
+    case = case.store(module)
+    case.workload.start(module, case.tokens(module), case.techniques, case.context)()
