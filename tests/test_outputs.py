@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
 import membench
+from membench import testing
+from membench.builtin.workloads.train import Train
 from membench.plugins import WrongOutput, last_logits_of, logits_of
 from membench.records.record import Record
+from membench.worker.output_check import refuse_wrong_output
 
 if TYPE_CHECKING:
     import torch
@@ -215,3 +219,20 @@ def test_the_last_position_is_enough_to_generate_and_its_quality_is_unknown_with
     assert record.metrics["cache_bytes"] == 8 * 4
     assert record.metrics["kl_nats"] is None
     assert "returned a tuple of (1, 256), list for 1 × 12 token ids" in record.reasons["kl_nats"]
+
+
+class _Speaks(testing.Tiny):
+    """A model of 256 tokens with a tokenizer."""
+
+    most: int = 255
+
+    def encode(self, text: bytes) -> list[int]:
+        return [0, self.most]
+
+
+def test_a_tokenizer_must_not_give_ids_that_the_model_does_not_know(tmp_path: Path) -> None:
+    workload = Train.model_validate({"sequence_length": 16})
+    refuse_wrong_output(workload, testing.context(tmp_path, _Speaks(most=255)), "own")
+    with pytest.raises(WrongOutput) as raised:
+        refuse_wrong_output(workload, testing.context(tmp_path, _Speaks(most=256)), "own")
+    assert str(raised.value) == "model 'own' has a tokenizer that gives token id 256, and knows 256 tokens"
