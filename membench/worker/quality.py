@@ -46,26 +46,26 @@ class Piece:
     bytes: int | None
 
 
-def pieces(model: Any, module: nn.Module, workload: Workload, predicted: int | None = None) -> list[Piece]:
+def pieces(
+    model: Any, module: nn.Module, workload: Workload, predicted: int | None = None, longest: int | None = None
+) -> list[Piece]:
     """Return the held-out text for a model, as much as keeps the reference's logits below 64 MiB.
 
-    A piece has 256 tokens, or fewer if there would be less than eight pieces, or if the model does not say how many it
-    takes and the workload's sequences have fewer. For a workload that generates, it has at least the workload's longest
-    sequence, so that the quality loss of its cache is measured. Bytes are known if tokens are bytes or if the model's
-    tokenizer reports them.
+    A piece has 256 tokens, or fewer if there would be less than eight pieces. For a workload that generates, it has at
+    least the workload's longest sequence, so that the quality loss of its cache is measured. Bytes are known if tokens
+    are bytes or if the model's tokenizer reports them.
 
     Args:
         predicted: the vocabulary of the logits, where it is larger than the model's.
+        longest: the most tokens that the model takes, if it does not say that itself.
     """
     vocabulary = model.vocabulary(module)
     most_tokens = max(2, _LARGEST_REFERENCE_BYTES // (4 * max(vocabulary, predicted or 0)))
     preferred = max(1, min(_PIECE_TOKENS, most_tokens // _FEWEST_PIECES))
     if workload.decoded_tokens_per_step() is not None:
         preferred = max(preferred, workload.longest_sequence())
-    longest = model.max_tokens()
-    if longest is None:
-        longest = max(2, workload.longest_sequence())
-    length = min(preferred, most_tokens, longest)
+    longest = model.max_tokens() or longest
+    length = min(preferred, most_tokens, preferred if longest is None else longest)
     text = corpus.split()[1]
     ends: Sequence[int] | None
     source: Sequence[int]
@@ -268,17 +268,33 @@ def _pieces_of_logits(
 ) -> tuple[list[Piece], int]:
     """Return the held-out text for a model, and the vocabulary of its logits, which may exceed that of its text.
 
+    A model that does not say how many tokens it takes may take no more than the workload's sequences have.
+
     Raises:
         WrongOutput: if it does not return the logits of every position.
     """
     import torch
 
-    found = pieces(model, module, workload)
-    first = torch.tensor(found[0].ids[:-1], dtype=torch.long, device=device)
-    with torch.no_grad():
-        predicted = logits_of(first).shape[-1]
+    from membench.plugins import WrongOutput
+
+    def read(longest: int | None) -> tuple[list[Piece], int]:
+        found = pieces(model, module, workload, longest=longest)
+        with torch.no_grad():
+            first = logits_of(torch.tensor(found[0].ids[:-1], dtype=torch.long, device=device))
+        return found, first.shape[-1]
+
+    longest = None
+    try:
+        found, predicted = read(longest)
+    except WrongOutput:
+        raise
+    except Exception as error:
+        if model.max_tokens() is not None or is_out_of_memory(error):
+            raise
+        longest = max(1, workload.longest_sequence())
+        found, predicted = read(longest)
     is_padded = predicted > model.vocabulary(module)
-    return (pieces(model, module, workload, predicted) if is_padded else found), predicted
+    return (pieces(model, module, workload, predicted, longest) if is_padded else found), predicted
 
 
 def _kept_logits(reference: Path) -> Any | None:
