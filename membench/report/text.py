@@ -206,8 +206,6 @@ def remarks(records: Sequence[Record]) -> list[str]:
     ]
     for record in records:
         lines += [f"{record.id}: {text}" for text in said_of(record)]
-        if found.is_disturbed(record.group, "step_median_s", record.technique):
-            lines.append(f"{record.id}: {WHY} while steps were timed; times marked ~ support no conclusion")
         if found.reads_other_text(record):
             lines.append(f"{record.id}: worked on another text than its reference; ratios say nothing of the technique")
         running = found.value(record.group, REFERENCE, "peak_live_bytes")
@@ -228,6 +226,10 @@ def remarks(records: Sequence[Record]) -> list[str]:
                     f" more than running the original ({format_bytes(running)})"
                 )
     lines += _fronts_that_differ(found)
+    ids = {record.id for record in records if found.is_disturbed(record.group, "step_median_s", record.technique)}
+    if ids:
+        whose = next(iter(ids)) if len(ids) == 1 else f"{len(ids)} cases"
+        lines.append(f"{whose}: {WHY} while steps were timed; times marked ~ support no conclusion")
     return list(dict.fromkeys(map(one_line, lines)))  # several repeats may say the same
 
 
