@@ -306,3 +306,18 @@ def oom_kills() -> int | None:
     except OSError:
         return None
     return None
+
+
+def is_in_memory(folder: Path) -> bool:
+    """Return whether files in a folder take memory instead of a disk."""
+    at, kind = Path("/"), ""
+    try:
+        own, mounts = folder.resolve(), Path("/proc/self/mounts").read_text().splitlines()
+    except OSError:
+        return False
+    for line in mounts:
+        _, place, type_of, *_ = line.split()
+        mounted = Path(place.encode().decode("unicode_escape"))  # a blank is written \040
+        if own.is_relative_to(mounted) and len(mounted.parts) >= len(at.parts):
+            at, kind = mounted, type_of  # the last one mounted at a place is seen
+    return kind in ("tmpfs", "ramfs")

@@ -235,6 +235,10 @@ class Technique(Options):
             Unsuitable: if it cannot be prepared; the case is then skipped with this reason.
         """
 
+    def loading_bytes(self, weights_bytes: int, rest: Sequence[Technique]) -> int | None:
+        """Return the bytes that ``load`` surely takes of a model that needs so many to build; ``None``: unknown."""
+        return None
+
     def load(self, build: Callable[[], nn.Module], rest: Sequence[Technique], context: Context) -> nn.Module:
         """Return the module.
 

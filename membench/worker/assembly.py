@@ -18,15 +18,14 @@ from membench.data.layouts import Integers
 from membench.data.samples import StoredSamples
 from membench.data.shards import Shards
 from membench.host.device import Device
-from membench.host.environment import available_bytes
 from membench.plugins import registry
 from membench.plugins.replacing import LeftAlone
 from membench.plugins.storage import Storage
 from membench.protocol.case import Plugin
 from membench.protocol.requests import MeasureCase
-from membench.units import format_bytes
 from membench.worker import converted_layers, weight_uses
 from membench.worker.child_process import run_in_child
+from membench.worker.fitting import refuse_what_cannot_load
 from membench.worker.notes import PlainWeights
 from membench.worker.plugin_values import Facts
 from membench.worker.rehearsal_model import RehearsalModel
@@ -278,6 +277,7 @@ class Assembly:
 
         Raises:
             RuntimeError: if that process fails; the message is its error.
+            plugins.DoesNotFit: if memory does not suffice for preparing, or for loading afterwards.
             plugins.Unsuitable: if a technique cannot be applied to the case.
         """
         # Last to first: a technique that prepares the rest of the stack needs the files that the rest prepared.
@@ -305,6 +305,8 @@ class Assembly:
             )  # fmt: skip
             technique.prepare(made.make, assembly.context)
 
+        if not Device.parse(self.context.device).on_gpu:
+            refuse_what_cannot_load(self.model, self.techniques, self.context.device)
         rehearsed = self.rehearsed()
         if rehearsed is not None:
             with contextlib.suppress(Exception):  # a failing rehearsal is not an error; see ``rehearsing``
@@ -326,26 +328,6 @@ class Assembly:
             return PlainWeights.of(self.model.skeleton())
         except Exception:  # the model cannot be built from shapes alone
             return None
-
-    def refuse_what_cannot_fit(self) -> None:
-        """Compare the memory that loading needs with the free memory, before anything is loaded.
-
-        Raises:
-            plugins.DoesNotFit: if it needs more.
-        """
-        import torch
-
-        if any(type(technique).load is not plugins.Technique.load for technique in self.techniques):
-            return  # a technique that loads the model may need less memory than the plain weights
-        needed = self.model.needed_bytes()
-        if needed is None:
-            return
-        if Device.parse(self.context.device).on_gpu:
-            free, where = torch.cuda.mem_get_info(self.context.device)[0], "free on the GPU"
-        else:
-            free, where = available_bytes(), "available on this machine"
-        if needed > free:
-            raise plugins.DoesNotFit(f"loading needs {format_bytes(needed)}; {format_bytes(free)} are {where}")
 
 
 def create(kind: str, named: Plugin) -> Any:

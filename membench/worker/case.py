@@ -23,6 +23,7 @@ from membench.units import LARGEST_VALUE
 from membench.worker import allocator, breakdown, checkpoint, device, notes, output_check, plugin_values, quality
 from membench.worker.assembly import Assembly
 from membench.worker.converted_layers import explaining, remarks
+from membench.worker.fitting import refuse_what_cannot_load
 from membench.worker.garbage import note_on_garbage
 from membench.worker.kernels import Kernels
 from membench.worker.meter import STEPS_FOR_MEMORY, Meter
@@ -134,7 +135,7 @@ class _Work:
         self._update_result(pinned=allocator.pin())
         torch.set_num_threads(self._rank.threads)
         set_numpy_threads(self._rank.blas_threads)
-        case.refuse_what_cannot_fit()
+        refuse_what_cannot_load(case.model, case.techniques, where)
         self._waiting.be_passive()
         failed = self._kernels.used_by(functools.partial(rehearse, case))
         self._notes += self._kernels.notes

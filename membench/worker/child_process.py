@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from membench import plugins
 from membench.errors import summary_with_causes
+from membench.host import procfs
 from membench.host.out_of_memory import is_out_of_memory
 from membench.worker.waiting import wait_passively
 
-_UNSUITABLE_EXIT_CODE, _OUT_OF_MEMORY_EXIT_CODE = 3, 4
-"""The exit codes of a preparing process if a technique cannot be applied to the case, and if memory runs out."""
+_REFUSED_BY_EXIT_CODE: Mapping[int, type[Exception]] = {3: plugins.Unsuitable, 4: plugins.DoesNotFit, 5: MemoryError}
+"""The exit codes of a preparing process if a technique cannot be applied to the case, or memory does not suffice."""
 
 
 def run_in_child(work: Callable[[], dict[str, list[Any]]]) -> dict[str, list[Any]]:
@@ -21,9 +23,11 @@ def run_in_child(work: Callable[[], dict[str, list[Any]]]) -> dict[str, list[Any
 
     Raises:
         RuntimeError: if the process fails; the message is its error.
-        MemoryError: if memory runs out in the process.
+        MemoryError: if memory runs out in the process, or the kernel kills it for lack of that.
         plugins.Unsuitable: if ``work`` raises it.
+        plugins.DoesNotFit: if ``work`` raises it.
     """
+    oom_kills_before = procfs.oom_kills()
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
@@ -32,11 +36,11 @@ def run_in_child(work: Callable[[], dict[str, list[Any]]]) -> dict[str, list[Any
             os.close(read_end)
             wait_passively()
             output = json.dumps(work()).encode()
-        except plugins.Unsuitable as error:
-            output, code = str(error).encode()[:4096], _UNSUITABLE_EXIT_CODE
         except BaseException as error:
-            output = summary_with_causes(error).encode()[:4096]
-            code = _OUT_OF_MEMORY_EXIT_CODE if is_out_of_memory(error) else 1
+            code = next((code for code, kind in _REFUSED_BY_EXIT_CODE.items() if isinstance(error, kind)), 1)
+            output = (str(error) if code in (3, 4) else summary_with_causes(error)).encode()[:4096]
+            if code == 1 and is_out_of_memory(error):
+                code = 5
         finally:
             with os.fdopen(write_end, "wb") as pipe:
                 pipe.write(output)
@@ -46,10 +50,10 @@ def run_in_child(work: Callable[[], dict[str, list[Any]]]) -> dict[str, list[Any
         output = pipe.read()
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
-    if code == _UNSUITABLE_EXIT_CODE:
-        raise plugins.Unsuitable(output.decode(errors="replace"))
-    if code == _OUT_OF_MEMORY_EXIT_CODE:
-        raise MemoryError(output.decode(errors="replace"))
+    if code in _REFUSED_BY_EXIT_CODE:
+        raise _REFUSED_BY_EXIT_CODE[code](output.decode(errors="replace"))
+    if code == -signal.SIGKILL and oom_kills_before is not None and procfs.oom_kills() != oom_kills_before:
+        raise MemoryError("preparing the case was killed by the kernel for want of memory")
     if code:
         ended = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         raise RuntimeError(output.decode(errors="replace") or f"the process that prepared the case {ended}")

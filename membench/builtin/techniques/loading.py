@@ -16,7 +16,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from membench.builtin.techniques.mapped_checkpoint import Held, MappedCheckpoint, held_by, needs_room, write
 from membench.host.device import Device
-from membench.plugins import Context, LayerWise, Setting, Technique, Unsuitable, output_head, replaced
+from membench.host.environment import available_bytes
+from membench.plugins import (
+    Context,
+    DoesNotFit,
+    LayerWise,
+    Model,
+    Setting,
+    Technique,
+    Unsuitable,
+    output_head,
+    replaced,
+)
+from membench.units import format_bytes
 from membench.worker.weights import fingerprint, kept_tensors, weight_bytes
 
 if TYPE_CHECKING:
@@ -27,7 +39,7 @@ if TYPE_CHECKING:
 class _Loading(Technique):
     """Loads the model from a file in the case's folder; the rest of the stack finds it there."""
 
-    imports: ClassVar[tuple[str, ...]] = ("torch", "safetensors.torch")
+    imports: ClassVar[tuple[str, ...]] = ("torch",)
     acts_on: ClassVar[str] = "loading"
 
     def refuse(self, setting: Setting) -> str | None:
@@ -37,12 +49,24 @@ class _Loading(Technique):
             return "pages of a file can be weights on a CPU only"
         return None
 
+    def loading_bytes(self, weights_bytes: int, rest: Sequence[Technique]) -> int | None:
+        return weights_bytes
+
     def prepare(self, make: Callable[[], nn.Module], context: Context) -> None:
-        write(make(), _path(context))
+        needs_room(_built_bytes(context.model), context.scratch)
+        write(make, _path(context))
+
+
+def _built_bytes(model: Model) -> int:
+    """Return the bytes of a model's weights as far as they are known before it is built."""
+    try:
+        return model.needed_bytes() or 0
+    except NotImplementedError:  # it has no skeleton
+        return 0
 
 
 def _path(context: Context) -> Path:
-    return context.scratch / "loaded.safetensors"
+    return context.scratch / "loaded.weights"
 
 
 class PlainLoad(_Loading):
@@ -51,6 +75,9 @@ class PlainLoad(_Loading):
     ``model.load_state_dict(torch.load(path))``: at the peak 2 × the weights' bytes, once as the state dict and once as
     the model, whose first weights are drawn only to be overwritten.
     """
+
+    def loading_bytes(self, weights_bytes: int, rest: Sequence[Technique]) -> int | None:
+        return 2 * weights_bytes
 
     def prepare(self, make: Callable[[], nn.Module], context: Context) -> None:
         import torch
@@ -95,6 +122,9 @@ class MemoryMapped(_Loading):
 
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
 
+    def loading_bytes(self, weights_bytes: int, rest: Sequence[Technique]) -> int | None:
+        return 0
+
     def load(self, build: Callable[[], nn.Module], rest: Sequence[Technique], context: Context) -> nn.Module:
         from torch import nn
 
@@ -124,6 +154,10 @@ class Streamed(_Loading):
             if not _goes_layer_by_layer(member):
                 return f"'{_name_of(member)}' changes the model as a whole, so it cannot be streamed layer by layer"
         return super().refuse(setting)
+
+    def loading_bytes(self, weights_bytes: int, rest: Sequence[Technique]) -> int | None:
+        """Return the bytes of the result: as built, unless layers are converted to what is not known here."""
+        return None if any(isinstance(member, LayerWise) for member in rest) else weights_bytes
 
     def load(self, build: Callable[[], nn.Module], rest: Sequence[Technique], context: Context) -> nn.Module:
         checkpoint = MappedCheckpoint(_path(context))
@@ -260,9 +294,18 @@ class Saved(_Loading):
             return "mmap = true: pages of a file can be weights on a CPU only"
         return super().refuse(setting)
 
+    def loading_bytes(self, weights_bytes: int, rest: Sequence[Technique]) -> int | None:
+        return None
+
     def prepare(self, make: Callable[[], nn.Module], context: Context) -> None:
         import torch
 
+        built_bytes, left_bytes = _built_bytes(context.model), available_bytes()
+        if context.device == "cpu" and built_bytes > left_bytes:
+            raise DoesNotFit(
+                f"building the model to convert it needs {format_bytes(built_bytes)};"
+                f" {format_bytes(left_bytes)} are available on this machine"
+            )
         module = make()
         needs_room(weight_bytes(module), context.scratch)
         try:

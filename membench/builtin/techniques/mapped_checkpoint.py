@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
+import math
 import mmap
 import shutil
 from collections.abc import Callable, Iterable, MutableMapping
@@ -12,8 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from membench.builtin.techniques.weights_file import LENGTH_BYTES, WeightsFile, empty_like, is_in_open_file
 from membench.host import procfs
-from membench.plugins import Model, Unsuitable
+from membench.host.environment import available_bytes
+from membench.plugins import DoesNotFit, Model, Unsuitable
 from membench.units import format_bytes
 from membench.worker.storages import plain_tensors
 
@@ -25,11 +29,6 @@ Part: TypeAlias = Callable[[str], AbstractContextManager[None]]
 """As ``Context.part``."""
 
 _BLOCK_BYTES, _MOST_BLOCKS = 2**20, 32
-_DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-    "U16": "uint16", "U32": "uint32", "U64": "uint64", "C64": "complex64",
-}  # fmt: skip
 
 
 @dataclass
@@ -69,39 +68,48 @@ def held_by(module: nn.Module) -> list[Held]:
     return list(found.values())
 
 
-def write(module: nn.Module, path: Path) -> None:
-    """Keep every tensor of a module in a safetensors file, each once.
+def write(make: Callable[[], nn.Module], path: Path) -> None:
+    """Build a module and keep every tensor of it in a file, each once.
+
+    It is built in the file, without its weights in memory, as far as its code lets parameters be replaced when a module
+    registers them.
 
     Of an expanded tensor the file has what is in memory; views of one storage are tensors of their own there.
 
     Raises:
         Unsuitable: where there is no room for it, or where such a file cannot hold a tensor.
     """
-    import safetensors.torch
     import torch
 
-    tensors: dict[str, torch.Tensor] = {}
-    seen: set[tuple[str, int]] = set()
-    for held in held_by(module):
-        tensor = held.tensor.detach()
-        if tensor.layout is not torch.strided:
-            raise Unsuitable(f"'{held.name}' is sparse ({tensor.layout}), which a safetensors file cannot hold")
-        for axis, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-            tensor = tensor.narrow(axis, 0, 1) if stride == 0 and size > 1 else tensor
-        tensor = tensor.contiguous()
-        storage = (str(tensor.device), tensor.untyped_storage().data_ptr())
-        tensors[held.name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    needs_room(sum(tensor.nbytes for tensor in tensors.values()), path.parent)
-    safetensors.torch.save_file(tensors, str(path))
+    with contextlib.closing(WeightsFile(path)) as file:
+        with file.building():
+            module = make()
+        kept: dict[str, torch.Tensor] = {}
+        for held in held_by(module):
+            tensor = held.tensor.detach()
+            if tensor.layout is not torch.strided:
+                raise Unsuitable(f"'{held.name}' is sparse ({tensor.layout}), which the file of a loader cannot hold")
+            for axis, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+                tensor = tensor.narrow(axis, 0, 1) if stride == 0 and size > 1 else tensor
+            kept[held.name] = tensor
+        needs_room(sum(tensor.nbytes for tensor in kept.values() if not file.holds(tensor)), path.parent)
+        for name, tensor in kept.items():
+            file.add(name, tensor)
+        file.finish()
 
 
 def needs_room(size_bytes: int, folder: Path) -> None:
     """Refuse the case if a folder has no room for a file.
 
     Raises:
+        DoesNotFit: if the folder lies in memory, and there is not enough of that.
         Unsuitable: with what is wanted and what is free.
     """
+    if procfs.is_in_memory(folder) and size_bytes > (left_bytes := available_bytes()):
+        raise DoesNotFit(
+            f"the checkpoint in {folder}, which is in memory, needs {format_bytes(size_bytes)};"
+            f" {format_bytes(left_bytes)} are available on this machine"
+        )
     free_bytes = shutil.disk_usage(folder).free
     if size_bytes > free_bytes:
         wanted, free = format_bytes(size_bytes), format_bytes(free_bytes)
@@ -116,10 +124,9 @@ class MappedCheckpoint:
 
         with path.open("rb") as file:
             self._mapping = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        header_bytes = int.from_bytes(self._mapping[:8], "little")
-        self._entries: dict[str, Any] = json.loads(self._mapping[8 : 8 + header_bytes])
-        self._entries.pop("__metadata__", None)
-        self._data_start = 8 + header_bytes
+        end = len(self._mapping) - LENGTH_BYTES
+        index_bytes = int.from_bytes(self._mapping[end:], "little")
+        self._entries: dict[str, Any] = json.loads(self._mapping[end - index_bytes : end])
         whole = torch.frombuffer(self._mapping, dtype=torch.uint8)
         self._first_byte = whole.data_ptr()
 
@@ -143,13 +150,10 @@ class MappedCheckpoint:
         import torch
 
         entry = self._entries[name]
-        start, end = entry["data_offsets"]
-        dtype = getattr(torch, _DTYPES[entry["dtype"]])
-        if start == end:
+        dtype, count = getattr(torch, entry["dtype"]), math.prod(entry["shape"])
+        if not count:
             return torch.empty(entry["shape"], dtype=dtype)
-        flat = torch.frombuffer(
-            self._mapping, dtype=dtype, count=(end - start) // dtype.itemsize, offset=self._data_start + start
-        )
+        flat = torch.frombuffer(self._mapping, dtype=dtype, count=count, offset=entry["offset"])
         return flat.view(entry["shape"]).data  # a view would keep the mapping wherever its data go
 
     def touched(self, name: str, part: Part) -> torch.Tensor:
@@ -219,12 +223,12 @@ def own_copy(tensor: torch.Tensor) -> torch.Tensor:
     Block by block, so that file pages do not pile up beside the copy and hide what of resident memory is live. One that
     is not mapped from a file is copied plainly. Nobody may have written to the mapped one.
     """
-    import torch
-
+    if is_in_open_file(tensor):
+        return tensor
     lent = any(first <= tensor.data_ptr() < last for first, last in procfs.file_mappings())
     if not lent or not tensor.is_contiguous() or tensor.nbytes == 0:
-        return tensor.clone()
-    own = torch.empty_like(tensor)
+        return empty_like(tensor).copy_(tensor)
+    own = empty_like(tensor)
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE  # a neighbour reads its page again
