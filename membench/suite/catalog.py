@@ -20,7 +20,13 @@ from membench.suite.loading import description
 KINDS = ("models", "techniques", "workloads", "metrics", "suites")
 """The kinds that can be listed, in the order of the full list."""
 
-_TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
+_TYPES = {
+    "integer": "whole number",
+    "number": "number",
+    "string": "text",
+    "boolean": "true or false",
+    "object": "table",
+}
 _BOUNDS = {
     "minimum": "at least {}",
     "exclusiveMinimum": "more than {}",
