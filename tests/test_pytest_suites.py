@@ -145,7 +145,7 @@ def test_cases_are_benchmarks_to_pytest_benchmark(inner: pytest.Pytester, suite:
 
 def test_how_cases_end_is_how_their_tests_end(inner: pytest.Pytester, suite: Path) -> None:
     ran = inner.runpytest_subprocess("suites", "-v", "-rfs", "--junitxml=junit.xml", "--benchmark-json=times.json")
-    ran.assert_outcomes(passed=3, failed=4, skipped=1, warnings=1)
+    ran.assert_outcomes(passed=3, failed=4, skipped=1, warnings=2)
     ran.stdout.fnmatch_lines(
         [
             "large/none/still/cpu: peak_live 64.* MiB is over its limit of 40.00 MiB",
@@ -160,6 +160,7 @@ def test_how_cases_end_is_how_their_tests_end(inner: pytest.Pytester, suite: Pat
             "SKIPPED [[]1[]] suites/every-end.toml: no CUDA device here, or a torch build without CUDA",
             "FAILED suites/every-end.toml::small/dies/still/cpu - Failed: small/dies/*",
             "*MembenchWarning: small/idle/still/cpu: 'idle' changed nothing in the model",
+            "*MembenchWarning: large/bf16/still/cpu: peak_live is within its limit of 40.00 MiB while running, but *",
             "membench: 8 records kept in results/every-end-*.jsonl",
         ]
     )
@@ -196,7 +197,9 @@ def _check_times(path: Path, records: Sequence[Record]) -> None:
     (bf16,) = (record for record in records if record.id == "small/bf16/still/cpu")
     assert written.keys() == {record.id for record in records if record.status == "ok"}
     found = written["small/bf16/still/cpu"]
-    assert found["stats"]["data"] == bf16.processes[0].durations_s
+    # Steps that other processes disturbed are left out.
+    assert found["stats"]["data"]
+    assert set(found["stats"]["data"]) <= set(bf16.processes[0].durations_s)
     assert 0.02 <= found["stats"]["min"] < 0.1
     assert found["group"] == "small · still · cpu"
     assert found["extra_info"]["weights_bytes"] == 8 * 2**20
