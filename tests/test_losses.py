@@ -231,9 +231,16 @@ def _with_head_in_a_class_of_its_own(module: nn.Module) -> nn.Module:
     return module
 
 
+def _with_a_hook_on_its_gradients(module: nn.Module) -> nn.Module:
+    """Seen by no logit, and lost where the head is not called."""
+    module.lm_head.register_full_backward_hook(lambda layer, gradients, of_output: None)  # type: ignore[union-attr]
+    return module
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        (_with_a_hook_on_its_gradients, "the output head cannot be fused with the loss: .* it has hooks"),
         (_capped, "LlamaForCausalLM does more to its logits than its output head"),
         (
             _with_head_in_a_class_of_its_own,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -188,6 +189,17 @@ def test_a_layer_of_renumbered_blocks_is_taken_for_one_of_its_like() -> None:
     assert use_of("blocks.7.proj", uses) == WeightUse("Mixer", "Mixer")
     assert use_of("blocks.7.other", uses) == WeightUse()
     assert use_of("blocks.0.proj", None) is None
+
+
+def test_what_is_streamed_from_a_file_is_asked_the_same(tmp_path: Path) -> None:
+    context = dataclasses.replace(_context("hooked"), scratch=tmp_path)
+    streamed, quantizer = _technique("streamed"), _technique("round-to-nearest", skip=["head"])
+    streamed.prepare(lambda: context.model.build(context), context)
+    module = streamed.load(lambda: context.model.build(context), (quantizer,), context)
+    assert _left(context) == {"mix": "it has hooks"}
+    assert _error("hooked", module) == 0
+    with pytest.raises(Unsuitable, match=r"only = \['lm_head'\] matches no layer; there are embed, head, mix"):
+        streamed.load(lambda: context.model.build(context), (_technique("nf4", only=["lm_head"]),), context)
 
 
 class _Halves(LayerWise):
