@@ -7,11 +7,9 @@ use. So the free blocks are filled with objects of a known size, before the base
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from membench.host import procfs
@@ -78,6 +76,9 @@ class FilledBlocks:
 
     def __init__(self) -> None:
         self._objects: list[object] = []
+        self._left: dict[int, int] = {}  # blocks that were not used yet, by size
+        self._pools_left = 0
+        self._newest: list[object] = [None] * 256  # a page of the smallest blocks
         self.bytes = 0
 
     def fill(self) -> None:
@@ -85,31 +86,36 @@ class FilledBlocks:
         before = _blocks()
         if before is None:
             return
+        page_bytes = os.sysconf("SC_PAGE_SIZE")
         for size_bytes, count in before.free.items():
-            self._keep(_objects(size_bytes, count))
-        self._fill_pools(before)
+            freed, in_a_page = count - self._left.get(size_bytes, 0), page_bytes // size_bytes
+            while freed > 0 and not self._occupy(size_bytes, min(freed, in_a_page)):
+                freed -= in_a_page
+        # All but one arena have been used to their ends, and used pools of an arena are taken before its fresh ones.
+        in_a_pool = (before.pool_bytes - _POOL_HEADER_BYTES) // _LARGEST_BYTES
+        for left in range(before.free_pools, self._pools_left, -1):
+            faults = self._occupy(_LARGEST_BYTES, in_a_pool)
+            if faults >= before.pool_bytes // page_bytes and left <= _POOLS_IN_AN_ARENA:
+                break
         after = _blocks()
         assert after is not None, "the allocator is the same"
         self.bytes += after.used_bytes - before.used_bytes
+        self._left, self._pools_left = after.free, after.free_pools
 
-    def _fill_pools(self, blocks: _Blocks) -> None:
-        """Occupy free pools up to the first that was never used, which a page fault tells.
+    def _occupy(self, size_bytes: int, count: int) -> int:
+        """Occupy blocks of a size; return the page faults that it took: blocks that were never used are not resident.
 
-        All but one arena have been used to their ends, and used pools of an arena are taken before its fresh ones.
+        Blocks that were used and freed are taken before the fresh ones of a pool.
         """
-        in_a_pool = (blocks.pool_bytes - _POOL_HEADER_BYTES) // _LARGEST_BYTES
-        pages_in_a_pool = blocks.pool_bytes // os.sysconf("SC_PAGE_SIZE")
-        for number in range(blocks.free_pools):
-            faults = procfs.page_faults()
-            self._keep(_objects(_LARGEST_BYTES, in_a_pool))
-            is_fresh = procfs.page_faults() - faults >= pages_in_a_pool
-            if is_fresh and blocks.free_pools - number < _POOLS_IN_AN_ARENA:
-                return
-
-    def _keep(self, objects: Iterable[object]) -> None:
-        kept = tuple(objects)
+        objects = self._newest
+        faults = procfs.page_faults()
+        for place in range(count):
+            objects[place] = _object(size_bytes, place)
+        faults = procfs.page_faults() - faults
+        kept = tuple(objects[:count])
         self._objects.append(kept)
         self.bytes += sys.getsizeof(kept) if sys.getsizeof(kept) > _LARGEST_BYTES else 0
+        return faults
 
     def release(self) -> None:
         """Free the objects, so that Python's allocator is as in any process."""
@@ -117,8 +123,8 @@ class FilledBlocks:
         self.bytes = 0
 
 
-def _objects(size_bytes: int, count: int) -> Iterable[object]:
-    """Return objects whose memory is a block of a size: a multiple of 16 bytes."""
-    if size_bytes <= _EMPTY_BYTES:
-        return (object() if size_bytes == 16 else 2**29 + number for number in range(count))
-    return map(bytes, itertools.repeat(size_bytes - _EMPTY_BYTES, count))
+def _object(size_bytes: int, number: int) -> object:
+    """Return an object whose memory is a block of a size, a multiple of 16 bytes; ``number`` tells it from others."""
+    if size_bytes > _EMPTY_BYTES:
+        return bytes(size_bytes - _EMPTY_BYTES)
+    return object() if size_bytes == 16 else 2**29 + number
