@@ -121,17 +121,17 @@ def _case(folder: Path, *stack: Technique) -> Assembly:
         ([MetaInit()], 1),
         ([Streamed()], 1),
         ([MemoryMapped()], 0),
-        ([Streamed(), Int8WeightOnly.model_validate({})], None),
+        ([Streamed(), Int8WeightOnly.model_validate({})], 0.25),
         ([Saved()], None),
     ],
     ids=lambda value: "+".join(type(one).__name__ for one in value) if isinstance(value, list) else None,
 )
 def test_a_loader_that_needs_more_than_there_is_is_refused_before_anything_is_written(
-    stack: list[Technique], shares: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stack: list[Technique], shares: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _MODEL.skeleton()  # so that each process need not import what that takes
     case = _case(tmp_path, *stack)
-    least_bytes = (shares or 0) * _WEIGHTS_BYTES
+    least_bytes = int((shares or 0) * _WEIGHTS_BYTES)
     monkeypatch.setattr(fitting, "available_bytes", lambda: least_bytes - 1)
     if shares:
         with pytest.raises(DoesNotFit, match=r"^loading needs .*iB; .*iB are available on this machine$"):

@@ -137,7 +137,7 @@ def _cloud(at: Axes, picture: Cloud) -> None:
         )  # fmt: skip
     if picture.ticks:
         at.set_xticks([tick.at for tick in picture.ticks], [tick.text for tick in picture.ticks])
-    at.set_xlabel(f"{picture.x_title} (filled: on the front; larger: faster)")
+    at.set_xlabel(f"{picture.x_title} (filled: on the front of live peaks while running; larger: faster)")
     at.set_ylabel(picture.y_title)
     at.set_ylim(0, 1.12 * max(point.y for point in picture.points) or 1)
     at.grid(alpha=0.3)

@@ -156,8 +156,13 @@ class Streamed(_Loading):
         return super().refuse(setting)
 
     def loading_bytes(self, weights_bytes: int, rest: Sequence[Technique]) -> int | None:
-        """Return the bytes of the result: as built, unless layers are converted to what is not known here."""
-        return None if any(isinstance(member, LayerWise) for member in rest) else weights_bytes
+        """Return the least bytes of the result: as if all of it had the nominal bits of the member with the fewest."""
+        layer_wise = [member for member in rest if isinstance(member, LayerWise)]
+        bits = [member.nominal_bits() for member in layer_wise]
+        known = [each for each in bits if each is not None]
+        if len(known) < len(bits) or any(member.nominal_share() != 1 for member in layer_wise):
+            return None
+        return int(weights_bytes * min([32.0, *known]) / 32)  # of a model built in 16 bits it is more
 
     def load(self, build: Callable[[], nn.Module], rest: Sequence[Technique], context: Context) -> nn.Module:
         checkpoint = MappedCheckpoint(_path(context))
