@@ -16,6 +16,8 @@ from membench.records.comparison import Comparison
 from membench.records.disturbed_times import is_disturbed
 from membench.records.metrics import METRIC_OF_FIELD
 from membench.records.record import Record
+from membench.regression import baseline_text
+from membench.regression.decision import said_of_few_times
 from membench.regression.judging import judge
 from membench.regression.measured import of_records
 from membench.regression.noise import Noise
@@ -288,6 +290,14 @@ def test_a_disturbed_time_is_undecided_with_its_reason_in_all_outputs_and_fails_
     (case,) = case_outcomes.of_judgement(judgement)
     assert case.end == "passed"
     assert [_WHY in line for line in case.undecided] == [True] * len(case.undecided)
+
+
+def test_a_baseline_keeps_that_its_times_are_disturbed() -> None:
+    kept = baseline_text.decoded(baseline_text.encoded(of_records(_repeats(1.0, waited=1.2), "then")).encode())
+    judgement = judge(kept, of_records(_repeats(1.5), "now"), Tolerances())
+    assert (_time(judgement).verdict, _time(judgement).reason) == ("undecided", f"{_WHY} (the base)")
+    case_id = next(iter(kept.cases))
+    assert f"while times were measured, {_WHY}" in str(said_of_few_times(kept, [case_id], "remedy"))
 
 
 def test_noise_is_not_learnt_from_disturbed_times() -> None:
