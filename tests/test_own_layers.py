@@ -17,7 +17,8 @@ from membench.builtin.workloads.forward import Forward
 from membench.plugins import Context, LayerWise, Technique, Unsuitable, registry, replaced
 from membench.plugins.replacing import WeightUse
 from membench.records.record import Record
-from membench.worker import weight_uses
+from membench.worker import converted_layers, weight_uses
+from membench.worker.assembly import Assembly
 from membench.worker.weights import weight_bytes
 
 if TYPE_CHECKING:
@@ -234,6 +235,25 @@ def test_a_technique_that_replaces_a_layer_by_hand_is_told_what_would_be_lost() 
         replaced(module, "mix", nn.Linear(64, 64))
     around = nn.Sequential(module.get_submodule("mix"))
     assert replaced(module, "mix", around).get_submodule("mix") is around
+
+
+class _Swaps(Technique):
+    """Replaces a layer by itself."""
+
+    def apply(self, module: nn.Module, context: Context) -> nn.Module:
+        from torch import nn
+
+        module.mix = nn.Linear(64, 64)
+        return module
+
+
+@pytest.mark.parametrize(
+    ("kind", "lost"), [("hooked", ["'swaps' dropped what 1 layer did by itself: mix (it has hooks)"]), ("plain", [])]
+)
+def test_a_technique_that_asks_nobody_and_drops_hooks_is_named_with_the_layer(kind: str, lost: list[str]) -> None:
+    case = Assembly(_model(kind), (_Swaps(),), Forward.model_validate({}), ("swaps",), _context(kind))
+    case.make()
+    assert converted_layers.remarks(case.names, case.techniques, case.context) == lost
 
 
 @pytest.mark.parametrize(

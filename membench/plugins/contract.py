@@ -70,6 +70,7 @@ class Context:
         corpus: the corpus that the workload reads, if it reads one.
         weight_uses: by path of a layer, who uses its weight besides the layer; ``None``: not known. See ``LayerWise``.
         left_alone: layers that a technique would have converted, had they not something of their own to lose.
+        lost: such layers that a technique replaced all the same. The harness finds them.
     """
 
     device: str
@@ -87,6 +88,7 @@ class Context:
     corpus: Corpus | None = None
     weight_uses: Mapping[str, WeightUse] | None = None
     left_alone: list[LeftAlone] = field(default_factory=list)
+    lost: list[LeftAlone] = field(default_factory=list)
 
 
 class Model(Options):

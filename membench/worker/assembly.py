@@ -120,7 +120,7 @@ class Assembly:
         scratch.mkdir(exist_ok=True)
         context = dataclasses.replace(
             self.context, model=miniature, part=_unmeasured, inventory={}, scratch=scratch, idle=[], diverged=[],
-            left_alone=[], facts={}, rehearsal=True,
+            left_alone=[], lost=[], facts={}, rehearsal=True,
         )  # fmt: skip
         return dataclasses.replace(self, model=miniature, context=context, aside=contextlib.nullcontext)
 
@@ -149,11 +149,12 @@ class Assembly:
             if type(technique).apply is plugins.Technique.apply:
                 continue
             with self.aside():
-                before = fingerprint(module)
+                before, own = fingerprint(module), converted_layers.OwnLayers(module)
             module = plugins.given_back(technique.apply(module, self.context), technique, "apply", "module")
             with self.aside():
                 if fingerprint(module) == before:
                     self.context.idle.append(technique)
+                self.context.lost.extend(own.lost(module, technique))
         return module
 
     def make(self) -> nn.Module:

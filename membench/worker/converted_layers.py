@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -10,12 +11,36 @@ from membench import plugins
 from membench.errors import MembenchError
 from membench.host.out_of_memory import is_out_of_memory
 from membench.plugins import Context, SelectsLayers, Technique
-from membench.plugins.replacing import LeftAlone, numberless
+from membench.plugins.replacing import LeftAlone, numberless, reason_to_keep
 
 if TYPE_CHECKING:
     from torch import nn
 
 _MOST_NAMES = 4
+
+
+class OwnLayers:
+    """The layers of a module that have a forward or hooks of their own; none of them is kept alive.
+
+    A technique that derives from no class that asks may replace them by itself.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._all = weakref.WeakSet(module.modules())
+        self._own = [
+            (path, weakref.ref(layer), weakref.ref(module.get_submodule(path.rpartition(".")[0])), reason)
+            for path, layer in module.named_modules()
+            if path and (reason := reason_to_keep(layer, None)) is not None
+        ]
+
+    def lost(self, module: nn.Module, technique: Technique) -> Iterator[LeftAlone]:
+        """Yield those in whose places are new modules, but none that is gone with what was around it."""
+        present = set(module.modules())
+        for path, layer, parent, reason in self._own:
+            around, name = parent(), path.rpartition(".")[2]
+            new = around._modules.get(name) if around in present else None
+            if layer() not in present and new is not None and new not in self._all:
+                yield LeftAlone(technique, path, reason)
 
 
 class BrokenForward(MembenchError):
@@ -34,8 +59,13 @@ def remarks(names: Sequence[str], techniques: Sequence[Technique], context: Cont
         for name, technique in members
         if not _acts_while_running(technique) and any(technique is each for each in context.idle)
     ]
-    left = ((name, _on_left_alone(context.left_alone, technique)) for name, technique in members)
-    return [*idle, *(f"'{name}' {remark}" for name, remark in left if remark)]
+    said = [
+        f"'{name}' {remark}"
+        for name, technique in members
+        for what, layers in (("left {} alone", context.left_alone), ("dropped what {} did by itself", context.lost))
+        if (remark := _listed(what, layers, technique))
+    ]
+    return [*idle, *said]
 
 
 def _acts_while_running(technique: Technique) -> bool:
@@ -49,9 +79,9 @@ def belongs_to(left: LeftAlone, technique: Technique) -> bool:
     return left.technique is technique or type(left.technique) is type(technique)
 
 
-def _on_left_alone(left_alone: Iterable[LeftAlone], technique: Technique) -> str:
-    """Count the layers that a technique left alone and name them, those of alike blocks as one; empty if none."""
-    reasons = {left.path: left.reason for left in left_alone if belongs_to(left, technique)}
+def _listed(what: str, layers: Iterable[LeftAlone], technique: Technique) -> str:
+    """Say what became of layers, with their number and names, those of alike blocks as one; empty if there are none."""
+    reasons = {layer.path: layer.reason for layer in layers if belongs_to(layer, technique)}
     alike: dict[tuple[str, str], list[str]] = {}
     for path, reason in reasons.items():
         alike.setdefault((numberless(path), reason), []).append(path or "the model itself")
@@ -61,7 +91,7 @@ def _on_left_alone(left_alone: Iterable[LeftAlone], technique: Technique) -> str
     if len(named) > _MOST_NAMES:
         named[_MOST_NAMES:] = [f"{len(named) - _MOST_NAMES} more kinds"]
     count = f"{len(reasons)} layer{'' if len(reasons) == 1 else 's'}"
-    return f"left {count} alone: {', '.join(named)}" if named else ""
+    return f"{what.format(count)}: {', '.join(named)}" if named else ""
 
 
 @contextlib.contextmanager
