@@ -273,12 +273,14 @@ def test_a_folder_of_results_that_is_removed_meanwhile_is_one_line_and_no_record
 ) -> None:
     (folder / "results").mkdir(exist_ok=True)
     (folder / "removes.py").write_text("import shutil; shutil.rmtree('own')")
-    ran = _membench("run", "--script", "removes.py", "--output", "own", "--repeats", "2", folder=folder)
+    words = ("run", "--script", "removes.py", "--output", "own", "--repeats", "2")
+    ran = _membench(*words, folder=folder, environment={"TMPDIR": str(tmp_path)})
     assert (ran.returncode, ran.stdout) == (2, "")
     said = re.fullmatch(
         r"membench: own/.*: was removed or replaced .*; its records are kept in (.*)", ran.stderr.strip()
     )
     assert said is not None, ran.stderr
+    assert Path(said[1]).is_relative_to(tmp_path)
     (record,) = membench.read_run(said[1]).records
     assert record.status == "ok"
 

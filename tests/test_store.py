@@ -138,8 +138,9 @@ def _moved(path: Path) -> Path | None:
 
 @pytest.mark.parametrize("change", [_removed, _replaced, _replaced_by_a_file, _moved])
 def test_of_a_file_that_vanishes_all_records_are_kept_at_a_place_that_is_named(
-    path: Path, change: Callable[[Path], Path | None]
+    path: Path, change: Callable[[Path], Path | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with RunFile.reopen(path) as file:
         file.check()
         moved_to = change(path)
