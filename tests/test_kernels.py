@@ -216,7 +216,7 @@ def test_a_broken_library_is_found_by_the_rehearsal_and_measured_steps_always_co
         _compile("ab/another.so")
         broken.used_by(_without_error)
     (note,) = _run(tmp_path, "compiles").notes
-    assert note.startswith("compiled kernels were thrown away, and compiled anew: rehearsing with them ended in Import")
+    assert note.startswith("compiled kernels were thrown away, and compiled anew: the rehearsal with them failed (")
     assert log.read_text().splitlines()[4:] == ["rehearsed.so made", "own.so made"]
 
 

@@ -91,7 +91,7 @@ class Kernels:
         """
         failed = rehearse()
         if failed is not None and self.count():
-            self._throw_away(f"rehearsing with them ended in {failed}")
+            self._throw_away(f"the rehearsal with them failed ({failed})")
             failed = rehearse()
         if failed is None:
             self._keep()
