@@ -9,6 +9,8 @@ from membench.worker import allocator, malloc_counts
 from membench.worker.python_blocks import FilledBlocks
 
 _SHARED_CHANGES_BYTES = 2**18
+_COUNTERS_OFF_BYTES = 2**21
+"""What the kernel's counters of a process may be off by on a machine of some cores."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,16 @@ class LiveMemory:
         return self._sorted(procfs.resident())
 
     def pages_one_by_one(self) -> Pages:
-        """Read the resident pages, and count the private ones in the page tables, which is exact."""
+        """Read the resident pages, and count the anonymous ones in the page tables, which is exact."""
         resident = procfs.resident()
-        counted = procfs.anonymous_page_by_page()
+        counted = procfs.counted_page_by_page()
         if counted is None:
             return self._sorted(resident)
-        return self._sorted(procfs.Resident(counted, resident.shared_bytes, resident.file_bytes, resident.peak_bytes))
+        private, shared = counted
+        # Pages that other processes map, too, are divided among them there; then the counter has to do.
+        if abs(resident.shared_bytes - shared) > _COUNTERS_OFF_BYTES:
+            shared = resident.shared_bytes
+        return self._sorted(procfs.Resident(private, shared, resident.file_bytes, resident.peak_bytes))
 
     def _sorted(self, resident: procfs.Resident) -> Pages:
         # What is shared rarely changes, and it takes milliseconds to look which of it belongs to files.

@@ -16,9 +16,7 @@ from membench.host import procfs
 
 _CLASS = re.compile(rb"^ +\d+ +(\d+) +\d+ +\d+ +(\d+)$", re.MULTILINE)
 _POOLS = re.compile(rb"^([\d,]+) unused pools \* (\d+) bytes", re.MULTILINE)
-_USED = re.compile(
-    rb"^# bytes (?:in allocated blocks|lost to (?:pool headers|quantization)) += +([\d,]+)$", re.MULTILINE
-)
+_ARENAS = re.compile(rb"^# arenas allocated current += +(\d+)$", re.MULTILINE)
 _POOL_HEADER_BYTES = 48
 _POOLS_IN_AN_ARENA = 64
 _LARGEST_BYTES = 512
@@ -27,15 +25,12 @@ _EMPTY_BYTES = sys.getsizeof(b"")
 
 @dataclass(frozen=True)
 class _Blocks:
-    """The allocator's blocks: free ones by size in bytes, free pools with their size, and all bytes that are in use.
-
-    What pools with blocks in use lose to their headers and at their ends is in use, too.
-    """
+    """The allocator's free blocks by their size in bytes, its free pools with their size, and its arenas."""
 
     free: dict[int, int]
     free_pools: int
     pool_bytes: int
-    used_bytes: int
+    arenas: int
 
 
 def _blocks() -> _Blocks | None:
@@ -52,19 +47,11 @@ def _blocks() -> _Blocks | None:
     finally:
         os.close(kept)
         os.close(output)
-    pools, used = _POOLS.search(text), _USED.findall(text)
-    if pools is None or not used:
+    pools, arenas = _POOLS.search(text), _ARENAS.search(text)
+    if pools is None or arenas is None:
         return None
-    return _Blocks(
-        {int(size): int(count) for size, count in _CLASS.findall(text)},
-        _number(pools[1]),
-        _number(pools[2]),
-        sum(map(_number, used)),
-    )
-
-
-def _number(text: bytes) -> int:
-    return int(text.replace(b",", b""))
+    free = {int(size): int(count) for size, count in _CLASS.findall(text)}
+    return _Blocks(free, int(pools[1].replace(b",", b"")), int(pools[2]), int(arenas[1]))
 
 
 class FilledBlocks:
@@ -76,8 +63,7 @@ class FilledBlocks:
 
     def __init__(self) -> None:
         self._objects: list[object] = []
-        self._left: dict[int, int] = {}  # blocks that were not used yet, by size
-        self._pools_left = 0
+        self._left = _Blocks({}, 0, 0, 0)  # what was not used yet when it was last filled
         self._newest: list[object] = [None] * 256  # a page of the smallest blocks
         self.bytes = 0
 
@@ -88,19 +74,29 @@ class FilledBlocks:
             return
         page_bytes = os.sysconf("SC_PAGE_SIZE")
         for size_bytes, count in before.free.items():
-            freed, in_a_page = count - self._left.get(size_bytes, 0), page_bytes // size_bytes
+            freed, in_a_page = count - self._left.free.get(size_bytes, 0), page_bytes // size_bytes
             while freed > 0 and not self._occupy(size_bytes, min(freed, in_a_page)):
                 freed -= in_a_page
-        # All but one arena have been used to their ends, and used pools of an arena are taken before its fresh ones.
-        in_a_pool = (before.pool_bytes - _POOL_HEADER_BYTES) // _LARGEST_BYTES
-        for left in range(before.free_pools, self._pools_left, -1):
-            faults = self._occupy(_LARGEST_BYTES, in_a_pool)
-            if faults >= before.pool_bytes // page_bytes and left <= _POOLS_IN_AN_ARENA:
-                break
+        self._fill_pools(before)
         after = _blocks()
         assert after is not None, "the allocator is the same"
-        self.bytes += after.used_bytes - before.used_bytes
-        self._left, self._pools_left = after.free, after.free_pools
+        self._left = after
+
+    def _fill_pools(self, blocks: _Blocks) -> None:
+        """Occupy free pools that were used. Only the newest arena has fresh ones, no more than it had before.
+
+        Its used pools are taken before its fresh ones, but those of other arenas may come later.
+        """
+        in_a_pool = (blocks.pool_bytes - _POOL_HEADER_BYTES) // _LARGEST_BYTES
+        pages_in_a_pool = blocks.pool_bytes // os.sysconf("SC_PAGE_SIZE")
+        has_new_arena = blocks.arenas != self._left.arenas
+        used = blocks.free_pools - (_POOLS_IN_AN_ARENA - 1 if has_new_arena else self._left.free_pools)
+        for _ in range(blocks.free_pools):
+            is_fresh = self._occupy(_LARGEST_BYTES, in_a_pool) >= pages_in_a_pool
+            self.bytes += blocks.pool_bytes - in_a_pool * _LARGEST_BYTES  # its header, and what is left over
+            used -= not is_fresh
+            if is_fresh and used <= 0:
+                return
 
     def _occupy(self, size_bytes: int, count: int) -> int:
         """Occupy blocks of a size; return the page faults that it took: blocks that were never used are not resident.
@@ -114,7 +110,7 @@ class FilledBlocks:
         faults = procfs.page_faults() - faults
         kept = tuple(objects[:count])
         self._objects.append(kept)
-        self.bytes += sys.getsizeof(kept) if sys.getsizeof(kept) > _LARGEST_BYTES else 0
+        self.bytes += size_bytes * count + sys.getsizeof(kept)
         return faults
 
     def release(self) -> None:
