@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
 import os
 import queue
@@ -85,6 +86,43 @@ def test_children_of_ones_own_are_no_excuse() -> None:
             child.kill()
     assert step.waited_s > 0.2 * step.duration_s
     assert step.excused_s == pytest.approx(step.duration_s - step.used_s, abs=0.03)
+
+
+def test_threads_that_end_meanwhile_do_not_make_the_use_of_cores_unknown() -> None:
+    if procfs.cores() is None:
+        pytest.skip("this kernel does not tell for how long threads waited")
+    found = []
+    for _ in range(300):
+        executor = concurrent.futures.ThreadPoolExecutor(4)
+        list(executor.map(sum, [range(20_000)] * 8))
+        executor.shutdown(wait=False)
+        found.append(procfs.cores())
+    assert None not in found
+
+
+def test_the_end_of_a_child_is_no_use_of_cores() -> None:
+    """What it used in threads that have ended was used when they ran, and not when it is reaped."""
+    script = """
+import hashlib, threading
+thread = threading.Thread(target=hashlib.pbkdf2_hmac, args=("sha256", b"a", b"b", 2_000_000))
+thread.start(); thread.join()
+print(flush=True); input()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        alive = procfs.cores()
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        ended = procfs.cores()
+        child.wait()
+        reaped = procfs.cores()
+    if alive is None or ended is None or reaped is None:
+        pytest.skip("this kernel does not tell for how long threads waited")
+    assert ended.used_s == pytest.approx(alive.used_s, abs=0.1)
+    assert reaped.used_s == pytest.approx(alive.used_s, abs=0.1)
 
 
 def test_a_neighbour_on_the_same_core_is_an_excuse() -> None:

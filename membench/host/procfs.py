@@ -153,36 +153,43 @@ def cores(family: int | None = None) -> Cores | None:
             Without one it is this process.
     """
     own = os.getpid()
-    try:
-        tasks = os.listdir("/proc/self/task")
-        waited_ns = sum(_schedstat(f"self/task/{task}")[1] for task in tasks)
-        used_ns = sum(_of_all_threads_ns(pid) for pid in children(family or own) if pid != own)
-    except (OSError, IndexError, ValueError):
+    waited_ns = threads_waited_ns(own)
+    if not waited_ns:
         return None
+    used_s = sum(_of_all_threads_s(pid) for pid in children(family or own) if pid != own)
     reaped = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return Cores(waited_ns / 1e9, time.process_time() + used_ns / 1e9 + reaped.ru_utime + reaped.ru_stime)
+    return Cores(sum(waited_ns.values()) / 1e9, time.process_time() + used_s + reaped.ru_utime + reaped.ru_stime)
 
 
 def threads_waited_ns(pid: int) -> dict[str, int]:
-    """Return for how long each thread of a process was ready to run and had no core, by id; empty if it is gone."""
+    """Return for how long each living thread of a process was ready to run and had no core, by id.
+
+    Empty if the process is gone, or if the kernel does not report it.
+    """
+    found = {}
     try:
-        return {task: _schedstat(f"{pid}/task/{task}")[1] for task in os.listdir(f"/proc/{pid}/task")}
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended since it was listed
+                found[task] = int(Path(f"/proc/{pid}/task/{task}/schedstat").read_text().split()[1])
     except (OSError, IndexError, ValueError):
         return {}
+    return found
 
 
-def _of_all_threads_ns(pid: int) -> int:
-    """Return how long the threads of a process ran; 0 if it is gone."""
+def _of_all_threads_s(pid: int) -> float:
+    """Return how long the threads of a process ran, ended threads included, in seconds; 0 if it is gone.
+
+    Whatever is left out here would seem to be used at once when the process is reaped.
+    """
     try:
-        return sum(_schedstat(f"{pid}/task/{task}")[0] for task in os.listdir(f"/proc/{pid}/task"))
+        return time.clock_gettime(~pid << 3 | 2)  # CPUCLOCK_SCHED of a process, as clock_getcpuclockid(3) returns it
     except OSError:
-        return 0
-
-
-def _schedstat(what: str) -> tuple[int, int]:
-    """Return (nanoseconds run, nanoseconds waited)."""
-    ran, waited, *_ = Path(f"/proc/{what}/schedstat").read_text().split()
-    return int(ran), int(waited)
+        pass
+    try:  # one that has ended, and is not reaped yet, has no clock
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, IndexError, ValueError):
+        return 0.0
 
 
 def file_mappings() -> list[tuple[int, int]]:
