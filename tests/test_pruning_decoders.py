@@ -286,6 +286,22 @@ def test_a_decoder_beside_an_encoder_loses_the_layers_that_are_named() -> None:
     assert (module.config.num_layers, module.config.num_decoder_layers) == (2, 1)
 
 
+@pytest.mark.parametrize(("pattern", "may_go"), [("model.layers.[23]", {2, 3}), ("model.layers.[01]", {0, 1})])
+def test_layers_dropped_from_part_of_a_list_are_numbered_and_counted_in_the_whole_list(
+    pattern: str, may_go: set[int]
+) -> None:
+    module, (_, options) = _built("llama"), _DECODERS["llama"]
+    before, member = _blocks(module), _technique("drop-layers", layers=pattern)
+    member.apply(module, _context())
+    gone = {place for place, block in enumerate(before) if not any(block is left for left in _blocks(module))}
+    assert len(gone) == 1
+    assert gone <= may_go
+    assert [block.self_attn.layer_idx for block in _blocks(module)] == [0, 1, 2]
+    assert module.config.num_hidden_layers == options["num_hidden_layers"] - 1
+    _same(_cached_logits(module), _logits(module))
+    assert member.remark(module, _context()) is None
+
+
 def _blocks(module: Any) -> list[Any]:
     from torch import nn
 

@@ -97,6 +97,12 @@ def the_layer_list(module: nn.Module, pattern: str | None) -> LayerList:
     return found[0]
 
 
+def whole_list(module: nn.Module, part: LayerList) -> LayerList:
+    """The list that a pattern named some layers of; what it named, where that lies in no list of like layers."""
+    named = set(part.names)
+    return next((each for each in _lists(module) if each.path == part.path and named <= set(each.names)), part)
+
+
 def outermost_named(module: nn.Module, pattern: str) -> dict[str, nn.Module]:
     """The modules whose paths match a pattern, without those inside of others that do."""
     found: dict[str, nn.Module] = {}

@@ -11,7 +11,13 @@ from pydantic import Field, PrivateAttr
 
 from membench.builtin.techniques import decoder_config, projections
 from membench.builtin.techniques.cut_check import Probe, passed_by, unchanged, without_inputs, without_outputs
-from membench.builtin.techniques.decoder_layers import LayerList, layer_lists, outermost_named, the_layer_list
+from membench.builtin.techniques.decoder_layers import (
+    LayerList,
+    layer_lists,
+    outermost_named,
+    the_layer_list,
+    whole_list,
+)
 from membench.builtin.techniques.importance import Part, influences, magnitudes, taylor
 from membench.builtin.techniques.pruning import Pruning, is_transposed
 from membench.errors import summary
@@ -251,21 +257,23 @@ class DropLayers(_Structured):
 
     def apply(self, module: nn.Module, context: Context) -> nn.Module:
         found = the_layer_list(module, self.for_rehearsal(module, context).layers)
+        whole = whole_list(module, found)
         body, config = _body(module), decoder_config.text_config(module)
         for name, reason in _TIED_TO_PLACES.items():
             if getattr(config, name, None):
                 raise Unsuitable(f"{name} = {getattr(config, name)}: {reason}")
         kept = self.kept(influences(found.layers, body, context), context)
         gone = [layer for place, layer in enumerate(found.layers) if place not in kept]
+        left = [place for place, layer in enumerate(whole.layers) if not any(layer is each for each in gone)]
         stay = [found.layers[place] for place in kept]
         probe = Probe(body, context.model.vocabulary(module), context)
         with unchanged(probe, stay, lambda: [passed_by(layer) for layer in gone], _bytes_a_number(body)):
             found.keep(kept)
-            for place, layer in enumerate(stay):
-                for part in layer.modules():
+            for place, old_place in enumerate(left):
+                for part in whole.layers[old_place].modules():
                     if isinstance(getattr(part, "layer_idx", None), int):
                         part.layer_idx = place  # type: ignore[assignment]  # a number in transformers' modules
-            decoder_config.describe_layers(config, found.path, len(found.layers), kept)
+            decoder_config.describe_layers(config, whole.path, len(whole.layers), left)
         self.remember(module)
         self.recover(module, context)
         return module
