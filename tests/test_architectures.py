@@ -13,6 +13,7 @@ import membench
 from membench import plugins, testing
 from membench.builtin.models.config import Config
 from membench.builtin.models.pretrained import Pretrained
+from membench.builtin.techniques import decoder_config
 from membench.cli import main
 from membench.records.record import Record
 
@@ -73,6 +74,18 @@ def test_a_miniature_is_small_in_all_its_parts_and_of_the_class_with_a_head_for_
     module = small.skeleton()
     assert type(module).__name__ == "LlavaForConditionalGeneration"
     assert sum(parameter.numel() for parameter in module.parameters()) < 1_000_000
+
+
+def test_a_configuration_that_refuses_to_say_what_differs_between_layers_is_used_for_what_it_says() -> None:
+    model = _config("gemma4_text")
+    config: Any = model.skeleton().config
+    with pytest.raises(RuntimeError, match="head_dim"):
+        _ = config.head_dim
+    model.miniature()
+    assert decoder_config.number(config, ("head_dim", "hidden_size")) == config.hidden_size
+    assert not decoder_config.replace(config, ("head_dim",), 256, 128)
+    decoder_config.describe_heads(config, (8, 1), (4, 1), 256)
+    assert config.num_attention_heads == 4
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from membench.builtin.techniques.decoder_config import value_of
 from membench.builtin.workloads.train import predicts_masked_tokens
 from membench.errors import PluginError, did_you_mean, summary
 from membench.plugins import Workload
@@ -91,7 +92,7 @@ def refuse_unknown_settings(config: Any, overrides: Mapping[str, Any], where: st
     for name, value in overrides.items():
         if name not in known:
             raise PluginError(f"{where}: {type(config).__name__} has no '{name}'; {did_you_mean(name, known)}")
-        part = getattr(config, name, None)
+        part = value_of(config, name)
         if isinstance(value, Mapping) and hasattr(part, "attribute_map"):
             refuse_unknown_settings(part, value, f"{where}.{name}")
 
@@ -202,7 +203,7 @@ def shrunk(architecture: Any, config: Any) -> Any | None:
             found = config_of_class(type(config), _small_settings(config, keeps_others=keeps_others))
             with torch.device("meta"):
                 module = made(architecture, found)
-        except PluginError:
+        except Exception:  # whatever transformers' families raise
             continue
         if sum(parameter.numel() for parameter in module.parameters()) <= _MOST_SMALL_WEIGHTS:
             return found
@@ -211,14 +212,14 @@ def shrunk(architecture: Any, config: Any) -> Any | None:
 
 def _small_settings(config: Any, *, keeps_others: bool) -> dict[str, Any]:
     """Return a configuration's settings with the sizes of a small model, in its parts, too."""
-    layers = getattr(config, "num_hidden_layers", None)
+    layers = value_of(config, "num_hidden_layers")
     # Lists with an entry a layer, as of the kinds of attention.
     settings = {
         name: value[:2] if isinstance(value, list) and len(value) == layers else value
         for name, value in (config.to_dict() if keeps_others else {}).items()
     }
     known = {*vars(config), *config.attribute_map}
-    small = {name: size for name, size in _SMALL.items() if name in known and getattr(config, name, None) is not None}
+    small = {name: size for name, size in _SMALL.items() if name in known and value_of(config, name) is not None}
     if "qk_rope_head_dim" in known:  # the size of heads follows from that of their parts
         small.pop("head_dim", None)
     for alias in small:

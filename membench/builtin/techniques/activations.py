@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from membench.builtin.techniques.decoder_config import value_of
 from membench.builtin.techniques.decoder_layers import checkpointing_layer, layer_lists, outermost_named
 from membench.plugins import Context, Setting, Technique, TrainingStep, Unsuitable
 
@@ -70,7 +71,7 @@ class Checkpointing(_Training):
         # A key-value cache would keep keys and values, and be written twice; transformers warns of it and drops it.
         configurations: list[Any] = [getattr(child, "config", None) for child in module.modules()]
         for configuration in configurations:
-            if hasattr(configuration, "use_cache"):
+            if value_of(configuration, "use_cache") is not None:
                 configuration.use_cache = False
         return module
 

@@ -34,10 +34,21 @@ def text_config(module: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else None
 
 
+def value_of(holder: Any, name: str, default: object = None) -> Any:
+    """What an object has under a name; the default if it has none, or refuses to say.
+
+    Gemma 4's configuration raises an error that is no ``AttributeError`` for what differs between layers.
+    """
+    try:
+        return getattr(holder, name, default)
+    except Exception:  # whatever transformers' families raise
+        return default
+
+
 def number(holder: Any, names: Iterable[str]) -> int | None:
     """The first whole number that an object has under one of several names."""
     for name in names:
-        value = getattr(holder, name, None)
+        value = value_of(holder, name)
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     return None
@@ -51,7 +62,7 @@ def replace(holder: Any, names: Iterable[str], old: int, new: int) -> bool:
     """
     found = False
     for name in names:
-        value = getattr(holder, name, None)
+        value = value_of(holder, name)
         if isinstance(value, list | tuple) and value and all(each == old for each in value):
             found |= _set(holder, name, [new] * len(value))
         elif isinstance(value, int) and not isinstance(value, bool) and value == old:
@@ -63,7 +74,7 @@ def describe_inner_width(config: Any, old: int, new: int) -> None:
     if config is None or replace(config, INNER_WIDTH, old, new):
         return
     for name in _DEFAULT_INNER_WIDTH:
-        if getattr(config, name, 0) is None:
+        if value_of(config, name, 0) is None:
             _set(config, name, new)
             return
 
@@ -74,7 +85,7 @@ def describe_heads(config: Any, old: tuple[int, int], new: tuple[int, int], size
         return
     replace(config, HEADS, old[0], new[0])
     replace(config, KEY_VALUE_HEADS, old[1], new[1])
-    if getattr(config, "head_dim", None) != size:
+    if value_of(config, "head_dim") != size:
         _set(config, "head_dim", size)
 
 
@@ -87,7 +98,7 @@ def describe_layers(config: Any, path: str, old: int, kept: Sequence[int]) -> No
     if config is None:
         return
     names: tuple[str, ...] = LAYERS
-    if getattr(config, "is_encoder_decoder", False):
+    if value_of(config, "is_encoder_decoder"):
         names = DECODER_LAYERS if "decoder" in path else ENCODER_LAYERS
     replace(config, names, old, len(kept))
     for name, value in list(vars(config).items()):

@@ -133,7 +133,8 @@ class _Student(Technique):
 
     def _config(self, teacher: nn.Module, context: Context) -> Any:
         configuration = getattr(teacher, "config", None)
-        if not all(hasattr(configuration, name) for name in ("num_hidden_layers", "num_attention_heads")):
+        named = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
+        if any(decoder_config.value_of(configuration, name) is None for name in named):
             raise Unsuitable("a student is derived from a transformers configuration, which this model has not")
         config: Any = copy.deepcopy(configuration)
         shape = _shape_of(config)
@@ -255,8 +256,8 @@ def _shape_of(config: Any) -> Shape:
         key_value_heads=decoder_config.number(config, decoder_config.KEY_VALUE_HEADS) or heads,
         inner_width=inner_width,
         vocabulary=config.vocab_size,
-        longest=getattr(config, "max_position_embeddings", 0),
-        tied=getattr(config, "tie_word_embeddings", False),
+        longest=decoder_config.value_of(config, "max_position_embeddings") or 0,
+        tied=bool(decoder_config.value_of(config, "tie_word_embeddings")),
     )
 
 

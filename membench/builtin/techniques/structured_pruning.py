@@ -260,8 +260,8 @@ class DropLayers(_Structured):
         whole = whole_list(module, found)
         body, config = _body(module), decoder_config.text_config(module)
         for name, reason in _TIED_TO_PLACES.items():
-            if getattr(config, name, None):
-                raise Unsuitable(f"{name} = {getattr(config, name)}: {reason}")
+            if value := decoder_config.value_of(config, name):
+                raise Unsuitable(f"{name} = {value}: {reason}")
         kept = self.kept(influences(found.layers, body, context), context)
         gone = [layer for place, layer in enumerate(found.layers) if place not in kept]
         left = [place for place, layer in enumerate(whole.layers) if not any(layer is each for each in gone)]
