@@ -43,12 +43,12 @@ def _technique(name: str, **options: Any) -> Technique:
     return cast(Technique, registry.create("technique", name, options))
 
 
-def _built(family: str, dtype: str = "float32") -> Any:
+def _built(family: str, dtype: str = "float32", **sizes: int) -> Any:
     import torch
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**_SIZES)
+    config = getattr(transformers, f"{family}Config")(**{**_SIZES, **sizes})
     module = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in module.parameters():
@@ -71,6 +71,16 @@ def _rounded(matrix: torch.Tensor, bits: int, granularity: str, group_size: int 
     scale = largest / most
     rounded: torch.Tensor = (blocks / scale).round().clamp(-most, most) * scale
     return rounded.view(matrix.shape)
+
+
+def test_qlora_says_with_its_own_remark_that_stacked_experts_stay_whole() -> None:
+    technique = _technique("qlora", block_size=32, targets=["q_proj", "qproj"])
+    module = technique.apply(_built("Mixtral", hidden_size=64, num_attention_heads=8, num_key_value_heads=4), _context())
+    remark = technique.remark(module, _context())
+    assert remark is not None
+    own, _, stacked = remark.partition("; ")
+    assert own == "no layer is named qproj: there are no adapters for it"
+    assert stacked.startswith("left 2 MixtralExperts as they are, whose weights are stacked in one tensor: ")
 
 
 @pytest.mark.parametrize("family", _FAMILIES)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from membench.builtin.techniques.bitsandbytes import BnbNf4
+from membench.builtin.techniques.experts import remark_on_left
 from membench.builtin.techniques.projections import ATTENTION, FEED_FORWARD
 from membench.builtin.techniques.pruning import is_linear, is_transposed
 from membench.plugins import Context, LayerWise, Setting, Unsuitable
@@ -193,6 +194,10 @@ class QLora(Lora):
 
     def nominal_bits(self) -> float | None:
         return self.base.nominal_bits()
+
+    def remark(self, module: nn.Module, context: Context) -> str | None:
+        said = (super().remark(module, context), remark_on_left(module))
+        return "; ".join(filter(None, said)) or None
 
     def converted(self, name: str, layer: nn.Module, head: nn.Module | None, context: Context) -> nn.Module:
         first = len(context.left_alone)
