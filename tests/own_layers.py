@@ -84,6 +84,18 @@ class LateReading(Reading):
         return functional.linear(x, self.proj.weight, self.proj.bias)
 
 
+class Convolving(nn.Module):
+    """A layer of torch's whose operation is no product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(WIDTH, WIDTH, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.conv(x.transpose(1, 2))
+        return y.transpose(1, 2)
+
+
 class Net(nn.Module):
     """Token ids (B, T) to logits (B, T, 256)."""
 
@@ -164,6 +176,10 @@ def helped() -> nn.Module:
 
 def direct() -> nn.Module:
     return Net(Direct())
+
+
+def convolving() -> nn.Module:
+    return Net(Convolving())
 
 
 def late() -> nn.Module:

@@ -227,6 +227,34 @@ def test_a_plug_in_that_replaces_such_a_layer_gets_it_put_back(kind: str) -> Non
     assert [path.partition(".")[0] for path in _left(context)] == ["mix"]
 
 
+class _TensorsInPlace(LayerWise):
+    """A plug-in that exchanges the weight alone, whatever the layer does with it."""
+
+    acts_on: ClassVar[str] = "weights"
+
+    def convert(self, name: str, layer: nn.Module, head: nn.Module | None) -> nn.Module:
+        from torch import nn
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        if name.startswith("mix"):
+            linear: Any = nn.Linear(64, 64)
+            quantize_(linear, Int8WeightOnlyConfig())
+            layer.weight = linear.weight
+        return layer
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "operation"), [("squared", "mix", "mul"), ("convolving", "mix.conv", "conv1d")]
+)
+def test_a_plug_in_that_exchanges_a_weight_which_its_layer_works_on_gets_it_put_back(
+    kind: str, path: str, operation: str
+) -> None:
+    context = _context(kind)
+    module = _TensorsInPlace.model_validate({}).apply(context.model.build(context), context)
+    assert _left(context) == {path: f"its weight goes through {operation}"}
+    assert _error(kind, module) == 0
+
+
 def test_a_technique_that_replaces_a_layer_by_hand_is_told_what_would_be_lost() -> None:
     from torch import nn
 

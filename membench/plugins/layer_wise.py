@@ -75,7 +75,7 @@ class LayerWise(SelectsLayers):
         replaced_whole = reason_to_keep(layer, use)
         replaced_weight = reason_to_keep(layer, use, weight_only=True)
         had_plain_weight = _has_plain_weight(layer)
-        before = {} if replaced_whole is None else _own_state(layer)
+        before = {} if replaced_whole is None and replaced_weight is None else _own_state(layer)
         made = given_back(self.convert(name, layer, head), self, "convert", "layer")
         reason = None
         if all(child is not layer for child in made.modules()):
