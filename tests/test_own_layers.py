@@ -168,6 +168,19 @@ def test_adapters_are_not_put_where_they_would_be_passed_by() -> None:
     assert {name.partition(".")[0] for name, p in module.named_parameters() if p.requires_grad} == {"head"}
 
 
+class _WithoutHead(Factory):
+    gives_logits: ClassVar[bool] = False
+
+
+@pytest.mark.parametrize("name", ["round-to-nearest", "int8-weight-only"])
+def test_a_weight_that_others_read_is_left_to_them_in_a_model_that_gives_no_logits(name: str, tmp_path: Path) -> None:
+    model = _WithoutHead.model_validate({"function": "tests.own_layers:reading"})
+    context = Context("cpu", 0, model, lambda part: nullcontext(), {}, tmp_path)
+    case = Assembly(model, (_technique(name),), Forward.model_validate({}), (name,), context).watched()
+    assert _error("reading", case.make()) < 0.02
+    assert _left(case.context) == {"mix.proj": "its weight is read by Reading"}
+
+
 @pytest.mark.parametrize("name", ["round-to-nearest", "int8-weight-only"])
 def test_a_head_that_is_the_table_is_not_held_twice_where_the_model_does_not_say_so(name: str) -> None:
     module, context = _converted("tied", name)

@@ -165,7 +165,7 @@ class Assembly:
         """Return the case with the knowledge of who uses layers' weights, if a technique of it replaces layers."""
         if not any(isinstance(each, plugins.SelectsLayers) and not each.keeps_layers for each in self.techniques):
             return self
-        uses = weight_uses.find(self.model, self.workload, self.context) if self.model.gives_logits else None
+        uses = weight_uses.find(self.model, self.workload, self.context) if self.workload.samples() is None else None
         return dataclasses.replace(self, context=dataclasses.replace(self.context, weight_uses=uses))
 
     def read_text(self) -> None:

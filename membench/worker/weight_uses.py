@@ -55,12 +55,18 @@ def _watched(build: Callable[[], nn.Module], workload: Workload, context: Contex
     tensor = next(itertools.chain(module.parameters(), module.buffers()))
     ids = torch.zeros(_TOKENS, dtype=torch.long, device=tensor.device)
 
+    def pass_over(module: nn.Module) -> None:
+        if context.model.gives_logits:
+            workload.logits(module, ids, (), context)
+        else:
+            module(ids[None])
+
     def forward() -> None:
         with torch.no_grad():
-            workload.logits(module.eval(), ids, (), context)
+            pass_over(module.eval())
         if workload.trains:
             with torch.enable_grad():
-                workload.logits(module.train(), ids, (), context)
+                pass_over(module.train())
 
     return {path: list(dataclasses.astuple(use)) for path, use in watch(module, forward).items()}
 
