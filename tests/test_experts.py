@@ -75,7 +75,9 @@ def _rounded(matrix: torch.Tensor, bits: int, granularity: str, group_size: int 
 
 def test_qlora_says_with_its_own_remark_that_stacked_experts_stay_whole() -> None:
     technique = _technique("qlora", block_size=32, targets=["q_proj", "qproj"])
-    module = technique.apply(_built("Mixtral", hidden_size=64, num_attention_heads=8, num_key_value_heads=4), _context())
+    module = technique.apply(
+        _built("Mixtral", hidden_size=64, num_attention_heads=8, num_key_value_heads=4), _context()
+    )
     remark = technique.remark(module, _context())
     assert remark is not None
     own, _, stacked = remark.partition("; ")

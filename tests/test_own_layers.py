@@ -297,6 +297,15 @@ def test_a_technique_that_asks_nobody_and_drops_hooks_is_named_with_the_layer(ki
     assert converted_layers.remarks(case.names, case.techniques, case.context) == lost
 
 
+def test_it_is_named_where_the_model_was_converted_and_saved_before(tmp_path: Path) -> None:
+    context = dataclasses.replace(_context("hooked"), scratch=tmp_path)
+    stack = (cast(Technique, registry.create("technique", "saved", {})), _Swaps())
+    case = Assembly(_model("hooked"), stack, Forward.model_validate({}), ("saved", "swaps"), context)
+    case.prepare()
+    said = ["'swaps' dropped what 1 layer did by itself: mix (it has hooks)"]
+    assert converted_layers.remarks(case.names, case.techniques, case.context) == said
+
+
 @pytest.mark.parametrize(
     ("options", "taken"),
     [

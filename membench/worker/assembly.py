@@ -288,14 +288,17 @@ class Assembly:
                 found = run_in_child(functools.partial(self._prepare_one, technique, rest))
                 self.context.idle.extend(rest[place] for place in found["idle"])
                 self.context.diverged.extend(found["diverged"])
-                self.context.left_alone.extend(LeftAlone(rest[place], *what) for place, *what in found["left_alone"])
+                for kind in ("left_alone", "lost"):
+                    told = (LeftAlone(rest[place], *what) for place, *what in found[kind])
+                    getattr(self.context, kind).extend(told)
 
     def _prepare_one(self, technique: plugins.Technique, rest: Sequence[plugins.Technique]) -> dict[str, list[Any]]:
         """Let one technique prepare its files.
 
         Returns:
             the positions in ``rest`` of the techniques that changed nothing (``idle``), messages on trainings that
-            diverged (``diverged``), and layers that were left alone, each with the position of the technique.
+            diverged (``diverged``), and layers that were left alone (``left_alone``) or dropped (``lost``), each with
+            the position of the technique.
         """
         import torch
 
@@ -315,13 +318,16 @@ class Assembly:
         torch.manual_seed(self.context.seed)  # the measured process does the same before it loads the model
         prepare(self)
         idle = [place for place, member in enumerate(rest) if any(member is each for each in self.context.idle)]
-        left_alone = [
-            (place, left.path, left.reason)
-            for place, member in enumerate(rest)
-            for left in self.context.left_alone
-            if converted_layers.belongs_to(left, member)
-        ]
-        return {"idle": idle, "diverged": self.context.diverged, "left_alone": left_alone}
+        told = {
+            kind: [
+                (place, layer.path, layer.reason)
+                for place, member in enumerate(rest)
+                for layer in layers
+                if converted_layers.belongs_to(layer, member)
+            ]
+            for kind, layers in (("left_alone", self.context.left_alone), ("lost", self.context.lost))
+        }
+        return {"idle": idle, "diverged": self.context.diverged, **told}
 
     def plain_weights(self) -> PlainWeights | None:
         """Return the size of the model's weights without techniques; ``None`` if it has no skeleton."""
