@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -13,9 +14,12 @@ import pytest
 
 import membench
 from membench.host import scratch
+from membench.pytest_plugin.keeping import Keeper
 from membench.pytest_plugin.sharing import Sharing
 from membench.records.disturbance import counted_durations_s
+from membench.records.encoding import as_json
 from membench.regression import sources
+from tests import made_up
 
 pytest_plugins = ["pytester"]
 
@@ -359,7 +363,7 @@ def test_a_wrong_option_is_one_clear_line(inner: pytest.Pytester, options: Seque
     assert "Traceback" not in ran.stderr.str()
 
 
-@pytest.mark.parametrize("what", ["file", "removed"])
+@pytest.mark.parametrize("what", ["file", "removed", "moved"])
 def test_where_results_cannot_be_kept_tests_measure_and_judge_with_one_warning(
     inner: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -369,12 +373,14 @@ def test_where_results_cannot_be_kept_tests_measure_and_judge_with_one_warning(
     monkeypatch.setenv("TMPDIR", str(kept))
     inner.makepyfile(
         f"""
-        import pytest, shutil
+        import os, pytest, shutil
         def test_one(membench):
             assert membench(bytearray, 2**20).held_live > "0.9 MiB"
         def test_two():
             if {what!r} == "removed":
                 shutil.rmtree("results")
+            if {what!r} == "moved":
+                os.rename("results", {str(kept / "membench-kept-here")!r})
         def test_three(membench):
             membench(int)
         @pytest.mark.membench(limit="1 KiB")
@@ -384,11 +390,31 @@ def test_where_results_cannot_be_kept_tests_measure_and_judge_with_one_warning(
     )
     ran = inner.runpytest_subprocess("-q", "-p", "no:benchmark")
     ran.assert_outcomes(passed=3, failed=1, warnings=1)
-    ran.stdout.fnmatch_lines(
-        ["*membench: *results*kept in *", "membench: 3 records kept in *temporary/membench-kept-*"]
-    )
+    ran.stdout.fnmatch_lines(["*membench: *results*kept*", "membench: 3 records kept in *temporary/membench-kept-*"])
     (path,) = kept.glob("membench-kept-*/*.jsonl")
     assert [record.status for record in membench.read_run(path).records] == ["ok"] * 3
+
+
+def test_a_record_that_cannot_be_kept_is_left_out_with_a_warning_and_the_next_ones_are_kept(
+    inner: pytest.Pytester,
+) -> None:
+    warned: list[str] = []
+
+    class Warned:
+        def pytest_warning_recorded(self, warning_message: warnings.WarningMessage) -> None:
+            warned.append(str(warning_message.message))
+
+    config = inner.parseconfigure(f"--membench-output={inner.path}")
+    config.pluginmanager.register(Warned())
+    keeper = Keeper(config)
+    record = as_json(made_up.record("none", weights_bytes=4))
+    for each in (record, {**record, "id": "../x", "case": {**record["case"], "model_plugin": {}}}, record):
+        keeper.keep([{"header": {"run": "r", "suite": "s"}, "record": each}])
+    keeper.finish()
+    config._ensure_unconfigure()
+    assert [kept.repeat for kept in membench.read_run(inner.path / "r.jsonl").records] == [0, 1]
+    (warning,) = warned
+    assert "the record of ../x cannot be kept" in warning
 
 
 def test_results_are_kept_in_the_folder_that_is_named(inner: pytest.Pytester) -> None:

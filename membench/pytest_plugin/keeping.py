@@ -40,8 +40,12 @@ class _OpenRun:
         if record["repeat"] == 0:
             self.last[case_id] = self.repeats[case_id]
         repeat = self.repeats[case_id]
-        self.repeats[case_id] += 1  # a record that is kept elsewhere counts, too
-        self.file.append(record_of({**record, "repeat": repeat}))
+        try:
+            self.file.append(record_of({**record, "repeat": repeat}))
+        except KeptElsewhere:
+            self.repeats[case_id] += 1
+            raise
+        self.repeats[case_id] += 1
 
     def read(self) -> Run:
         """Read the run, with only the last attempt of each case."""
@@ -76,7 +80,10 @@ class Keeper:
                 except KeptElsewhere as error:
                     self._go_on_in(error, run_path(self._output, entry["header"]))
                 except ResultsError as error:
-                    self._keep_elsewhere(error, entry)
+                    if run_path(self._output, entry["header"]) in self._runs:
+                        self._warn(str(error))  # it is the record that cannot be kept, not the file
+                    else:
+                        self._keep_elsewhere(error, entry)
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         path = run_path(self._output, entry["header"])
@@ -93,7 +100,10 @@ class Keeper:
         self._keeps = error.path is not None
         if error.path is not None:
             self._folder = error.path.parent
-            self._runs[path].file = self._opened(RunFile.reopen(error.path))
+            run = self._runs[path]
+            continued = run.file.continued_at(error.path)
+            if continued is not run.file:
+                run.file = self._opened(continued)
         self._warn(str(error))
 
     def _keep_elsewhere(self, error: ResultsError, entry: Mapping[str, Any]) -> None:

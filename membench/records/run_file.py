@@ -160,6 +160,17 @@ class RunFile:
             raise KeptElsewhere(f"{error}; what was finished before is kept, {where}", elsewhere) from None
         return kept
 
+    def continued_at(self, path: Path) -> RunFile:
+        """Return the file that continues this one where its records are now: itself if it was moved, or a copy.
+
+        Raises:
+            ResultsError: if the copy cannot be written to.
+        """
+        if self._new_path() != path:
+            return RunFile.reopen(path)
+        self.path = path
+        return self
+
     def check(self) -> None:
         """Check that the file is where it was created.
 
