@@ -302,6 +302,33 @@ def test_layers_dropped_from_part_of_a_list_are_numbered_and_counted_in_the_whol
     assert member.remark(module, _context()) is None
 
 
+@pytest.mark.parametrize("technique", ["prune-ffn", "prune-heads"])
+def test_a_configuration_stays_as_it_was_where_some_of_the_layers_that_it_describes_are_cut(technique: str) -> None:
+    module = _built("llama")
+    stated, member = module.config.to_dict(), _technique(technique, share=0.35, layers="model.layers.[01]")
+    member.apply(module, _context())
+    assert module.config.to_dict() == stated
+    assert "cannot build from its configuration" in str(member.remark(module, _context()))
+    _same(_cached_logits(module), _logits(module))
+
+
+_BART = {"vocab_size": 96, "d_model": 48, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 40,
+         "decoder_ffn_dim": 40, "encoder_attention_heads": 6, "decoder_attention_heads": 6, "pad_token_id": 0,
+         "decoder_start_token_id": 0}  # fmt: skip
+
+
+def test_a_configuration_states_an_encoders_width_apart_from_the_decoders() -> None:
+    import transformers
+
+    module: Any = transformers.BartForConditionalGeneration(transformers.BartConfig(**_BART)).eval()
+    member = _technique("prune-ffn", share=0.35, layers="model.encoder.layers.*")
+    member.apply(module, _context())
+    assert (module.config.encoder_ffn_dim, module.config.decoder_ffn_dim) == (26, 40)
+    assert member.remark(module, _context()) is None
+    _technique("prune-heads", share=0.5, layers="model.encoder.layers.*").apply(module, _context())
+    assert (module.config.encoder_attention_heads, module.config.decoder_attention_heads) == (3, 6)
+
+
 def _blocks(module: Any) -> list[Any]:
     from torch import nn
 

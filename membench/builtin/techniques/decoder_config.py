@@ -16,7 +16,7 @@ WIDTH = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim")
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 ENCODER_LAYERS = ("encoder_layers", "num_encoder_layers", "num_layers")
 DECODER_LAYERS = ("decoder_layers", "num_decoder_layers")
-HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads")
 KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 INNER_WIDTH = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff", "inner_dim", "hidden_dim",
                "encoder_ffn_dim", "decoder_ffn_dim")  # fmt: skip
@@ -45,6 +45,20 @@ def value_of(holder: Any, name: str, default: object = None) -> Any:
         return default
 
 
+def config_of(module: nn.Module, path: str) -> Any:
+    """The configuration that states the sizes of the layers at a path: that of the decoder, or a vision tower's own.
+
+    Modules of one class share the outermost one; an encoder and a decoder may have copies of it.
+    """
+    config = text_config(module)
+    while config is not None and path:
+        own = getattr(module.get_submodule(path), "config", None)
+        if hasattr(own, "get_text_config"):
+            return config if type(own) in (type(config), type(module.config)) else own
+        path = path.rpartition(".")[0]
+    return config
+
+
 def number(holder: Any, names: Iterable[str]) -> int | None:
     """The first whole number that an object has under one of several names."""
     for name in names:
@@ -70,8 +84,13 @@ def replace(holder: Any, names: Iterable[str], old: int, new: int) -> bool:
     return found
 
 
-def describe_inner_width(config: Any, old: int, new: int) -> None:
-    if config is None or replace(config, INNER_WIDTH, old, new):
+def describe_inner_width(config: Any, old: int, new: int, left_whole: Sequence[str] = ()) -> None:
+    """Set the inner width, unless that states the width of layers that were left whole, too.
+
+    Args:
+        left_whole: paths of lists of layers that the configuration also describes, and of which some are as before.
+    """
+    if config is None or replace(config, _said_of_cut_alone(INNER_WIDTH, left_whole), old, new) or left_whole:
         return
     for name in _DEFAULT_INNER_WIDTH:
         if value_of(config, name, 0) is None:
@@ -79,13 +98,19 @@ def describe_inner_width(config: Any, old: int, new: int) -> None:
             return
 
 
-def describe_heads(config: Any, old: tuple[int, int], new: tuple[int, int], size: int) -> None:
-    """Set the numbers of query heads and of key-value heads, and the size of a head, else read as width / heads."""
+def describe_heads(
+    config: Any, old: tuple[int, int], new: tuple[int, int], size: int, left_whole: Sequence[str] = ()
+) -> None:
+    """Set the numbers of query heads and of key-value heads, and the size of a head, else read as width / heads.
+
+    Args:
+        left_whole: as for the inner width.
+    """
     if config is None:
         return
-    replace(config, HEADS, old[0], new[0])
-    replace(config, KEY_VALUE_HEADS, old[1], new[1])
-    if value_of(config, "head_dim") != size:
+    replace(config, _said_of_cut_alone(HEADS, left_whole), old[0], new[0])
+    replace(config, _said_of_cut_alone(KEY_VALUE_HEADS, left_whole), old[1], new[1])
+    if not left_whole and value_of(config, "head_dim") != size:
         _set(config, "head_dim", size)
 
 
@@ -129,6 +154,14 @@ def built_again(kind: type[nn.Module], config: Any) -> int:
     again = type(config).from_dict(config.to_dict())
     with torch.device("meta"):
         return outline(kind(again))
+
+
+def _said_of_cut_alone(names: Sequence[str], left_whole: Sequence[str]) -> list[str]:
+    """The names under which a configuration states nothing of lists that were left whole."""
+    if not left_whole:
+        return list(names)
+    others = tuple("decoder_" if "decoder" in path else "encoder_" for path in left_whole)
+    return [name for name in names if name.startswith(("encoder_", "decoder_")) and not name.startswith(others)]
 
 
 def _set(holder: Any, name: str, value: object) -> bool:

@@ -103,6 +103,16 @@ def whole_list(module: nn.Module, part: LayerList) -> LayerList:
     return next((each for each in _lists(module) if each.path == part.path and named <= set(each.names)), part)
 
 
+def left_whole(module: nn.Module, cut: Sequence[LayerList]) -> list[str]:
+    """The paths of the lists of like layers that have a layer of which nothing is among those that are cut."""
+    known = {id(layer) for each in cut for layer in each.layers}
+    return [
+        each.path
+        for each in _lists(module)
+        if not all(any(id(part) in known for part in layer.modules()) for layer in each.layers)
+    ]
+
+
 def outermost_named(module: nn.Module, pattern: str) -> dict[str, nn.Module]:
     """The modules whose paths match a pattern, without those inside of others that do."""
     found: dict[str, nn.Module] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
@@ -14,6 +14,7 @@ from membench.builtin.techniques.cut_check import Probe, passed_by, unchanged, w
 from membench.builtin.techniques.decoder_layers import (
     LayerList,
     layer_lists,
+    left_whole,
     outermost_named,
     the_layer_list,
     whole_list,
@@ -172,8 +173,10 @@ class PruneFfn(_Sliced):
             for network, part, channels, width in zip(networks, parts, kept, widths, strict=True):
                 _keep(part, channels)
                 network.describe(width)
-            if len(set(widths)) == 1:
-                decoder_config.describe_inner_width(decoder_config.text_config(module), widths[0], networks[0].width)
+            for config, whole, places in _by_config(module, lists):
+                if len({widths[place] for place in places}) == 1:
+                    old, new = widths[places[0]], networks[places[0]].width
+                    decoder_config.describe_inner_width(config, old, new, whole)
 
 
 class PruneHeads(_Sliced):
@@ -182,9 +185,9 @@ class PruneHeads(_Sliced):
     A head is its rows of the query, key and value matrices and its columns of the output matrix (doing without heads:
     Michel et al., 2019, arXiv:1905.10650). Where heads share keys and values (grouped queries), they go together. The
     key-value cache shrinks with them. Each layer loses the same share, so that the configuration
-    (``num_attention_heads``, ``num_key_value_heads``, ``head_dim``) still describes the model. Importance is as for
-    ``prune-ffn``, and so are checking, and ``layers``. ``qkv`` are paths within a layer: of the query, key and value
-    projections, or of the one that is all three; ``output`` is the path of the output projection.
+    (``num_attention_heads``, ``num_key_value_heads``, ``head_dim``) still describes the model. ``importance``,
+    ``layers`` and the check of the cut model are those of ``prune-ffn``. ``qkv`` are paths within a layer: of the
+    query, key and value projections, or of the one that is all three; ``output`` is the path of the output projection.
 
     Limits: no heads whose positions are biased head by head (ALiBi), whose norms go over all heads, or whose keys and
     values come from a common latent; not ``nn.MultiheadAttention``. The module runs, but transformers builds another
@@ -214,7 +217,9 @@ class PruneHeads(_Sliced):
         config = decoder_config.text_config(module)
         named = {"qkv": self.qkv, "output": self.output, "heads": self.heads}
         attentions = [
-            projections.attention(path, layer, config, named) for each in lists for path, layer in each.named()
+            projections.attention(path, layer, decoder_config.config_of(module, each.path), named)
+            for each in lists
+            for path, layer in each.named()
         ]
         if _is_biased_by_head(attentions[0], config):
             raise Unsuitable(
@@ -227,7 +232,9 @@ class PruneHeads(_Sliced):
             for attention, part, heads in zip(attentions, parts, kept, strict=True):
                 _keep(part, heads)
                 attention.describe(len(heads))
-            _describe_heads(config, attentions, kept)
+            for stated, whole, places in _by_config(module, lists):
+                alike = [attentions[place] for place in places]
+                _describe_heads(stated, alike, len(kept[places[0]]), whole)
 
 
 class DropLayers(_Structured):
@@ -258,7 +265,7 @@ class DropLayers(_Structured):
     def apply(self, module: nn.Module, context: Context) -> nn.Module:
         found = the_layer_list(module, self.for_rehearsal(module, context).layers)
         whole = whole_list(module, found)
-        body, config = _body(module), decoder_config.text_config(module)
+        body, config = _body(module), decoder_config.config_of(module, found.path)
         for name, reason in _TIED_TO_PLACES.items():
             if value := decoder_config.value_of(config, name):
                 raise Unsuitable(f"{name} = {value}: {reason}")
@@ -325,13 +332,35 @@ def _is_biased_by_head(attention: projections.Attention, config: Any) -> bool:
     return "position_bias" in arguments or ("alibi" in arguments and getattr(config, "alibi", True))
 
 
-def _describe_heads(config: Any, attentions: Sequence[projections.Attention], kept: Sequence[Sequence[int]]) -> None:
-    """Say it in the configuration, if all layers are alike."""
+def _by_config(module: nn.Module, lists: Sequence[LayerList]) -> Iterator[tuple[Any, list[str], list[int]]]:
+    """The configurations that describe layers.
+
+    Yields:
+        a configuration, the paths of lists that it describes and that are not among these layers (or not as a whole),
+        and the places of those that are, of all layers in order.
+    """
+    paths = [each.path for each in lists for _ in each.layers]
+    configs = {path: decoder_config.config_of(module, path) for path in paths}
+    others = {path: decoder_config.config_of(module, path) for path in left_whole(module, lists)}
+    for config in {id(config): config for config in configs.values()}.values():
+        yield (
+            config,
+            [path for path, other in others.items() if other is config],
+            [place for place, path in enumerate(paths) if configs[path] is config],
+        )
+
+
+def _describe_heads(
+    config: Any, attentions: Sequence[projections.Attention], count: int, left_whole: Sequence[str]
+) -> None:
+    """State in the configuration how many key-value heads are left, if all layers are alike."""
     if len({(each.heads, each.key_value_heads, each.size) for each in attentions}) > 1:
         return
-    whole, count = attentions[0], len(kept[0])
+    whole = attentions[0]
     shared = whole.heads // whole.key_value_heads
-    decoder_config.describe_heads(config, (whole.heads, whole.key_value_heads), (count * shared, count), whole.size)
+    decoder_config.describe_heads(
+        config, (whole.heads, whole.key_value_heads), (count * shared, count), whole.size, left_whole
+    )
 
 
 def _checked(probe: Probe, parts: Sequence[Part], kept: Sequence[Sequence[int]]) -> AbstractContextManager[None]:
