@@ -124,6 +124,8 @@ class _Work:
         if self._meter.on_gpu:
             device.refuse_missing(where)
         self._kernels = Kernels(self._request, where, self._scratch)
+        # Threads do not survive the forks below: one that this process had started would be waited for forever there.
+        torch.set_num_threads(1)
         # Without pinning, the text leaves holes in the heap, and allocations that fill these would count as growth.
         allocator.pin()
         output_check.refuse_wrong_output(case.workload, case.context, case.model_name)

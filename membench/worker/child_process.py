@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,13 @@ from membench.worker.waiting import wait_passively
 
 _REFUSED_BY_EXIT_CODE: Mapping[int, type[Exception]] = {3: plugins.Unsuitable, 4: plugins.DoesNotFit, 5: MemoryError}
 """The exit codes of a preparing process if a technique cannot be applied to the case, or memory does not suffice."""
+
+
+def _use_threads() -> None:
+    """Let torch use the case's threads; the forking process has it use one, because threads do not survive a fork."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if threads.isdecimal() and (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(int(threads))
 
 
 def run_in_child(work: Callable[[], dict[str, list[Any]]]) -> dict[str, list[Any]]:
@@ -35,6 +43,7 @@ def run_in_child(work: Callable[[], dict[str, list[Any]]]) -> dict[str, list[Any
         try:
             os.close(read_end)
             wait_passively()
+            _use_threads()
             output = json.dumps(work()).encode()
         except BaseException as error:
             code = next((code for code, kind in _REFUSED_BY_EXIT_CODE.items() if isinstance(error, kind)), 1)
