@@ -18,6 +18,8 @@ MIB = 2**20
 _FUNCTIONS = """\
 import mmap
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,22 @@ def shared_file(size):
     mapping[:] = b"1" * size
     return mapping
 
+KEPT = []
+
+def leaves_holes(with_child):
+    if not KEPT:
+        whole = [bytes(3000) for _ in range(40000)]
+        KEPT.extend(whole[::2])
+        del whole
+    if with_child:
+        subprocess.run([sys.executable, "-c", "import time; time.sleep(0.2)"])
+
+def closes_standard_error():
+    try:
+        os.close(2)
+    except OSError:
+        pass
+
 class Cycle:
     def __init__(self):
         self.itself = self
@@ -86,6 +104,13 @@ def test_shared(membench):
 
 def test_shared_file(membench):
     membench(shared_file, 64 * MIB)
+
+@pytest.mark.parametrize("with_child", [False, True])
+def test_holes(membench, with_child):
+    membench(leaves_holes, with_child)
+
+def test_closed(membench):
+    membench(closes_standard_error)
 
 def test_cycles(membench):
     membench(leaves_cycles)
@@ -136,6 +161,19 @@ def test_a_file_that_is_read_into_memory_is_live(functions: dict[str, Record]) -
 def test_shared_memory_is_live_memory(functions: dict[str, Record], test: str) -> None:
     assert _read(functions[test], "held_live_bytes") == pytest.approx(64 * MIB, rel=0.01)
     assert _read(functions[test], "peak_live_bytes") == pytest.approx(2 * 64 * MIB, rel=0.01)  # what is written, too
+
+
+def test_a_child_does_not_make_free_memory_of_its_parent_live(functions: dict[str, Record]) -> None:
+    alone, beside = functions["test_holes[False]"], functions["test_holes[True]"]
+    how = beside.obtained["peak_live_bytes"]
+    assert how["children"]
+    child = _read(beside, "children_peak_bytes")
+    assert _read(beside, "peak_live_bytes") <= how["at_most_bytes"]
+    assert _read(beside, "peak_live_bytes") <= _read(alone, "peak_live_bytes") + child + MIB
+
+
+def test_a_function_that_closes_standard_error_is_measured(functions: dict[str, Record]) -> None:
+    assert _read(functions["test_closed"], "held_live_bytes") == pytest.approx(0, abs=MIB)
 
 
 def test_garbage_in_cycles_does_not_add_up_over_steps(functions: dict[str, Record]) -> None:

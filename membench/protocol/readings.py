@@ -118,6 +118,7 @@ class PhaseReading(MemoryReading):
             an allocator that cannot be pinned, such as ``jemalloc``.
         steps: the number of steps in the phase, warm-up steps included.
         waited_s: for how long its threads, all together, waited for cores used by other processes.
+        free_bytes: what was free but resident in the worker when the phase began, above what was at the baseline.
         inside: the enclosing phase, if phases are nested.
         passes: how often a script entered the phase.
         bound: the kind of bound that ``peak_footprint_bytes`` is, if it is not exact.
@@ -136,6 +137,7 @@ class PhaseReading(MemoryReading):
     waited_s: Duration | None = None
     parts: Mapping[str, PartReading] = field(default_factory=dict)
     file_start_bytes: SignedSize | None = None
+    free_bytes: SignedSize | None = None
     inside: str | None = None
     passes: Count | None = None
     bound: Bound | None = None

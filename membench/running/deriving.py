@@ -104,6 +104,8 @@ def live(found: DerivedMetrics, reading: MemoryReading, name: str, memory: Worke
         return
     peak_bytes = require(reading.peak_live_bytes)
     together = reading.family_anonymous_bytes if isinstance(reading, PhaseReading) else None
+    if together is not None and isinstance(reading, PhaseReading):
+        together -= reading.free_bytes or 0
     how = _with_children(reading, peak_bytes, together, memory.baseline.anonymous_bytes)
     at_least = max(
         0, (reading.peak_live_at_least_bytes or 0) - _passing_file_pages(reading, memory.baseline.file_bytes)
@@ -127,8 +129,9 @@ def _with_children(reading: MemoryReading, own_bytes: int, seen: int | None, bas
     """
     if seen is None or not isinstance(reading, PhaseReading):
         return {"value": own_bytes, "bound": "exact", "children": False}
-    return {"value": max(own_bytes, seen - baseline_bytes), "bound": "at least", "children": True,
-            "at_most_bytes": own_bytes + (reading.children_peak_bytes or 0)}  # fmt: skip
+    at_most_bytes = own_bytes + (reading.children_peak_bytes or 0)
+    value = min(max(own_bytes, seen - baseline_bytes), at_most_bytes)
+    return {"value": value, "bound": "at least", "children": True, "at_most_bytes": at_most_bytes}
 
 
 def _passing_file_pages(reading: MemoryReading, baseline_bytes: int) -> int:

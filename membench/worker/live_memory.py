@@ -38,12 +38,12 @@ class LiveMemory:
     """Reads this process's pages, and how many of them its allocators hold free.
 
     Attributes:
-        free_bytes: resident bytes that were free when it last settled: holes in malloc's heap, and free blocks of
-            Python's allocator, which are occupied by objects of known size.
+        holes_bytes: resident bytes of holes in malloc's heap when it last settled.
+        free_bytes: these, and free blocks of Python's allocator, which are occupied by objects of known size.
     """
 
     def __init__(self) -> None:
-        self.free_bytes = 0
+        self.free_bytes = self.holes_bytes = 0
         self._filled = FilledBlocks()
         self._filled_before: FilledBlocks | None = None
         self._files_in_memory_bytes = self._shared_bytes = 0
@@ -88,10 +88,11 @@ class LiveMemory:
         """Count what is free, and occupy the free blocks of Python's allocator."""
         if not allocator.is_pinned():
             self._filled.release()
-            self.free_bytes = 0
+            self.free_bytes = self.holes_bytes = 0
             return
         self._filled.fill()
-        self.free_bytes = self._filled.bytes + self.free_in_heap_bytes()
+        self.holes_bytes = self.free_in_heap_bytes()
+        self.free_bytes = self._filled.bytes + self.holes_bytes
 
     def begin_at_baseline(self) -> None:
         """Make what occupies free blocks now a part of the baseline, which is never released."""

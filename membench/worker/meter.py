@@ -182,7 +182,7 @@ class Meter:
         self._send_and_wait(PhaseBegins(name))
         cores = procfs.cores(self.family)
         start = self._begin_interval()
-        holes_bytes = self._live.free_in_heap_bytes()
+        free_bytes = self._live.free_bytes - self._free_at_baseline_bytes
         self._aside_s = 0.0
         began = time.perf_counter()
         phase = Phase()
@@ -196,9 +196,9 @@ class Meter:
             "file_end_bytes": end.file_bytes - self._baseline.file_bytes,
         }
         self._highest = {}
-        # What fills holes of the heap does not show; what was freed into new holes may still be in the peak.
-        measured["peak_live_at_most_bytes"] = measured["peak_live_bytes"] + holes_bytes
-        measured["peak_live_at_least_bytes"] -= max(0, self._live.free_in_heap_bytes() - holes_bytes)
+        # What was freed into new holes of the heap may be in the peak.
+        measured["peak_live_at_least_bytes"] -= max(0, self._live.free_in_heap_bytes() - self._live.holes_bytes)
+        measured["free_bytes"] = free_bytes
         if self.on_gpu:
             self._update_gpu_peaks(measured)
             for part in self.parts.values():
@@ -261,6 +261,8 @@ class Meter:
         peaks = {
             "peak_live_bytes": most_bytes - self._not_live_bytes,
             "peak_live_at_least_bytes": least_bytes - self._not_live_bytes,
+            # What fills holes of the heap does not show.
+            "peak_live_at_most_bytes": most_bytes - self._not_live_bytes + self._live.holes_bytes,
             "file_most_bytes": max(self._interval.start.file_bytes, end.file_bytes) - base.file_bytes,
             "peak_footprint_bytes": self._interval.peak(end) - base.total_bytes,
         }

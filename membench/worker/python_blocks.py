@@ -38,7 +38,11 @@ def _blocks() -> _Blocks | None:
     if not hasattr(sys, "_debugmallocstats") or not hasattr(os, "memfd_create"):
         return None
     # They go to the C library's standard error only.
-    output, kept = os.memfd_create("statistics"), os.dup(2)
+    try:
+        kept = os.dup(2)
+    except OSError:  # the job has closed it
+        return None
+    output = os.memfd_create("statistics")
     try:
         os.dup2(output, 2)
         sys._debugmallocstats()

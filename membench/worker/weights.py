@@ -198,8 +198,10 @@ def _sample(tensor: torch.Tensor, mapped: Sequence[tuple[int, int]]) -> Iterator
         address = plain.data_ptr()
         yield str(address).encode()
         if not any(first <= address < last for first, last in mapped):
-            count = plain.untyped_storage().nbytes() // plain.element_size()
-            flat = plain.as_strided((count,), (1,), 0).view(torch.uint8).view(count, plain.element_size())
+            # The storage is not asked for: torch keeps an object for each that was, which would be in the phase.
+            steps = zip(plain.shape, plain.stride(), strict=True)
+            count = 1 + sum((size - 1) * stride for size, stride in steps)
+            flat = plain.as_strided((count,), (1,)).view(torch.uint8).view(count, plain.element_size())
             places = numpy.arange(min(_SAMPLED, count)) * _STRIDE % count
             # numpy is used on the CPU, because torch needs its threads, which a forked preparing process does not have.
             sample = (
