@@ -76,6 +76,21 @@ def test_a_miniature_is_small_in_all_its_parts_and_of_the_class_with_a_head_for_
     assert sum(parameter.numel() for parameter in module.parameters()) < 1_000_000
 
 
+def test_a_miniature_has_a_layer_of_each_kind_and_runs() -> None:
+    import torch
+
+    small = _config("qwen3_next").miniature()  # three layers of linear attention before the first of the usual kind
+    assert small is not None
+    module: Any = small.build(_context())
+    assert module.config.layer_types == ["linear_attention", "full_attention"]
+    with torch.no_grad():
+        assert module(torch.arange(8)[None]).logits.shape == (1, 8, 512)
+
+
+def test_a_class_that_is_built_in_small_sizes_but_does_not_run_has_no_miniature() -> None:
+    assert _config("gptj").miniature() is None  # it turns 64 of 32 places of a head
+
+
 def test_a_configuration_that_refuses_to_say_what_differs_between_layers_is_used_for_what_it_says() -> None:
     model = _config("gemma4_text")
     config: Any = model.skeleton().config

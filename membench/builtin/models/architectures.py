@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from membench.builtin.techniques.decoder_config import value_of
 from membench.builtin.workloads.train import predicts_masked_tokens
 from membench.errors import PluginError, did_you_mean, summary
 from membench.plugins import Workload
+from membench.worker.child_process import run_in_child
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,6 +36,7 @@ _SMALL = {
     "decoder_start_token_id": 0,
 }
 _MOST_SMALL_WEIGHTS = 10_000_000
+_FEW_TOKENS = 16
 
 
 def class_named(name: str) -> Any:
@@ -195,7 +198,10 @@ def _feed_decoder(
 
 
 def shrunk(architecture: Any, config: Any) -> Any | None:
-    """Return a configuration of two narrow layers, else like another; ``None`` if the class takes no such one."""
+    """Return a configuration of few narrow layers, one of each kind at least, else like another.
+
+    ``None`` if the class takes no such one, or does not run with it: some sizes follow from others.
+    """
     import torch
 
     for keeps_others in (True, False):
@@ -203,23 +209,34 @@ def shrunk(architecture: Any, config: Any) -> Any | None:
             found = config_of_class(type(config), _small_settings(config, keeps_others=keeps_others))
             with torch.device("meta"):
                 module = made(architecture, found)
+            if sum(parameter.numel() for parameter in module.parameters()) <= _MOST_SMALL_WEIGHTS:
+                run_in_child(functools.partial(_run, architecture, found))
+                return found
         except Exception:  # whatever transformers' families raise
             continue
-        if sum(parameter.numel() for parameter in module.parameters()) <= _MOST_SMALL_WEIGHTS:
-            return found
     return None
+
+
+def _run(architecture: Any, config: Any) -> dict[str, list[Any]]:
+    """Run a class on a few token ids, on the CPU, as many classes look at values; without threads, after a fork."""
+    import torch
+
+    torch.set_num_threads(1)
+    with torch.device("cpu"), torch.no_grad():
+        made(architecture, config).eval()(torch.arange(_FEW_TOKENS)[None])
+    return {}
 
 
 def _small_settings(config: Any, *, keeps_others: bool) -> dict[str, Any]:
     """Return a configuration's settings with the sizes of a small model, in its parts, too."""
+    settings = config.to_dict() if keeps_others else {}
     layers = value_of(config, "num_hidden_layers")
-    # Lists with an entry a layer, as of the kinds of attention.
-    settings = {
-        name: value[:2] if isinstance(value, list) and len(value) == layers else value
-        for name, value in (config.to_dict() if keeps_others else {}).items()
-    }
+    by_layer = {name: value for name, value in settings.items() if isinstance(value, list) and len(value) == layers}
+    kept = _first_of_each_kind(list(by_layer.values()))
+    settings |= {name: [value[place] for place in kept] for name, value in by_layer.items()}
+    sizes = {**_SMALL, "num_hidden_layers": len(kept)}
     known = {*vars(config), *config.attribute_map}
-    small = {name: size for name, size in _SMALL.items() if name in known and value_of(config, name) is not None}
+    small = {name: size for name, size in sizes.items() if name in known and value_of(config, name) is not None}
     if "qk_rope_head_dim" in known:  # the size of heads follows from that of their parts
         small.pop("head_dim", None)
     for alias in small:
@@ -230,6 +247,18 @@ def _small_settings(config: Any, *, keeps_others: bool) -> dict[str, Any]:
         if hasattr(part, "attribute_map")
     }
     return {**settings, **small, **parts}
+
+
+def _first_of_each_kind(by_layer: Sequence[Sequence[Any]]) -> list[int]:
+    """Return the places of layers of every kind, two at least; the first layer stands for a second one if need be.
+
+    Args:
+        by_layer: lists with an entry a layer; those of names, as of kinds of attention, tell the kind.
+    """
+    layers = len(by_layer[0]) if by_layer else 2
+    kinds = list(zip(*(each for each in by_layer if all(isinstance(entry, str) for entry in each)), strict=True))
+    first = sorted({kinds.index(kind) for kind in kinds})
+    return first if len(first) > 1 else [0, min(1, layers - 1)]
 
 
 def _classes_for(task: str) -> Mapping[str, Any]:
