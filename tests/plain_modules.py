@@ -58,6 +58,16 @@ class Towers(nn.Module):
         return self.head(x)
 
 
+class TwoModalities(Towers):
+    """Whose second list of layers is for pictures."""
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        x = self.table(ids)
+        for block in self.first:
+            x = block(x)
+        return self.head(x)
+
+
 def encoder() -> nn.Module:
     return Encoder()
 
@@ -81,3 +91,7 @@ def blocks_of_shared_weights() -> nn.Module:
 
 def towers() -> nn.Module:
     return Towers()
+
+
+def two_modalities() -> nn.Module:
+    return TwoModalities()

@@ -102,6 +102,8 @@ def _same(found: torch.Tensor, expected: torch.Tensor) -> None:
          {f"{tower}.{place}.back": 12 for tower in ("first", "second") for place in range(2)}),
         ("towers", "prune-heads", {"layers": "second.*", **_ATTENTION},
          {f"second.{place}.gather": 16 for place in range(2)}),
+        ("two_modalities", "prune-ffn", {"layers": "first.*", **_NETWORK},
+         {f"first.{place}.back": 12 for place in range(2)}),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("importance", ["magnitude", "taylor"])
@@ -167,6 +169,11 @@ def _equal(one: nn.Module, other: nn.Module) -> bool:
          r"'encoder\.layers\.0\.self_attn' is a MultiheadAttention, whose heads always share the whole width"),
         ("towers", "drop-layers", {}, Unsuitable,
          r"the layers are in 2 lists; name one with layers = …: 'first\.\*' \(2 Block\), 'second\.\*' \(2 Block\)"),
+        ("two_modalities", "prune-ffn", _NETWORK, Unsuitable,
+         r"a TwoModalities that is given token ids does not run 'second\.\*' \(2 Block\): cutting these cannot be "
+         r"checked; name others with layers = …: 'first\.\*' \(2 Block\)"),
+        ("two_modalities", "prune-heads", {"layers": "second.*", **_ATTENTION}, Unsuitable,
+         "does not run all of these layers: cutting them cannot be checked"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_cut_is_refused_with_the_reason_and_what_there_is(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from membench.builtin.techniques.decoder_layers import LayerList
 from membench.builtin.techniques.importance import at_rest, first_tensor, run
 from membench.errors import summary
 from membench.host.out_of_memory import is_out_of_memory
@@ -75,14 +76,38 @@ class Probe:
             for handle in handles:
                 handle.remove()
         if len(found) < len(layers):
-            raise Unsuitable(f"a {type(self.body).__name__} does not run all the layers that it has")
+            raise Unsuitable(
+                f"a {type(self.body).__name__} that is given token ids does not run all of these layers: cutting them"
+                " cannot be checked"
+            )
         return [found[position] for position in range(len(layers))]
 
 
+def refuse_idle(module: nn.Module, lists: Sequence[LayerList], probe: Probe) -> None:
+    """Refuse lists of layers through which token ids do not pass, such as a vision tower's, and name the others.
+
+    Raises:
+        Unsuitable: if there are such.
+    """
+    if len(lists) == 1:
+        return
+    run: set[int] = set()
+
+    def note(layer: nn.Module, given: Any, output: Any) -> None:
+        run.add(id(layer))
+
+    probe.run([], [layer.register_forward_hook(note) for each in lists for layer in each.layers])
+    idle = [each for each in lists if not any(id(layer) in run for layer in each.layers)]
+    others = [each for each in lists if each not in idle]
+    if idle and others:
+        raise Unsuitable(
+            f"a {type(module).__name__} that is given token ids does not run {', '.join(map(str, idle))}: cutting these"
+            f" cannot be checked; name others with layers = …: {', '.join(map(str, others))}"
+        )
+
+
 @contextmanager
-def unchanged(
-    probe: Probe, layers: Sequence[nn.Module], silence: Callable[[], Sequence[Any]], bytes_a_number: int
-) -> Iterator[None]:
+def unchanged(probe: Probe, layers: Sequence[nn.Module], silence: Callable[[], Sequence[Any]]) -> Iterator[None]:
     """Check that what happens in this context changes nothing for layers but what silencing parts of the model does.
 
     Args:
@@ -91,6 +116,7 @@ def unchanged(
     Raises:
         Unsuitable: if it does. The model is then of no use.
     """
+    bytes_a_number = min((p.element_size() for p in probe.body.parameters() if p.is_floating_point()), default=4)
     expected = probe.run(layers, silence())
     yield
     try:

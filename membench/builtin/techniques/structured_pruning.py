@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 from pydantic import Field, PrivateAttr
 
 from membench.builtin.techniques import decoder_config, projections
-from membench.builtin.techniques.cut_check import Probe, passed_by, unchanged, without_inputs, without_outputs
+from membench.builtin.techniques.cut_check import (
+    Probe,
+    passed_by,
+    refuse_idle,
+    unchanged,
+    without_inputs,
+    without_outputs,
+)
 from membench.builtin.techniques.decoder_layers import (
     LayerList,
     layer_lists,
@@ -115,6 +122,7 @@ class _Sliced(_Structured):
         technique = self.for_rehearsal(module, context)
         lists = layer_lists(module, technique.layers)
         probe = Probe(_body(module), context.model.vocabulary(module), context)
+        refuse_idle(module, lists, probe)
         technique.cut(module, lists, probe, context)
         self.remember(module)
         self.recover(module, context)
@@ -274,7 +282,7 @@ class DropLayers(_Structured):
         left = [place for place, layer in enumerate(whole.layers) if not any(layer is each for each in gone)]
         stay = [found.layers[place] for place in kept]
         probe = Probe(body, context.model.vocabulary(module), context)
-        with unchanged(probe, stay, lambda: [passed_by(layer) for layer in gone], _bytes_a_number(body)):
+        with unchanged(probe, stay, lambda: [passed_by(layer) for layer in gone]):
             found.keep(kept)
             for place, old_place in enumerate(left):
                 for part in whole.layers[old_place].modules():
@@ -296,10 +304,6 @@ def _body(module: Any) -> nn.Module:
     """The module without its output head, where transformers' conventions tell."""
     body: nn.Module = getattr(module, "base_model", module)
     return body
-
-
-def _bytes_a_number(module: nn.Module) -> int:
-    return min((p.element_size() for p in module.parameters() if p.is_floating_point()), default=4)
 
 
 def _layout(probe: Probe, attention: projections.Attention) -> projections.Layout:
@@ -378,7 +382,7 @@ def _checked(probe: Probe, parts: Sequence[Part], kept: Sequence[Sequence[int]])
         return hooks
 
     layers = [side.layer for side in last]
-    return unchanged(probe, layers, silence, _bytes_a_number(probe.body))
+    return unchanged(probe, layers, silence)
 
 
 def _keep(part: Part, kept: Sequence[int]) -> None:
