@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 
 import membench
 from membench.host import procfs
+from membench.protocol.messages import ACKNOWLEDGED
 from membench.protocol.requests import Rank
 from membench.records.comparison import Comparison
 from membench.records.disturbance import calm_steps, steps_are_disturbed
@@ -111,6 +113,33 @@ def test_the_bound_holds_where_the_machine_does_not_calm_down(neighbour: int, me
         pass
     assert 0.5 < time.monotonic() - began < 0.5 + 2 * sum(steps.durations_s) + 1
     assert _calm(steps) < 3
+
+
+def test_calm_is_waited_for_only_once_the_jobs_beside_this_one_pause(neighbour: int) -> None:
+    worker, runner = socket.socketpair()
+    asked_after_s: list[float] = []
+
+    def pause_neighbour_when_asked() -> None:
+        messages = runner.makefile("rb")
+        messages.readline()  # the phase begins
+        asked_after_s.append(time.monotonic() - began)
+        os.kill(neighbour, signal.SIGSTOP)
+        runner.sendall(ACKNOWLEDGED)
+        messages.readline()  # the phase ends
+        runner.sendall(ACKNOWLEDGED)
+
+    with worker, runner:
+        steps = _steps(Meter(worker, Rank("cpu", 1)), calm_within_s=10)
+        time.sleep(0.2)  # so long that the neighbour is noticed at the first look
+        beside, began = threading.Thread(target=pause_neighbour_when_asked), time.monotonic()
+        beside.start()
+        with steps.phase() as phase:
+            for _ in steps.measure(_work, 2, can_repeat=False):
+                pass
+        beside.join()
+    assert asked_after_s[0] < 5
+    assert phase.reading is not None
+    assert phase.reading.duration_s == pytest.approx(sum(steps.durations_s), abs=0.5)
 
 
 def test_steps_of_a_training_are_never_repeated_but_wait_for_calm(neighbour: int, meter: Meter) -> None:

@@ -274,10 +274,14 @@ class _Work:
         # The losses of a training, and what its model learns, depend on the number of steps.
         can_repeat = not self.case.workload.trains and self.case.workload.steps_in_all() is None
         allocator.unpin()
-        timed_steps.settle()
         data = self.case.context.data
-        codec_speeds = [] if data is None or self._bytes_of_an_epoch() is None else data.codec_speeds()
-        with meter.phase("time", "default") as timed:
+        codec_speeds: list[float] = []
+
+        def time_codec() -> None:
+            if data is not None and self._bytes_of_an_epoch() is not None:
+                codec_speeds.extend(data.codec_speeds())
+
+        with timed_steps.phase(time_codec) as timed:
             for _ in range(steps.warmup):
                 self._add_loss(step())
             meter.parts.clear()

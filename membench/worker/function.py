@@ -82,8 +82,7 @@ def _measure_phases(calls: _Calls, meter: Meter, steps: Steps, timed_calls: Time
             meter.separate_step()
             calls.next()
     allocator.unpin()
-    timed_calls.settle()
-    with meter.phase("time", "default") as timed:
+    with timed_calls.phase() as timed:
         timed.steps = steps.warmup + steps.measured
         for _ in range(steps.warmup):
             calls.next()

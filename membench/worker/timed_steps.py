@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from membench.host.load import Others
 from membench.records.disturbance import calm_steps
-from membench.worker.meter import Meter
+from membench.worker.meter import Meter, Phase
 from membench.worker.waiting import Waiting
 
 _T = TypeVar("_T")
@@ -46,14 +47,35 @@ class TimedSteps:
             "wait_policy": self._waiting.policy(sum(self._passive), len(self._passive)),
         }
 
+    @contextlib.contextmanager
+    def phase(self, prepare: Callable[[], None] = lambda: None) -> Iterator[Phase]:
+        """Measure the phase ``time``, whose steps begin once the machine is calm.
+
+        Calm is waited for in the phase, because jobs that run beside this one pause from its begin on. On a GPU it is
+        waited for earlier: the energy of the phase includes all that is done in it.
+
+        Args:
+            prepare: what needs a calm machine, too, and is no part of the phase's duration and memory.
+        """
+        if self._meter.on_gpu:
+            self.settle()
+            prepare()
+        with self._meter.phase("time", "default") as phase:
+            if not self._meter.on_gpu:
+                with self._meter.aside():
+                    self.settle()
+                    prepare()
+            yield phase
+
     def settle(self) -> None:
         """Wait for calm as long as is left, and let threads wait as in a user's process, or passively without calm."""
         busy = self._others.take_cores()
         while busy is not False and self._others.are_known and self._left_s > 0:
             self._waiting.be_passive()
+            began_s = time.monotonic()
             time.sleep(_LOOK_S)
-            self._left_s -= _LOOK_S
             busy = self._others.take_cores()
+            self._left_s -= time.monotonic() - began_s
         if busy or (busy is None and self._is_disturbed):
             self._waiting.be_passive()
         else:
