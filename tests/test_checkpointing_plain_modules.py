@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from membench.plugins import Context, Model, Unsuitable, registry
+from membench.plugins import Context, Model, NotInModel, Unsuitable, registry
 from tests.training import context, train
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def test_a_copy_is_checkpointed_too_and_computes_with_its_own_weights(copied: An
 @pytest.mark.parametrize(
     ("options", "error", "reason"),
     [
-        ({"layers": "block.*"}, ValueError, r"layers = 'block\.\*' matches no module of the Towers; its lists of "
+        ({"layers": "block.*"}, NotInModel, r"layers = 'block\.\*' matches no module of the Towers; its lists of "
          r"layers are 'first\.\*' \(2 Block\), 'second\.\*' \(2 Block\)"),
         ({"every_k": 5}, Unsuitable, "every_k = 5 is more than the model's 4 layers"),
     ],

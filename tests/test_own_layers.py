@@ -14,7 +14,7 @@ import pytest
 import membench
 from membench.builtin.models.factory import Factory
 from membench.builtin.workloads.forward import Forward
-from membench.plugins import Context, LayerWise, Technique, Unsuitable, registry, replaced
+from membench.plugins import Context, LayerWise, NotInModel, Technique, Unsuitable, registry, replaced
 from membench.plugins.replacing import WeightUse
 from membench.records.record import Record
 from membench.worker import converted_layers, weight_uses
@@ -212,7 +212,7 @@ def test_what_is_streamed_from_a_file_is_asked_the_same(tmp_path: Path) -> None:
     module = streamed.load(lambda: context.model.build(context), (quantizer,), context)
     assert _left(context) == {"mix": "it has hooks"}
     assert _error("hooked", module) == 0
-    with pytest.raises(Unsuitable, match=r"only = \['lm_head'\] matches no layer; there are embed, head, mix"):
+    with pytest.raises(NotInModel, match=r"only = \['lm_head'\] matches no layer; there are embed, head, mix"):
         streamed.load(lambda: context.model.build(context), (_technique("nf4", only=["lm_head"]),), context)
 
 
@@ -335,7 +335,7 @@ def test_patterns_of_paths_leave_layers_out(options: dict[str, Any], taken: set[
 @pytest.mark.parametrize("option", ["skip", "only"])
 def test_a_pattern_that_matches_nothing_is_one_line_that_names_what_there_is(name: str, option: str) -> None:
     listed = "mix.proj, head" if name == "mask" else "embed, mix.proj, head"
-    with pytest.raises(Unsuitable) as caught:
+    with pytest.raises(NotInModel) as caught:
         _converted("reading", name, **{option: ["mixer.*"]})
     assert str(caught.value) == f"{option} = ['mixer.*'] matches no layer; there are {listed}"
 
@@ -360,10 +360,11 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
     path = folder / "own.toml"
     path.write_text(
         '[suite]\nname = "own"\nplugins = ["picky.py"]\n[matrix]\nmodel = ["late"]\n'
-        'technique = ["round-to-nearest", "left-out"]\nworkload = ["short"]\n'
+        'technique = ["round-to-nearest", "left-out", "mistyped"]\nworkload = ["short"]\n'
         '[[include]]\nmodel = "encoder"\ntechnique = ["round-to-nearest", "picky"]\nworkload = "short"\n'
         '[workload.short]\nuse = "forward"\nsequence_length = 32\n[settings]\nmeasured_steps = 1\n'
-        f'[technique.left-out]\nuse = "round-to-nearest"\nskip = ["mix"]\n{models}'
+        f'[technique.left-out]\nuse = "round-to-nearest"\nskip = ["mix"]\n'
+        f'[technique.mistyped]\nuse = "round-to-nearest"\nskip = ["mixer"]\n{models}'
     )
     return {record.id: record for record in membench.run(membench.load_suite(path), output=folder).records}
 
@@ -387,6 +388,12 @@ def test_a_forward_that_a_technique_breaks_names_the_layer_and_how_to_leave_it_o
         ' leave them out: skip = ["mix"] (caused by TypeError: linear()'
     ) in record.message
     assert records["late/left-out/short/cpu"].status == "ok"
+
+
+def test_a_pattern_that_matches_nothing_fails_the_case_with_one_line(records: dict[str, Record]) -> None:
+    record = records["late/mistyped/short/cpu"]
+    assert record.status == "failed"
+    assert record.message == "skip = ['mixer'] matches no layer; there are embed, mix.proj, head"
 
 
 def test_what_the_model_that_is_rehearsed_on_lacks_is_not_said_of_the_model(records: dict[str, Record]) -> None:

@@ -19,7 +19,7 @@ from membench.builtin.techniques.loading import MemoryMapped, MetaInit, PlainLoa
 from membench.builtin.techniques.quantization import Int8WeightOnly
 from membench.builtin.workloads.forward import Forward
 from membench.host import procfs
-from membench.plugins import DoesNotFit, Technique, Unsuitable
+from membench.plugins import DoesNotFit, NotInModel, Technique, Unsuitable
 from membench.worker import fitting
 from membench.worker.assembly import Assembly
 from membench.worker.child_process import run_in_child
@@ -169,6 +169,7 @@ def test_a_folder_in_memory_counts_as_memory(monkeypatch: pytest.MonkeyPatch) ->
     [
         (lambda: DoesNotFit("needs more"), DoesNotFit, "^needs more$"),
         (lambda: Unsuitable("not this"), Unsuitable, "^not this$"),
+        (lambda: NotInModel("no such layer"), NotInModel, "^no such layer$"),
         (lambda: MemoryError("no more"), MemoryError, "^MemoryError: no more$"),
         (lambda: ValueError("wrong"), RuntimeError, "^ValueError: wrong$"),
     ],

@@ -12,7 +12,7 @@ import pytest
 
 import membench
 from membench.errors import SuiteError
-from membench.plugins import Context, Technique, Unsuitable, registry
+from membench.plugins import Context, NotInModel, Technique, Unsuitable, registry
 from membench.testing.tiny import Tiny
 
 if TYPE_CHECKING:
@@ -159,8 +159,8 @@ def _equal(one: nn.Module, other: nn.Module) -> bool:
         ("blocks", "prune-heads", {**_ATTENTION, "heads": 5}, Unsuitable, r"\[32, 32, 32\] outputs lead into"),
         ("blocks", "prune-heads", {**_ATTENTION, "heads": 8}, Unsuitable, "would compute something else"),
         ("blocks", "prune-ffn", {"up": ["gate"], "down": "back"}, Unsuitable, "cut, a Sequential does not run: "),
-        ("blocks", "prune-ffn", {"up": ["gate", "wider"], "down": "back"}, ValueError, "'1' has no 'wider'; its"),
-        ("blocks", "prune-ffn", {"layers": "layer.*", **_NETWORK}, ValueError,
+        ("blocks", "prune-ffn", {"up": ["gate", "wider"], "down": "back"}, NotInModel, "'1' has no 'wider'; its"),
+        ("blocks", "prune-ffn", {"layers": "layer.*", **_NETWORK}, NotInModel,
          r"layers = 'layer\.\*' matches no module of the Sequential; its lists of layers are '\*' \(4 Block\)"),
         ("blocks_with_a_softmax", "prune-ffn", _NETWORK, Unsuitable, "would compute something else"),
         ("blocks_of_shared_weights", "prune-ffn", _NETWORK, Unsuitable,

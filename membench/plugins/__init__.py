@@ -7,7 +7,7 @@ modules of this package.
 from membench.plugins.contract import Context, Model, Setting, Shape, Technique, Workload, stepping
 from membench.plugins.layer_wise import LayerWise, SelectsLayers, output_head, replaced
 from membench.plugins.logits import WrongOutput, last_logits_of, logits_of
-from membench.plugins.options import ByteCount, DoesNotFit, Options, Unsuitable, given_back
+from membench.plugins.options import ByteCount, DoesNotFit, NotInModel, Options, Unsuitable, given_back
 from membench.plugins.quality_metric import HeldOut, QualityMetric
 from membench.plugins.training import Corpus, Samples, Step, Tokens, TrainingData, TrainingStep
 
@@ -24,6 +24,7 @@ __all__ = [
     "HeldOut",
     "LayerWise",
     "Model",
+    "NotInModel",
     "Options",
     "QualityMetric",
     "Samples",

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from membench.plugins.contract import Context, Technique
-from membench.plugins.options import Unsuitable, given_back
+from membench.plugins.options import NotInModel, Unsuitable, given_back
 from membench.plugins.replacing import LeftAlone, numberless, reason_to_keep, use_of
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class SelectsLayers(Technique):
         """Check that each pattern matches a layer. A rehearsal's miniature has other layers.
 
         Raises:
-            Unsuitable: if one matches none.
+            NotInModel: if one matches none.
         """
         if context.rehearsal or not (self.skip or self.only):
             return
@@ -45,7 +45,7 @@ class SelectsLayers(Technique):
         for option, patterns in (("skip", self.skip), ("only", self.only)):
             for pattern in patterns:
                 if not any(_matches(name, pattern) for name in known):
-                    raise Unsuitable(f"{option} = ['{pattern}'] matches no layer; there are {_listed(known)}")
+                    raise NotInModel(f"{option} = ['{pattern}'] matches no layer; there are {_listed(known)}")
 
 
 class LayerWise(SelectsLayers):

@@ -46,6 +46,10 @@ class Unsuitable(Exception):
     """Raised by a stage that cannot serve the case; the case is skipped with this reason."""
 
 
+class NotInModel(ValueError):
+    """Raised by a stage whose options name what the model does not have; the case fails with this one line."""
+
+
 class DoesNotFit(Exception):
     """Arithmetic says that a case needs more memory than there is."""
 

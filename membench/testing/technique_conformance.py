@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from membench.builtin.techniques.precision import Bf16
 from membench.builtin.workloads.forward import Forward
 from membench.builtin.workloads.read_data import ReadData
-from membench.plugins import Model, Technique, Unsuitable, Workload
+from membench.plugins import Model, NotInModel, Technique, Unsuitable, Workload
 from membench.testing.claims import wrong_with_states, wrong_with_weights
 from membench.testing.fake_worker import FakeWorker, tiny_training
 from membench.testing.global_state import GlobalState, restored
@@ -86,7 +86,7 @@ class TechniqueConformance(PluginConformance):
         with restored(), self._worker(technique or self.made()) as worker:
             try:
                 yield worker
-            except Unsuitable as error:
+            except (NotInModel, Unsuitable) as error:
                 raise AssertionError(
                     f"it cannot serve the case that it is tried on ({error}); set 'model' or 'workload' of this class:"
                     " model = membench.testing.tiny_transformer(), say"

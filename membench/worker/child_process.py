@@ -15,7 +15,12 @@ from membench.host import procfs
 from membench.host.out_of_memory import is_out_of_memory
 from membench.worker.waiting import wait_passively
 
-_REFUSED_BY_EXIT_CODE: Mapping[int, type[Exception]] = {3: plugins.Unsuitable, 4: plugins.DoesNotFit, 5: MemoryError}
+_REFUSED_BY_EXIT_CODE: Mapping[int, type[Exception]] = {
+    3: plugins.Unsuitable,
+    4: plugins.DoesNotFit,
+    5: MemoryError,
+    6: plugins.NotInModel,
+}
 """The exit codes of a preparing process if a technique cannot be applied to the case, or memory does not suffice."""
 
 
@@ -34,6 +39,7 @@ def run_in_child(work: Callable[[], dict[str, list[Any]]]) -> dict[str, list[Any
         MemoryError: if memory runs out in the process, or the kernel kills it for lack of that.
         plugins.Unsuitable: if ``work`` raises it.
         plugins.DoesNotFit: if ``work`` raises it.
+        plugins.NotInModel: if ``work`` raises it.
     """
     oom_kills_before = procfs.oom_kills()
     read_end, write_end = os.pipe()
@@ -47,7 +53,7 @@ def run_in_child(work: Callable[[], dict[str, list[Any]]]) -> dict[str, list[Any
             output = json.dumps(work()).encode()
         except BaseException as error:
             code = next((code for code, kind in _REFUSED_BY_EXIT_CODE.items() if isinstance(error, kind)), 1)
-            output = (str(error) if code in (3, 4) else summary_with_causes(error)).encode()[:4096]
+            output = (str(error) if code in (3, 4, 6) else summary_with_causes(error)).encode()[:4096]
             if code == 1 and is_out_of_memory(error):
                 code = 5
         finally:

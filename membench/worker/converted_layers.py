@@ -106,7 +106,7 @@ def explaining(module: nn.Module, names: Sequence[str], techniques: Sequence[Tec
     """
     try:
         yield
-    except (plugins.Unsuitable, plugins.DoesNotFit):
+    except (plugins.Unsuitable, plugins.DoesNotFit, plugins.NotInModel):
         raise
     except Exception as error:
         members = [name for name, member in zip(names, techniques, strict=True) if isinstance(member, SelectsLayers)]

@@ -48,7 +48,7 @@ def main(request: Request, channel: socket.socket) -> None:
         meter.send(Done())
     except plugins.Unsuitable as error:
         meter.send(EndedBadly("skipped", str(error), meter.current_phase))
-    except plugins.WrongOutput as error:
+    except (plugins.WrongOutput, plugins.NotInModel) as error:
         meter.send(EndedBadly("failed", str(error), meter.current_phase))
     except plugins.DoesNotFit as error:
         meter.send(EndedBadly("out-of-memory", str(error), meter.current_phase))

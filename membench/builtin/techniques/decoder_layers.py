@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from membench.builtin.techniques.pruning import is_linear
-from membench.plugins import Unsuitable
+from membench.plugins import NotInModel, Unsuitable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,7 +67,7 @@ def layer_lists(module: nn.Module, pattern: str | None) -> list[LayerList]:
     """The lists of a model's layers: those that a pattern over the paths of modules names, or else all there are.
 
     Raises:
-        ValueError: if the pattern matches no module.
+        NotInModel: if the pattern matches no module.
         Unsuitable: if there is no pattern, and no list of like layers either.
     """
     found = list(_lists(module)) if pattern is None else _named(module, pattern)
@@ -76,7 +76,7 @@ def layer_lists(module: nn.Module, pattern: str | None) -> list[LayerList]:
     kind, there = type(module).__name__, ", ".join(map(str, _lists(module)))
     if pattern is None:
         raise Unsuitable(f"a {kind} has no list of like layers: name them with layers = 'path.of.the.list.*'")
-    raise ValueError(
+    raise NotInModel(
         f"layers = '{pattern}' matches no module of the {kind}; "
         + (f"its lists of layers are {there}" if there else f"its modules are {_children(module)}")
     )
@@ -86,7 +86,7 @@ def the_layer_list(module: nn.Module, pattern: str | None) -> LayerList:
     """The one list of a model's layers.
 
     Raises:
-        ValueError: if the pattern matches no module.
+        NotInModel: if the pattern matches no module.
         Unsuitable: if there is none, or more than one.
     """
     found = layer_lists(module, pattern)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from membench.builtin.techniques import decoder_config
 from membench.builtin.techniques.importance import Part, Slice
 from membench.builtin.techniques.pruning import is_linear, is_transposed, plain_weight
-from membench.plugins import Unsuitable
+from membench.plugins import NotInModel, Unsuitable
 
 if TYPE_CHECKING:
     import torch
@@ -128,7 +128,7 @@ def feed_forward(path: str, layer: nn.Module, up: Sequence[str], down: str | Non
         down: the path of what leads out of it.
 
     Raises:
-        ValueError: if a name does not fit.
+        NotInModel: if a name does not fit.
         Unsuitable: if there is none that can be cut, with the reason.
     """
     kind = f"'{path}' (a {type(layer).__name__})"
@@ -159,7 +159,7 @@ def attention(path: str, layer: nn.Module, config: Any, named: Mapping[str, Any]
         named: ``qkv``, ``output`` and ``heads``, as given by the user.
 
     Raises:
-        ValueError: if a name does not fit.
+        NotInModel: if a name does not fit.
         Unsuitable: if there is none that can be cut, with the reason.
     """
     kind = f"'{path}' (a {type(layer).__name__})"
@@ -312,9 +312,9 @@ def _named(path: str, layer: nn.Module, name: str) -> nn.Module:
     try:
         found = layer.get_submodule(name)
     except AttributeError:
-        raise ValueError(f"'{path}' has no '{name}'; {_there(layer)}") from None
+        raise NotInModel(f"'{path}' has no '{name}'; {_there(layer)}") from None
     if not is_linear(found):
-        raise ValueError(f"'{path}.{name}' is a {type(found).__name__}, not a linear layer; {_there(layer)}")
+        raise NotInModel(f"'{path}.{name}' is a {type(found).__name__}, not a linear layer; {_there(layer)}")
     return found
 
 
