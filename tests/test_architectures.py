@@ -257,3 +257,12 @@ def test_a_pretrained_encoder_decoder_is_built_with_its_weights_and_not_judged_b
     ids = torch.arange(6)[None]
     with torch.no_grad():
         assert torch.equal(model.build(_context()).eval()(ids).logits, built.eval()(ids).logits)
+
+
+def test_a_decoder_that_is_taken_alone_from_an_encoder_decoder_is_judged(tmp_path: Path) -> None:
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "vocab_size": 300}
+    more = {"decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    built: Any = _config("bart", overrides={**sizes, **more}).build(_context())
+    built.save_pretrained(tmp_path)
+    assert Pretrained(source=str(tmp_path), architecture="BartForCausalLM").unjudged() is None
+    assert Pretrained(source=str(tmp_path)).unjudged() == "the encoder reads the text that the decoder predicts"

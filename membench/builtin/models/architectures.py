@@ -155,11 +155,15 @@ def unsuitable(architecture: Any, workload: Workload) -> str | None:
     return None
 
 
-def unjudged(architecture: Any, config: Any) -> str | None:
-    """Return why the loss of the next tokens says nothing about a class; ``None`` if it does."""
+def unjudged(architecture: Any, module: Any) -> str | None:
+    """Return why the loss of the next tokens says nothing about a class; ``None`` if it does.
+
+    Args:
+        module: one of that class; a decoder alone, such as a BartForCausalLM, says so in a configuration of its own.
+    """
     if predicts(architecture) == "masked tokens":
         return f"{architecture.__name__} predicts masked tokens, and held-out text is judged by its next tokens"
-    if config.is_encoder_decoder:
+    if module.config.is_encoder_decoder:
         return "the encoder reads the text that the decoder predicts"
     return None
 

@@ -114,7 +114,7 @@ class Pretrained(Model):
     def unjudged(self) -> str | None:
         from membench.builtin.models import architectures
 
-        if (reason := architectures.unjudged(self._architecture(), self._config())) is not None:
+        if (reason := architectures.unjudged(self._architecture(), self.skeleton())) is not None:
             return reason
         if not self.allow_missing:
             return None
