@@ -38,7 +38,8 @@ _END_TIMEOUT_S = 12
 """Seconds in which killed ranks must have ended: more than the fork server waits for their descendants."""
 _REPORT_TIMEOUT_S = 60
 """Seconds in which the end of ranks that have done all must be reported; to give back much memory takes a while."""
-_DRAIN_TIMEOUT_S = 2
+_DRAIN_TIMEOUT_S, _LONGEST_DRAIN_S = 2, 10
+"""Seconds of silence, and seconds in all, after which nothing more of ranks that have ended is read."""
 _LARGEST_READ_BYTES = 65536
 _LARGEST_LINE_BYTES, _LARGEST_OF_A_STEP_BYTES = 2**24, 4000
 """The longest message: what does not grow with the number of timed steps, and the durations of a step's parts."""
@@ -122,6 +123,8 @@ class RunningJob:
         self._arrived: dict[Rank, PhaseBegins | PhaseEnds] = {}
         self._killed_at_s: float | None = None
         self._heard_at_s = 0.0
+        self._done_at_s: float | None = None
+        self._all_ended_at_s: float | None = None
 
     def __enter__(self) -> RunningJob:
         return self
@@ -223,7 +226,8 @@ class RunningJob:
         """
         now = time.monotonic()
         if all(rank.is_done for rank in self.ranks):
-            if now - self._heard_at_s > _REPORT_TIMEOUT_S:
+            self._done_at_s = self._done_at_s or now  # a function may print without end
+            if now - self._done_at_s > _REPORT_TIMEOUT_S:
                 within = f"within {_REPORT_TIMEOUT_S} s"
                 raise ForkServerSilent(f"measured, but the fork server did not report its end {within}")
             return
@@ -235,7 +239,9 @@ class RunningJob:
 
     def _may_hear_more(self, sources: Sequence[int], pipes: dict[int, Rank], outputs: dict[int, Rank]) -> bool:
         """Whether data of a rank that has ended may still arrive; a process elsewhere may hold its pipes open."""
-        if time.monotonic() - self._heard_at_s > _DRAIN_TIMEOUT_S:
+        now = time.monotonic()
+        self._all_ended_at_s = self._all_ended_at_s or now
+        if now - self._heard_at_s > _DRAIN_TIMEOUT_S or now - self._all_ended_at_s > _LONGEST_DRAIN_S:
             return False
         return any(source in pipes or (source in outputs and outputs[source].reads_output_to_end) for source in sources)
 
