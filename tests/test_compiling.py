@@ -94,4 +94,4 @@ def test_compiled_gradients_are_the_plain_ones_and_what_was_left_out_is_told(cas
 def test_no_compiler_is_the_reason_to_skip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     setting = plugins.Setting(TrainedTiny(), registry.create("workload", "forward", {}), "cpu", (), ())
-    assert Compile().refuse(setting) == "torch.compile wants a C++ compiler, and no-such-compiler is not there"
+    assert Compile().refuse(setting) == "torch.compile needs a C++ compiler, and no-such-compiler is not there"

@@ -132,6 +132,7 @@ def test_pictures_and_sentences_say_of_which_peak_they_speak() -> None:
         "All this is of the live peak while running. Before that, more is needed than the reference ever takes:"
         in caption
     )
+    assert "Filled: on the front by the live peak while running (none, adamw-8bit)." in caption
     assert "adamw-8bit (452.2 MiB to 532.0 MiB at its warm-up peak)." in caption
     assert "By the highest peak of all phases the front is: none." in caption
     assert "while running, but needs 452.2 MiB to 532.0 MiB at its warm-up peak" in summary.sentence(

@@ -90,7 +90,7 @@ def test_any_module_from_a_function_is_measured_and_what_it_cannot_do_is_skipped
     generated = records["plain/none/generate/cpu"]
     assert (generated.status, generated.message) == (
         "skipped",
-        "generating wants a module with a key-value cache: its forward takes no past_key_values",
+        "generating needs a module with a key-value cache: its forward takes no past_key_values",
     )
 
 

@@ -433,14 +433,14 @@ def test_every_optimizer_refuses_another_one_and_forward_passes(technique: Techn
     for refusal in (_refusal(technique, before=(_ADAFACTOR,)), _refusal(technique, after=(_ADAFACTOR,))):
         assert refusal == "a training has one optimizer, and the stack names two"
     forward = Setting(_LLAMA, Forward.model_validate({}), "cpu", (), ())
-    assert technique.refuse(forward) == "an optimizer wants a workload that trains"
+    assert technique.refuse(forward) == "an optimizer needs a workload that trains"
 
 
 @pytest.mark.parametrize(
     ("device", "variable", "reason"),
     [
-        ("cpu", "CXX", "torch.compile wants a C++ compiler, and no-such-compiler is not there"),
-        ("cuda:0", "CC", "torch.compile wants a C compiler, and no-such-compiler is not there"),
+        ("cpu", "CXX", "torch.compile needs a C++ compiler, and no-such-compiler is not there"),
+        ("cuda:0", "CC", "torch.compile needs a C compiler, and no-such-compiler is not there"),
     ],
 )
 def test_torchaos_optimizers_are_skipped_where_nothing_can_compile_them(
@@ -457,7 +457,7 @@ def test_the_usual_compilers_are_looked_for_where_none_is_named(monkeypatch: pyt
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", looked_for.append)
-    assert missing_compiler("cuda") == "torch.compile wants a C compiler, and gcc or clang is not there"
+    assert missing_compiler("cuda") == "torch.compile needs a C compiler, and gcc or clang is not there"
     missing_compiler("cpu")
     assert looked_for in (["gcc", "clang", "g++"], ["gcc", "clang", "clang++"])
 
@@ -468,7 +468,7 @@ def test_float8_states_are_skipped_on_a_gpu_that_has_none(monkeypatch: pytest.Mo
     capability: Callable[[str], tuple[int, int]] = lambda device: (8, 6)  # noqa: E731
     monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
     context = Context("cuda", 0, _LLAMA, lambda name: pytest.fail(name), {}, Path())
-    with pytest.raises(Unsuitable, match=r"float8 wants compute capability 8\.9; this GPU has 8\.6"):
+    with pytest.raises(Unsuitable, match=r"float8 needs compute capability 8\.9; this GPU has 8\.6"):
         AdamWFp8().optimizer(torch.optim.AdamW([_weight()]), torch.nn.Module(), context)
 
 

@@ -212,7 +212,7 @@ def test_a_module_without_a_cache_is_skipped_under_generate_before_anything_is_m
     assert (record.status, record.ended_in, record.message) == (
         "skipped",
         None,
-        "generating wants a module with a key-value cache: its forward takes no past_key_values",
+        "generating needs a module with a key-value cache: its forward takes no past_key_values",
     )
 
 

@@ -283,4 +283,4 @@ def test_autocast_leaves_the_keys_of_a_llamas_cache_in_fp32(records: dict[str, R
 def test_scaling_over_float16_weights_is_skipped_with_the_reason(records: dict[str, Record]) -> None:
     record = records["trained-tiny/fp16+autocast-fp16/finetune/cpu"]
     assert record.status == "skipped"
-    assert record.message == "gradients of float16 weights cannot be scaled back: scaling wants weights in fp32 or bf16"
+    assert record.message == "gradients of float16 weights cannot be scaled back: scaling needs weights in fp32 or bf16"

@@ -489,7 +489,7 @@ _TWO = "the output head of this model is its embedding table"
             'use = "round-to-nearest"\ngranularity = "group"\ngroup_size = 50',
             "group_size = 50 does not divide the width 288 of the model's layers",
         ),
-        ('use = "round-to-nearest"\ngranularity = "group"', "granularity = 'group' wants a group_size"),
+        ('use = "round-to-nearest"\ngranularity = "group"', "granularity = 'group' needs a group_size"),
         (
             'use = "round-to-nearest"\ngroup_size = 32',
             "group_size = 32 has no meaning with granularity = 'channel'",

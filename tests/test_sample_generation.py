@@ -386,6 +386,6 @@ def test_all_steps_of_the_training_are_kept_and_memory_is_that_of_training(recor
 def test_what_does_not_fit_samples_is_skipped_with_the_reason(records: dict[str, Record]) -> None:
     after, of_text = records["mlp-0/brief-gan+few/digits/cpu"], records["mlp-0/stream/digits/cpu"]
     assert (after.status, after.message) == (
-        "skipped", "it wants samples that are kept, and a member before it keeps a generator alone",
+        "skipped", "it needs samples that are kept, and a member before it keeps a generator alone",
     )  # fmt: skip
     assert of_text.status == "skipped"

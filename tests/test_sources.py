@@ -384,9 +384,9 @@ def test_a_library_that_is_missing_is_named_with_what_to_install(
         (saved / name).write_text("{}")
     wants = "which is not installed: pip install"
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert _refused(saved) == f"reading {saved} wants 'datasets', {wants} 'membench[datasets]'"
+    assert _refused(saved) == f"reading {saved} needs 'datasets', {wants} 'membench[datasets]'"
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert _refused(tmp_path) == f"reading {path} wants 'pyarrow', {wants} 'membench[data]'"
+    assert _refused(tmp_path) == f"reading {path} needs 'pyarrow', {wants} 'membench[data]'"
 
 
 _NOT_UTF8 = b"caf\xe9 \xff\xfe caf\xe9 \xe2\x82 \xe2\x82\xac"

@@ -285,7 +285,7 @@ _FUNCTIONS = {
     "nets.deep:f": "there is no module 'nets.deep': 'nets' is no package",
     "nets:absent": "module 'nets' has no 'absent'",
     "nets:method": "module 'nets' has no 'method'",
-    "nets:wide": "it is called without arguments, but wants width, heads",
+    "nets:wide": "it is called without arguments, but needs width, heads",
     "pack.typo:f": "{folder}/pack/typo.py, line 1: invalid syntax",
 }
 

@@ -219,7 +219,7 @@ def _said_if_missing(wanting: Path, extra: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise Unsuitable(
-            f"reading {wanting} wants '{error.name}', which is not installed: pip install 'membench[{extra}]'"
+            f"reading {wanting} needs '{error.name}', which is not installed: pip install 'membench[{extra}]'"
         ) from None
 
 

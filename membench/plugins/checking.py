@@ -116,7 +116,7 @@ def _of_stage(name: str, given: Any, stage: Any) -> Iterator[str]:
             return
     if len(taken) > len(wanted):
         extra = taken[len(wanted)]
-        yield f"'{name}' wants an argument '{extra}' that it is not given: write 'def {name}{_signature(stage)}'"
+        yield f"'{name}' needs an argument '{extra}' that it is not given: write 'def {name}{_signature(stage)}'"
 
 
 def _signature(stage: Any) -> str:

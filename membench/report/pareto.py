@@ -70,7 +70,11 @@ def pareto(found: Comparison, group: Group) -> Cloud:
     )  # fmt: skip
     metrics = _metrics_of(found, group, quality)
     rows = (
-        (name, *(figure(found, group, name, metric) for metric in metrics), "on the front" if name in front else "")
+        (
+            name,
+            *(figure(found, group, name, metric) for metric in metrics),
+            "on the front while running" if name in front else "",
+        )
         for name in (point.technique for point in points)
     )
     table = (("technique", *(metric.title for metric in metrics), "Pareto"), *rows)
@@ -153,7 +157,7 @@ def _caption_of_cloud(found: Comparison, group: Group, points: Sequence[Point], 
     said = [
         f"The further down, the less memory; the further left, {left}; the larger, the faster.",
         f"The least live memory at its peak has {least} ({shown}).",
-        f"Filled: on the front of the table ({listed(front)})." if front else "",
+        f"Filled: on the front by the live peak while running ({listed(front)})." if front else "",
         *_of_other_phases(found, group, [point.technique for point in points], front),
         "The dotted line joins what no other has less of both of.",
         f"Not drawn, for want of a figure: {listed(left_out)}." if left_out else "",

@@ -23,16 +23,22 @@ def wrong_with_weights(
     if not changed:
         nothing_claimed = abs(claimed - 1) < 0.01
         return (
-            None if nothing_claimed else f"no layer holds other bytes than before, and it claims to save some: {said}"
+            None
+            if nothing_claimed
+            else f"each layer holds as many bytes as before, and the technique claims to save some: {said}"
         )
     fewest, most = plain_bytes * claimed / _TOLERATED - SLACK_BYTES, plain_bytes * claimed * _TOLERATED + SLACK_BYTES
     if fewest <= held_bytes <= most:
         return None
-    kind = "what they held" if bits is None else "fp32"
+    plain = (
+        f"they held {format_bytes(plain_bytes)} before"
+        if bits is None
+        else f"in fp32 they would hold {format_bytes(plain_bytes)}"
+    )
     return (
-        f"the layers that it changed hold {format_bytes(held_bytes)} where {format_bytes(plain_bytes)} are {kind}, and"
-        f" it claims {format_ratio(claimed)} of that ({said}); wanted is a claim within a factor of {_TOLERATED:g}, or"
-        " nominal_share None where it depends on the model"
+        f"the layers that it changed hold {format_bytes(held_bytes)}; {plain}, and the technique claims"
+        f" {format_ratio(claimed)} of that ({said}): claim within a factor of {_TOLERATED:g}, or set nominal_share to"
+        " None if it depends on the model"
     )
 
 
@@ -43,5 +49,5 @@ def wrong_with_states(claimed: float, held_bytes: int, parameters: int) -> str |
         return None
     return (
         f"the optimizer keeps {held:.3g} bytes for a trained parameter, and nominal_state_bytes claims {claimed:g};"
-        f" wanted is a claim within a factor of {_TOLERATED:g}"
+        f" claim within a factor of {_TOLERATED:g}"
     )

@@ -240,7 +240,7 @@ class Assembly:
         rows, padding = self._rows(spec, vocabulary)
         if len(rows) < spec.batch_size:
             raise plugins.Unsuitable(
-                f"the data give {len(rows)} rows of {spec.length} tokens, and a batch wants {spec.batch_size}"
+                f"the data give {len(rows)} rows of {spec.length} tokens, and a batch needs {spec.batch_size}"
             )
         folder, storage = self.context.scratch / "data", self._storage()
         with self.context.part("compress") if storage.codec else contextlib.nullcontext():

@@ -105,7 +105,7 @@ def _not_there(where: str, name: str) -> str | None:
         made_while_running = "*" in names.bound or "__getattr__" in names.bound or b"globals(" in source
         return None if made_while_running else f"module '{where}' has no '{name}'"
     wanted = _without_default(names.bound[name])
-    return f"it is called without arguments, but wants {', '.join(wanted)}" if wanted else None
+    return f"it is called without arguments, but needs {', '.join(wanted)}" if wanted else None
 
 
 def _spec(module: str, folders: list[str] | None) -> ModuleSpec | None:

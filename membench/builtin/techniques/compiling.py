@@ -33,7 +33,7 @@ class Compile(Technique):
 
     def refuse(self, setting: Setting) -> str | None:
         if Device.parse(setting.device).on_gpu and importlib.util.find_spec("triton") is None:
-            return "torch.compile wants triton for a GPU, and it is not installed"
+            return "torch.compile needs triton for a GPU, and it is not installed"
         return missing_compiler(setting.device)
 
     def apply(self, module: nn.Module, context: Context) -> nn.Module:

@@ -10,7 +10,7 @@ from membench.plugins.storage import Storage
 
 
 class DataTechnique(Technique):
-    """About training data: it wants a workload that reads some."""
+    """About training data: it needs a workload that reads some."""
 
     acts_on: ClassVar[str] = "data"
 

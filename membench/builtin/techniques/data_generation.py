@@ -89,7 +89,7 @@ class LmGenerated(DataTechnique):
 
         text = b"".join(document + _AFTER_DOCUMENTS for document in documents)
         if len(text) < 2 * PIECE_BYTES:
-            raise Unsuitable(f"a generator wants {2 * PIECE_BYTES} bytes to learn from, and the data have {len(text)}")
+            raise Unsuitable(f"a generator needs {2 * PIECE_BYTES} bytes to learn from, and the data have {len(text)}")
         with torch.random.fork_rng([]):  # what the case draws later must not depend on it
             return trained(text, steps, seed, lambda done, total, what: None)
 

@@ -347,7 +347,7 @@ class _Pickler(pickle.Pickler):
 
 
 class _Pickling:
-    """What ``torch.save`` wants to know of a pickle module."""
+    """What ``torch.save`` needs to know of a pickle module."""
 
     Pickler = _Pickler
 

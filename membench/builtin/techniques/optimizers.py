@@ -32,7 +32,7 @@ class OptimizerTechnique(Technique):
 
     def refuse(self, setting: Setting) -> str | None:
         if not setting.workload.trains:
-            return "an optimizer wants a workload that trains"
+            return "an optimizer needs a workload that trains"
         if any(isinstance(other, OptimizerTechnique) for other in (*setting.before, *setting.after)):
             return "a training has one optimizer, and the stack names two"
         return None
@@ -66,7 +66,7 @@ class AdamW8bit(_TorchaoAdamW):
     (dynamic quantization; Dettmers et al., 2021, arXiv:2110.02861). The step itself is computed in fp32. Tensors of
     fewer than 4,096 values, or that the block does not divide, keep fp32 moments. torchao compiles a kernel for each
     shape of tensor at the first step, 10 to 30 s on a CPU when its cache is empty: in ``warmup``, not in timed steps.
-    It wants a compiler. What compiling leaves in memory is counted: some 6 MiB, or 12 where the cache did not have the
+    It needs a compiler. What compiling leaves in memory is counted: some 6 MiB, or 12 where the cache did not have the
     kernels yet. While a tensor is stepped, the CPU's kernel holds 9 bytes for each of its values.
     """
 
@@ -107,7 +107,7 @@ class AdamWFp8(_TorchaoAdamW):
         if Device.parse(context.device).on_gpu:
             capability = torch.cuda.get_device_capability(context.device)
             if capability < (8, 9):
-                raise Unsuitable(f"float8 wants compute capability 8.9; this GPU has {capability[0]}.{capability[1]}")
+                raise Unsuitable(f"float8 needs compute capability 8.9; this GPU has {capability[0]}.{capability[1]}")
         return super().make(parameters, learning_rate, context)
 
 
@@ -191,4 +191,4 @@ def missing_compiler(device: str) -> str | None:
         wanted, language = [os.environ.get("CXX", default)], "C++"
     if any(shutil.which(name) for name in wanted):
         return None
-    return f"torch.compile wants a {language} compiler, and {' or '.join(wanted)} is not there"
+    return f"torch.compile needs a {language} compiler, and {' or '.join(wanted)} is not there"

@@ -106,7 +106,7 @@ class AutocastFp16(_Autocast):
 
         if any(parameter.dtype == torch.float16 for parameter in module.parameters() if parameter.requires_grad):
             raise Unsuitable(
-                "gradients of float16 weights cannot be scaled back: scaling wants weights in fp32 or bf16"
+                "gradients of float16 weights cannot be scaled back: scaling needs weights in fp32 or bf16"
             )
         # Weakly: the technique outlives the rehearsal, of whose module and optimizer nothing must stay.
         self._module = weakref.ref(module)

@@ -52,7 +52,7 @@ class RoundToNearest(LayerQuantizer):
 
     def check(self, setting: Setting) -> str | None:
         if self.granularity == "group" and self.group_size is None:
-            return "granularity = 'group' wants a group_size"
+            return "granularity = 'group' needs a group_size"
         if self.granularity != "group" and self.group_size is not None:
             return f"group_size = {self.group_size} has no meaning with granularity = '{self.granularity}'"
         return super().check(setting)
@@ -274,7 +274,7 @@ class Int4WeightOnly(_Torchao):
             from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 
             if weight.shape[0] % 16:
-                raise Unsuitable(f"the CPU's int4 kernel wants rows by 16: a layer has {weight.shape[0]}")
+                raise Unsuitable(f"the CPU's int4 kernel needs rows by 16: a layer has {weight.shape[0]}")
             return PrototypeInt4WeightOnlyConfig(group_size=self.group_size, set_inductor_config=False)
         from torchao.quantization import Int4WeightOnlyConfig
         from torchao.quantization.quantize_.workflows import Int4PackingFormat

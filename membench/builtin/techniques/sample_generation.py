@@ -21,7 +21,7 @@ _LOOKS = 6
 
 
 class SampleTechnique(Technique):
-    """About labelled samples: it wants a workload that trains on some."""
+    """About labelled samples: it needs a workload that trains on some."""
 
     acts_on: ClassVar[str] = "data"
 
@@ -171,5 +171,5 @@ class SampleSubset(FewerSamples):
 
 def _stored(samples: Samples) -> StoredSamples:
     if not isinstance(samples, StoredSamples):
-        raise Unsuitable("it wants samples that are kept, and a member before it keeps a generator alone")
+        raise Unsuitable("it needs samples that are kept, and a member before it keeps a generator alone")
     return samples

@@ -157,7 +157,7 @@ def name_of_cache(module: nn.Module) -> str:
     if "cache" in taken:
         return "cache"
     if "past_key_values" not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
-        raise Unsuitable("generating wants a module with a key-value cache: its forward takes no past_key_values")
+        raise Unsuitable("generating needs a module with a key-value cache: its forward takes no past_key_values")
     return "past_key_values"
 
 
@@ -177,7 +177,7 @@ def cache_of(output: object, name: str) -> Any:
         found = next((part for part in output if part is not None and not isinstance(part, torch.Tensor)), None)
     if found is None:
         raise Unsuitable(
-            "generating wants a module with a key-value cache: its forward returned"
+            "generating needs a module with a key-value cache: its forward returned"
             f" {described(output)}, without {name}"
         )
     return found
