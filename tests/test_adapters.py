@@ -13,7 +13,7 @@ import pytest
 import membench
 from membench.builtin.models.transformer import Gpt2, Llama, Qwen
 from membench.errors import SuiteError
-from membench.plugins import Context, Model, Setting, Shape, Technique, Unsuitable, Workload, registry
+from membench.plugins import Context, Model, NotInModel, Setting, Shape, Technique, Unsuitable, Workload, registry
 from membench.records.record import Record
 
 if TYPE_CHECKING:
@@ -297,11 +297,49 @@ def test_layers_that_begin_as_zeros_are_no_reason_to_refuse_adapters(base: str |
 
 
 def test_targets_that_no_layer_has_are_named_with_what_there_is() -> None:
-    with pytest.raises(Unsuitable) as caught:
+    with pytest.raises(NotInModel) as caught:
         _built("gpt2", _technique("lora", targets=["q_proj", "v_proj"]))
     assert str(caught.value) == (
         "no layer has a name of targets = [q_proj, v_proj]; there are wte, wpe, ln_1, c_attn, c_proj, ln_2, c_fc, ln_f,"
         " lm_head"
+    )
+
+
+def test_standard_names_at_the_top_of_a_model_are_no_targets_by_default_and_are_named() -> None:
+    from torch import nn
+
+    def two() -> nn.Module:
+        return nn.ModuleDict({"fc1": nn.Linear(8, 8), "fc2": nn.Linear(8, 8)})
+
+    with pytest.raises(Unsuitable) as caught:
+        _technique("lora").apply(two(), _context("llama"))
+    assert str(caught.value) == (
+        "no layer is adapted: fc1, fc2 (at the top of the model; name it in targets to adapt it)"
+    )
+    assert len(_trained(_technique("lora", targets=["fc1", "fc2"]).apply(two(), _context("llama")))) == 4
+
+
+@pytest.mark.parametrize("technique", ["lora", "qlora"])
+def test_convolutions_of_projections_names_are_left_alone_and_named(technique: str) -> None:
+    from torch import nn
+
+    def block(value: nn.Module) -> nn.Module:
+        return nn.ModuleDict({"attention": nn.ModuleDict({"query": nn.Conv1d(64, 64, 1, groups=4), "value": value})})
+
+    context = _context("llama")
+    adapters = _technique(technique, targets=["query", "value"])
+    module = adapters.apply(block(nn.Linear(64, 64)), context)
+    assert [(left.path, left.reason) for left in context.left_alone] == [
+        ("attention.query", "it is a Conv1d, no linear layer")
+    ]
+    assert len(_trained(module)) == 2
+    assert adapters.remark(module, context) is None
+    cast(Any, adapters).optimizer(None, module, context)  # looks for gradients through what is adapted
+    with pytest.raises(Unsuitable) as caught:
+        adapters.apply(block(nn.Conv1d(64, 64, 1)), _context("llama"))
+    assert str(caught.value) == (
+        "no layer is adapted: attention.query (it is a Conv1d, no linear layer),"
+        " attention.value (it is a Conv1d, no linear layer)"
     )
 
 

@@ -14,8 +14,8 @@ from membench.builtin.techniques.bitsandbytes import BnbNf4
 from membench.builtin.techniques.experts import remark_on_left
 from membench.builtin.techniques.projections import ATTENTION, FEED_FORWARD
 from membench.builtin.techniques.pruning import is_linear, is_transposed
-from membench.plugins import Context, LayerWise, Setting, Unsuitable
-from membench.plugins.replacing import LeftAlone, use_of
+from membench.plugins import Context, LayerWise, NotInModel, Setting, Unsuitable
+from membench.plugins.replacing import LeftAlone, numberless, use_of
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _PROJECTIONS = tuple(dict.fromkeys((*ATTENTION, *FEED_FORWARD)))
 _MOST_NAMES = 12
+_AT_THE_TOP = "at the top of the model; name it in targets to adapt it"
 
 
 class Lora(LayerWise):
@@ -70,31 +71,59 @@ class Lora(LayerWise):
         itself passes by the adapter.
         """
         _freeze(layer)
-        if not self._targets(name, layer, head) or not self.selects(name):
+        if not self._names(name) or not self.selects(name) or (self._by_default and layer is head):
             return layer
-        if (use := use_of(name, context.weight_uses)) is not None and use.computed_by:
-            context.left_alone.append(LeftAlone(self, name, f"its weight is read by {use.computed_by}"))
+        if (reason := self._reason_to_keep(name, layer, context)) is not None:
+            context.left_alone.append(LeftAlone(self, name, reason))
             return layer
-        return self._adapted(name, layer)
+        return self.convert(name, layer, head)
 
     def convert(self, name: str, layer: nn.Module, head: nn.Module | None) -> nn.Module:
         _freeze(layer)
-        return self._adapted(name, layer) if self._targets(name, layer, head) else layer
+        return self._adapted(name, layer)
 
-    def _targets(self, name: str, layer: nn.Module, head: nn.Module | None) -> bool:
-        where, _, last = name.rpartition(".")
-        # What has a standard name at the top of a model, or gives the logits, is no part of a layer.
-        by_default = self.targets == _PROJECTIONS and (not where or layer is head)
-        return last in self.targets and not by_default
+    @property
+    def _by_default(self) -> bool:
+        return self.targets == _PROJECTIONS
+
+    def _names(self, name: str) -> bool:
+        return name.rpartition(".")[2] in self.targets
+
+    def _reason_to_keep(self, name: str, layer: nn.Module, context: Context) -> str | None:
+        """Why a layer of a target's name has no adapter; ``None`` if it has one."""
+        if self._is_at_the_top(name):
+            return _AT_THE_TOP
+        if not _is_product(layer):
+            return f"it is a {type(layer).__name__}, no linear layer"
+        use = use_of(name, context.weight_uses)
+        return f"its weight is read by {use.computed_by}" if use is not None and use.computed_by else None
+
+    def _is_at_the_top(self, name: str) -> bool:
+        """Whether only the standard names fit a layer, and it lies at the top of the model: it is part of no block."""
+        return self._by_default and "." not in name
 
     def check_patterns(self, names: Iterable[str], context: Context) -> None:
         known = list(names)
         super().check_patterns(known, context)
+        named = [name for name in known if self._names(name)]
+        if context.rehearsal or any(not self._is_at_the_top(name) for name in named):
+            return
+        if named:
+            raise Unsuitable(f"no layer is adapted: {', '.join(named[:_MOST_NAMES])} ({_AT_THE_TOP})")
         lasts = list(dict.fromkeys(name.rpartition(".")[2] for name in known))
-        if not context.rehearsal and not set(self.targets) & set(lasts):
-            names = ", ".join(lasts[:_MOST_NAMES])
-            targets = ", ".join(self.targets[:_MOST_NAMES]) + (", …" if len(self.targets) > _MOST_NAMES else "")
-            raise Unsuitable(f"no layer has a name of targets = [{targets}]; there are {names}")
+        names = ", ".join(lasts[:_MOST_NAMES])
+        targets = ", ".join(self.targets[:_MOST_NAMES]) + (", …" if len(self.targets) > _MOST_NAMES else "")
+        refused = Unsuitable if self._by_default else NotInModel
+        raise refused(f"no layer has a name of targets = [{targets}]; there are {names}")
+
+    def apply(self, module: nn.Module, context: Context) -> nn.Module:
+        first = len(context.left_alone)
+        module = super().apply(module, context)
+        left = context.left_alone[first:]
+        if left and not context.rehearsal and not _adapted_layers(module):
+            reasons = {f"{numberless(layer.path)} ({layer.reason})": None for layer in left}
+            raise Unsuitable(f"no layer is adapted: {', '.join(list(reasons)[:_MOST_NAMES])}")
+        return module
 
     def for_rehearsal(self, context: Context) -> Self:
         """Adapt the linear layers of a miniature that has none of the targets' names."""
@@ -156,7 +185,8 @@ class Lora(LayerWise):
 
     def remark(self, module: nn.Module, context: Context) -> str | None:
         adapted = {name.rpartition(".")[2] for name, _ in _adapted_layers(module)}
-        missing = [target for target in self.targets if target not in adapted]
+        said = {left.path.rpartition(".")[2] for left in context.left_alone if left.technique is self}
+        missing = [target for target in self.targets if target not in adapted | said]
         if not missing or (adapted and self.targets == _PROJECTIONS):
             return None
         return f"no layer is named {', '.join(missing)}: there are no adapters for it"
@@ -212,6 +242,17 @@ def _adapted_layers(module: nn.Module) -> list[tuple[str, Any]]:
     from peft.tuners.lora import LoraLayer
 
     return [(name, child) for name, child in module.named_modules() if isinstance(child, LoraLayer)]
+
+
+def _is_product(layer: nn.Module) -> bool:
+    """Whether a layer multiplies by its weight, however that is kept, or looks up rows of it."""
+    from torch import nn
+
+    return (
+        is_linear(layer)
+        or isinstance(layer, nn.Embedding)
+        or all(isinstance(getattr(layer, said, None), int) for said in ("in_features", "out_features"))
+    )
 
 
 def _freeze(layer: nn.Module) -> None:
