@@ -98,13 +98,13 @@ _END_OF_WARMUP = _line("end", reading={"name": "warmup", "allocator": "pinned"})
 @pytest.mark.parametrize(
     ("garbage", "message"),
     [
-        (b"\x00\xff\x1b[2J\n", "is no message of a worker"),
-        (b"\n", "is no message of a worker"),
-        (b'{"event": "begin", "pha\n', "is no message of a worker"),
-        (b"1" * 5000 + b"\n", "is no message of a worker"),
-        (b'{"event": "progress", "done": ' + b"1" * 400 + b', "total": 1, "what": ""}\n', "is no message of a worker"),
-        (b"[" * 100_000 + b"\n", "is no message of a worker"),
-        (_line("unheard"), "is no message of a worker"),
+        (b"\x00\xff\x1b[2J\n", "carried an invalid message"),
+        (b"\n", "carried an invalid message"),
+        (b'{"event": "begin", "pha\n', "carried an invalid message"),
+        (b"1" * 5000 + b"\n", "carried an invalid message"),
+        (b'{"event": "progress", "done": ' + b"1" * 400 + b', "total": 1, "what": ""}\n', "carried an invalid message"),
+        (b"[" * 100_000 + b"\n", "carried an invalid message"),
+        (_line("unheard"), "carried an invalid message"),
         (_END, "a worker ended phase 'run', which had not begun"),
         (_END_OF_WARMUP + _END_OF_WARMUP, "a worker ended phase 'warmup', which had not begun"),
         (_BEGIN, "a worker began phase 'run' within phase 'warmup'"),
@@ -137,7 +137,7 @@ def test_an_end_without_results_is_failed(measure: Callable[..., Record]) -> Non
         os._exit(0)
 
     record = measure(end)
-    assert (record.status, record.message) == ("failed", "a worker came to its end without its results")
+    assert (record.status, record.message) == ("failed", "a worker ended without reporting its results")
 
 
 def test_results_from_which_no_figures_follow_are_failed(measure: Callable[..., Record]) -> None:
@@ -246,7 +246,7 @@ def test_a_signal_without_a_name_is_a_crash(measure: Callable[..., Record]) -> N
 @pytest.mark.parametrize(
     ("garbage", "message"),
     [
-        (b"no JSON\\n", "what came over the worker's pipe is no message of a worker: no JSON"),
+        (b"no JSON\\n", "the worker's pipe carried an invalid message: no JSON"),
         (b'{\\"event\\": \\"done\\"}\\n', "a program's pipe is for marks of phases alone; it sent something else"),
     ],
 )

@@ -281,7 +281,7 @@ def test_the_same_code_on_a_busy_machine_is_marked_and_nothing_is_concluded(
         for metric in times
         if found.is_known(group, metric.field)
     ]
-    assert marks == ["~"] * len(marks)
+    assert set(marks) == {"~"}
     (line,) = savings.verdicts(run.records)
     assert "time" not in line
     assert "tokens" not in line

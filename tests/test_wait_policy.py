@@ -28,10 +28,11 @@ _MIB = 2**20
 _SWITCHED = """
 import ctypes, json, os, time
 import torch
-from membench.worker.waiting import Waiting, libraries
+from membench.host import procfs
+from membench.worker.waiting import LIBRARY, Waiting
 
 torch.set_num_threads(2)
-(library,) = libraries()
+(library,) = procfs.loaded_libraries(LIBRARY)
 nothing = ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p)
 
 def spun_ms():

@@ -36,7 +36,7 @@ from membench.protocol.requests import Checkouts
 from membench.running import references
 from membench.running.executors.executor import Opener
 from membench.running.executors.local import LocalExecutor
-from membench.running.session import Session
+from membench.running.session import Session, details_of
 from membench.suite.loading import load_suite
 from membench.suite.suite import Suite
 
@@ -111,14 +111,7 @@ def _serve(
             record = session.measure(cases[request.id], request.repeat)
             if record.status == "failed" and record.message and record.message.startswith(_FOREIGN):
                 raise ForeignCode(record.message.removeprefix(_FOREIGN))
-            over_limit = record.status == "ok" and bool(record.broken_limits)
-            ended = {
-                "id": record.id,
-                "status": record.status,
-                "duration_s": record.duration_s,
-                "over_limit": over_limit,
-            }
-            send(SessionEvent("record", ended))
+            send(SessionEvent("record", details_of(record)))
 
 
 def _refuse_other_checkout(suite: Suite, other: Path, own: Path) -> None:

@@ -52,7 +52,7 @@ _CONSEQUENCE = re.compile(
     r"|exit(?:ed|s)?[ _-]?(?:code|status|with)|non-zero|Error \d+$|[Ss]ignal \d|SIG(?:KILL|TERM|ABRT|SEGV|INT|BUS)"
     r"|killed by signal|exited unexpectedly|terminated"
 )
-"""What is told of a process because another one failed."""
+"""Errors of a process that ended because another one had failed."""
 _GOING_ON = re.compile(r"\b(?:retrying|falling back|skipping|continuing|resuming|recovered)\b", re.IGNORECASE)
 _KILLED = re.compile(
     r"exit ?code\s*:\s*-9\b|[Ss]ignal 9\b|SIGKILL|killed by signal: Killed"

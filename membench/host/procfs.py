@@ -48,8 +48,7 @@ def resident(pid: int | str = "self") -> Resident:
 def files_in_memory_bytes() -> int:
     """Return the resident bytes of files that this process maps, and that lie in memory (tmpfs) anyway.
 
-    What has lost its name, and what lies in /dev/shm, is memory that a program shares and no file that it reads. Takes
-    some milliseconds.
+    Deleted files and files in /dev/shm are left out: a program uses them as shared memory. Takes some milliseconds.
     """
     in_memory = _devices_in_memory()
     found, is_file = 0, False
@@ -201,6 +200,16 @@ def file_mappings() -> list[tuple[int, int]]:
             first, last = where.split("-")
             found.append((int(first, 16), int(last, 16)))
     return found
+
+
+def loaded_libraries(name: str) -> list[str]:
+    """Return the files with a name in their file name that this process maps, such as shared libraries, sorted."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    files = (fields[5] for line in lines if len(fields := line.split(maxsplit=5)) == 6)
+    return sorted({file for file in files if name in os.path.basename(file)})
 
 
 def reset_peak(pid: int | str = "self") -> None:

@@ -232,4 +232,4 @@ def decode(line: bytes) -> Message:
         return _adapter(event).validate_python(fields)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError):
         quoted: Any = one_line(line[:_LONGEST_QUOTE].decode(errors="replace"))
-        raise BrokenMessage(f"what came over the worker's pipe is no message of a worker: {quoted}") from None
+        raise BrokenMessage(f"the worker's pipe carried an invalid message: {quoted}") from None

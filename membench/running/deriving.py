@@ -76,7 +76,7 @@ def phase_of(process: ProcessReading, name: str) -> PhaseReading:
     """
     found = process.phase(name)
     if found is None:
-        raise BrokenMessage(f"a worker came to its end without a phase '{name}'")
+        raise BrokenMessage(f"a worker ended without reporting the phase '{name}'")
     return found
 
 
@@ -90,7 +90,7 @@ def require(value: _N | None) -> _N:
         BrokenMessage: if the value is missing.
     """
     if value is None:
-        raise BrokenMessage("a worker came to its end without saying all that it read")
+        raise BrokenMessage("a worker ended without reporting all its readings")
     return value
 
 

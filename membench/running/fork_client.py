@@ -127,7 +127,7 @@ class ForkServer:
         try:
             return forking.decode_answer(data)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ForkServerLost(f"the fork server sent what is no answer: {data[:80]!r}") from None
+            raise ForkServerLost(f"the fork server sent an invalid answer: {data[:80]!r}") from None
 
     def start(
         self, order: forking.StartWorker | forking.StartProgram, descriptors: Sequence[int], timeout_s: float

@@ -1,4 +1,4 @@
-"""How a process of a job, or the whole job, came to its end: status and message where it did not report them."""
+"""How a process of a job, or the whole job, ended: status and message where it did not report them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def settle_status(rank: Rank, exited: int, timed_out: bool, timeout_s: float, oo
     if os.WIFSIGNALED(exited):
         number = os.WTERMSIG(exited)
         if number == signal.SIGKILL and kernel_killed_for_memory(oom_kills_before):
-            rank.status, rank.message = "out-of-memory", "killed by the kernel for want of memory"
+            rank.status, rank.message = "out-of-memory", "killed by the kernel for lack of memory"
             return
         rank.status, rank.message = "crashed", f"killed by {_signal_name(number)}"
     else:
@@ -64,7 +64,7 @@ def _settle_for_another(rank: Rank, message: str, oom_kills_before: int | None) 
         rank.status, rank.message = "out-of-memory", f"{message} (after: {words.line})"
     elif kernel_killed_for_memory(oom_kills_before) and last_words.tell_of_a_kill(f"{message}\n{rank.said}"):
         rank.status = "out-of-memory"
-        rank.message = f"{message} (after the kernel had killed a process for want of memory)"
+        rank.message = f"{message} (after the kernel had killed a process for lack of memory)"
 
 
 def ending_of_lost(

@@ -26,7 +26,7 @@ def outcome(status: int, words: LastWords, tail: str, *, kernel_killed: bool) ->
         return None
     message = f"ended with exit code {code}"
     if kernel_killed and (code == _KILLED or last_words.tell_of_a_kill(tail)):
-        return "out-of-memory", f"{message} after the kernel had killed a process of it for want of memory"
+        return "out-of-memory", f"{message} after the kernel had killed a process of it for lack of memory"
     return ("out-of-memory" if words.are_of_memory else "failed"), message
 
 

@@ -159,7 +159,7 @@ class Runner:
         interval_s = job.settings.sampling_interval_s
         try:
             if status == "ok" and any(result is None for result in results):
-                raise BrokenMessage("a worker came to its end without its results")
+                raise BrokenMessage("a worker ended without reporting its results")
             found = job.derive(JobReadings(status, job.device.on_gpu, interval_s, processes, results))
         except BrokenMessage as error:  # the worker reported its end without its readings
             said = f"; before that: {message}" if message else ""

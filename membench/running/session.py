@@ -201,10 +201,14 @@ class Session:
             self._file.append(interrupted.record)
             raise
         record = self._file.append(record)
-        over_limit = record.status == "ok" and bool(record.broken_limits)
-        ended = {"id": case.id, "status": record.status, "duration_s": record.duration_s, "over_limit": over_limit}
-        self._tell("record", ended)
+        self._tell("record", details_of(record))
         return record
+
+
+def details_of(record: Record) -> dict[str, Any]:
+    """Return the details of the event ``record`` that says that a case has ended."""
+    over_limit = record.status == "ok" and bool(record.broken_limits)
+    return {"id": record.id, "status": record.status, "duration_s": record.duration_s, "over_limit": over_limit}
 
 
 def measure_again(

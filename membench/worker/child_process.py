@@ -68,7 +68,7 @@ def run_in_child(work: Callable[[], dict[str, list[Any]]]) -> dict[str, list[Any
     if code in _REFUSED_BY_EXIT_CODE:
         raise _REFUSED_BY_EXIT_CODE[code](output.decode(errors="replace"))
     if code == -signal.SIGKILL and oom_kills_before is not None and procfs.oom_kills() != oom_kills_before:
-        raise MemoryError("preparing the case was killed by the kernel for want of memory")
+        raise MemoryError("preparing the case was killed by the kernel for lack of memory")
     if code:
         ended = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         raise RuntimeError(output.decode(errors="replace") or f"the process that prepared the case {ended}")

@@ -6,8 +6,9 @@ import ctypes
 import itertools
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from membench.host import procfs
 
 _TOUCHING = (128, 512, 4096)
 """Rows, inner width and columns of a product that uses most of the buffers of all threads."""
@@ -20,7 +21,8 @@ def set_numpy_threads(threads: int | None) -> None:
     """
     if threads is None or "numpy" not in sys.modules:
         return
-    found = [set_threads for library in _openblas() if (set_threads := _setter(library)) is not None]
+    libraries = procfs.loaded_libraries("openblas")  # numpy and scipy bring their own
+    found = [set_threads for library in libraries if (set_threads := _setter(library)) is not None]
     for set_threads in found:
         set_threads(threads)
     if found:
@@ -29,16 +31,6 @@ def set_numpy_threads(threads: int | None) -> None:
         rows, inner, columns = _TOUCHING
         for kind in (numpy.float32, numpy.float64):
             numpy.matmul(numpy.ones((rows, inner), kind), numpy.ones((inner, columns), kind))
-
-
-def _openblas() -> list[str]:
-    """Return the files of the OpenBLAS libraries that this process has loaded; numpy and scipy bring their own."""
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return []
-    files = (fields[5] for line in lines if len(fields := line.split(maxsplit=5)) == 6)
-    return sorted({file for file in files if "openblas" in Path(file).name})
 
 
 def _setter(library: str) -> Callable[[int], object] | None:

@@ -14,9 +14,12 @@ import ctypes
 import os
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
+from membench.host import procfs
 from membench.host.environment import WAIT_POLICY_VARIABLES
+
+LIBRARY = "libgomp"
+"""In the file names of GNU's OpenMP; torch and scikit-learn bring their own, each."""
 
 _LARGEST_TEAM = 64
 """On a machine of more cores a small team cannot be made to wait passively: that would take as many threads."""
@@ -58,16 +61,6 @@ def _threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-def libraries() -> list[str]:
-    """Return the files of the libgomps that this process has loaded; torch and scikit-learn bring their own."""
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return []
-    files = (fields[5] for line in lines if len(fields := line.split(maxsplit=5)) == 6)
-    return sorted({file for file in files if "libgomp" in os.path.basename(file)})
-
-
 def wait_passively() -> None:
     """Let threads of this process wait passively until it ends; for processes in which nothing is timed."""
     threads = os.environ.get("OMP_NUM_THREADS", "")
@@ -99,7 +92,7 @@ class Waiting:
         """Let threads wait passively, those of libraries that were loaded since the last call included."""
         if self._threads < 2 or self._set or self._size > _LARGEST_TEAM:
             return
-        for library in libraries():
+        for library in procfs.loaded_libraries(LIBRARY):
             if library not in self._teams:
                 self._teams[library] = _IdleTeam(library, self._size)
 
