@@ -358,7 +358,7 @@ def test_training_gets_the_same_ids_however_data_are_kept(stack: str, tmp_path: 
 
 
 def test_too_little_text_for_a_batch_is_said(tmp_path: Path) -> None:
-    with pytest.raises(Unsuitable, match=r"^the data give 1 rows of 1024 tokens, and a batch wants 2$"):
+    with pytest.raises(Unsuitable, match=r"^the data give 1 rows of 1024 tokens, and a batch needs 2$"):
         _tokens({"data": "topics", "data_size": 2000, "sequence_length": 1024}, tmp_path)
 
 
