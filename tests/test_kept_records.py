@@ -75,7 +75,7 @@ def test_the_plug_in_of_a_metric_is_named(tmp_path: Path) -> None:
     [
         ("remarks", (3,)), ("notes", ({},)), ("timeline", {"at_s": [1.0], "rss_bytes": []}), ("reasons", {"a": 3}),
         ("output_tail", b"x"), ("machine", {"cores": "2"}), ("settings", {"seed": math.nan}), ("duration_s", -1.0),
-        ("obtained", {"weights_bytes": {"bound": "about"}}), ("ended_in", 3), ("broken_limits", (None,)),
+        ("obtained", {"weights_bytes": {"bound": "roughly"}}), ("ended_in", 3), ("broken_limits", (None,)),
     ],
 )  # fmt: skip
 def test_any_other_part_that_no_reader_takes_is_left_out_and_named(tmp_path: Path, part: str, odd: Any) -> None:

@@ -117,8 +117,9 @@ def _measured(folder: Path, source: str, threads: int) -> FunctionJob:
 
 
 _PRODUCT = """
+import numpy, threadpoolctl
+
 def function():
-    import os, numpy, threadpoolctl
     first = numpy.ones((256, 512)) @ numpy.ones((512, 1024))
     found = [each["num_threads"] for each in threadpoolctl.threadpool_info() if each["internal_api"] == "openblas"]
     with open("threads", "a") as file:

@@ -150,8 +150,8 @@ class _Work:
         plain = case.plain_weights() if converted else None
         if case.context.diverged:
             self.diverged = Diverged(None, case.context.diverged[0])  # it diverged in the preparing process
+        torch.manual_seed(self._request.seed)  # the first time it imports modules, which belong to the baseline
         self._meter.set_baseline()
-        torch.manual_seed(self._request.seed)
         return plain
 
     def load_and_apply(self, plain: notes.PlainWeights | None) -> nn.Module:

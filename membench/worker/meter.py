@@ -207,6 +207,8 @@ class Meter:
         self._settle()
         settled = self._live.pages_one_by_one()
         measured["held_live_bytes"] = settled.anonymous_bytes - self._not_live_bytes
+        # Counted page by page, it may be some kB more than the kernel's counters had at the peak.
+        measured["peak_live_bytes"] = max(measured["peak_live_bytes"], measured["held_live_bytes"])
         measured["held_footprint_bytes"] = settled.total_bytes - self._baseline.total_bytes
         if self.on_gpu:
             measured["cuda_held_allocated_bytes"] = torch.cuda.memory_allocated(self._device)
