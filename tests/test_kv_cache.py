@@ -202,7 +202,7 @@ def _suite(folder: Path, technique: str, settings: str = "") -> Path:
     path.write_text(
         f'[suite]\nname = "cache"\n[matrix]\nmodel = ["trained-tiny"]\ntechnique = {technique}\nworkload = ["long"]\n'
         '[workload.long]\nuse = "generate"\nbatch_size = 2\nprompt_length = 700\nnew_tokens = 5\n'
-        f"[settings]\nmeasured_steps = 1\n{settings}\n"
+        f"[settings]\nmeasured_steps = 1\nevaluate_s = 600\n{settings}\n"
     )
     return path
 
