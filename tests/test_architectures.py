@@ -14,8 +14,10 @@ from membench import plugins, testing
 from membench.builtin.models.config import Config
 from membench.builtin.models.pretrained import Pretrained
 from membench.builtin.techniques import decoder_config
+from membench.builtin.workloads.forward import Forward
 from membench.cli import main
 from membench.records.record import Record
+from membench.worker.output_check import refuse_wrong_output
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what transformers warns of while importing is not ours
 
@@ -151,6 +153,41 @@ def _suite(folder: Path, models: str, cases: str) -> Path:
         f"[settings]\nwarmup_steps = 1\nmeasured_steps = 1\n{models}"
     )
     return path
+
+
+def _refused(folder: Path, model: plugins.Model, tokens: int) -> str | None:
+    """What is said of a model before anything is measured."""
+    try:
+        refuse_wrong_output(Forward.model_validate({"sequence_length": tokens}), testing.context(folder, model), "own")
+    except plugins.WrongOutput as error:
+        return error.problem
+    return None
+
+
+@pytest.mark.parametrize(("source", "most"), [("gpt2", 1024), ("bert", 512), ("roberta", 510), ("t5", None)])
+def test_a_model_of_fewer_positions_than_tokens_is_refused_and_one_of_relative_positions_is_not(
+    tmp_path: Path, source: str, most: int | None
+) -> None:
+    assert _refused(tmp_path, _config(source), most or 1100) is None
+    if most is not None:
+        said = _refused(tmp_path, _config(source), most + 1)
+        assert said is not None
+        assert said.startswith(f"cannot be run on 1 × {most + 1} token ids: ")
+
+
+def test_a_pretrained_model_of_fewer_positions_than_tokens_is_refused(tmp_path: Path) -> None:
+    sizes = {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 40, "vocab_size": 300}
+    _config("gpt2", overrides=sizes).build(_context()).save_pretrained(tmp_path / "own")  # type: ignore[operator]
+    model = Pretrained(source=str(tmp_path / "own"))
+    assert _refused(tmp_path, model, 40) is None
+    assert _refused(tmp_path, model, 41) == "cannot be run on 1 × 41 token ids: IndexError: index out of range in self"
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+def test_positions_that_are_relative_limit_nothing(tmp_path: Path) -> None:
+    for model_type, most in (("t5", None), ("gpt2", 512)):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "n_positions": 512}))
+        assert _config(str(tmp_path)).max_tokens() == most
 
 
 def test_a_wrong_class_ends_the_run_with_2_before_anything_is_measured(

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _MOST_REHEARSED_TOKENS = 16
 _LARGEST_SHARE_OF_FREE_MEMORY = 0.5
+_FIRST_POSITION = 2
+"""Where the positions of some models begin, such as RoBERTa's: rows before that are not for tokens."""
 
 _vocabularies: dict[plugins.Model, int] = {}
 """The token ids that models were found to know, for those whose options do not say it."""
@@ -75,7 +77,8 @@ def refuse_wrong_output(workload: plugins.Workload, context: plugins.Context, na
     """Refuse a case whose workload cannot run the model, or whose model does not return what the workload needs.
 
     The model's skeleton is run on shapes alone. If that is not possible, the model is built in a process of its own, so
-    that none of its memory remains here. A model with a miniature is run when it is rehearsed.
+    that none of its memory remains here. A model with a miniature is run when it is rehearsed, and before that in the
+    workload's whole length if positions may not suffice.
 
     Args:
         name: the name of the model in the suite.
@@ -91,7 +94,12 @@ def refuse_wrong_output(workload: plugins.Workload, context: plugins.Context, na
         return
     with contextlib.suppress(NotImplementedError):
         _refuse_unknown_tokens(model, name)
-    if model.miniature() is not None:
+    if (miniature := model.miniature()) is not None:
+        rows = _rows_of_short_tables(model, tokens)
+        if rows:  # a miniature has the same positions, as a rule
+            alike = rows <= _rows_of_short_tables(miniature, tokens)
+            checked = dataclasses.replace(context, model=miniature) if alike else context
+            _check_in_child(workload, checked, tokens, name, in_one_thread=alike)
         return
     try:
         counts = _checked(model, workload, model.skeleton(), _ids(tokens, "meta"), name)
@@ -120,6 +128,18 @@ def refusal_of_rehearsed(
         except (plugins.WrongOutput, plugins.Unsuitable) as error:
             return error
     return None
+
+
+def _rows_of_short_tables(model: plugins.Model, tokens: int) -> set[int]:
+    """Return the numbers of rows of embeddings that may be of positions, and have too few; none if it is not known."""
+    from torch import nn
+
+    try:
+        layers = list(model.skeleton().modules())
+    except Exception:  # a model without skeleton
+        return set()
+    found = {layer.num_embeddings for layer in layers if isinstance(layer, nn.Embedding)}
+    return {rows for rows in found if rows < tokens + _FIRST_POSITION}
 
 
 def _checked(
@@ -158,13 +178,19 @@ def _refuse_unknown_tokens(model: plugins.Model, name: str | None) -> None:
         raise plugins.WrongOutput(f"has a tokenizer that gives token id {largest}, and knows {vocabulary} tokens", name)
 
 
-def _check_in_child(workload: plugins.Workload, context: plugins.Context, tokens: int, name: str | None) -> None:
-    """Check the model as it is built, on the CPU. One that cannot be built there is reported when it is loaded."""
+def _check_in_child(
+    workload: plugins.Workload, context: plugins.Context, tokens: int, name: str | None, *, in_one_thread: bool = False
+) -> None:
+    """Check the model as it is built, on the CPU. One that cannot be built there is reported when it is loaded.
+
+    Args:
+        in_one_thread: for small models, which gain nothing by more; threads do not outlive a fork.
+    """
     needed_bytes = context.model.needed_bytes()
     if needed_bytes is not None and needed_bytes > _LARGEST_SHARE_OF_FREE_MEMORY * available_bytes():
         return
     try:
-        found = run_in_child(lambda: _check_built(workload, context, tokens))
+        found = run_in_child(lambda: _check_built(workload, context, tokens, in_one_thread=in_one_thread))
     except (RuntimeError, MemoryError):
         return
     if found["problem"]:
@@ -173,9 +199,15 @@ def _check_in_child(workload: plugins.Workload, context: plugins.Context, tokens
         _vocabularies[context.model] = found["known"][0]
 
 
-def _check_built(workload: plugins.Workload, context: plugins.Context, tokens: int) -> dict[str, list[Any]]:
+def _check_built(
+    workload: plugins.Workload, context: plugins.Context, tokens: int, *, in_one_thread: bool
+) -> dict[str, list[Any]]:
     """Build and check the model: ``problem`` has what is wrong, or ``known`` the number of token ids that it knows."""
+    import torch
+
     allocator.unpin()
+    if in_one_thread:
+        torch.set_num_threads(1)
     model = context.model
     module = model.build(dataclasses.replace(context, device="cpu"))
     try:
@@ -187,7 +219,8 @@ def _check_built(workload: plugins.Workload, context: plugins.Context, tokens: i
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        if Device.parse(context.device).on_gpu:  # it may have kernels for that device alone
+        if Device.parse(context.device).on_gpu and not isinstance(error, IndexError):
+            # It may have kernels for that device alone.
             return {"problem": [], "known": []}
         return {"problem": [f"cannot be run on 1 × {tokens} token ids: {summary(error)}"], "known": []}
 
@@ -223,7 +256,8 @@ def _counted(module: nn.Module, ids: torch.Tensor, run: Callable[[], int]) -> _C
     # A copy of the ids has their shape; positions may have it, too, but come later.
     embedding = next(iter(of_ids or of_same_shape), None)
     is_short = any(
-        layer is not embedding and layer.num_embeddings < ids.shape[1] for layer in (*of_same_shape, *others)
+        layer is not embedding and layer.num_embeddings < ids.shape[1] + _FIRST_POSITION
+        for layer in (*of_same_shape, *others)
     )
     return _Counts(predicted, None if embedding is None else embedding.num_embeddings, is_short)
 

@@ -240,7 +240,11 @@ def _small_settings(config: Any, *, keeps_others: bool) -> dict[str, Any]:
     settings |= {name: [value[place] for place in kept] for name, value in by_layer.items()}
     sizes = {**_SMALL, "num_hidden_layers": len(kept)}
     known = {*vars(config), *config.attribute_map}
-    small = {name: size for name, size in sizes.items() if name in known and value_of(config, name) is not None}
+    small = {
+        name: size
+        for name, size in sizes.items()
+        if name in known and (value := value_of(config, name)) is not None and not _is_small_id(name, value)
+    }
     if "qk_rope_head_dim" in known:  # the size of heads follows from that of their parts
         small.pop("head_dim", None)
     for alias in small:
@@ -251,6 +255,11 @@ def _small_settings(config: Any, *, keeps_others: bool) -> dict[str, Any]:
         if hasattr(part, "attribute_map")
     }
     return {**settings, **small, **parts}
+
+
+def _is_small_id(name: str, value: Any) -> bool:
+    """Return whether a setting is the id of a token that a small model has, too. RoBERTa's positions follow one."""
+    return name.endswith("_token_id") and isinstance(value, int) and 0 <= value < _SMALL["vocab_size"]
 
 
 def _first_of_each_kind(by_layer: Sequence[Sequence[Any]]) -> list[int]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _LENGTHS = ("max_position_embeddings", "n_positions")
+_OF_RELATIVE = frozenset({"relative_attention_num_buckets", "d_kv"})
+"""Settings of T5 and its kin, whose positions are relative: the ``n_positions`` in their files limits nothing."""
 
 
 class Config(Model):
@@ -87,7 +89,10 @@ class Config(Model):
     def max_tokens(self) -> int | None:
         path = self._path()
         settings = {**(_read(path) if path else {}), **self.overrides}
-        return next((length for name in _LENGTHS if isinstance(length := settings.get(name), int)), None)
+        said = f"{settings.get('model_type', '')} {settings.get('architectures', '')}".lower()
+        is_relative = "t5" in said or not _OF_RELATIVE.isdisjoint(settings)
+        names = [name for name in _LENGTHS if not (is_relative and name == "n_positions")]
+        return next((length for name in names if isinstance(length := settings.get(name), int)), None)
 
     def vocabulary(self, module: nn.Module) -> int:
         config: Any = module.config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import itertools
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -290,9 +291,17 @@ class _Shrunk(Pretrained):
         from membench.builtin.models import architectures
 
         module: Any = architectures.made(self._architecture(), self._small)
-        module.save_pretrained(context.scratch / "shrunk")
-        saved = Pretrained(source=str(context.scratch / "shrunk"), architecture=self._architecture().__name__)
-        return saved.build(context)
+        with tempfile.TemporaryDirectory(dir=context.scratch) as folder:
+            module.save_pretrained(folder)
+            return Pretrained(source=folder, architecture=self._architecture().__name__).build(context)
+
+    def skeleton(self) -> nn.Module:
+        import torch
+
+        from membench.builtin.models import architectures
+
+        with torch.device("meta"):
+            return architectures.made(self._architecture(), self._small)
 
     def miniature(self) -> Model:
         return self
