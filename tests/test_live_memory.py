@@ -138,7 +138,7 @@ def _read(record: Record, field: str) -> float:
 def test_small_objects_do_not_hide_in_free_blocks_of_python(functions: dict[str, Record], count: int) -> None:
     # 133 bytes in blocks of 144, and 8 in the list
     record = functions[f"test_small[{count}]"]
-    assert _read(record, "held_live_bytes") == pytest.approx(count * 152, rel=0.05)
+    assert _read(record, "held_live_bytes") == pytest.approx(count * 152, rel=0.1)
     assert _read(record, "peak_live_bytes") == pytest.approx(count * 152, rel=0.1, abs=3 * 2**17)
 
 

@@ -94,7 +94,7 @@ from membench.worker.child_process import run_in_child
 print(json.dumps({'spun_ms': run_in_child(lambda: {'ms': [spun_ms()]})['ms']}))
 """
     )
-    assert _measured_spinning(prepared)["spun_ms"][0] < 1
+    assert _measured_spinning(prepared)["spun_ms"][0] < 3
 
 
 def test_one_thread_waits_for_none() -> None:
