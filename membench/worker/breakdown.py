@@ -87,8 +87,8 @@ class MemoryWatcher:
         self._module = module
         self._inventory = inventory
         self._held_bytes = held_bytes
-        self._weights = storages(kept_tensors(module))
-        self._weight_ranges = Storages(kept_tensors(module))
+        weights = list(kept_tensors(module))
+        self._weights, self._weight_ranges = storages(weights), Storages(weights)
         self._saved: dict[tuple[str, int], list[int]] = {}
         self._part = part
         self._highest: dict[str | None, tuple[int, dict[str, int]]] = {}

@@ -87,7 +87,7 @@ class LiveMemory:
     def count_free(self) -> None:
         """Count what is free, and occupy the free blocks of Python's allocator."""
         if not allocator.is_pinned():
-            self._filled.release()
+            self._filled = FilledBlocks()  # frees the blocks, so that Python's allocator is as in any process
             self.free_bytes = self.holes_bytes = 0
             return
         self._filled.fill()

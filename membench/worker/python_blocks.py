@@ -59,7 +59,7 @@ def _blocks() -> _Blocks | None:
 
 
 class FilledBlocks:
-    """Objects that occupy the free blocks of Python's allocator.
+    """Objects that occupy the free blocks of Python's allocator, as long as this is kept.
 
     Attributes:
         bytes: the memory that they take, which is not the measured job's.
@@ -116,11 +116,6 @@ class FilledBlocks:
         self._objects.append(kept)
         self.bytes += size_bytes * count + sys.getsizeof(kept)
         return faults
-
-    def release(self) -> None:
-        """Free the objects, so that Python's allocator is as in any process."""
-        self._objects.clear()
-        self.bytes = 0
 
 
 def _object(size_bytes: int, number: int) -> object:
