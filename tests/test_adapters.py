@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 import membench
-from membench.builtin.models.transformer import Gpt2, Llama, Qwen
 from membench.errors import SuiteError
-from membench.plugins import Context, Model, Setting, Shape, Technique, Unsuitable, Workload, registry
+from membench.plugins import Setting, Unsuitable, Workload, registry
+from tests.adapting import MODELS, built_with, context_of, technique_named, trained_in
+from tests.adapting import undisturbed as undisturbed  # a fixture of every test here
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_SHAPE = Shape(width=64, layers=2, heads=4, key_value_heads=2, inner_width=192, vocabulary=96, longest=160, tied=True)
-_EVEN = _SHAPE._replace(key_value_heads=4)
-_MODELS: dict[str, Model] = {
-    "llama": Llama.of_shape(_SHAPE),
-    "qwen": Qwen.of_shape(_SHAPE),
-    "gpt2": Gpt2.of_shape(_EVEN),
-    "llama, no groups": Llama.of_shape(_EVEN),
-}
 # Inputs and outputs of a block's projections, added up.
 _GROUPED = (64 + 64) + 2 * (64 + 32) + (64 + 64) + 3 * (64 + 192)
 _INPUTS_AND_OUTPUTS = {
@@ -37,55 +27,15 @@ _INPUTS_AND_OUTPUTS = {
 _QUANTIZERS = ("bnb-nf4", "nf4", "bnb-int8", "int8-weight-only", "fp8-weight-only", "round-to-nearest")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _undisturbed() -> Iterator[None]:
-    """On one thread; what libraries warn of while they are imported is not ours."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import bitsandbytes  # noqa: F401
-        import peft  # noqa: F401
-        import torchao.quantization  # noqa: F401
-        import transformers.models.auto.modeling_auto
-        import transformers.models.gpt2.modeling_gpt2
-        import transformers.models.llama.modeling_llama
-        import transformers.models.qwen2.modeling_qwen2  # noqa: F401
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def _context(model: str) -> Context:
-    return Context("cpu", 0, _MODELS[model], lambda name: contextlib.nullcontext(), {}, Path())
-
-
-def _technique(name: str, **options: Any) -> Technique:
-    return cast(Technique, registry.create("technique", name, options))
-
-
 def _training(**options: Any) -> Workload:
     return cast(Workload, registry.create("workload", "train", options))
-
-
-def _built(model: str, *techniques: Technique) -> Any:
-    """A model that does not drop out, with techniques applied in order."""
-    module = _MODELS[model].build(_context(model))
-    for technique in techniques:
-        module = technique.apply(module, _context(model))
-    return module.eval()
-
-
-def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def _stir(module: nn.Module) -> None:
     """Make no adapter zero, so that each one shows."""
     import torch
 
-    for parameter in _trained(module).values():
+    for parameter in trained_in(module).values():
         parameter.data.copy_(torch.randn_like(parameter) * 0.1)
 
 
@@ -99,13 +49,13 @@ def _ids(length: int) -> torch.Tensor:
 def test_a_projection_has_rank_times_inputs_plus_outputs_trained_parameters_and_nothing_else_is_trained(
     model: str,
 ) -> None:
-    trained = _trained(_built(model, _technique("lora", rank=3)))
+    trained = trained_in(built_with(model, technique_named("lora", rank=3)))
     assert sum(parameter.numel() for parameter in trained.values()) == 2 * 3 * _INPUTS_AND_OUTPUTS[model]
     assert all(".lora_A." in name or ".lora_B." in name for name in trained)
 
 
 def test_targets_name_the_layers_that_are_adapted() -> None:
-    trained = _trained(_built("llama", _technique("lora", rank=3, targets=["q_proj", "down_proj"])))
+    trained = trained_in(built_with("llama", technique_named("lora", rank=3, targets=["q_proj", "down_proj"])))
     assert sum(parameter.numel() for parameter in trained.values()) == 2 * 3 * (64 + 64 + 192 + 64)
 
 
@@ -113,10 +63,10 @@ def test_targets_name_the_layers_that_are_adapted() -> None:
 def test_at_the_start_adapters_change_no_logit(quantizer: str | None) -> None:
     import torch
 
-    before = () if quantizer is None else (_technique(quantizer),)
+    before = () if quantizer is None else (technique_named(quantizer),)
     with torch.no_grad():
-        plain = _built("llama, no groups", *before)(_ids(16)).logits
-        adapted = _built("llama, no groups", *before, _technique("lora"))(_ids(16)).logits
+        plain = built_with("llama, no groups", *before)(_ids(16)).logits
+        adapted = built_with("llama, no groups", *before, technique_named("lora"))(_ids(16)).logits
     assert torch.equal(adapted, plain)
 
 
@@ -125,14 +75,16 @@ def test_at_the_start_they_change_none_of_other_families_either(model: str) -> N
     import torch
 
     with torch.no_grad():
-        assert torch.equal(_built(model, _technique("lora"))(_ids(16)).logits, _built(model)(_ids(16)).logits)
+        assert torch.equal(
+            built_with(model, technique_named("lora"))(_ids(16)).logits, built_with(model)(_ids(16)).logits
+        )
 
 
 def test_qlora_is_bnb_nf4_and_lora() -> None:
     import torch
 
-    together = _built("llama, no groups", _technique("qlora", rank=3, block_size=32))
-    stacked = _built("llama, no groups", _technique("bnb-nf4", block_size=32), _technique("lora", rank=3))
+    together = built_with("llama, no groups", technique_named("qlora", rank=3, block_size=32))
+    stacked = built_with("llama, no groups", technique_named("bnb-nf4", block_size=32), technique_named("lora", rank=3))
     theirs = dict(stacked.named_parameters())
     ours = dict(together.named_parameters())
     assert ours.keys() == theirs.keys()
@@ -146,8 +98,8 @@ def test_qlora_is_bnb_nf4_and_lora() -> None:
 def test_an_adapted_layer_and_its_gradients_are_those_of_the_formula_written_out(quantizer: str | None) -> None:
     import torch
 
-    before = () if quantizer is None else (_technique(quantizer),)
-    module = _built("llama, no groups", *before, _technique("lora", rank=3, alpha=12.0)).train()
+    before = () if quantizer is None else (technique_named(quantizer),)
+    module = built_with("llama, no groups", *before, technique_named("lora", rank=3, alpha=12.0)).train()
     _stir(module)
     layer = module.model.layers[1].mlp.down_proj
     lower, upper = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -183,10 +135,10 @@ def test_training_moves_adapters_and_leaves_every_frozen_weight_as_it_is(
 ) -> None:
     import torch
 
-    adapters = _technique(technique, **options)
-    module = _built(model, adapters).train()
+    adapters = technique_named(technique, **options)
+    module = built_with(model, adapters).train()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    context = _context(model)
+    context = context_of(model)
     step = _training(learning_rate=1e-2).start(module, lambda count: _ids(count)[0], [adapters], context)
     first = step()
     for _ in range(3):
@@ -195,14 +147,15 @@ def test_training_moves_adapters_and_leaves_every_frozen_weight_as_it_is(
     assert last is not None
     assert last < first
     moved = {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert moved == set(_trained(module))
+    assert moved == set(trained_in(module))
     assert {name for name, parameter in module.named_parameters() if parameter.grad is not None} == moved
 
 
 def test_adapters_keep_a_little_less_for_the_backward_pass_and_more_with_dropout() -> None:
-    full = _kept_for_backward(_built("llama").train())
+    full = _kept_for_backward(built_with("llama").train())
     adapted, dropping = (
-        _kept_for_backward(_built("llama", _technique("lora", rank=1, dropout=dropout)).train()) for dropout in (0, 0.1)
+        _kept_for_backward(built_with("llama", technique_named("lora", rank=1, dropout=dropout)).train())
+        for dropout in (0, 0.1)
     )
     row = 4 * 64 * 64  # 64 tokens of 64 numbers in fp32
     # What five norms multiply by their weights, and what the output head does.
@@ -232,15 +185,15 @@ def _kept_for_backward(module: nn.Module) -> int:
 def test_adapters_are_in_fp32_over_half_precision() -> None:
     import torch
 
-    module = _built("llama", _technique("bf16"), _technique("lora"))
-    assert {parameter.dtype for parameter in _trained(module).values()} == {torch.float32}
+    module = built_with("llama", technique_named("bf16"), technique_named("lora"))
+    assert {parameter.dtype for parameter in trained_in(module).values()} == {torch.float32}
     assert module(_ids(4)).logits.dtype == torch.bfloat16
 
 
 def test_dropout_is_on_in_training_alone() -> None:
     import torch
 
-    module = _built("llama", _technique("lora", dropout=0.5))
+    module = built_with("llama", technique_named("lora", dropout=0.5))
     _stir(module)
     with torch.no_grad():
         assert torch.equal(module(_ids(8)).logits, module(_ids(8)).logits)
@@ -252,7 +205,7 @@ def test_dropout_is_on_in_training_alone() -> None:
 def test_tokens_decoded_with_a_cache_have_the_logits_of_a_whole_pass(technique: str) -> None:
     import torch
 
-    module = _built("llama, no groups", _technique(technique))
+    module = built_with("llama, no groups", technique_named(technique))
     _stir(module)
     with torch.no_grad():
         module(_ids(12))  # bitsandbytes packs its weights anew in the first pass
@@ -265,17 +218,17 @@ def test_tokens_decoded_with_a_cache_have_the_logits_of_a_whole_pass(technique: 
 
 
 def test_it_is_still_the_model_that_its_family_knows() -> None:
-    plain, adapted = _built("llama"), _built("llama", _technique("lora"))
+    plain, adapted = built_with("llama"), built_with("llama", technique_named("lora"))
     assert type(adapted) is type(plain)
     assert adapted.get_output_embeddings() is adapted.lm_head
     assert adapted.config.to_dict() == plain.config.to_dict()
 
 
 def test_weights_that_no_gradient_passes_through_are_refused_when_training_starts() -> None:
-    stack = (_technique("int8-dynamic"), _technique("lora"))
-    module = _built("llama, no groups", *stack).train()
+    stack = (technique_named("int8-dynamic"), technique_named("lora"))
+    module = built_with("llama, no groups", *stack).train()
     with pytest.raises(Unsuitable, match="no gradient passes through a Linear with a Int8Tensor as its weight"):
-        _training().start(module, lambda count: _ids(count)[0], stack, _context("llama, no groups"))
+        _training().start(module, lambda count: _ids(count)[0], stack, context_of("llama, no groups"))
 
 
 @pytest.mark.parametrize("base", [None, "int8-weight-only"])
@@ -283,45 +236,45 @@ def test_layers_that_begin_as_zeros_are_no_reason_to_refuse_adapters(base: str |
     """The gradient through a weight of zeros is zero, whatever passes gradients and whatever does not."""
     from membench.builtin.techniques.adapters import _adapted_layers, _passes_gradients
 
-    technique = _technique("lora", targets=["down_proj"])
-    zeros = _built("llama, no groups")
+    technique = technique_named("lora", targets=["down_proj"])
+    zeros = built_with("llama, no groups")
     for layer in zeros.model.layers:
         layer.mlp.down_proj.weight.data.zero_()
-    for member in (*(() if base is None else (_technique(base),)), technique):
-        zeros = member.apply(zeros, _context("llama, no groups"))
+    for member in (*(() if base is None else (technique_named(base),)), technique):
+        zeros = member.apply(zeros, context_of("llama, no groups"))
     assert {_passes_gradients(layer) for _, layer in _adapted_layers(zeros)} == {None}
-    _training().start(zeros.train(), lambda count: _ids(count)[0], [technique], _context("llama, no groups"))
-    filled = _built("llama, no groups", *(() if base is None else (_technique(base),)), technique)
+    _training().start(zeros.train(), lambda count: _ids(count)[0], [technique], context_of("llama, no groups"))
+    filled = built_with("llama, no groups", *(() if base is None else (technique_named(base),)), technique)
     assert {_passes_gradients(layer) for _, layer in _adapted_layers(filled)} == {True}
 
 
 def test_a_rehearsal_adapts_a_miniature_whose_layers_have_other_names() -> None:
     import dataclasses
 
-    technique = _technique("lora", targets=["fc_1"])
-    context = dataclasses.replace(_context("llama"), rehearsal=True)
-    assert _trained(technique.apply(_MODELS["llama"].build(context), context))
+    technique = technique_named("lora", targets=["fc_1"])
+    context = dataclasses.replace(context_of("llama"), rehearsal=True)
+    assert trained_in(technique.apply(MODELS["llama"].build(context), context))
 
 
 def test_qlora_is_rehearsed_in_blocks_that_fit_a_miniature() -> None:
     import dataclasses
 
-    technique = cast(Any, _technique("qlora", block_size=1024))
-    context = dataclasses.replace(_context("llama, no groups"), rehearsal=True)
-    module = technique.apply(_MODELS["llama, no groups"].build(context), context)
+    technique = cast(Any, technique_named("qlora", block_size=1024))
+    context = dataclasses.replace(context_of("llama, no groups"), rehearsal=True)
+    module = technique.apply(MODELS["llama, no groups"].build(context), context)
     assert technique.remark(module, context) is None
 
 
 def test_adapters_upon_adapters_are_refused() -> None:
-    setting = Setting(_MODELS["llama"], _training(), "cpu", (_technique("lora"),), ())
+    setting = Setting(MODELS["llama"], _training(), "cpu", (technique_named("lora"),), ())
     for name in ("lora", "qlora"):
-        assert _technique(name).refuse(setting) == "there are adapters already"
+        assert technique_named(name).refuse(setting) == "there are adapters already"
 
 
 def test_qlora_upon_quantized_weights_is_refused() -> None:
-    setting = Setting(_MODELS["llama"], _training(), "cpu", (_technique("int8-weight-only"),), ())
-    assert _technique("qlora").refuse(setting) == "the weights are quantized already"
-    assert _technique("qlora").refuse(Setting(_MODELS["llama"], _training(), "cpu", (), ())) is None
+    setting = Setting(MODELS["llama"], _training(), "cpu", (technique_named("int8-weight-only"),), ())
+    assert technique_named("qlora").refuse(setting) == "the weights are quantized already"
+    assert technique_named("qlora").refuse(Setting(MODELS["llama"], _training(), "cpu", (), ())) is None
 
 
 @pytest.mark.parametrize(
