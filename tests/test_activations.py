@@ -308,7 +308,8 @@ def test_a_switch_of_the_model_counts_as_a_change(records: dict[str, Record]) ->
 
 def _refused(name: str, device: str = "cpu", workload: str = "train", **others: str) -> str | None:
     members = {side: tuple(_technique(other) for other in others.get(side, "").split()) for side in ("before", "after")}
-    setting = plugins.Setting(_MODELS["llama"], registry.create("workload", workload, {}), device, **members)
+    run = registry.create("workload", workload, {})
+    setting = plugins.Setting(_MODELS["llama"], run, device, members["before"], members["after"])
     reason: str | None = _technique(name).refuse(setting)
     return reason
 

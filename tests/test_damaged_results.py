@@ -252,7 +252,7 @@ def test_a_missing_key_is_named(path: Path, entries: list[dict[str, Any]]) -> No
         (("case", "model"), "../x", "case.model = '../x': a name has letters, digits, '.', '_' and '-'"),
         (("case", "model"), "\x1b[2J", "case.model = '\\x1b[2J': a name has letters"),
         (("case", "technique"), "a+a", "case.technique = 'a+a': 'a' is in the stack twice"),
-        (("case", "device"), "tpu", "case.device = 'tpu': write cpu, cuda or cuda:0"),
+        (("case", "device"), "tpu", "case.device = 'tpu': write cpu, cuda, cuda:0 or 2xcpu"),
         (("id",), "other", "id = 'other': the case is llama-60m/none/"),
         (("processes", 0, "phases", 0, "peak_live_bytes"), 1.5, "processes.0.phases.0.peak_live_bytes = 1.5: "),
         (("timeline", "at_s", 0), "soon", "timeline.at_s.0 = 'soon': a number is wanted"),

@@ -110,5 +110,5 @@ def test_each_rank_of_a_job_on_several_gpus_has_its_own() -> None:
 
 @pytest.mark.parametrize("text", ["", "gpu", "cuda:", "cuda:01", "cpu:0", "0xcpu", "2xcuda:1", "2 x cpu", "cuda:1000"])
 def test_an_invalid_device_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="write cpu, cuda or cuda:0"):
+    with pytest.raises(ValueError, match="write cpu, cuda, cuda:0 or 2xcpu"):
         Device.parse(text)

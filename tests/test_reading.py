@@ -31,7 +31,7 @@ from membench.errors import SuiteError
 from membench.plugins import Unsuitable, storage
 from membench.plugins.storage import Damaged, Extent, Read, Storage
 from membench.protocol.case import Plugin
-from membench.protocol.requests import MeasureCase, ReferenceLogits, Steps
+from membench.protocol.requests import MeasureCase, Rank, ReferenceLogits, Steps
 from membench.records.record import Record
 from membench.worker.assembly import Assembly
 
@@ -329,7 +329,7 @@ def _tokens(workload: Mapping[str, Any], scratch: Path, techniques: tuple[str, .
         Plugin("untrained-tiny"), [Plugin(name) for name in techniques], techniques, Plugin("train", workload),
         seed=0, steps=Steps(1, 1), reference=ReferenceLogits("", is_written_here=False),
     )  # fmt: skip
-    assembly = Assembly.of(asked, "cpu", scratch, _without_parts, contextlib.nullcontext)
+    assembly = Assembly.of(asked, Rank("cpu", 1), scratch, _without_parts, contextlib.nullcontext)
     module = assembly.model.skeleton()
     tokens = assembly.store(module).tokens(module)
     ids = [tokens(256) for _ in range(4)]

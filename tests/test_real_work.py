@@ -18,7 +18,7 @@ from membench.data import corpus
 from membench.host import procfs
 from membench.plugins import Context, Shape, Tokens, Unsuitable
 from membench.protocol.case import Plugin
-from membench.protocol.requests import MeasureCase, ReferenceLogits, Steps
+from membench.protocol.requests import MeasureCase, Rank, ReferenceLogits, Steps
 from membench.records.record import Record
 from membench.running.observer import Observer
 from membench.running.timeline import Timeline
@@ -38,7 +38,7 @@ def _tokens(model: str, scratch: Path) -> Tokens:
         Plugin(model), [Plugin("none")], ["none"], Plugin("forward"),
         seed=0, steps=Steps(1, 1), reference=ReferenceLogits("", is_written_here=False),
     )  # fmt: skip
-    assembly = Assembly.of(asked, "cpu", scratch, _no_parts, contextlib.nullcontext)
+    assembly = Assembly.of(asked, Rank("cpu", 1), scratch, _no_parts, contextlib.nullcontext)
     return assembly.tokens(assembly.model.skeleton())
 
 

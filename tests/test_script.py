@@ -367,7 +367,7 @@ _BAD = {
         "membench run has no option '-x'; put -- before the program's own arguments: membench run -m own -- -x"
     ),
     ("--script", "own.py", "--resume"): "--resume goes on with a suite; it does not go with --script",
-    ("--script", "own.py", "--device", "tpu"): "script.device = 'tpu': write cpu, cuda or cuda:0",
+    ("--script", "own.py", "--device", "tpu"): "script.device = 'tpu': write cpu, cuda, cuda:0 or 2xcpu",
     ("--script", "own.py", "--limit", "peak_footprint"): (
         "--limit 'peak_footprint': write METRIC=MOST, such as peak_footprint=1GiB"
     ),

@@ -86,8 +86,8 @@ _NAMES = {
         "matrix.technique = 'half+bf16': 'half' and 'bf16' are the same"
     ),
     _with(workload='["forwards"]'): "matrix.workload: no workload is named 'forwards'; did you mean 'forward'?",
-    _MATRIX + 'device = ["gpu"]\n': "matrix.device.0 = 'gpu': write cpu, cuda or cuda:0",
-    _MATRIX + 'device = ["cuda:00"]\n': "matrix.device.0 = 'cuda:00': write cpu, cuda or cuda:0",
+    _MATRIX + 'device = ["gpu"]\n': "matrix.device.0 = 'gpu': write cpu, cuda, cuda:0 or 2xcpu",
+    _MATRIX + 'device = ["cuda:00"]\n': "matrix.device.0 = 'cuda:00': write cpu, cuda, cuda:0 or 2xcpu",
 }
 
 _VARIANTS = {
@@ -159,7 +159,7 @@ _SELECTIONS = {
     ),
     _MATRIX + _INCLUDE.replace('technique = "bf16"\n', ""): "'include.0.technique' is missing",
     _MATRIX + _INCLUDE.replace('"bf16"', "3"): "include.0.technique = 3: text or a list of it is wanted",
-    _MATRIX + _INCLUDE + 'device = "gpu"\n': "include.0.device = 'gpu': write cpu, cuda or cuda:0",
+    _MATRIX + _INCLUDE + 'device = "gpu"\n': "include.0.device = 'gpu': write cpu, cuda, cuda:0 or 2xcpu",
     _MATRIX + '[[exclude]]\nmodel = "gpt2"\n': (
         "exclude.0.model = 'gpt2' fits no model of the suite; known: llama-60m"
     ),
@@ -398,7 +398,7 @@ def test_a_device_that_is_none_is_blamed_on_whoever_gave_it(suite_file: Path) ->
     suite_file.write_text(_MATRIX)
     with pytest.raises(SuiteError) as caught:
         membench.load_suite(suite_file, ["gpu"])
-    assert str(caught.value) == "--device 'gpu': write cpu, cuda or cuda:0"
+    assert str(caught.value) == "--device 'gpu': write cpu, cuda, cuda:0 or 2xcpu"
 
 
 def test_selected_cases_keep_their_reference(suite_file: Path) -> None:

@@ -16,11 +16,14 @@ class Device:
     Attributes:
         index: of the GPU among those that CUDA shows; ``None`` where the name leaves it open.
         count: how many devices of the kind, with one process (rank) on each.
+        in_ranks: whether it was written with a count, so that techniques may spread a case over its ranks, even if
+            there is only one (``1xcuda``).
     """
 
     kind: Literal["cpu", "cuda"]
     index: int | None = None
     count: int = 1
+    in_ranks: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Device:
@@ -31,15 +34,20 @@ class Device:
         """
         found = _WRITTEN.fullmatch(text)
         if found is None or ((found["kind"] == "cpu" or found["count"]) and found["index"]):
-            raise ValueError("write cpu, cuda or cuda:0")
+            raise ValueError("write cpu, cuda, cuda:0 or 2xcpu")
         index = found["index"]
         kind: Literal["cpu", "cuda"] = "cpu" if found["kind"] == "cpu" else "cuda"
-        return cls(kind, None if index is None else int(index), int(found["count"] or 1))
+        return cls(kind, None if index is None else int(index), int(found["count"] or 1), found["count"] is not None)
 
     def __str__(self) -> str:
         """As people write it."""
-        many = f"{self.count}x" if self.count > 1 else ""
+        many = f"{self.count}x" if self.in_ranks else ""
         return f"{many}{self.kind}" + ("" if self.index is None else f":{self.index}")
+
+    @property
+    def single(self) -> Device:
+        """The device without a count: where the reference of a case in ranks runs."""
+        return Device(self.kind) if self.in_ranks else self
 
     @property
     def on_gpu(self) -> bool:
@@ -47,7 +55,7 @@ class Device:
 
     @property
     def ranks(self) -> tuple[Device, ...]:
-        """The device of each rank; a single rank keeps the name that was written."""
-        if self.count == 1:
+        """The device of each rank; a job that is not in ranks keeps the name that was written."""
+        if not self.in_ranks:
             return (self,)
         return tuple(Device(self.kind, rank if self.on_gpu else None) for rank in range(self.count))

@@ -8,11 +8,13 @@ from membench.plugins.contract import Context, Model, Setting, Shape, Technique,
 from membench.plugins.layer_wise import LayerWise, SelectsLayers, output_head, replaced
 from membench.plugins.logits import WrongOutput, last_logits_of, logits_of
 from membench.plugins.options import ByteCount, DoesNotFit, NotInModel, Options, Unsuitable, given_back
+from membench.plugins.parallel import Parallel, own_rows
 from membench.plugins.quality_metric import HeldOut, QualityMetric
+from membench.plugins.ranks import Dimension, Ranks
 from membench.plugins.training import Corpus, Samples, Step, Tokens, TrainingData, TrainingStep
 
 CONTRACT_CLASSES: tuple[type[Options], ...] = (
-    Options, Technique, SelectsLayers, LayerWise, Model, Workload, QualityMetric,
+    Options, Technique, SelectsLayers, LayerWise, Parallel, Model, Workload, QualityMetric,
 )  # fmt: skip
 
 __all__ = [
@@ -20,13 +22,16 @@ __all__ = [
     "ByteCount",
     "Context",
     "Corpus",
+    "Dimension",
     "DoesNotFit",
     "HeldOut",
     "LayerWise",
     "Model",
     "NotInModel",
     "Options",
+    "Parallel",
     "QualityMetric",
+    "Ranks",
     "Samples",
     "SelectsLayers",
     "Setting",
@@ -43,6 +48,7 @@ __all__ = [
     "last_logits_of",
     "logits_of",
     "output_head",
+    "own_rows",
     "replaced",
     "stepping",
 ]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from membench.plugins.logits import logits_of
 from membench.plugins.options import Options
+from membench.plugins.ranks import Ranks
 from membench.plugins.replacing import LeftAlone, WeightUse
 from membench.plugins.storage import Storage
 from membench.plugins.training import Corpus, Samples, Step, Tokens, TrainingData, TrainingStep
@@ -48,6 +49,8 @@ class Setting:
     before: tuple[Technique, ...]
     """The members of the stack before this technique."""
     after: tuple[Technique, ...]
+    ranks: int | None = None
+    """How many ranks the case runs on, where its device has a count (``2xcpu``); ``device`` is that of one rank."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Context:
         weight_uses: by path of a layer, who uses its weight besides the layer; ``None``: not known. See ``LayerWise``.
         left_alone: layers that a technique would have converted, had they not something of their own to lose.
         lost: such layers that a technique replaced all the same. The harness finds them.
+        ranks: the ranks of the case, if it runs on several devices (``2xcpu``).
     """
 
     device: str
@@ -89,6 +93,7 @@ class Context:
     weight_uses: Mapping[str, WeightUse] | None = None
     left_alone: list[LeftAlone] = field(default_factory=list)
     lost: list[LeftAlone] = field(default_factory=list)
+    ranks: Ranks | None = None
 
 
 class Model(Options):
@@ -190,6 +195,8 @@ class Technique(Options):
     """Whether it freezes the weights and trains additional parameters."""
     needs_all_gradients: ClassVar[bool] = False
     """Whether its step needs the gradients of all parameters at once: to add, unscale or clip them."""
+    warmup_steps: ClassVar[int] = 1
+    """How many steps it takes until memory no longer changes from step to step."""
 
     def check(self, setting: Setting) -> str | None:
         """Return what is wrong with the options for this model or workload (the suite is then refused), or ``None``."""

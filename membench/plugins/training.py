@@ -28,6 +28,7 @@ class TrainingStep:
             after the other, their gradients adding up.
         loss: of (module, such rows): the mean cross entropy of their next tokens, a scalar.
         backward: of the loss, weighted by the rows' share of the batch.
+        part: the name of the part of the step that ``loss`` is; a technique whose loss goes backward, too, renames it.
     """
 
     split: Callable[[torch.Tensor], Sequence[torch.Tensor]]
@@ -35,6 +36,7 @@ class TrainingStep:
     backward: Callable[[torch.Tensor], None]
     step: Callable[[], None]
     zero_grad: Callable[[], None]
+    part: str = "forward"
 
 
 class Corpus(NamedTuple):

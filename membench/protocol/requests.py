@@ -23,6 +23,7 @@ class Rank:
         blas_threads: the number of threads of numpy's products.
         number: the rank, from 0.
         of: the number of ranks of the job (world size).
+        is_one_of_several: whether the job's device was written with a count, even if that is 1.
     """
 
     device: str
@@ -30,6 +31,7 @@ class Rank:
     number: int = 0
     of: int = 1
     blas_threads: int | None = None
+    is_one_of_several: bool = False
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,8 @@ class Metric:
         loss: how it measures quality loss; ``None``: it does not.
         gains_by_chance: whether a gain after training is not significant, because the standard error covers the
             sampling of the text and not the randomness of training.
+        over_ranks: how it follows from the values of several ranks: ``worst``, the one that decides which device is
+            needed and how long a step takes; their ``sum``; or ``any`` rank's that has one, where all are the same.
     """
 
     name: str
@@ -99,6 +101,7 @@ class Metric:
     of_reference: float | None = None
     loss: Loss | None = None
     gains_by_chance: bool = False
+    over_ranks: Literal["worst", "sum", "any"] = "worst"
 
     def __post_init__(self) -> None:
         if not self.field.endswith(self.unit.suffix):

@@ -25,8 +25,8 @@ _live = partial(Metric, unit=units.BYTES, better="lower", depends_on="live", rol
 _taken = partial(Metric, unit=units.BYTES, better="lower", depends_on="footprint", role="memory")
 _duration = partial(Metric, unit=units.SECONDS, better="lower", depends_on="time", role="time")
 _rate = partial(Metric, better="higher", depends_on="time", role="rate")
-_data = partial(Metric, depends_on="counted", role="size of data")
-_quality = partial(Metric, depends_on="counted", role="quality")
+_data = partial(Metric, depends_on="counted", role="size of data", over_ranks="any")
+_quality = partial(Metric, depends_on="counted", role="quality", over_ranks="any")
 
 # fmt: off
 METRICS: tuple[Metric, ...] = (
@@ -58,6 +58,12 @@ METRICS: tuple[Metric, ...] = (
           in_table="where it needs more", same_within=0.05, peak_of="warmup"),
     _live("highest_peak_live", "highest_peak_live_bytes", "highest peak",
           "the highest live peak of all phases, compilers' processes included: what has to fit"),
+    _live("total_peak_live", "total_peak_live_bytes", "total peak",
+          "the live peaks of all ranks together, each at its own highest moment of a step",
+          in_table="where it changes"),
+    Metric("imbalance", "imbalance_ratio", "imbalance",
+           "live peak of the rank that needs most over the mean of the ranks",
+           units.RATIO, "lower", depends_on="live", role="memory", in_table="where it changes", has_ratio=False),
     _duration("warmup_time", "warmup_s", "warm-up", "duration of the first step", timed_in="warmup"),
     _counted("trained_weights", "trained_weights_bytes", "trained", "parameters that the optimizer trains",
              in_table="where it changes", category="weights"),
@@ -73,7 +79,7 @@ METRICS: tuple[Metric, ...] = (
              in_table="where it changes", category="activations"),
     _duration("apply_time", "apply_s", "apply time", "duration of converting the model", timed_in="apply"),
     _counted("disk", "disk_bytes", "disk", "the saved checkpoint",
-             in_table=True, role="size of data", category="weights"),
+             in_table=True, role="size of data", category="weights", over_ranks="any"),
     _counted("data", "data_bytes", "data",
              "the files that hold the training data, or the arrays that samples are drawn from",
              in_table=True, role="size of data"),
@@ -134,7 +140,7 @@ METRICS: tuple[Metric, ...] = (
     _taken("children_peak", "children_peak_bytes", "children peak", "memory that child processes alone held",
            of_scripts=True),
     Metric("energy", "energy_j", "energy", "energy the GPU took for a step",
-           units.JOULES, "lower", depends_on="time", role="energy", of_scripts=True),
+           units.JOULES, "lower", depends_on="time", role="energy", of_scripts=True, over_ranks="sum"),
     _quality("final_loss", "final_loss_nats", "loss", "training loss of the last step, in nats a token or sample",
              units.NATS, "lower", in_table=True, signed="in noise", gains_by_chance=True),
     _quality("accuracy", "accuracy_percent", "accuracy",

@@ -75,8 +75,7 @@ def checked_device(device: str) -> str:
     Raises:
         ValueError: if it is not valid.
     """
-    if Device.parse(device).count > 1:  # no workload runs on several ranks yet
-        raise ValueError("write cpu, cuda or cuda:0")
+    Device.parse(device)
     return device
 
 

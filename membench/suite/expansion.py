@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from membench.errors import PluginError, SuiteError, did_you_mean, summary
+from membench.host.device import Device
 from membench.plugins import Setting, registry
 from membench.protocol.case import REFERENCE, Case, Plugin, PluginFile
 from membench.records.metric import own_field
@@ -279,7 +280,11 @@ class _Plugins:
             if longest is not None and needed > longest:
                 return f"workload '{each.workload}' needs {needed} tokens; model '{each.model}' takes {longest} at most"
             for position, (name, technique) in enumerate(zip(names, techniques, strict=True)):
-                setting = Setting(model, workload, each.device, techniques[:position], techniques[position + 1 :])
+                device = Device.parse(each.device)
+                setting = Setting(
+                    model, workload, str(device.ranks[0]), techniques[:position], techniques[position + 1 :],
+                    device.count if device.in_ranks else None,
+                )  # fmt: skip
                 wrong = technique.check(setting)
                 if wrong:
                     return f"technique '{name}' on model '{each.model}' with workload '{each.workload}': {wrong}"

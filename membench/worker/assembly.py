@@ -19,10 +19,11 @@ from membench.data.samples import StoredSamples
 from membench.data.shards import Shards
 from membench.host.device import Device
 from membench.plugins import registry
+from membench.plugins.ranks import ORDER
 from membench.plugins.replacing import LeftAlone
 from membench.plugins.storage import Storage
 from membench.protocol.case import Plugin
-from membench.protocol.requests import MeasureCase
+from membench.protocol.requests import MeasureCase, Rank
 from membench.worker import converted_layers, weight_uses
 from membench.worker.child_process import run_in_child
 from membench.worker.fitting import refuse_what_cannot_load
@@ -65,7 +66,7 @@ class Assembly:
     def of(
         cls,
         request: MeasureCase,
-        device: str,
+        rank: Rank,
         scratch: Path,
         part: Callable[[str], contextlib.AbstractContextManager[None]],
         aside: Callable[[], contextlib.AbstractContextManager[None]],
@@ -73,7 +74,7 @@ class Assembly:
         """Create the plug-ins that a request names.
 
         Args:
-            device: the device of this rank, as torch names it.
+            rank: this process among the ranks of the case.
             scratch: the folder for files of this case.
             part: returns a context manager that marks a part of a step.
             aside: the attribute.
@@ -88,11 +89,12 @@ class Assembly:
                 if importlib.util.find_spec(module) is None:
                     raise plugins.Unsuitable(f"'{module}' is not installed: pip install '{distribution}'")
             before, after = techniques[:position], techniques[position + 1 :]
-            reason = technique.refuse(plugins.Setting(model, workload, device, before, after))
+            ranks = rank.of if rank.is_one_of_several else None
+            reason = technique.refuse(plugins.Setting(model, workload, rank.device, before, after, ranks))
             if reason:
                 raise plugins.Unsuitable(reason)
         context = plugins.Context(
-            device, request.seed, model, part, {}, scratch, facts=Facts(), corpus=workload.corpus()
+            rank.device, request.seed, model, part, {}, scratch, facts=Facts(), corpus=workload.corpus()
         )
         metrics = {field: create("metric", named) for field, named in request.metrics.items()}
         members = tuple(request.members)
@@ -107,6 +109,10 @@ class Assembly:
             return f"model '{self.model_name}'"
         kind = {id(self.workload): "workload", id(self.model): "model"}.get(id(plugin))
         return f"{kind} '{type(plugin).__name__}'" if kind else "a plug-in"
+
+    def spread(self, ranks: plugins.Ranks) -> Assembly:
+        """Return the case on one of several ranks."""
+        return dataclasses.replace(self, context=dataclasses.replace(self.context, ranks=ranks))
 
     def rehearsed(self) -> Assembly | None:
         """Return the same case with a tiny model: the model's own miniature, or a generic one. Nothing is measured.
@@ -155,6 +161,18 @@ class Assembly:
                 if fingerprint(module) == before:
                     self.context.idle.append(technique)
                 self.context.lost.extend(own.lost(module, technique))
+        return self._parallelize(module) if self.context.ranks else module
+
+    def _parallelize(self, module: nn.Module) -> nn.Module:
+        """Spread a module over the ranks; members that were to split it and left it whole are idle."""
+        members = [each for each in self.techniques if isinstance(each, plugins.Parallel)]
+        for technique in sorted(members, key=lambda member: ORDER.index(member.dimension)):
+            with self.aside():
+                before = fingerprint(module)
+            module = plugins.given_back(technique.parallelize(module, self.context), technique, "parallelize", "module")
+            with self.aside():
+                if technique.splits_model and fingerprint(module) == before:
+                    self.context.idle.append(technique)
         return module
 
     def make(self) -> nn.Module:

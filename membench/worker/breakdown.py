@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from membench.protocol.readings import PartReading
 from membench.worker.storages import Storages, plain_tensors
 from membench.worker.weights import kept_tensors
 
@@ -157,3 +158,12 @@ class MemoryWatcher:
             for part, (held, found) in self._highest.items()
             if part is not None
         }
+
+
+def live_peaks(parts: Mapping[str, PartReading]) -> dict[str, int]:
+    """Return the live peak of each part of a step, where it was measured."""
+    return {
+        name: peak_bytes
+        for name, part in parts.items()
+        if name != "between" and (peak_bytes := part.live_peak_bytes) is not None
+    }

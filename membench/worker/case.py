@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from membench import plugins
 from membench.host import import_guard
 from membench.protocol.messages import CustomFigure, Result, ResultSoFar
-from membench.protocol.readings import PartReading, QualityReading
+from membench.protocol.readings import QualityReading
 from membench.protocol.requests import MeasureCase, Rank
 from membench.units import LARGEST_VALUE
 from membench.worker import allocator, breakdown, checkpoint, device, notes, output_check, plugin_values, quality
@@ -28,6 +28,7 @@ from membench.worker.garbage import note_on_garbage
 from membench.worker.kernels import Kernels
 from membench.worker.meter import STEPS_FOR_MEMORY, Meter
 from membench.worker.numpy_threads import set_numpy_threads
+from membench.worker.process_group import join, refuse_without_ranks, rehearse_collectives
 from membench.worker.rehearsing import rehearse
 from membench.worker.storages import Storages
 from membench.worker.timed_steps import TimedSteps
@@ -87,7 +88,7 @@ class _Work:
     """A case that is being measured, with its result so far."""
 
     def __init__(self, request: MeasureCase, rank: Rank, scratch: Path, meter: Meter) -> None:
-        self.case = Assembly.of(request, rank.device, scratch, meter.part, meter.aside)
+        self.case = Assembly.of(request, rank, scratch, meter.part, meter.aside)
         self.losses: list[float] = []
         self.invalid: list[str] = []  # of each field once
         self.diverged: Diverged | None = None
@@ -121,6 +122,7 @@ class _Work:
         import torch
 
         case, where = self.case, self._rank.device
+        refuse_without_ranks(self._rank, case.techniques)
         if self._meter.on_gpu:
             device.refuse_missing(where)
         self._kernels = Kernels(self._request, where, self._scratch)
@@ -138,6 +140,9 @@ class _Work:
         torch.set_num_threads(self._rank.threads)
         set_numpy_threads(self._rank.blas_threads)
         refuse_what_cannot_load(case.model, case.techniques, where)
+        if self._rank.is_one_of_several:
+            case = self.case = case.spread(join(self._rank, case.techniques, self._scratch.parent))
+            rehearse_collectives(where)
         self._waiting.be_passive()
         failed = self._kernels.used_by(functools.partial(rehearse, case))
         self._notes += self._kernels.notes
@@ -206,7 +211,8 @@ class _Work:
         with meter.phase("warmup", "pinned"):
             step = case.workload.start(module, case.tokens(module), case.techniques, case.context)
             with explaining(module, case.names, case.techniques):
-                self._add_loss(step())
+                for _ in range(max(1, *(technique.warmup_steps for technique in case.techniques))):
+                    self._add_loss(step())
         if compiled := self._kernels.count() - compiled_before:
             self._notes.append(f"the first step compiled kernels, none of them from a cache (libraries: {compiled})")
         if case.workload.trains:
@@ -245,7 +251,7 @@ class _Work:
                     self._add_loss(step())
             self._notes += cache_notes
             known = meter.on_gpu or self._result.pinned
-            peaks = _live_peaks(run.peaks_of_parts()) if known else {}
+            peaks = breakdown.live_peaks(run.peaks_of_parts()) if known else {}
             self._update_result(
                 breakdown_bytes=watcher.breakdown(peaks),
                 peak_part=max(peaks, key=lambda part: peaks[part], default=None),
@@ -273,6 +279,8 @@ class _Work:
         meter, steps, timed_steps = self._meter, self._request.steps, self._timed
         # The losses of a training, and what its model learns, depend on the number of steps.
         can_repeat = not self.case.workload.trains and self.case.workload.steps_in_all() is None
+        if self.case.context.ranks:
+            can_repeat = False  # all ranks must take the same number of steps
         allocator.unpin()
         data = self.case.context.data
         codec_speeds: list[float] = []
@@ -386,12 +394,3 @@ class _Work:
             size_bytes, how = checkpoint.save(module, self._scratch)
         self._update_result(disk_bytes=size_bytes, disk_format=how)
         self._send_result()
-
-
-def _live_peaks(parts: Mapping[str, PartReading]) -> dict[str, int]:
-    """Return the live peak of each part of a step, where it was measured."""
-    return {
-        name: peak_bytes
-        for name, part in parts.items()
-        if name != "between" and (peak_bytes := part.live_peak_bytes) is not None
-    }

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from membench.plugins import Context, Step, Technique, Tokens, Workload, stepping
+from membench.plugins import Context, Step, Technique, Tokens, Workload, own_rows, stepping
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,7 +28,8 @@ class Forward(Workload):
     def start(self, module: nn.Module, tokens: Tokens, techniques: Sequence[Technique], context: Context) -> Step:
         import torch
 
-        batch = tokens(self.tokens_per_step()).view(self.batch_size, self.sequence_length).to(context.device)
+        batch = tokens(self.tokens_per_step()).view(self.batch_size, self.sequence_length)
+        batch = own_rows(batch, techniques, context).to(context.device)
 
         def step() -> None:
             with torch.no_grad(), stepping(techniques, context):

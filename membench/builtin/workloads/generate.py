@@ -18,6 +18,7 @@ from membench.plugins import (
     given_back,
     last_logits_of,
     logits_of,
+    own_rows,
     stepping,
 )
 from membench.plugins.logits import described
@@ -88,7 +89,7 @@ class Generate(Workload):
 
         name = name_of_cache(module)
         prompt = tokens(self.batch_size * self.prompt_length).view(self.batch_size, self.prompt_length)
-        prompt = prompt.to(context.device)
+        prompt = own_rows(prompt, techniques, context).to(context.device)
         cache: list[Any] = []
         context.inventory["cache"] = lambda: cache
 

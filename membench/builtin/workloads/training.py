@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from membench.plugins import Context, Step, Technique, TrainingStep, Unsuitable, given_back, stepping
+from membench.plugins import Context, Step, Technique, TrainingStep, Unsuitable, given_back, own_rows, stepping
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ def steps(
     """The step: parts forward, backward and optimizer.
 
     Args:
-        next_batch: on the device; its rows may be split.
+        next_batch: on the device, the same on all ranks; its rows may be split.
         loss: of (module, rows): a scalar, the mean over them.
 
     Raises:
@@ -55,11 +55,11 @@ def steps(
     def step() -> torch.Tensor:
         # Gradients are dropped first, so that what is held after a step is what training holds: all of it.
         pieces.zero_grad()
-        batch = next_batch()
+        batch = own_rows(next_batch(), techniques, context)
         whole = torch.zeros((), device=context.device)
         for rows in pieces.split(batch):
             share = len(rows) / len(batch)
-            with context.part("forward"), stepping(techniques, context):
+            with context.part(pieces.part), stepping(techniques, context):
                 value = pieces.loss(module, rows) * share
             with context.part("backward"):
                 pieces.backward(value)

@@ -15,7 +15,7 @@ from membench.protocol.case import Case, Plugin
 from membench.protocol.forking import StartWorker
 from membench.protocol.messages import Result
 from membench.protocol.readings import ProcessReading, QualityReading
-from membench.running import deriving
+from membench.running import deriving, over_ranks
 from membench.running.derived_metrics import DerivedMetrics
 from membench.running.deriving import JobReadings, WorkerMemory
 from membench.running.jobs.runnable import RunnableJob
@@ -89,8 +89,13 @@ class CaseJob(RunnableJob):
         return StartWorker(request, number, self.settings.isolation)
 
     def derive(self, readings: JobReadings) -> DerivedMetrics:
-        """Derive the metrics of a case with one rank."""
-        process, result = readings.processes[0], readings.results[0]
+        ranks = [
+            self._derive_rank(readings, process, result)
+            for process, result in zip(readings.processes, readings.results, strict=True)
+        ]
+        return over_ranks.combine(ranks) if self.device.in_ranks else ranks[0]
+
+    def _derive_rank(self, readings: JobReadings, process: ProcessReading, result: Result | None) -> DerivedMetrics:
         memory = WorkerMemory.of(process, result, on_gpu=readings.on_gpu)
         if result is None:
             return _derive_partial(readings, process, memory)

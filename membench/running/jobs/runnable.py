@@ -71,7 +71,8 @@ class RunnableJob(Job, ABC):
         """Return the part of a worker's request that identifies its rank."""
         threads = self.threads or 1
         blas_threads = environment.numpy_threads(threads)
-        return RankRequest(str(self.device.ranks[number]), threads, number, self.device.count, blas_threads)
+        device = self.device
+        return RankRequest(str(device.ranks[number]), threads, number, device.count, blas_threads, device.in_ranks)
 
     @abstractmethod
     def order(self, number: int, references: References) -> StartWorker | StartProgram:

@@ -1,0 +1,1 @@
+"""Techniques that spread a case over ranks, by torch's own machinery."""
