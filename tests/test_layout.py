@@ -104,7 +104,7 @@ def test_measuring_and_judging_stay_apart_and_the_parent_measures_nothing() -> N
     # The worker comes after the fork.
     assert _own(_imported_at_load(_PACKAGE / "worker" / "fork_server.py")) == {
         "membench.worker.allocator", "membench.data.corpus", "membench.protocol.forking", "membench.protocol.marks",
-        "membench.host.procfs", "membench.host.scratch", "membench.worker.python_blocks",
+        "membench.host.procfs", "membench.host.scratch", "membench.worker.launcher", "membench.worker.python_blocks",
     }  # fmt: skip
 
 

@@ -88,7 +88,7 @@ def test_orders_and_answers_of_the_fork_server_survive_a_round_trip() -> None:
     for order in (forking.StartWorker({"a": 1}, 0, "fork"), forking.StartProgram(["true"], 0, 0.5), forking.Kill()):
         assert forking.decode_order(forking.encode_order(order)) == order
     ended = forking.WorkerEnded(7, 9, 1.0, 2, 3, True, ["sleep"], ["sh (process 8)"])
-    for answer in (forking.Importing("torch"), forking.Ready(), forking.Started(7), ended):
+    for answer in (forking.Importing("torch"), forking.Ready(), forking.Started(7, 0.5), ended):
         assert forking.decode_answer(forking.encode_answer(answer)) == answer
 
 

@@ -205,6 +205,19 @@ def test_how_a_script_ends_is_its_status_with_phase_and_last_words(
     assert record.reasons["step_median_s"] == f"the case ended as {status}"
 
 
+@pytest.mark.parametrize(
+    ("child", "bound"), [("", "exact"), ("import os\nif not os.fork(): os._exit(0)\nos.wait()\n", "at least")]
+)
+def test_the_smallest_program_has_a_peak_of_its_own_without_what_it_was_started_from(
+    tmp_path: Path, child: str, bound: str
+) -> None:
+    own = tmp_path / "peak"
+    record = measured(tmp_path, f"{child}open({str(own)!r}, 'w').write(open('/proc/self/status').read())")
+    (peak_kib,) = (int(line.split()[1]) for line in own.read_text().splitlines() if line.startswith("VmHWM:"))
+    assert record.metrics["peak_footprint_bytes"] == pytest.approx(peak_kib * 1024, abs=resolution_bytes())
+    assert record.obtained["peak_footprint_bytes"]["bound"] == bound
+
+
 def test_a_script_that_takes_too_long_is_killed_with_what_was_seen_of_it(tmp_path: Path) -> None:
     text = "import membench, time\nwith membench.phase('wait'):\n    x = bytearray(b'1') * 2**26\n    time.sleep(99)"
     record = measured(tmp_path, text, settings={"timeout_s": 1.5}, limits={"peak_footprint": "32 MiB"})

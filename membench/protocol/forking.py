@@ -1,8 +1,4 @@
-"""Messages between the runner and the fork server, one per packet.
-
-The fork server imports this module first. Its imports must stay small: user programs are forked from that process, and
-its memory is a lower bound of the peak that the kernel reports for them.
-"""
+"""Messages between the runner and the fork server, one per packet."""
 
 from __future__ import annotations
 
@@ -72,10 +68,15 @@ class Ready:
 
 @dataclass(frozen=True)
 class Started:
-    """Answer: a worker was started."""
+    """Answer: a worker was started.
+
+    Attributes:
+        at_s: the time of its start, by the monotonic clock.
+    """
 
     answer: ClassVar[str] = "started"
     pid: int
+    at_s: float
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class WorkerEnded:
         at_s: the time of its end, by the monotonic clock.
         peak_bytes: the kernel's peak since the last reset: the maximum of the worker, of the process it was forked
             from, and of the children that it waited for.
-        forked_from_bytes: the upper bound of the memory of the process that a program was forked from.
+        inherited_peak_bytes: for a program, an upper bound of the peak of the process that it was forked from.
         had_children: whether it waited for child processes.
         left: names of the processes that outlived its grace period and were killed.
         unkilled: names and ids of the processes that could not be killed.
@@ -99,7 +100,7 @@ class WorkerEnded:
     status: int
     at_s: float
     peak_bytes: int
-    forked_from_bytes: int
+    inherited_peak_bytes: int
     had_children: bool
     left: Sequence[str] = field(default=())
     unkilled: Sequence[str] = field(default=())

@@ -131,8 +131,8 @@ class ForkServer:
 
     def start(
         self, order: forking.StartWorker | forking.StartProgram, descriptors: Sequence[int], timeout_s: float
-    ) -> int:
-        """Start a worker and return its process id.
+    ) -> forking.Started:
+        """Start a worker.
 
         Args:
             descriptors: those of its pipe and its output; for a program, also of its standard input and output.
@@ -150,7 +150,7 @@ class ForkServer:
         except OSError as error:
             raise ForkServerLost(f"the fork server is gone: {error.strerror}") from None
         within_s = max(_LEAST_ANSWER_TIMEOUT_S, min(_ANSWER_TIMEOUT_S, timeout_s))
-        return self._answer(forking.Started, within_s).pid
+        return self._answer(forking.Started, within_s)
 
     def next_ended(self, *, wait: bool) -> forking.WorkerEnded | None:
         """Return how the next worker ended; ``None`` if none has ended and ``wait`` is false."""

@@ -77,7 +77,7 @@ class Rank:
 
         Args:
             no_gpus: the reason if NVML is not available.
-            at_s: the time of the start request, by the monotonic clock.
+            at_s: the time of its start, by the monotonic clock.
         """
         self.pid, self._observer, self._no_gpus, self.started_at_s = observer.pid, observer, no_gpus, at_s
 

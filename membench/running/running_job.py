@@ -152,11 +152,10 @@ class RunningJob:
         idle = gpus.used_bytes() if gpus else {}
         for rank in self.ranks:
             channels = self._channels[rank] = _Channels()
-            at_s = time.monotonic()
             order, streams = self._job.order(rank.number, references), (*channels.for_rank(), *self._job.streams)
-            pid = server.start(order, streams, timeout_s)
+            started = server.start(order, streams, timeout_s)
             channels.close_for_rank()
-            rank.on_start(Observer(pid, gpus, idle, self.timeline, rank.number), no_gpus, at_s)
+            rank.on_start(Observer(started.pid, gpus, idle, self.timeline, rank.number), no_gpus, started.at_s)
 
     def wait_for_turn(self, *, alone: bool = False) -> None:
         """Wait until the job may continue, exclusively or concurrently with others."""

@@ -24,18 +24,26 @@ import time
 import traceback
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from membench.data import corpus
 from membench.host import procfs, scratch
 from membench.protocol import forking, marks
-from membench.worker import allocator
+from membench.worker import allocator, launcher
 from membench.worker.python_blocks import FilledBlocks
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _WORKER_FAILED = 70
 _KILL_TIMEOUT_S = 5
 _CANNOT_BE_STARTED = 127  # the exit code that shells use for a command that was not found
+
+
+class _Started(NamedTuple):
+    """A worker or program that runs: when it began, and at most how much of its peak is its launcher's."""
+
+    pid: int
+    at_s: float
+    inherited_peak_bytes: int = 0
 
 
 def die_with_parent() -> None:
@@ -115,28 +123,36 @@ def _fork_worker(request: Mapping[str, Any], pipe: int, output: int, server: soc
         os._exit(code)
 
 
-def _start_program(command: Sequence[str], pipe: int, errors: int, streams: Sequence[int]) -> int:
+def _start_program(command: Sequence[str], pipe: int, errors: int, streams: Sequence[int]) -> _Started:
     """Start a program as its user would, except for its standard error and a channel to mark phases.
+
+    It has begun when this returns: what is read of its process is its own.
 
     Args:
         pipe: the channel for marks of phases.
         errors: its standard error.
         streams: its standard input and output.
     """
-    pid = os.fork()
-    if pid:
-        return pid
+    answers, answers_end = os.pipe()
+    launcher_pid = os.fork()
+    if launcher_pid:
+        os.close(answers_end)
+        with os.fdopen(answers) as pipe_of_launcher:
+            answer = pipe_of_launcher.read().split()
+        if not answer:  # it could not be started itself, which it says, and ends like a program that cannot
+            return _Started(launcher_pid, time.monotonic(), procfs.resident().peak_bytes)
+        return _Started(int(answer[0]), float(answer[1]), int(answer[2]))
     try:
         die_with_parent()
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores the last two
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for descriptor, given in enumerate((*streams, errors)):
             os.dup2(given, descriptor)
         channel = os.dup(pipe)
-        os.set_inheritable(channel, True)
-        variables = {marks.CHANNEL_VARIABLE: f"{os.getpid()}:{channel}"}
-        os.execve(command[0], list(command), {**os.environ, **variables})
+        for descriptor in (channel, answers_end):
+            os.set_inheritable(descriptor, True)
+        launch = [str(answers_end), marks.CHANNEL_VARIABLE, str(channel), *command]
+        os.execv(sys.executable, [sys.executable, "-I", "-S", launcher.__file__, *launch])
     except OSError as error:
         print(f"cannot be started: {error.strerror}", file=sys.stderr, flush=True)
     finally:
@@ -163,7 +179,7 @@ class _Server:
     def __init__(self, server: socket.socket, folder: Path) -> None:
         self._server = server
         self._folder = folder
-        self._workers: set[int] = set()
+        self._workers: dict[int, int] = {}  # by id, what it inherited of its peak
         self._grace_s = 0.0
         # The signal of an ended child is written to a pipe, so that select wakes up.
         self._child_ended, wake_end = os.pipe()
@@ -193,10 +209,11 @@ class _Server:
                 had_children = is_worker and procfs.waited_for_children(ended.si_pid)
                 pid, status, usage = os.wait4(ended.si_pid, 0)
                 if is_worker:
-                    self._workers.remove(pid)
-                    self._clean_up(pid, status, usage, had_children)
+                    self._clean_up(pid, self._workers.pop(pid), status, usage, had_children)
 
-    def _clean_up(self, pid: int, status: int, usage: resource.struct_rusage, had_children: bool) -> None:
+    def _clean_up(
+        self, pid: int, inherited_peak_bytes: int, status: int, usage: resource.struct_rusage, had_children: bool
+    ) -> None:
         """Kill the descendants of an ended worker, and report how it ended.
 
         The workers' files are removed after the last worker of the job.
@@ -207,7 +224,7 @@ class _Server:
         if not self._workers:
             scratch.empty(self._folder)
         ended = forking.WorkerEnded(
-            pid, status, ended_at_s, usage.ru_maxrss * 1024, procfs.resident().peak_bytes, had_children, tuple(left),
+            pid, status, ended_at_s, usage.ru_maxrss * 1024, inherited_peak_bytes, had_children, tuple(left),
             tuple(unkilled), usage.ru_utime + usage.ru_stime,
         )  # fmt: skip
         self._answer(ended)
@@ -222,25 +239,26 @@ class _Server:
             for worker in self._workers:
                 _kill([*procfs.children(worker), worker])
             return True
-        worker = self._start(order, descriptors)
-        self._workers.add(worker)
+        started = self._start(order, descriptors)
+        self._workers[started.pid] = started.inherited_peak_bytes
         self._grace_s = order.grace_s
         for descriptor in descriptors:
             os.close(descriptor)
-        self._answer(forking.Started(worker))
+        self._answer(forking.Started(started.pid, started.at_s))
         return True
 
-    def _start(self, order: forking.StartWorker | forking.StartProgram, descriptors: Sequence[int]) -> int:
+    def _start(self, order: forking.StartWorker | forking.StartProgram, descriptors: Sequence[int]) -> _Started:
         pipe, output, *streams = descriptors
         if isinstance(order, forking.StartProgram):
             return _start_program(order.command, pipe, output, streams)
+        at_s = time.monotonic()
         folder = self._folder / f"rank-{order.rank}"
         with contextlib.suppress(OSError):  # a worker without its folder fails by itself when it needs it
             folder.mkdir(exist_ok=True)
         request = {**order.request, "scratch": str(folder)}
         if order.isolation == "spawn":
-            return _spawn_worker(request, pipe, output)
-        return _fork_worker(request, pipe, output, self._server)
+            return _Started(_spawn_worker(request, pipe, output), at_s)
+        return _Started(_fork_worker(request, pipe, output, self._server), at_s)
 
 
 def serve(folder: Path, preload: list[str]) -> None:

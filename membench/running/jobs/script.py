@@ -114,7 +114,7 @@ class _Program(Rank):
         self.phase = self._marked.ended_in(words.line)
         self.phases = [
             dataclasses.replace(phase, gpu_unknown=phase.gpu_unknown or self._gpu_unknown)
-            for phase in self._marked.end(ended.at_s, ended.peak_bytes, ended.forked_from_bytes)
+            for phase in self._marked.end(ended.at_s, ended.peak_bytes, ended.inherited_peak_bytes)
         ]
         remarks = program_ending.leftover_remarks(ended.left)
         if self._marked.left_out:
