@@ -73,12 +73,12 @@ def test_a_technique_that_keeps_the_contract_passes(attributes: dict[str, Any]) 
     ("technique", "options", "test", "said"),
     [
         ("DoublesItsOption", {"bits": 4}, "its_options_come_back_from_json_as_they_were",
-         "option 'bits' was 8 and comes back from JSON as 16; wanted is a type that JSON keeps"),
+         "option 'bits' was 8 and comes back from JSON as 16; expected a type that JSON keeps"),
         ("Misspells", {}, "it_keeps_the_contract", "Misspells: no stage is named 'aply'; did you mean 'apply'?"),
         ("HoldsALock", {}, "it_can_be_pickled", "HoldsALock cannot be pickled (TypeError: cannot pickle"),
         ("DrawsFromNoSeed", {}, "the_same_seed_gives_the_same_weights_and_logits",
          "the same seed gave other weights the second time: 8 of 24 tensors differ; draw from torch.Generator()"),
-        ("MakesNoNumbers", {}, "a_model_still_works_with_it", "the losses of two steps are nan and nan; wanted"),
+        ("MakesNoNumbers", {}, "a_model_still_works_with_it", "the losses of two steps are nan and nan; expected"),
         ("ClaimsTooMuch", {}, "it_saves_the_bytes_that_it_claims",
          "the layers that it changed hold 129.5 KiB; in fp32 they would hold 257.5 KiB, and the technique claims"),
         ("ClaimsNothing", {}, "it_saves_the_bytes_that_it_claims",
@@ -90,7 +90,7 @@ def test_a_technique_that_keeps_the_contract_passes(attributes: dict[str, Any]) 
         ("WantsToComeLast", {}, "it_works_before_another_technique",
          "the stack of WantsToComeLast and then Bf16 ended in RuntimeError: "),
         ("WantsFp32", {}, "it_works_after_another_technique",
-         "the stack of Bf16 and then WantsFp32 ended in ValueError: these weights are not in fp32; wanted is that it"),
+         "the stack of Bf16 and then WantsFp32 ended in ValueError: these weights are not in fp32; expected that it"),
     ],
 )  # fmt: skip
 def test_a_technique_that_breaks_one_point_is_caught_by_the_test_of_that_alone(
@@ -124,7 +124,7 @@ def test_what_a_technique_leaves_behind_is_named_and_put_back(what: str, said: s
     for _ in range(2):  # once more finds the process as it was
         with pytest.raises(AssertionError, match=f"^after applying, {said}") as caught:
             TestIt().test_it_leaves_the_process_as_it_was()
-        assert "; wanted is that a stage puts back what it changes" in str(caught.value)
+        assert "; expected that a stage puts back what it changes" in str(caught.value)
 
 
 def test_leaving_something_behind_is_caught_by_the_test_of_that_alone() -> None:
@@ -148,7 +148,7 @@ def test_a_module_that_imports_torch_is_caught_by_the_test_of_that_alone(
 
     told = _told(testing.TechniqueConformance, technique=heavy_technique.Heavy)
     assert list(told) == ["its_module_does_not_import_torch_when_it_is_loaded"]
-    assert "loading heavy_technique imports torch; wanted is 'import torch' inside the methods" in str(told)
+    assert "loading heavy_technique imports torch; expected 'import torch' inside the methods" in str(told)
 
 
 def test_a_technique_that_cannot_serve_what_it_is_tried_on_says_what_to_set() -> None:
@@ -174,7 +174,7 @@ def test_a_class_that_names_no_technique_and_options_that_do_not_fit_are_told() 
         technique = misbehaving.Disturbs
         options: ClassVar[dict[str, str]] = {"what": "nothing"}
 
-    with pytest.raises(AssertionError, match=r"^Nameless names no technique; wanted is 'technique = YourTechnique'$"):
+    with pytest.raises(AssertionError, match=r"^Nameless names no technique; expected 'technique = YourTechnique'$"):
         Nameless().test_it_can_be_pickled()
     with pytest.raises(
         AssertionError, match=r"^Disturbs does not take the options of this test: option 'what' = 'nothing'"
@@ -194,10 +194,10 @@ def test_a_model_that_keeps_the_contract_passes(model: type) -> None:
         ("KnowsTooMany", "it_gives_logits_for_every_token_it_knows", "token ids from 0 to 299 ended in IndexError: "),
         ("TakesTooFew", "it_takes_sequences_as_long_as_it_says",
          "256 tokens ended in IndexError: no position is left; max_tokens says that it takes 256"),
-        ("OutlinesAnother", "its_skeleton_has_the_shapes_of_what_is_built", "in the skeleton; wanted are the same"),
+        ("OutlinesAnother", "its_skeleton_has_the_shapes_of_what_is_built", "in the skeleton; expected the same"),
         ("NeedsLittle", "it_needs_the_bytes_that_it_says", "needed_bytes says 1000 B, and what is built holds"),
         ("DisturbsWhileBuilding", "it_leaves_the_process_as_it_was",
-         "after building, the environment's MEMBENCH_DISTURBED was None and is '1'; wanted is that 'build' puts back"),
+         "after building, the environment's MEMBENCH_DISTURBED was None and is '1'; expected that 'build' puts back"),
     ],
 )  # fmt: skip
 def test_a_model_that_breaks_one_point_is_caught_by_the_test_of_that_alone(model: str, test: str, said: str) -> None:
@@ -242,10 +242,10 @@ def test_a_metric_that_keeps_the_contract_passes(metric: type) -> None:
 @pytest.mark.parametrize(
     ("metric", "test", "said"),
     [
-        ("SaysNoNumber", "its_figure_is_a_finite_number_and_the_same_each_time", "its figure is nan; wanted is a"),
+        ("SaysNoNumber", "its_figure_is_a_finite_number_and_the_same_each_time", "its figure is nan; expected a"),
         ("SaysAnything", "its_figure_is_a_finite_number_and_the_same_each_time", "of the same model it says "),
         ("WritesToTheModel", "it_leaves_the_model_and_the_process_as_they_were",
-         "measuring changed 1 of 24 tensors of the model; wanted is none"),
+         "measuring changed 1 of 24 tensors of the model; expected none"),
     ],
 )  # fmt: skip
 def test_a_metric_that_breaks_one_point_is_caught_by_the_test_of_that_alone(metric: str, test: str, said: str) -> None:

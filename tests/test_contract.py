@@ -121,10 +121,10 @@ def _wrong(text: str, base: str) -> str | None:
         ("@staticmethod\n    def apply(module, context): ...",
          "'apply' is not a method: write 'def apply(self, module, context)'"),
         ("async def apply(self, module, context): ...",
-         "'apply' is a coroutine or a generator; a function that returns is wanted"),
+         "'apply' is a coroutine or a generator; it must be a regular function"),
         ("apply: int = 3", "option 'apply' has the name of a stage"),
         ("only: list[str] = []", "option 'only' = []: a list can change and cannot be hashed; take a tuple"),
-        ("devices: ClassVar = 'cuda'", "devices = 'cuda': a tuple of names is wanted: ('cuda',)"),
+        ("devices: ClassVar = 'cuda'", "devices = 'cuda': expected a tuple of names: ('cuda',)"),
         ("presets: ClassVar = {'deep': {'depht': 2}}\n    depth: int = 1",
          "preset 'deep' sets 'depht', which is no option"),
         ("acts_on: str = 'weights'",
@@ -158,7 +158,7 @@ def test_what_has_no_default_must_be_there_in_the_class_or_above_it() -> None:
         "'measure(self, module, held_out, context)' is missing"
     )
     assert _wrong("class Own(QualityMetric):\n    better = 'more'\n", "QualityMetric") == (
-        "better = 'more': write 'lower' or 'higher'"
+        "better = 'more': expected 'lower' or 'higher'"
     )
     assert _wrong("class Above(Model):\n    def build(self, context): ...\nclass Own(Above): ...", "Model") is None
     assert _wrong("class Own(Model):\n    def build(self, context): ...\n    def shape(self): ...", "Model") == (

@@ -72,7 +72,7 @@ def test_a_broken_rule_says_both_sides(records: tuple[Record, ...]) -> None:
         ("peak_live <= 60% * reference", "column 14: '60': write 0.6 for a share of 60%"),
         ("peak_live <= 5 Mb", "column 14: '5': unit 'Mb' is none of B, KiB, MiB, GiB, TiB, µs, ms, s, min and h"),
         ("peak_live + time < 1 GiB", "column 11: '+': a size and a duration do not add up"),
-        ("time > 3 ms +", "column 14: the end: a number, a metric or 'reference' is wanted here"),
+        ("time > 3 ms +", "column 14: the end: expected a number, a metric or 'reference' here"),
         ("(time <= 3 ms", "column 7: '<=': ')' is missing"),
         ("time <= 3 ms 4", "column 14: '4': the rule should end here"),
         ("time 3 ms", "column 6: '3': write <=, <, >= or > here"),
@@ -80,7 +80,7 @@ def test_a_broken_rule_says_both_sides(records: tuple[Record, ...]) -> None:
         ("1 <= reference", "of which metric? the rule names none; write reference.peak_live, say"),
         ("weights.peak <= 2", "column 1: 'weights.peak': only 'reference' has figures of its own: reference.peak"),
         ("__import__('os').system('true') <= 1", "column 1: '_' has no place in a rule"),
-        ("", "column 1: the end: a number, a metric or 'reference' is wanted here"),
+        ("", "column 1: the end: expected a number, a metric or 'reference' here"),
         ("(" * 30 + "1", "column 21: '(': more than 20 brackets within each other"),
     ],
 )  # fmt: skip
@@ -173,15 +173,15 @@ def test_a_suite_states_tolerances_and_gates_for_all_cases_and_for_some(tmp_path
          " did you mean 'peak_live'?"),
         ('[regression]\npeak_live = "2 Mb"', "regression.peak_live = '2 Mb': write a share such as '2%', or a size in"
          " B, KiB, MiB, GiB or TiB, such as '2 GiB', or 'off'"),
-        ('[[regression.case]]\npeak_live = "2%"', "regression.case.0.match: a pattern over case ids is wanted, such as"
+        ('[[regression.case]]\npeak_live = "2%"', "regression.case.0.match: expected a pattern over case ids, such as"
          " 'llama-*/train/*'"),
         ('[[regression.case]]\nmatch = "lama*"\ntime = "2%"', "regression.case: match = 'lama*' fits no case of the"
          " suite; known: ballast/bf16/burst/cpu, ballast/none/burst/cpu"),
         ('[gate]\nrule = ["a"]', "unknown key 'gate.rule'; did you mean 'rules'?"),
-        ('[gate]\nrules = "weights < 1 GiB"', "gate.rules = 'weights < 1 GiB': a list of rules is wanted:"
+        ('[gate]\nrules = "weights < 1 GiB"', "gate.rules = 'weights < 1 GiB': expected a list of rules:"
          " ['peak_live <= 0.6 * reference']"),
-        ('[gate]\nrules = ["weights << 1"]', "gate.rules.0: rule 'weights << 1', column 10: '<': a number, a metric or"
-         " 'reference' is wanted here"),
+        ('[gate]\nrules = ["weights << 1"]', "gate.rules.0: rule 'weights << 1', column 10: '<': expected a number, a"
+         " metric or 'reference' here"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_a_suite_is_one_line_with_key_and_value(text: str, message: str, tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ _WRONG = {
         "matrix.model: no model is named 'blok'; did you mean 'block'?"
     ),
     'matrix={"model": "block", "technique": ["none"], "workload": ["burst"]}': (
-        "matrix.model = 'block': a list is wanted: ['block']"
+        "matrix.model = 'block': expected a list: ['block']"
     ),
     "": "'matrix' is missing",
     'matrix={}, script={"file": "x.py"}': (
@@ -120,10 +120,10 @@ _WRONG = {
         "matrix.model.0: a suite holds text, numbers, true or false, lists and tables, not builtin_function_or_method"
     ),
     'matrix={"model": ["block"], "technique": ["none"], "workload": ["burst"]}, limits={"peak_live": float("inf")}': (
-        "limits.peak_live = inf: a finite number is wanted"
+        "limits.peak_live = inf: expected a finite number"
     ),
     'matrix={"model": ["block"], "technique": ["none"], "workload": ["burst"]}, settings={1: 2}': (
-        "settings: 1 is the name of something, and text is wanted"
+        "settings: 1 is a key, and must be text"
     ),
     'script={"file": "nope.py"}': "script.file = 'nope.py': there is no such file",
     'script={"file": "suites.py", "module": "x"}': (

@@ -270,16 +270,16 @@ def test_options_are_taken_as_json_has_them(site: Path) -> None:
         return repr({name: getattr(made, name) for name in options})
 
     assert create(only=["head"], depth=3, share=0.5) == "{'only': ('head',), 'depth': 3, 'share': 0.5}"
-    assert create(only="head") == "option 'only' = 'head': a list is wanted"
-    assert create(only=["head", 3]) == "option 'only.1' = 3: text is wanted"
-    assert create(depth=2.0) == "option 'depth' = 2.0: a whole number is wanted"
+    assert create(only="head") == "option 'only' = 'head': expected a list"
+    assert create(only=["head", 3]) == "option 'only.1' = 3: expected text"
+    assert create(depth=2.0) == "option 'depth' = 2.0: expected a whole number"
     assert create(depth=10) == "option 'depth' = 10: must be at most 9"
     assert create(share=1) == "option 'share' = 1: must be less than 1"
-    assert create(quick="true") == "option 'quick' = 'true': true or false is wanted"
-    assert create(quick=1) == "option 'quick' = 1: true or false is wanted"
-    assert create(name=True) == "option 'name' = true: text is wanted"
+    assert create(quick="true") == "option 'quick' = 'true': expected true or false"
+    assert create(quick=1) == "option 'quick' = 1: expected true or false"
+    assert create(name=True) == "option 'name' = true: expected text"
     assert create(storage="CSR") == "option 'storage' = 'CSR': did you mean 'csr'?"
-    assert create(layers="most") == "option 'layers' = 'most': a whole number is wanted or write 'all'"
+    assert create(layers="most") == "option 'layers' = 'most': expected a whole number or 'all'"
     assert create(stroage="csr") == "unknown option 'stroage'; did you mean 'storage'?"
 
 

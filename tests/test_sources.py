@@ -151,7 +151,7 @@ def test_a_table_without_text_is_named_with_the_columns_that_it_has(tmp_path: Pa
     assert _refused(tmp_path) == f"{path} has no column 'text', but 'body', 'id'"
     path = _parquet(tmp_path / "0.parquet", {"text": [1, 2]})
     documents.cache_clear()
-    assert _refused(tmp_path) == f"{path}: column 'text' holds int64, and text is wanted"
+    assert _refused(tmp_path) == f"{path}: column 'text' holds int64; expected text"
 
 
 def test_a_data_set_without_text_is_named_with_the_columns_that_it_has(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_data_set_without_text_is_named_with_the_columns_that_it_has(tmp_path:
     make({"body": ["x"], "id": [1]}).save_to_disk(tmp_path / "a")
     assert _refused(tmp_path / "a") == f"{tmp_path}/a has no column 'text', but 'body', 'id'"
     make({"text": [[1], [2]]}).save_to_disk(tmp_path / "b")
-    assert re.fullmatch(f"{tmp_path}/b: column 'text' holds .*, and text is wanted", _refused(tmp_path / "b"))
+    assert re.fullmatch(f"{tmp_path}/b: column 'text' holds .*; expected text", _refused(tmp_path / "b"))
 
 
 @pytest.mark.parametrize("size", [0, 8, 100])

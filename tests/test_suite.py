@@ -48,18 +48,18 @@ _FILE = {
     '[suite]\nname = "a b"\n': f"suite.name = 'a b': {_NAME}",
     '[suite]\nname = "a\\nb"\n': rf"suite.name = 'a\nb': {_NAME}",
     f'[suite]\nname = "{"a" * 65}"\n': f"suite.name = '{'a' * 65}': a name has 64 bytes at most",
-    '[suite]\nname = "s"\ndescription = 3\n': "suite.description = 3: text is wanted",
+    '[suite]\nname = "s"\ndescription = 3\n': "suite.description = 3: expected text",
     _MATRIX + "[setings]\nseed = 1\n": "unknown key 'setings'; did you mean 'settings'?",
     _MATRIX.replace("[matrix]", "[[matrix]]"): (
-        "matrix = [{model = ['llama-60m'], technique = ['bf16'], workload = ['forward']}]: a table is wanted"
+        "matrix = [{model = ['llama-60m'], technique = ['bf16'], workload = ['forward']}]: expected a table"
     ),
 }
 
 _NAMES = {
     _MATRIX.replace("workload", "worklod"): "unknown key 'matrix.worklod'; did you mean 'workload'?",
     _with(technique="[]"): "matrix.technique = []: must have at least 1 entry",
-    _with(technique='"bf16"'): "matrix.technique = 'bf16': a list is wanted: ['bf16']",
-    _with(technique="[3]"): "matrix.technique.0 = 3: text is wanted",
+    _with(technique='"bf16"'): "matrix.technique = 'bf16': expected a list: ['bf16']",
+    _with(technique="[3]"): "matrix.technique.0 = 3: expected text",
     _with(technique='[""]'): f"matrix.technique.0 = '': {_NAME}",
     _with(model='["llama-61m"]'): "matrix.model: no model is named 'llama-61m'; did you mean 'llama-60m'?",
     _with(model='["LLAMA-15M"]'): "matrix.model: no model is named 'LLAMA-15M'; did you mean 'llama-15m'?",
@@ -93,11 +93,11 @@ _NAMES = {
 _VARIANTS = {
     _variant("technique", 'use = "bf61"'): "technique.x: no technique is named 'bf61'; did you mean 'bf16'?",
     _variant("model", 'size = "15m"'): "'model.x.use' is missing: name the model that this is a variant of",
-    _variant("model", "use = 3"): "model.x.use = 3: the name of a model is wanted",
+    _variant("model", "use = 3"): "model.x.use = 3: expected the name of a model",
     _MATRIX + '[technique.a]\nuse = "b"\n[technique.b]\nuse = "bf16"\n': (
         "technique.a.use = 'b': that is a variant itself; name the technique that it is one of"
     ),
-    _MATRIX + '[model]\nuse = "llama"\n': "model.use = 'llama': a table is wanted",
+    _MATRIX + '[model]\nuse = "llama"\n': "model.use = 'llama': expected a table",
     _MATRIX + '[model."a\\nb"]\nuse = "llama"\n': rf"model.'a\nb': {_NAME}",
     _MATRIX + '[model."a+b"]\nuse = "llama"\n': f"model.'a+b': {_NAME}",
     _MATRIX + '[technique.none]\nuse = "bf16"\n': (
@@ -116,7 +116,7 @@ _VARIANTS = {
         "model.x: model 'llama': option 'size' = '61m': did you mean '60m'?"
     ),
     _variant("model", 'use = "llama"\nsize = "huge"'): (
-        "model.x: model 'llama': option 'size' = 'huge': write '15m', '60m', '1b', '7b', '13b' or '70b'"
+        "model.x: model 'llama': option 'size' = 'huge': expected '15m', '60m', '1b', '7b', '13b' or '70b'"
     ),
     _variant("workload", 'use = "train"\noptimizer = "adam"'): (
         "workload.x: workload 'train': option 'optimizer' = 'adam': did you mean 'adamw'?"
@@ -126,10 +126,10 @@ _VARIANTS = {
         "technique.x: technique 'int8-weight-only': unknown option 'groupsize'; did you mean 'group_size'?"
     ),
     _variant("technique", 'use = "int8-weight-only"\ngroup_size = "64"'): (
-        "technique.x: technique 'int8-weight-only': option 'group_size' = '64': a whole number is wanted"
+        "technique.x: technique 'int8-weight-only': option 'group_size' = '64': expected a whole number"
     ),
     _variant("workload", 'use = "forward"\nbatch_size = true'): (
-        "workload.x: workload 'forward': option 'batch_size' = true: a whole number is wanted"
+        "workload.x: workload 'forward': option 'batch_size' = true: expected a whole number"
     ),
     _variant("workload", 'use = "forward"\nbatch_size = 1_000_000_000_000'): (
         "workload.x: workload 'forward': option 'batch_size' = 1000000000000: must be at most 65536"
@@ -158,7 +158,7 @@ _SELECTIONS = {
         "include.0.model = 'llama-*': write whole names here; patterns are for [[exclude]]"
     ),
     _MATRIX + _INCLUDE.replace('technique = "bf16"\n', ""): "'include.0.technique' is missing",
-    _MATRIX + _INCLUDE.replace('"bf16"', "3"): "include.0.technique = 3: text or a list of it is wanted",
+    _MATRIX + _INCLUDE.replace('"bf16"', "3"): "include.0.technique = 3: expected text or a list of it",
     _MATRIX + _INCLUDE + 'device = "gpu"\n': "include.0.device = 'gpu': write cpu, cuda, cuda:0 or 2xcpu",
     _MATRIX + '[[exclude]]\nmodel = "gpt2"\n': (
         "exclude.0.model = 'gpt2' fits no model of the suite; known: llama-60m"
@@ -178,10 +178,10 @@ _SELECTIONS = {
 
 _SETTINGS = {
     _setting("repeat = 2"): "unknown key 'settings.repeat'; did you mean 'repeats'?",
-    _setting('seed = "x"'): "settings.seed = 'x': a whole number is wanted",
-    _setting("seed = 1979-05-27"): "settings.seed = 1979-05-27: a whole number is wanted",
-    _setting("seed = 1.5"): "settings.seed = 1.5: a whole number is wanted",
-    _setting("seed = true"): "settings.seed = true: a whole number is wanted",
+    _setting('seed = "x"'): "settings.seed = 'x': expected a whole number",
+    _setting("seed = 1979-05-27"): "settings.seed = 1979-05-27: expected a whole number",
+    _setting("seed = 1.5"): "settings.seed = 1.5: expected a whole number",
+    _setting("seed = true"): "settings.seed = true: expected a whole number",
     _setting("seed = -1"): "settings.seed = -1: must be at least 0",
     _setting("seed = 18446744073709551616"): (
         "settings.seed = 18446744073709551616: must be at most 9223372036854775807"
@@ -190,10 +190,10 @@ _SETTINGS = {
     _setting("repeats = 1_000_000"): "settings.repeats = 1000000: must be at most 1000",
     _setting("threads = 100_000"): "settings.threads = 100000: must be at most 1024",
     _setting("timeout_s = inf"): "settings.timeout_s = inf: must be finite",
-    _setting('timeout_s = "5"'): "settings.timeout_s = '5': a number is wanted",
+    _setting('timeout_s = "5"'): "settings.timeout_s = '5': expected a number",
     _setting("timeout_s = 1e300"): "settings.timeout_s = 1e+300: must be at most 604800",
     _setting('isolation = "spwan"'): "settings.isolation = 'spwan': did you mean 'spawn'?",
-    _setting('isolation = "thread"'): "settings.isolation = 'thread': write 'fork' or 'spawn'",
+    _setting('isolation = "thread"'): "settings.isolation = 'thread': expected 'fork' or 'spawn'",
 }
 
 _LIMITS = {

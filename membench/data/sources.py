@@ -227,7 +227,7 @@ def _refuse_without_text(columns: dict[str, str], where: Path) -> None:
     if _COLUMN not in columns:
         raise Unsuitable(f"{where} has no column '{_COLUMN}', but {', '.join(map(repr, columns))}")
     if columns[_COLUMN] not in ("string", "large_string", "string_view"):
-        raise Unsuitable(f"{where}: column '{_COLUMN}' holds {columns[_COLUMN]}, and text is wanted")
+        raise Unsuitable(f"{where}: column '{_COLUMN}' holds {columns[_COLUMN]}; expected text")
 
 
 def _is_dataset(folder: Path) -> bool:

@@ -72,10 +72,10 @@ def _of_options(loaded: type[Options], stages: dict[str, Any]) -> Iterator[str]:
     for name in ("imports", "devices"):
         value = getattr(loaded, name, ())
         if isinstance(value, str):
-            yield f"{name} = {shown(value)}: a tuple of names is wanted: ({shown(value)},)"
+            yield f"{name} = {shown(value)}: expected a tuple of names: ({shown(value)},)"
     better = getattr(loaded, "better", "lower")
     if better not in ("lower", "higher"):
-        yield f"better = {shown(better)}: write 'lower' or 'higher'"
+        yield f"better = {shown(better)}: expected 'lower' or 'higher'"
     for preset, options in loaded.presets.items():
         unknown = next((option for option in options if option not in loaded.model_fields), None)
         if unknown is not None:
@@ -91,7 +91,7 @@ def _of_stage(name: str, given: Any, stage: Any) -> Iterator[str]:
         yield f"'{name}' is not a method: write 'def {name}{_signature(stage)}'"
         return
     if inspect.iscoroutinefunction(given) or inspect.isgeneratorfunction(given):
-        yield f"'{name}' is a coroutine or a generator; a function that returns is wanted"
+        yield f"'{name}' is a coroutine or a generator; it must be a regular function"
         return
     wanted = list(inspect.signature(stage).parameters)
     taken: list[str] = []

@@ -219,7 +219,7 @@ def _check_timeline(columns: Mapping[str, Sequence[float | None]]) -> None:
     if "at_s" not in columns:
         raise ResultsError("'timeline.at_s' is missing")
     if None in columns["at_s"]:
-        raise ResultsError(f"timeline.at_s.{columns['at_s'].index(None)} = null: a number is wanted")
+        raise ResultsError(f"timeline.at_s.{columns['at_s'].index(None)} = null: expected a number")
     for name, column in columns.items():
         if len(column) != len(columns["at_s"]):
             raise ResultsError(
@@ -252,7 +252,7 @@ def _check_name(key: str, name: str, checked: Callable[[str], str]) -> None:
 
 def _checked_text(name: str) -> str:
     if not name.isprintable() or not 0 < len(name) <= _LONGEST_TEXT:
-        raise ValueError(f"text of 1 to {_LONGEST_TEXT} characters is wanted, and none that steers a terminal")
+        raise ValueError(f"expected 1 to {_LONGEST_TEXT} printable characters")
     return name
 
 

@@ -91,7 +91,9 @@ def problem(error: ValidationError, schema: type[BaseModel], given: Mapping[str,
     # Each branch of a union reports an error of its own, with the name of the branch at the end of the path.
     place = _place(first["loc"], given)
     remedies = [_remedy(each) for each in found if _place(each["loc"], given) == place]
-    return Problem("value", _dotted(place), shown(_at(place, given)), " or ".join(dict.fromkeys(remedies)))
+    remedy, *others = dict.fromkeys(remedies)
+    remedy = " or ".join([remedy, *(other.removeprefix("expected ") for other in others)])
+    return Problem("value", _dotted(place), shown(_at(place, given)), remedy)
 
 
 def shown(value: Any) -> str:
@@ -164,9 +166,9 @@ def _table_in(annotation: Any) -> type[BaseModel] | None:
 def _remedy(error: Any) -> str:
     kind, context = error["type"], error.get("ctx", {})
     if kind == "list_type" and isinstance(error["input"], str):
-        return f"a list is wanted: [{shown(error['input'])}]"
+        return f"expected a list: [{shown(error['input'])}]"
     if kind in _EXPECTED:
-        return f"{_EXPECTED[kind]} is wanted"
+        return f"expected {_EXPECTED[kind]}"
     if kind in _BOUNDS:
         whole = {key: int(v) if isinstance(v, float) and v.is_integer() else v for key, v in context.items()}
         return f"must be {_BOUNDS[kind].format(**whole)}"
@@ -176,7 +178,7 @@ def _remedy(error: Any) -> str:
     if kind == "literal_error":
         choices = [quoted or bare for quoted, bare in re.findall(r"'([^']*)'|([^\s,']+)", context["expected"])]
         near = nearest(error["input"], choices) if isinstance(error["input"], str) else None
-        return f"did you mean '{near}'?" if near else f"write {context['expected']}"
+        return f"did you mean '{near}'?" if near else f"expected {context['expected']}"
     if kind == "string_pattern_mismatch":
         return f"does not fit the pattern {context['pattern']}"
     message = str(error["msg"]).removeprefix("Value error, ")

@@ -204,7 +204,7 @@ class _Plugins:
         if use is None:
             raise SuiteError(f"'{where}.use' is missing: name the {kind} that this is a variant of")
         if not isinstance(use, str):
-            raise SuiteError(f"{where}.use = {shown(use)}: the name of a {kind} is wanted")
+            raise SuiteError(f"{where}.use = {shown(use)}: expected the name of a {kind}")
         if use in self._variants[kind]:
             raise SuiteError(f"{where}.use = {shown(use)}: that is a variant itself; name the {kind} that it is one of")
         return self._make(kind, use, options, where)

@@ -232,7 +232,7 @@ class _Parser:
             return self._number(token)
         if token.kind == "name":
             return self._metric(token)
-        raise self._wrong(token, "a number, a metric or 'reference' is wanted here")
+        raise self._wrong(token, "expected a number, a metric or 'reference' here")
 
     def _number(self, token: Token) -> _Expression:
         if not token.unit:
@@ -285,7 +285,7 @@ def of_table(table: Mapping[str, Any], own: Sequence[Metric] = ()) -> tuple[Gate
     found = list(_of_rules("gate", table.get("rules", []), "*", own))
     cases = table.get("case", [])
     if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
-        raise RuleError(f"gate.case = {shown(cases)}: tables are wanted, each under [[gate.case]]")
+        raise RuleError(f"gate.case = {shown(cases)}: expected tables, each under [[gate.case]]")
     for number, case in enumerate(cases):
         where = f"gate.case.{number}"
         unknown = next((key for key in case if key not in ("match", "rules")), None)
@@ -293,14 +293,14 @@ def of_table(table: Mapping[str, Any], own: Sequence[Metric] = ()) -> tuple[Gate
             raise RuleError(f"unknown key '{where}.{unknown}'; {did_you_mean(unknown, ('match', 'rules'))}")
         match = case.get("match")
         if not isinstance(match, str) or not match:
-            raise RuleError(f"{where}.match: a pattern over case ids is wanted, such as 'llama-*/int8/*'")
+            raise RuleError(f"{where}.match: expected a pattern over case ids, such as 'llama-*/int8/*'")
         found += _of_rules(where, case.get("rules", []), match, own)
     return tuple(found)
 
 
 def _of_rules(where: str, rules: Any, match: str, own: Sequence[Metric]) -> Iterator[Gate]:
     if not isinstance(rules, list) or not all(isinstance(rule, str) for rule in rules):
-        raise RuleError(f"{where}.rules = {shown(rules)}: a list of rules is wanted: ['peak_live <= 0.6 * reference']")
+        raise RuleError(f"{where}.rules = {shown(rules)}: expected a list of rules: ['peak_live <= 0.6 * reference']")
     for number, rule in enumerate(rules):
         try:
             yield parse(rule, match, own)

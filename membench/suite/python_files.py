@@ -106,13 +106,13 @@ def as_toml(value: Any, key: str) -> Any:
     """
     match value:
         case float() if not math.isfinite(value):
-            raise ValueError(f"{key} = {value}: a finite number is wanted")
+            raise ValueError(f"{key} = {value}: expected a finite number")
         case str() | bool() | int() | float() | None:
             return value
         case Mapping():
             odd = next((name for name in value if not isinstance(name, str)), None)
             if odd is not None:
-                raise ValueError(f"{key}: {odd!r} is the name of something, and text is wanted")
+                raise ValueError(f"{key}: {odd!r} is a key, and must be text")
             return {name: as_toml(inner, f"{key}.{name}") for name, inner in value.items()}
         case list() | tuple() | range():
             return [as_toml(inner, f"{key}.{number}") for number, inner in enumerate(value)]

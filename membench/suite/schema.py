@@ -23,7 +23,7 @@ class _Table(BaseModel):
 
 def _listed(value: Any) -> Any:
     if not isinstance(value, str | list):
-        raise ValueError("text or a list of it is wanted")
+        raise ValueError("expected text or a list of it")
     return [value] if isinstance(value, str) else value
 
 

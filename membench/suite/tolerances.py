@@ -99,12 +99,12 @@ def of_table(table: Mapping[str, Any], own: Sequence[Metric] = ()) -> tuple[Tole
     found = list(_of_metrics("regression", {key: value for key, value in table.items() if key != "case"}, _EVERY, own))
     cases = table.get("case", [])
     if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
-        raise RuleError(f"regression.case = {shown(cases)}: tables are wanted, each under [[regression.case]]")
+        raise RuleError(f"regression.case = {shown(cases)}: expected tables, each under [[regression.case]]")
     for number, case in enumerate(cases):
         where = f"regression.case.{number}"
         match = case.get("match")
         if not isinstance(match, str) or not match:
-            raise RuleError(f"{where}.match: a pattern over case ids is wanted, such as 'llama-*/train/*'")
+            raise RuleError(f"{where}.match: expected a pattern over case ids, such as 'llama-*/train/*'")
         found += _of_metrics(where, {key: value for key, value in case.items() if key != "match"}, match, own)
     return tuple(found)
 

@@ -50,11 +50,11 @@ class MetricConformance(PluginConformance):
             worker.apply()
             one, other = self._figure(worker), self._figure(worker)
         for figure in (one, other):
-            assert isinstance(figure, float | int), f"its figure is {figure!r}; wanted is a number"
+            assert isinstance(figure, float | int), f"its figure is {figure!r}; expected a number"
             assert math.isfinite(figure), (
-                f"its figure is {figure!r}; wanted is a finite number, or Unsuitable with the reason"
+                f"its figure is {figure!r}; expected a finite number, or Unsuitable with the reason"
             )
-        assert one == other, f"of the same model it says {one!r}, then {other!r}; wanted is the same figure"
+        assert one == other, f"of the same model it says {one!r}, then {other!r}; expected the same figure"
 
     def test_it_leaves_the_model_and_the_process_as_they_were(self) -> None:
         __tracebackhide__ = True
@@ -64,6 +64,6 @@ class MetricConformance(PluginConformance):
             state = GlobalState()
             self._figure(worker)
             changes = state.changes(drawing=False)
-            assert not changes, f"after measuring, {'; '.join(changes)}; wanted is that it puts back what it changes"
+            assert not changes, f"after measuring, {'; '.join(changes)}; expected that it puts back what it changes"
             changed = sum(not same(*pair) for pair in zip(before, weights_of(worker.module), strict=True))
-            assert not changed, f"measuring changed {changed} of {len(before)} tensors of the model; wanted is none"
+            assert not changed, f"measuring changed {changed} of {len(before)} tensors of the model; expected none"

@@ -39,7 +39,7 @@ class ModelConformance(PluginConformance):
                 built.append(weights_of(worker.load()))
         one, other = built
         differing = [pair for pair in zip(one, other, strict=False) if not same(*pair)]
-        assert len(one) == len(other), f"the same seed gave {len(one)} tensors, then {len(other)}; wanted are the same"
+        assert len(one) == len(other), f"the same seed gave {len(one)} tensors, then {len(other)}; expected the same"
         assert not differing, (
             f"the same seed gave other weights the second time: {len(differing)} of {len(one)} tensors differ; begin"
             " 'build' with torch.manual_seed(context.seed)"
@@ -60,7 +60,7 @@ class ModelConformance(PluginConformance):
                     output = module(ids)
             except Exception as error:
                 raise AssertionError(
-                    f"token ids from 0 to {vocabulary - 1} ended in {type(error).__name__}: {error}; wanted is that it"
+                    f"token ids from 0 to {vocabulary - 1} ended in {type(error).__name__}: {error}; expected that it"
                     " takes (B, T) token ids below 'vocabulary'"
                 ) from None
             try:
@@ -69,9 +69,9 @@ class ModelConformance(PluginConformance):
                 raise AssertionError(str(error)) from None
             found, wanted = tuple(logits.shape), (1, 4, vocabulary)
             assert found == wanted, (
-                f"of token ids (1, 4) the logits are of shape {found}; wanted is {wanted}: 'vocabulary' is {vocabulary}"
+                f"of token ids (1, 4) the logits are of shape {found}; expected {wanted}: 'vocabulary' is {vocabulary}"
             )
-            assert is_finite(logits), "the logits are not finite; wanted are finite ones"
+            assert is_finite(logits), "the logits are not finite; expected finite ones"
 
     def test_it_takes_sequences_as_long_as_it_says(self) -> None:
         import torch
@@ -101,14 +101,14 @@ class ModelConformance(PluginConformance):
                 return
             elsewhere = [name for name, p in skeleton.named_parameters() if p.device.type != "meta"]
             assert not elsewhere, (
-                f"'{elsewhere[0]}' of the skeleton lies on a {skeleton.get_parameter(elsewhere[0]).device}; wanted is"
+                f"'{elsewhere[0]}' of the skeleton lies on a {skeleton.get_parameter(elsewhere[0]).device}; expected"
                 " 'with torch.device(\"meta\")' around what makes it"
             )
             built, outlined = _shapes(module), _shapes(skeleton)
             for name in built | outlined:
                 assert built.get(name) == outlined.get(name), (
                     f"parameter '{name}' is {built.get(name, 'not there')} as it is built, and"
-                    f" {outlined.get(name, 'not there')} in the skeleton; wanted are the same"
+                    f" {outlined.get(name, 'not there')} in the skeleton; expected the same"
                 )
 
     def test_it_needs_the_bytes_that_it_says(self) -> None:
@@ -119,7 +119,7 @@ class ModelConformance(PluginConformance):
                 return
             held = weight_bytes(module)
             assert held / _TOLERATED <= said <= held * _TOLERATED, (
-                f"needed_bytes says {format_bytes(said)}, and what is built holds {format_bytes(held)}; wanted is that,"
+                f"needed_bytes says {format_bytes(said)}, and what is built holds {format_bytes(held)}; expected that,"
                 " or None where it is not known"
             )
 
@@ -131,9 +131,7 @@ class ModelConformance(PluginConformance):
             state = GlobalState()
             worker.load()
             changes = state.changes(drawing=True)
-            assert not changes, (
-                f"after building, {'; '.join(changes)}; wanted is that 'build' puts back what it changes"
-            )
+            assert not changes, f"after building, {'; '.join(changes)}; expected that 'build' puts back what it changes"
 
 
 def _shapes(module: nn.Module) -> dict[str, str]:

@@ -46,9 +46,7 @@ class PluginConformance:
         __tracebackhide__ = True
         name, base = self.kind
         found = getattr(self, name, None)
-        assert isinstance(found, type), (
-            f"{type(self).__name__} names no {name}; wanted is '{name} = Your{name.title()}'"
-        )
+        assert isinstance(found, type), f"{type(self).__name__} names no {name}; expected '{name} = Your{name.title()}'"
         assert issubclass(found, base), f"{found.__name__} is no subclass of membench.plugins.{base.__name__}"
         return found
 
@@ -81,7 +79,7 @@ class PluginConformance:
         for option in type(made).model_fields:
             was, read = getattr(made, option), getattr(back, option)
             assert was == read, (
-                f"option '{option}' was {was!r} and comes back from JSON as {read!r}; wanted is a type that JSON keeps"
+                f"option '{option}' was {was!r} and comes back from JSON as {read!r}; expected a type that JSON keeps"
             )
 
     def test_it_can_be_pickled(self) -> None:
@@ -91,16 +89,16 @@ class PluginConformance:
             back = pickle.loads(pickle.dumps(made))
         except Exception as error:
             raise AssertionError(
-                f"{type(made).__name__} cannot be pickled ({type(error).__name__}: {error}); wanted are options and"
+                f"{type(made).__name__} cannot be pickled ({type(error).__name__}: {error}); expected options and"
                 " private attributes that can, so that it can be sent to another process"
             ) from None
-        assert made == back, f"{made!r} comes back from pickle as {back!r}; wanted is one that equals it"
+        assert made == back, f"{made!r} comes back from pickle as {back!r}; expected one that equals it"
 
     def test_its_module_does_not_import_torch_when_it_is_loaded(self) -> None:
         __tracebackhide__ = True
         plugin = self.plugin()
         assert not _imports_torch(plugin.__module__, inspect.getfile(plugin)), (
-            f"loading {plugin.__module__} imports torch; wanted is 'import torch' inside the methods that need it,"
+            f"loading {plugin.__module__} imports torch; expected 'import torch' inside the methods that need it,"
             " since the process that reads suites does without it"
         )
 

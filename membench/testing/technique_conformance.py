@@ -113,7 +113,7 @@ class TechniqueConformance(PluginConformance):
         remedy = "draw from torch.Generator().manual_seed(context.seed)"
         differing = [number for number, pair in enumerate(zip(weights, other_weights, strict=False)) if not same(*pair)]
         assert len(weights) == len(other_weights), (
-            f"the same seed gave {len(weights)} tensors, then {len(other_weights)}; wanted are the same"
+            f"the same seed gave {len(weights)} tensors, then {len(other_weights)}; expected the same"
         )
         assert not differing, (
             f"the same seed gave other weights the second time: {len(differing)} of {len(weights)} tensors differ;"
@@ -157,7 +157,7 @@ class TechniqueConformance(PluginConformance):
             assert largest is None or size <= SLACK_BYTES, (
                 f"{format_bytes(size)} live beside the model that no layer of it keeps, the largest a"
                 f" {type(largest).__name__} of {tuple(largest.shape)} in {_name(largest.dtype)}: they would be missing"
-                " in the figure 'weights'; wanted is that they are let go, or kept as a parameter, buffer or attribute"
+                " in the figure 'weights'; expected that they are let go, or kept as a parameter, buffer or attribute"
                 " of a layer"
             )
 
@@ -191,7 +191,7 @@ class TechniqueConformance(PluginConformance):
             return
         except Exception as error:
             raise AssertionError(
-                f"the stack of {stack} ended in {type(error).__name__}: {error}; wanted is that it works, or that"
+                f"the stack of {stack} ended in {type(error).__name__}: {error}; expected that it works, or that"
                 " 'refuse' says why it cannot"
             ) from error
         assert wrong is None, f"of the stack of {stack}: {wrong}"
@@ -211,7 +211,7 @@ class TechniqueConformance(PluginConformance):
                 # Loading seeds torch's generator, and a training may draw from it.
                 changes = state.changes(drawing=stage != "applying")
                 assert not changes, (
-                    f"after {stage}, {'; '.join(changes)}; wanted is that a stage puts back what it changes"
+                    f"after {stage}, {'; '.join(changes)}; expected that a stage puts back what it changes"
                     " (torch.random.fork_rng() for random numbers, step_context for what must hold during a step)"
                 )
 
@@ -221,15 +221,15 @@ def _what_is_wrong(worker: FakeWorker) -> str | None:
     module = worker.apply()
     losses = [worker.step(), worker.step()]
     if any(loss is not None and not is_finite(loss) for loss in losses):
-        return f"the losses of two steps are {losses[0]} and {losses[1]}; wanted are finite ones"
+        return f"the losses of two steps are {losses[0]} and {losses[1]}; expected finite ones"
     if not worker.context.model.gives_logits:
         return None
     ids, vocabulary = ids_to_read(), worker.context.model.vocabulary(module)
     logits = worker.logits(ids)
     if tuple(logits.shape) != (len(ids), vocabulary):
         wanted = (len(ids), vocabulary)
-        return f"logits of {len(ids)} tokens are of shape {tuple(logits.shape)}; wanted is {wanted}"
-    return None if is_finite(logits) else "the logits are not finite; wanted are finite ones"
+        return f"logits of {len(ids)} tokens are of shape {tuple(logits.shape)}; expected {wanted}"
+    return None if is_finite(logits) else "the logits are not finite; expected finite ones"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -113,8 +113,8 @@ class WorkloadConformance(PluginConformance):
             losses = [worker.step() for _ in range(_STEPS)]
             changed = sum(not same(*pair) for pair in zip(before, weights_of(module), strict=True))
             if worker.workload.trains:
-                assert None not in losses, "it trains, and a step returned no loss; wanted is the loss, detached"
-                assert changed, f"it trains, and {_STEPS} steps changed no weight; wanted is an optimizer's step"
+                assert None not in losses, "it trains, and a step returned no loss; expected the loss, detached"
+                assert changed, f"it trains, and {_STEPS} steps changed no weight; expected an optimizer's step"
             else:
                 assert not changed, (
                     f"steps changed {changed} of {len(before)} tensors; set trains = True if they are to"
@@ -125,11 +125,11 @@ class WorkloadConformance(PluginConformance):
         witness, workload = self._watched()
         assert not witness.passes_outside, (
             f"{witness.passes_outside} of {len(witness.sequences)} forward passes ran outside the contexts of the"
-            " stack; wanted is 'with stepping(techniques, context):' around each"
+            " stack; expected 'with stepping(techniques, context):' around each"
         )
         for stage in ("optimizer", "training_step") if workload.trains else ():
             assert stage in witness.stages, (
-                f"it trains, and no technique was asked for its '{stage}'; wanted is that each of the stack is"
+                f"it trains, and no technique was asked for its '{stage}'; expected that each of the stack is"
             )
 
     def test_no_sequence_is_longer_than_it_says(self) -> None:
@@ -146,7 +146,7 @@ class WorkloadConformance(PluginConformance):
             return
         seen = sum(_count(shape) for shape in witness.sequences) / _STEPS
         assert said <= seen, (
-            f"tokens_per_step says {said}, and the model saw {seen:g} a step; wanted are no more than it saw"
+            f"tokens_per_step says {said}, and the model saw {seen:g} a step; expected no more than it saw"
         )
 
     def test_it_leaves_the_process_as_it_was(self) -> None:
@@ -158,7 +158,7 @@ class WorkloadConformance(PluginConformance):
             state = GlobalState()
             worker.step()
             changes = state.changes(drawing=True)
-            assert not changes, f"after a step, {'; '.join(changes)}; wanted is that a step puts back what it changes"
+            assert not changes, f"after a step, {'; '.join(changes)}; expected that a step puts back what it changes"
 
 
 def _count(shape: tuple[int, ...]) -> int:

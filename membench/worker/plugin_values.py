@@ -54,13 +54,13 @@ def number(value: object, largest: float = LARGEST_VALUE) -> int | float:
         InvalidValue: if it is no number, or one that no record can hold.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise InvalidValue(f"{shown(value)}: a number is wanted")
+        raise InvalidValue(f"{shown(value)}: expected a number")
     try:
         plain = int(value) if isinstance(value, numbers.Integral) else float(value)
     except (OverflowError, ValueError):
         plain = math.inf
     if not abs(plain) <= (LARGEST_SIZE if isinstance(plain, int) else largest):
-        raise InvalidValue(f"{shown(value)}: a number is wanted that is finite and of a possible size")
+        raise InvalidValue(f"{shown(value)}: expected a number that is finite and of a possible size")
     return plain
 
 
@@ -96,9 +96,9 @@ def checked_fact(name: object, fact: object) -> Fact:
         InvalidValue: if no record can hold it.
     """
     if not isinstance(name, str) or is_own(name):
-        raise InvalidValue("the name of a metric is wanted")
+        raise InvalidValue("expected the name of a metric")
     if not isinstance(fact, tuple | list) or len(fact) != 2 or not isinstance(fact[1], str):
-        raise InvalidValue(f"{shown(fact)}: a number and how it was obtained are wanted")
+        raise InvalidValue(f"{shown(fact)}: expected a number and how it was obtained")
     value, metric = number(fact[0]), known_metric(name)
     if not is_possible_value(name, value) or (metric is not None and metric.signed == "no" and value < 0):
         raise InvalidValue(f"{shown(value)}: no figure is of such a size")
