@@ -361,7 +361,9 @@ def test_kept_runs_are_read_as_they_were_written() -> None:
         read = [json.loads(json.dumps(as_json(record))) for record in run.records]
         for record in written[1:]:
             # Earlier versions did not write these, which are read as not known.
-            later = dict.fromkeys(("waited_s", "passive", "wait_policy", "modules_bytes"))
+            later = dict.fromkeys(
+                ("waited_s", "passive", "wait_policy", "modules_bytes", "slept_s", "communicated_bytes")
+            )
             record["processes"] = [{**later, **each} for each in record["processes"]]
         assert read == written[1:]
 

@@ -26,6 +26,7 @@ _PHASE = PhaseReading(
 _RESULT = messages.Result(
     pinned=True, durations_s=[0.1], losses_nats=[None, 2.5], weights_bytes=4, remarks=["a"], notes=[],
     modules_bytes=[ModulesReading("h.*", 2, 8)], breakdown_bytes={"forward": {"other": -3}},
+    slept_s=[0.05], communicated_bytes={"all_reduce": 8},
     quality=QualityReading(nats=[1.0, None], tokens=[4, 4], bytes=[16, None]),
     facts={"data_bytes": messages.Fact(3, "files"), "open_s": messages.Fact(0.5, "clock")},
     custom_figures={"own.x.lower": messages.CustomFigure(None, "r")},

@@ -112,7 +112,7 @@ class Result(Reading):
         pinned: whether the C library's allocator was pinned, which makes resident memory equal to live memory.
         is_trained: whether the model is trained, which makes its held-out loss meaningful.
         unjudged: the reason why the held-out loss of a trained model says nothing about it.
-        durations_s, waited_s, passive, wait_policy: of the timed steps; see ``ProcessReading``.
+        durations_s, waited_s, passive, wait_policy, slept_s: of the timed steps; see ``ProcessReading``.
         tokens_per_step: tokens per step without padding; ``None`` if steps have no tokens.
         epoch_bytes: packed bytes that a step reads, if a step reads an epoch.
         decoded_tokens: tokens that a step generates in its part ``decode``.
@@ -130,6 +130,7 @@ class Result(Reading):
     waited_s: Sequence[Seconds] | None = None
     passive: Sequence[StrictBool] | None = None
     wait_policy: str | None = None
+    slept_s: Sequence[Seconds] | None = None
     losses_nats: Sequence[Number | None] | None = None
     tokens_per_step: Number | None = None
     epoch_bytes: Size | None = None
@@ -141,6 +142,7 @@ class Result(Reading):
     modules_bytes: Sequence[ModulesReading] | None = None
     breakdown_bytes: Mapping[str, Mapping[str, SignedSize]] | None = None
     peak_part: str | None = None
+    communicated_bytes: Mapping[str, Size] | None = None
     disk_bytes: Size | None = None
     disk_format: str = ""
     quality: QualityReading | None = None

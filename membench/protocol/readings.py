@@ -207,11 +207,13 @@ class ProcessReading(Reading):
         passive: per timed step, whether several threads worked in it and waited for each other passively, because other
             processes used the cores; they do not in a user's process.
         wait_policy: how threads waited for each other in the timed steps, and why, as text.
+        slept_s: per timed step, how long the thread that computes slept; read where ranks wait for each other.
         corpus: a digest of the training text.
         losses_nats: the loss of each training step; ``None`` if it is not finite.
         modules_bytes: the sizes of the weights by group of modules, largest first.
         breakdown_bytes: live memory at the peak of each part of a step, by part and category.
         peak_part: the part with the largest live peak.
+        communicated_bytes: what a step hands to collectives, by collective; ``worker.communication`` says what counts.
         exit_code: the exit code of a script that ended by itself.
     """
 
@@ -226,11 +228,13 @@ class ProcessReading(Reading):
     waited_s: Sequence[Duration] | None = None
     passive: Sequence[Annotated[bool, Field(strict=True)]] | None = None
     wait_policy: str | None = None
+    slept_s: Sequence[Duration] | None = None
     corpus: str | None = None
     losses_nats: Sequence[Number | None] | None = None
     modules_bytes: Sequence[ModulesReading] | None = None
     breakdown_bytes: Mapping[str, Mapping[str, SignedSize]] | None = None
     peak_part: str | None = None
+    communicated_bytes: Mapping[str, Size] | None = None
     quality: QualityReading | None = None
     exit_code: Count | None = None
 

@@ -202,11 +202,13 @@ class Rank:
             waited_s=result.waited_s,
             passive=result.passive,
             wait_policy=result.wait_policy,
+            slept_s=result.slept_s,
             corpus=result.corpus,
             losses_nats=result.losses_nats,
             modules_bytes=result.modules_bytes,
             breakdown_bytes=result.breakdown_bytes,
             peak_part=result.peak_part,
+            communicated_bytes=result.communicated_bytes,
             quality=result.quality,
             exit_code=result.exit_code,
         )

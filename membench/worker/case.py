@@ -1,8 +1,9 @@
 """Measurement of a case, phase by phase.
 
 Live memory is measured in ``load``, ``apply``, ``store``, ``warmup``, ``run`` and ``breakdown`` under the pinned
-allocator. ``time`` runs further steps under the default allocator, to measure durations and the footprint that a user's
-process would have. ``finish`` runs the remaining steps of a workload that has a fixed number of steps.
+allocator. ``communication`` counts what ranks hand to collectives. ``time`` runs further steps under the default
+allocator, to measure durations and the footprint that a user's process would have. ``finish`` runs the remaining steps
+of a workload that has a fixed number of steps.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from membench.protocol.requests import MeasureCase, Rank
 from membench.units import LARGEST_VALUE
 from membench.worker import allocator, breakdown, checkpoint, device, notes, output_check, plugin_values, quality
 from membench.worker.assembly import Assembly
+from membench.worker.communication import Sleeping, communicated_bytes
 from membench.worker.converted_layers import explaining, remarks
 from membench.worker.fitting import refuse_what_cannot_load
 from membench.worker.garbage import note_on_garbage
@@ -245,7 +247,8 @@ class _Work:
 
                 def sample() -> None:
                     watcher.sample()
-                    cache_notes[:] = self._notes_on_cache()  # the cache is full at the last sample
+                    # The cache is full at the last sample.
+                    cache_notes[:] = notes.on_cache_of(case.context, case.workload, case.techniques, self._built_bits)
 
                 with watcher.watching(), meter.sampling_parts(sample):
                     self._add_loss(step())
@@ -256,19 +259,15 @@ class _Work:
                 breakdown_bytes=watcher.breakdown(peaks),
                 peak_part=max(peaks, key=lambda part: peaks[part], default=None),
             )
+        if case.context.ranks is not None:
+            with meter.phase("communication", "pinned"):
+                loss, communicated = communicated_bytes(step)
+                self._add_loss(loss)
+            self._update_result(communicated_bytes=communicated)
         for name, technique in zip(case.names, case.techniques, strict=True):
             if remark := technique.remark(module, case.context):
                 self._remarks.append(f"'{name}' {remark}")
         return step
-
-    def _notes_on_cache(self) -> list[str]:
-        case, tokens, shape = self.case, self.case.workload.cached_tokens(), self.case.model.shape
-        if tokens is None or shape is None or "cache" not in case.context.inventory:
-            return []
-        if any(technique.nominal_share() != 1 for technique in case.techniques):
-            return []  # the technique changes the model's shape, and with it the size of the cache
-        numbers = 2 * shape.layers * shape.key_value_heads * (shape.width // shape.heads) * tokens
-        return notes.on_cache(case.context.inventory["cache"](), numbers, case.techniques, self._built_bits)
 
     @property
     def _built_bits(self) -> float:
@@ -279,8 +278,10 @@ class _Work:
         meter, steps, timed_steps = self._meter, self._request.steps, self._timed
         # The losses of a training, and what its model learns, depend on the number of steps.
         can_repeat = not self.case.workload.trains and self.case.workload.steps_in_all() is None
+        sleeping = None
         if self.case.context.ranks:
             can_repeat = False  # all ranks must take the same number of steps
+            sleeping = None if meter.on_gpu else Sleeping()
         allocator.unpin()
         data = self.case.context.data
         codec_speeds: list[float] = []
@@ -293,7 +294,8 @@ class _Work:
             for _ in range(steps.warmup):
                 self._add_loss(step())
             meter.parts.clear()
-            for loss in timed_steps.measure(step, steps.measured, can_repeat=can_repeat):
+            timed_step = step if sleeping is None else sleeping.watched(step)
+            for loss in timed_steps.measure(timed_step, steps.measured, can_repeat=can_repeat):
                 self._add_loss(loss)
             timed.steps = steps.warmup + len(timed_steps.durations_s)
         if data is not None:
@@ -303,6 +305,7 @@ class _Work:
         self._waiting.be_passive()
         self._update_result(
             **timed_steps.result(),
+            slept_s=None if sleeping is None else sleeping.slept_s,
             losses_nats=self._losses_nats(),
             tokens_per_step=self._count("tokens_per_step") or self._tokens_of_an_epoch(),
             epoch_bytes=self._bytes_of_an_epoch(),

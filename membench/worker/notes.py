@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from membench.plugins import Technique
+    from membench.plugins import Context, Technique, Workload
 
 _LARGEST_DEVIATION = 0.2
 """The relative deviation from the nominal factor above which a note is made."""
@@ -145,6 +145,21 @@ def on_cache(cache: Any, numbers: int, techniques: Sequence[Technique], built_bi
     if abs(measured / nominal - 1) <= _LARGEST_DEVIATION:
         return []
     return [_note("keys and values", measured, nominal, causes)]
+
+
+def on_cache_of(context: Context, workload: Workload, techniques: Sequence[Technique], built_bits: float) -> list[str]:
+    """Return a note on the key-value cache of a case as ``on_cache`` does; none if nothing says how large it has to be.
+
+    Args:
+        built_bits: of a weight as the model is built.
+    """
+    tokens, shape, cache = workload.cached_tokens(), context.model.shape, context.inventory.get("cache")
+    if tokens is None or shape is None or cache is None:
+        return []
+    if any(technique.nominal_share() != 1 for technique in techniques):
+        return []  # the technique changes the model's shape, and with it the size of the cache
+    numbers = 2 * shape.layers * shape.key_value_heads * (shape.width // shape.heads) * tokens
+    return on_cache(cache(), numbers, techniques, built_bits)
 
 
 def _cause_of_state(name: str, inner: str, plain: torch.Tensor) -> str:

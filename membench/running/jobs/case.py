@@ -15,7 +15,7 @@ from membench.protocol.case import Case, Plugin
 from membench.protocol.forking import StartWorker
 from membench.protocol.messages import Result
 from membench.protocol.readings import ProcessReading, QualityReading
-from membench.running import deriving, over_ranks
+from membench.running import communication, deriving, over_ranks
 from membench.running.derived_metrics import DerivedMetrics
 from membench.running.deriving import JobReadings, WorkerMemory
 from membench.running.jobs.runnable import RunnableJob
@@ -117,6 +117,8 @@ class CaseJob(RunnableJob):
         deriving.warmup(found, deriving.phase_of(process, "warmup"), memory)
         deriving.highest_peak(found)
         _holdings(found, result)
+        if self.device.in_ranks:
+            communication.add(found, result, on_gpu=memory.on_gpu)
         _loss(found, result)
         if result.quality is not None:
             _quality(found, result.quality, is_trained=result.is_trained, unjudged=result.unjudged)
