@@ -28,13 +28,20 @@ def record(
     workload: str = "forward",
     *,
     model: str = "m",
+    device: str = "cpu",
+    parts: Mapping[str, str] | None = None,
     obtained: Mapping[str, Mapping[str, Any]] | None = None,
     **metrics: float | None,
 ) -> Record:
-    """A case on a CPU that ended well."""
-    case = {"model": model, "technique": technique, "workload": workload, "device": "cpu"}
+    """A case that ended well.
+
+    Args:
+        parts: the devices of the parts of a stack that ran on another device, by technique.
+    """
+    case: dict[str, Any] = {"model": model, "technique": technique, "workload": workload, "device": device}
+    case |= {"part_devices": parts} if parts else {}
     return Record(
-        case=case, id=f"{model}/{technique}/{workload}/cpu", repeat=0, status="ok", ended_in=None, message=None,
+        case=case, id=f"{model}/{technique}/{workload}/{device}", repeat=0, status="ok", ended_in=None, message=None,
         started_at="", duration_s=1.0, metrics=metrics, reasons={}, obtained=obtained or {}, processes=(), remarks=(),
         notes=(), broken_limits=(), timeline={}, output_tail="", machine={}, settings={},
     )  # fmt: skip

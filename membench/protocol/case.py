@@ -6,8 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from membench.host.device import Device
+
 REFERENCE = "none"
 """The technique of reference cases, to which all ratios refer."""
+
+Group = tuple[str, str, str]
+"""Model, workload and device: cases that share them stand in one table."""
+
+
+def reference_group(group: Group) -> Group:
+    """Return the group of the reference of a group's cases: on a single device, where they run on several in ranks."""
+    model, workload, device = group
+    return (model, workload, str(Device.parse(device).single))
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,8 @@ class Case:
     """Quality metrics that are plug-ins, by metric field."""
     command: tuple[str, ...] | None = None
     """The command of a user's program with its arguments; ``None`` for other cases."""
+    parts: Mapping[str, str] = field(default_factory=dict)
+    """The cases of the same model and workload that a stack is compared with: the device of each, by technique."""
 
     @property
     def plugins(self) -> tuple[tuple[str, Plugin], ...]:
@@ -65,6 +78,22 @@ class Case:
         return f"{self.model}/{self.technique}/{self.workload}/{self.device}"
 
     @property
-    def group(self) -> tuple[str, str, str]:
-        """Model, workload and device: cases that share them have the same reference."""
+    def group(self) -> Group:
+        """Model, workload and device."""
         return (self.model, self.workload, self.device)
+
+    @property
+    def reference_group(self) -> Group:
+        """The group of the case's reference."""
+        return reference_group(self.group)
+
+    @property
+    def in_ranks(self) -> bool:
+        """Whether it runs on ranks, one on each of several devices."""
+        return Device.parse(self.device).in_ranks
+
+    @property
+    def compared_with(self) -> frozenset[tuple[Group, str]]:
+        """Groups and techniques of the cases that it is compared with: its reference, and parts of its stack."""
+        parts = {((self.model, self.workload, device), part) for part, device in self.parts.items()}
+        return frozenset({(self.reference_group, REFERENCE), *parts})

@@ -170,7 +170,7 @@ class SuiteFile(pytest.File):
         from membench.protocol.case import REFERENCE
 
         reference = next(
-            case for case in self.suite.cases if case.group == item.case.group and case.technique == REFERENCE
+            case for case in self.suite.cases if case.technique == REFERENCE and case.group == item.case.reference_group
         )
         records = self._reference(item, reference)
         if item.case is reference:

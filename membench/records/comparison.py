@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from membench.protocol.case import REFERENCE
+from membench.protocol.case import REFERENCE, Group, reference_group
 from membench.records.disturbed_times import are_disturbed, median
 from membench.records.highest_peak import HIGHEST, LIVE_PEAKS, RUNNING, Peak, highest, peaks_of, with_highest_peak
 from membench.records.metrics import METRIC_OF_FIELD, METRICS
 from membench.records.record import Record, metrics_in
-
-Group = tuple[str, str, str]
+from membench.records.references import references_of
 
 QUALITY = tuple(metric.field for metric in METRICS if metric.loss)
 """The fields of the quality metrics, in order of preference."""
@@ -28,6 +28,9 @@ _SIGNIFICANT_STANDARD_ERRORS = 2
 class Comparison:
     """Records grouped by case, in the order in which they were measured, each group's reference first.
 
+    Of cases in ranks, the reference is that of a single device: it is in their group, too, and has a group of its own
+    only if other cases of the single device are there.
+
     The value of a metric of a case is the median over the case's repeats; of a time, over those that other processes
     did not disturb, if there are any.
 
@@ -40,6 +43,11 @@ class Comparison:
         records = [with_highest_peak(record) for record in records]
         for record in records:
             self._cases.setdefault((record.group, record.technique), []).append(record)
+        by_group: dict[Group, list[Record]] = {}
+        for record in records:
+            by_group.setdefault(record.group, []).append(record)
+        for group, references in references_of(by_group).items():
+            self._cases.setdefault((group, REFERENCE), references)
         self.metrics = metrics_in(records)
         self._techniques: dict[Group, list[str]] = {}
         for group, technique in self._cases:
@@ -47,6 +55,10 @@ class Comparison:
         for techniques in self._techniques.values():
             techniques.sort(key=lambda technique: (technique != REFERENCE, "+" in technique))
         self._read_only_groups = {record.group for record in records if record.metrics.get("read_mb_per_s") is not None}
+        shown_elsewhere = {reference_group(group) for group in self._techniques if reference_group(group) != group}
+        for group in shown_elsewhere:
+            if self._techniques.get(group) == [REFERENCE]:
+                del self._techniques[group]
 
     @property
     def groups(self) -> list[Group]:
@@ -60,6 +72,20 @@ class Comparison:
     def repeats(self, group: Group, technique: str) -> list[Record]:
         """Return the records of a case; empty if it was not measured."""
         return self._cases.get((group, technique), [])
+
+    def title(self, group: Group, technique: str) -> str:
+        """Return the name of a case within its group: the technique, and the device if it is another one."""
+        devices = {record.case["device"] for record in self.repeats(group, technique)} - {group[2]}
+        return f"{technique} ({devices.pop()})" if devices else technique
+
+    def within(self, group: Group, stack: str) -> Comparison:
+        """Return the comparison in which the parts of a stack are cases of its group, wherever they ran."""
+        elsewhere = {part: of for record in self.repeats(group, stack) for part, of in record.part_groups.items()}
+        if not elsewhere:
+            return self
+        found = copy.copy(self)
+        found._cases = {**self._cases, **{(group, part): self.repeats(of, part) for part, of in elsewhere.items()}}
+        return found
 
     def value(self, group: Group, technique: str, field: str) -> float | None:
         """Return the value of a metric of a case; ``None`` if no repeat has it.
@@ -120,7 +146,8 @@ class Comparison:
         For metrics of which less is better, a result above one means that the members impede each other.
         """
         whole = self.ratio(group, stack, field)
-        alone = [self.ratio(group, member, field) for member in stack.split("+")]
+        parts = self.within(group, stack)
+        alone = [parts.ratio(group, member, field) for member in stack.split("+")]
         if whole is None or None in alone:
             return None
         return whole / math.prod(ratio for ratio in alone if ratio is not None)
@@ -277,11 +304,10 @@ def with_compared(records: Sequence[Record], kept: Sequence[Record]) -> tuple[Re
 
     The records stay in their order.
     """
-    wanted = {
-        (record.group, name)
-        for record in kept
-        for name in (record.technique, REFERENCE, *prefixes(record.technique), *record.technique.split("+"))
-    }
+    wanted = {(record.reference_group, REFERENCE) for record in kept}
+    for record in kept:
+        names = (*prefixes(record.technique), *record.technique.split("+"))
+        wanted |= {(record.part_groups.get(name, record.group), name) for name in names}
     return tuple(record for record in records if (record.group, record.technique) in wanted)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from membench.protocol.case import Group, reference_group
 from membench.protocol.readings import ProcessReading
 from membench.records.metric import Metric
 from membench.records.metrics import metrics_with
@@ -72,8 +73,19 @@ class Record:
         return self.ended_in == PREPARING and self.status in CUT_SHORT
 
     @property
-    def group(self) -> tuple[str, str, str]:
+    def group(self) -> Group:
         return (self.case["model"], self.case["workload"], self.case["device"])
+
+    @property
+    def reference_group(self) -> Group:
+        """The group of its reference: on a single device for a case in ranks."""
+        return reference_group(self.group)
+
+    @property
+    def part_groups(self) -> Mapping[str, Group]:
+        """The groups of the parts of its stack that ran on other devices than the case, by technique."""
+        devices = self.case.get("part_devices", {})
+        return {part: (self.case["model"], self.case["workload"], device) for part, device in devices.items()}
 
     @property
     def technique(self) -> str:

@@ -95,6 +95,7 @@ class _Case(_Table):
     device: str
     model_plugin: _Plugin | None = None
     technique_plugins: list[_Plugin] = []
+    part_devices: dict[str, str] = {}
     workload_plugin: _Plugin | None = None
 
 
@@ -196,6 +197,9 @@ def check_record(entry: Mapping[str, Any]) -> list[ProcessReading]:
     _check_timeline(entry["timeline"])
     case = entry["case"]
     _check_name("case.device", case["device"], checked_device)
+    for part, device in case.get("part_devices", {}).items():
+        _check_name("case.part_devices", part, checked_stack)
+        _check_name(f"case.part_devices.{part}", device, checked_device)
     if "model_plugin" not in case:  # a test function, whose names are those of its file and test
         for key, name in (("id", entry["id"]), ("case.model", case["model"]), ("case.workload", case["workload"])):
             _check_name(key, name, _checked_text)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from membench.host.device import Device
-from membench.protocol.case import REFERENCE
-from membench.records.comparison import Comparison, Group
+from membench.protocol.case import REFERENCE, Group
+from membench.records.comparison import Comparison
 from membench.records.disturbed_times import WHY
 from membench.records.highest_peak import Peak
 from membench.records.metrics import METRIC_OF_FIELD, NO_DIVERGENCE

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from membench.records.comparison import Comparison, Group
+from membench.protocol.case import Group
+from membench.records.comparison import Comparison
 from membench.records.metric import Metric
 from membench.records.metrics import METRIC_OF_FIELD
 from membench.report.cells import bound_of, figure, signed

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from membench.protocol.case import REFERENCE
-from membench.records.comparison import Comparison, Group
+from membench.protocol.case import REFERENCE, Group
+from membench.records.comparison import Comparison
 from membench.records.metric import Metric
 from membench.units import format_ratio
 

@@ -16,7 +16,7 @@ def flat_rows(records: Sequence[Record]) -> list[dict[str, object]]:
     ``times_disturbed`` says that other processes disturbed the timed steps; ratios of such times are not given.
     """
     found = Comparison(records)
-    rows: list[dict[str, object]] = []
+    rows: dict[str, dict[str, object]] = {}  # by id: a reference may be in several groups
     for group in found.groups:
         for technique in found.techniques(group):
             repeats = found.repeats(group, technique)
@@ -32,5 +32,5 @@ def flat_rows(records: Sequence[Record]) -> list[dict[str, object]]:
                     says_nothing = found.is_disturbed(group, metric.field, technique, REFERENCE)
                     ratio = None if says_nothing else found.ratio(group, technique, metric.field)
                     row[f"{metric.name}_ratio"] = ratio
-            rows.append(row)
-    return rows
+            rows.setdefault(repeats[0].id, row)
+    return list(rows.values())

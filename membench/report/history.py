@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from membench.host.environment import differences
-from membench.records.comparison import Comparison, Group
+from membench.protocol.case import Group
+from membench.records.comparison import Comparison
 from membench.records.disturbed_times import WHY
 from membench.records.metric import Metric
 from membench.records.metrics import METRIC_OF_FIELD

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from membench.errors import MembenchError, one_line
 from membench.host import console
-from membench.records.comparison import Comparison, Group
+from membench.protocol.case import Group
+from membench.records.comparison import Comparison
 from membench.records.metric import Metric
 from membench.records.record import Record, metrics_in
 from membench.records.run_file import Run

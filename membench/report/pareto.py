@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from membench.protocol.case import REFERENCE
-from membench.records.comparison import Comparison, Group
+from membench.protocol.case import REFERENCE, Group
+from membench.records.comparison import Comparison
 from membench.records.disturbed_times import WHY
 from membench.records.highest_peak import RUNNING
 from membench.records.metric import Loss, Metric

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from membench.errors import one_line
-from membench.protocol.case import REFERENCE
-from membench.records.comparison import Comparison, Group
+from membench.protocol.case import REFERENCE, Group
+from membench.records.comparison import Comparison
 from membench.records.metric import Metric
 from membench.records.metrics import METRICS
 from membench.records.record import Record

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple
 
-from membench.protocol.case import REFERENCE
-from membench.records.comparison import QUALITY, Comparison, Group
+from membench.protocol.case import REFERENCE, Group
+from membench.records.comparison import QUALITY, Comparison
 from membench.records.disturbed_times import WHY
 from membench.records.metrics import METRIC_OF_FIELD, NO_DIVERGENCE, SAME_ACCURACY
 from membench.records.record import Record

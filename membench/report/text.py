@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from membench.errors import one_line
-from membench.protocol.case import REFERENCE
-from membench.records.comparison import Comparison, Group, prefixes
+from membench.protocol.case import REFERENCE, Group
+from membench.records.comparison import Comparison, prefixes
 from membench.records.disturbed_times import WHY
 from membench.records.highest_peak import RUNNING
 from membench.records.metric import Metric
@@ -88,7 +88,7 @@ def _rows(found: Comparison, group: Group, metrics: Sequence[Metric]) -> Iterato
     techniques, marks = found.techniques(group), front_marks(found, group)
     has_stacks = any("+" in technique for technique in techniques)
     for technique in techniques:
-        row = {"technique": technique, "status": status_of(found.repeats(group, technique))}
+        row = {"technique": found.title(group, technique), "status": status_of(found.repeats(group, technique))}
         for metric in metrics:
             row[metric.title] = figure(found, group, technique, metric)
         if len(techniques) > 1:
@@ -105,12 +105,12 @@ def _marginal_rows(
     found: Comparison, group: Group, stack: str, whole: Mapping[str, str], metrics: Sequence[Metric]
 ) -> Iterator[dict[str, str]]:
     """Yield what each member adds: its prefix of the stack over the prefix before it."""
-    before = REFERENCE
+    parts, before = found.within(group, stack), REFERENCE
     for member, prefix in zip(stack.split("+"), prefixes(stack), strict=True):
         row = dict.fromkeys(whole, "")
         row["technique"] = f"· {'+' if before != REFERENCE else ''}{member}"
         for metric in metrics:
-            row[metric.title] = change(found, group, prefix, metric, before)
+            row[metric.title] = change(parts, group, prefix, metric, before)
         before = prefix
         yield row
 
@@ -137,15 +137,16 @@ def explanation(records: Sequence[Record], form: str = DEFAULT) -> str:
 
     That of the reference has its own figures alone.
     """
-    style, found = FORMATS[form], Comparison(records)
-    tables = []
-    for group in found.groups:
-        for technique in found.techniques(group):
+    style, compared = FORMATS[form], Comparison(records)
+    tables: dict[str, str] = {}  # by id: a reference may be in several groups
+    for group in compared.groups:
+        for technique in compared.techniques(group):
+            case_id, found = compared.repeats(group, technique)[0].id, compared.within(group, technique)
             chain = list(dict.fromkeys((REFERENCE, *prefixes(technique))))
             rows = []
             for metric in found.metrics:
                 if not found.is_known(group, metric.field) or (
-                    technique == REFERENCE and metric.field not in found.repeats(group, technique)[0].metrics
+                    technique == REFERENCE and metric.field not in compared.repeats(group, technique)[0].metrics
                 ):
                     continue
                 row = {"metric": metric.title}
@@ -167,8 +168,8 @@ def explanation(records: Sequence[Record], form: str = DEFAULT) -> str:
             for category, sizes in _breakdown(found, group, chain).items():
                 told = {style.cell(step): size for step, size in sizes.items()}
                 rows.append({"metric": f"at the peak{of}: {style.cell(category)}", **told})
-            tables.append("\n\n".join([style.title(found.repeats(group, technique)[0].id), style.render(rows)]))
-    return "\n\n".join(tables)
+            tables.setdefault(case_id, "\n\n".join([style.title(case_id), style.render(rows)]))
+    return "\n\n".join(tables.values())
 
 
 def _breakdown(found: Comparison, group: Group, chain: Sequence[str]) -> dict[str, dict[str, str]]:

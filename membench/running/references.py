@@ -20,7 +20,7 @@ def remove(path: Path) -> None:
 
 
 class References:
-    """A folder of logits with one file per group of cases."""
+    """A folder of logits with one file per reference."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -31,7 +31,7 @@ class References:
 
     def of(self, case: Case) -> ReferenceLogits:
         """Return the file of the logits of a case's reference, and whether the case itself writes it."""
-        model, workload, device = case.group
+        model, workload, device = case.reference_group
         # Some file systems allow no colon in file names; '@' and ',' do not occur in the names of plug-ins.
         name = ",".join((model.replace(":", "@"), workload.replace(":", "@"), device.replace(":", "")))
         return ReferenceLogits(str(self._folder / f"{name}.npy"), case.technique == REFERENCE)

@@ -194,7 +194,7 @@ class Runner:
             unchecked_limits=_skipped_limits(status, job.limits),
             timeline=finished.timeline.columns(),
             output_tail="" if status in ("ok", "skipped") else deciding.output(),
-            machine={**self._machine, "threads": job.threads},
+            machine=self._machine,
             settings=job.settings.model_dump(),
         )
 

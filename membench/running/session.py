@@ -98,7 +98,7 @@ def _references_to_repeat(
     with_logits = {
         record.id for record in records for process in record.processes if process.quality and process.quality.nats
     }
-    groups = {case.group for case in todo} - {case.group for case in todo if case.technique == REFERENCE}
+    groups = {case.reference_group for case in todo} - {case.group for case in todo if case.technique == REFERENCE}
     return [
         (case, measured[case.id])
         for case in suite.cases

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import math
 import os
 import re
 import sys
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from membench.errors import PluginError, SuiteError, did_you_mean, summary
 from membench.host.device import Device
-from membench.plugins import Setting, registry
-from membench.protocol.case import REFERENCE, Case, Plugin, PluginFile
+from membench.plugins import Parallel, Setting, Technique, Unsuitable, registry
+from membench.plugins.parallel import degrees
+from membench.protocol.case import REFERENCE, Case, Group, Plugin, PluginFile, reference_group
 from membench.records.metric import own_field
 from membench.records.metrics import METRICS, own_metrics
 from membench.records.names import checked_name, members, parts
@@ -34,20 +36,23 @@ class _Combination(NamedTuple):
     device: str
 
     @property
-    def group(self) -> tuple[str, str, str]:
+    def group(self) -> Group:
         return (self.model, self.workload, self.device)
 
-    def parts(self) -> list[_Combination]:
-        return [self._replace(technique=part) for part in parts(self.technique)]
+    @property
+    def reference(self) -> _Combination:
+        model, workload, device = reference_group(self.group)
+        return _Combination(model, REFERENCE, workload, device)
 
 
 def expand(contents: Contents, devices: Sequence[str] | None, files: Sequence[PluginFile] = ()) -> tuple[Case, ...]:
     """Expand a suite into cases: each group's reference first, the parts of a stack before it.
 
-    Parts of a stack that the suite does not list are added, so that the effect of each member can be reported.
-    Exclusions apply to cases of the matrix and to added parts, but not to [[include]]. The reference of a group is
-    added, even if excluded, as long as the group has another case. An added part is left out if its ``check`` rejects
-    it.
+    Parts of a stack that the suite does not list are added, so that the effect of each member can be reported. In ranks
+    a part runs on as many as its members have in the stack, and on the single device if none of them spreads it. The
+    reference runs there, too: ``none`` on ``2xcpu`` stands for ``none`` on ``cpu``. Exclusions apply to cases of the
+    matrix and to added parts, but not to [[include]]. The reference of a group is added, even if excluded, as long as
+    the group has another case. An added part is left out if its ``check`` rejects it.
 
     Args:
         devices: devices in place of the suite's own.
@@ -61,27 +66,41 @@ def expand(contents: Contents, devices: Sequence[str] | None, files: Sequence[Pl
     written = dict.fromkeys([*(each for each in product if not _excluded(each, contents.exclude)), *included])
     wanted: dict[_Combination, None] = {}
     for each in written:
-        added = (p for p in each.parts() if p not in written and not _excluded(p, contents.exclude))
+        added = (p for p in plugins.parts(each) if p not in written and not _excluded(p, contents.exclude))
         wanted |= dict.fromkeys([*added, each])
     if not wanted:
         raise SuiteError("no case is left after [[exclude]]")
-    groups = list(dict.fromkeys(each.group for each in wanted))
-    wanted |= dict.fromkeys(_Combination(model, REFERENCE, workload, device) for model, workload, device in groups)
+    wanted |= dict.fromkeys([each.reference for each in wanted])
     # Include the suite's own devices, so that an exclusion for a device that --device replaces is still accepted.
     named = [each for chosen in (devices, None) for some in _combinations(contents, chosen) for each in some]
-    named += [part for each in named for part in each.parts()]
-    named += [each._replace(technique=REFERENCE) for each in named]
+    named += [part for each in named for part in plugins.parts(each)]
+    named += [each.reference for each in named]
     _refuse_unmatched_exclusions(contents.exclude, named, wanted)
 
-    ordered = sorted(wanted, key=lambda each: (groups.index(each.group), each.technique != REFERENCE))
     cases = []
-    for each in ordered:
+    for each in _in_order(wanted):
         wrong = plugins.incompatibility(each)
         if wrong is None:
             cases.append(plugins.case(each))
         elif each in written:
             raise SuiteError(wrong)
     return tuple(cases)
+
+
+def _in_order(wanted: Iterable[_Combination]) -> list[_Combination]:
+    """Return cases group by group, the reference first and fewer ranks before more, else in the order given."""
+    groups = {each.group: number for number, each in reversed(list(enumerate(wanted)))}
+    first: dict[Group, int] = {}
+    for group, number in groups.items():
+        of = reference_group(group)
+        first[of] = min(first.get(of, number), number)
+
+    def place(each: _Combination) -> tuple[int, int, int, bool]:
+        device = Device.parse(each.device)
+        ranks = device.count if device.in_ranks else 0
+        return first[each.reference.group], ranks, groups[each.group], each.technique != REFERENCE
+
+    return sorted(wanted, key=place)
 
 
 def cases_of_program(program: Program, folder: Path, devices: Sequence[str] | None) -> tuple[Case, ...]:
@@ -129,7 +148,9 @@ def _combinations(contents: Contents, devices: Sequence[str] | None) -> tuple[li
 
     def product(axes: Matrix | Addition) -> list[_Combination]:
         chosen = devices or axes.device or contents.matrix.device
-        return [_Combination(*names) for names in itertools.product(axes.model, axes.technique, axes.workload, chosen)]
+        listed = itertools.product(axes.model, axes.technique, axes.workload, chosen)
+        combinations = [_Combination(*names) for names in listed]
+        return [each.reference if each.technique == REFERENCE else each for each in combinations]
 
     return product(contents.matrix), [each for more in contents.include for each in product(more)]
 
@@ -264,8 +285,35 @@ class _Plugins:
     def case(self, each: _Combination) -> Case:
         techniques = tuple(self._plugin("technique", member) for member in members(each.technique))
         return Case(
-            *each, self._plugin("model", each.model), techniques, self._plugin("workload", each.workload), self._metrics
-        )
+            *each, self._plugin("model", each.model), techniques, self._plugin("workload", each.workload),
+            self._metrics, parts={part.technique: part.device for part in self.parts(each)},
+        )  # fmt: skip
+
+    def parts(self, each: _Combination) -> list[_Combination]:
+        """Return the cases that a stack is compared with; none if it cannot be spread over its ranks.
+
+        In ranks, these include the stack without the members that spread it: the same training on a single device.
+        """
+        device, techniques = Device.parse(each.device), self._techniques(each.technique)
+        spreads = {name for name, technique in techniques.items() if isinstance(technique, Parallel)}
+        if not device.in_ranks:
+            return [] if spreads else [each._replace(technique=part) for part in parts(each.technique)]
+        try:
+            ranks = degrees(list(techniques.values()), device.count)
+        except Unsuitable:
+            return []
+        if not spreads or len(ranks) < len(spreads):
+            return []
+        alone = "+".join(name for name in techniques if name not in spreads)
+        found = []
+        for part in dict.fromkeys([*parts(each.technique), *([alone] if alone else [])]):
+            own = [technique.dimension for name in members(part) if isinstance(technique := techniques[name], Parallel)]
+            many = f"{math.prod(ranks[dimension] for dimension in own)}x" if own else ""
+            found.append(each._replace(technique=part, device=f"{many}{device.single}"))
+        return found
+
+    def _techniques(self, stack: str) -> dict[str, Technique]:
+        return {name: self._made["technique", name][1] for name in members(stack)}
 
     def _plugin(self, kind: str, name: str) -> Plugin:
         return self._made[kind, name][0]
@@ -274,7 +322,7 @@ class _Plugins:
         """Return why the model, techniques and workload of a case are incompatible, or ``None`` if they are not."""
         (_, model), (_, workload) = self._made["model", each.model], self._made["workload", each.workload]
         names = members(each.technique)
-        techniques = tuple(self._made["technique", name][1] for name in names)
+        techniques = tuple(self._techniques(each.technique).values())
         try:
             longest, needed = model.max_tokens(), workload.longest_sequence()
             if longest is not None and needed > longest:

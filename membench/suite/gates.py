@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from membench.errors import RuleError, did_you_mean
-from membench.protocol.case import REFERENCE
+from membench.protocol.case import REFERENCE, Group
 from membench.records.disturbed_times import WHY, are_disturbed, median
 from membench.records.metric import Metric
 from membench.records.metrics import metrics_by_name
+from membench.records.references import references_of
 from membench.records.validation import shown
 from membench.suite.rule_tokens import Token, tokens
 from membench.units import format_bytes, format_number, format_seconds, parse_bytes, parse_seconds
@@ -317,7 +318,10 @@ def outcomes(gates: Sequence[Gate], records: Sequence[Record]) -> list[Outcome]:
     cases: dict[str, list[Record]] = {}
     for record in records:
         cases.setdefault(record.id, []).append(record)
-    references = {repeats[0].group: repeats for repeats in cases.values() if repeats[0].technique == REFERENCE}
+    groups: dict[Group, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.group, []).append(record)
+    references = references_of(groups)
     found = []
     for gate in gates:
         checked = [

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from membench.errors import SuiteError
-from membench.protocol.case import REFERENCE, Case, PluginFile
+from membench.protocol.case import Case, PluginFile
 from membench.records.metric import Metric
 from membench.records.metrics import own_metrics
-from membench.records.names import parts
 from membench.records.validation import shown
 from membench.suite import python_files, toml_files
 from membench.suite.checking import checked
@@ -127,7 +126,7 @@ class Suite:
         wanted = set()
         for case in self.cases:
             if keep(case.id):
-                wanted |= {(case.group, t) for t in (case.technique, REFERENCE, *parts(case.technique))}
+                wanted |= {(case.group, case.technique), *case.compared_with}
         return tuple(case for case in self.cases if (case.group, case.technique) in wanted)
 
     @property

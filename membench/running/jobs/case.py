@@ -133,6 +133,7 @@ class CaseJob(RunnableJob):
 def case_names(case: Case) -> dict[str, Any]:
     """Return the names and plug-ins of a case for its record."""
     own = {field: _plugin_fields(plugin) for field, plugin in case.metric_plugins.items()}
+    elsewhere = {part: device for part, device in case.parts.items() if device != case.device}
     return {
         "model": case.model,
         "technique": case.technique,
@@ -142,6 +143,7 @@ def case_names(case: Case) -> dict[str, Any]:
         "technique_plugins": [_plugin_fields(technique) for technique in case.technique_plugins],
         "workload_plugin": _plugin_fields(case.workload_plugin),
         **({"metric_plugins": own} if own else {}),
+        **({"part_devices": elsewhere} if elsewhere else {}),
     }
 
 
