@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from membench.worker.breakdown import MemoryWatcher
 from membench.worker.storages import Storages
@@ -105,3 +109,19 @@ def test_categories_of_a_breakdown_share_no_byte() -> None:
     found = watcher.breakdown({"forward": 6 * MIB})["forward"]
     assert (found["weights"], found["optimizer"], found["gradients"]) == (MIB, MIB, MIB)
     assert sum(found.values()) == 6 * MIB
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """The mesh of two ranks, of which this one is the first; nothing is sent."""
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield init_device_mesh("cpu", (2,))
+    distributed.destroy_process_group()
+
+
+def test_a_tensor_that_ranks_share_counts_with_this_ranks_part(mesh: DeviceMesh) -> None:
+    module = nn.Linear(1024, 1024, bias=False)
+    module.weight = nn.Parameter(distribute_tensor(module.weight.data, mesh, [Shard(0)], src_data_rank=None))
+    assert weight_bytes(module) == 2 * MIB
+    assert [entry.bytes for entry in bytes_by_module(module)] == [2 * MIB]
+    assert Storages([module.weight]).bytes == 2 * MIB

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from membench.units import format_bytes, format_ratio
 from membench.worker.breakdown import named_tensors_in
-from membench.worker.storages import Storages, plain_tensors
+from membench.worker.storages import Storages, inner_tensors, local_part, plain_tensors
 from membench.worker.weights import own_tensors, weight_bytes
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def on_states(
 
 
 def _is_quantized(tensors: Mapping[str, torch.Tensor]) -> bool:
-    return any(hasattr(tensor, "__tensor_flatten__") for tensor in tensors.values())
+    return any(hasattr(local_part(tensor), "__tensor_flatten__") for tensor in tensors.values())
 
 
 def on_cache(cache: Any, numbers: int, techniques: Sequence[Technique], built_bits: float = 32) -> list[str]:
@@ -225,10 +225,10 @@ def _zero_bytes(plain: torch.Tensor) -> int:
 
 
 def _named_plain(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    if not hasattr(tensor.data, "__tensor_flatten__"):
+    tensor = local_part(tensor.data)
+    if not hasattr(tensor, "__tensor_flatten__"):
         return [(name, plain) for plain in plain_tensors(tensor)]
-    names = tensor.data.__tensor_flatten__()[0]
-    return [(inner, plain) for inner in names for plain in plain_tensors(getattr(tensor.data, inner))]
+    return [(name, plain) for name, inner in inner_tensors(tensor) for plain in plain_tensors(inner)]
 
 
 def _cause(

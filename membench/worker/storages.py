@@ -10,13 +10,32 @@ if TYPE_CHECKING:
     import torch
 
 
+def inner_tensors(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors that one of a subclass consists of, by name; a DTensor names its mesh, too, which is none."""
+    import torch
+
+    for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+        inner = getattr(tensor, name)
+        if isinstance(inner, torch.Tensor):
+            yield name, inner
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a tensor that ranks share (DTensor); any other as it is."""
+    part: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
+    return part
+
+
 def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield the tensors that hold a tensor's values: itself, or the inner ones of a quantized or a sparse one."""
+    """Yield the tensors that hold a tensor's values: itself, or the inner ones of a quantized, split or sparse one.
+
+    Of a tensor that ranks share (DTensor) it is this rank's part.
+    """
     import torch
 
     if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from plain_tensors(getattr(tensor, name))
+        for _, inner in inner_tensors(tensor):
+            yield from plain_tensors(inner)
     elif tensor.layout is torch.sparse_coo:
         yield from (tensor._indices(), tensor._values())
     elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
