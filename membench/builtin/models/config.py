@@ -38,7 +38,7 @@ class Config(Model):
         overrides: settings to replace, by transformers' names.
     """
 
-    imports = ("torch", "transformers.models.auto.modeling_auto")
+    imports = ("torch", "transformers.models.auto.modeling_auto", "transformers.modeling_layers")
     source: str = Field(min_length=1)
     architecture: str | None = Field(default=None, min_length=1)
     overrides: dict[str, JsonValue] = Field(default_factory=dict)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, PrivateAttr
 
+from membench.builtin.models.config import Config
 from membench.builtin.techniques.mapped_checkpoint import own_copy
 from membench.errors import PluginError
 from membench.plugins import Context, Model, Workload
@@ -36,7 +37,7 @@ class Pretrained(Model):
         allow_unexpected: patterns of tensors in the checkpoint for which the model has no place.
     """
 
-    imports = ("torch", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto")
+    imports: ClassVar[tuple[str, ...]] = (*Config.imports, "transformers.models.auto.tokenization_auto")
     quality: ClassVar[bool] = True
     source: str = Field(min_length=1)
     architecture: str | None = Field(default=None, min_length=1)
