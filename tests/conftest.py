@@ -19,6 +19,7 @@ collect_ignore = ["example_plugin"]  # whose tests run where it is installed
 _ENTRY_POINTS = """\
 [membench.models]
 block = tests.amounts:Block
+factory-of-transformers = tests.shapes:FactoryOfTransformers
 net = tests.growth:Net
 too-large = tests.amounts:TooLarge
 [membench.workloads]

@@ -1,13 +1,21 @@
-"""Models of known shape for the tests, made by the model plug-in 'factory'."""
+"""Models of known shape for the tests, made by the model plug-in 'factory' or one that saves each case an import."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from membench.builtin.models.factory import Factory
+
 if TYPE_CHECKING:
     from torch import nn
 
 WIDTH, HEADS, LAYERS, VOCABULARY = 128, 8, 4, 8192
+
+
+class FactoryOfTransformers(Factory):
+    """A function that makes a model of transformers, whose modules are there before any case. Registered by the tests."""
+
+    imports = ("torch", "transformers.models.auto.modeling_auto", "transformers.models.gpt2.modeling_gpt2")
 
 
 def _gpt2(dropout: float) -> nn.Module:

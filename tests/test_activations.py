@@ -204,11 +204,11 @@ model = "plain"
 technique = ["every-2nd", "accumulate-2", "step-in-backward"]
 workload = "steps"
 [model.plain]
-use = "factory"
+use = "factory-of-transformers"
 function = "tests.shapes:gpt2_without_dropout"
 vocabulary_size = 8192
 [model.dropout]
-use = "factory"
+use = "factory-of-transformers"
 function = "tests.shapes:gpt2_with_dropout"
 vocabulary_size = 8192
 [technique.every-2nd]
@@ -220,6 +220,7 @@ batch_size = 4
 sequence_length = 64
 [settings]
 measured_steps = 2
+evaluate_s = 0
 """
 
 
