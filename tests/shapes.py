@@ -13,7 +13,7 @@ WIDTH, HEADS, LAYERS, VOCABULARY = 128, 8, 4, 8192
 
 
 class FactoryOfTransformers(Factory):
-    """A function that makes a model of transformers, whose modules are there before any case. Registered by the tests."""
+    """A function that makes a model of transformers, which is imported before any case. Registered by the tests."""
 
     imports = ("torch", "transformers.models.auto.modeling_auto", "transformers.models.gpt2.modeling_gpt2")
 
