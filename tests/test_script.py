@@ -385,7 +385,8 @@ _BAD = {
         "--limit 'peak_footprint': write METRIC=MOST, such as peak_footprint=1GiB"
     ),
     ("--script", "own.py", "--limit", "peak_live=1MiB"): (
-        "limits.peak_live: of a script peak_live is not known; known: peak_footprint, children_peak, time, energy"
+        "limits.peak_live: of a script peak_live is not known;"
+        " known: peak_footprint, total_footprint, children_peak, time, energy"
     ),
     ("--",): "what stands behind '--' is for a script: name it with --script FILE or -m MODULE",
     (): "name a suite, or a program with --script FILE or -m MODULE",
@@ -419,7 +420,7 @@ def test_an_option_that_no_verb_has_is_refused_as_before_if_no_program_is_named(
         assert "unrecognized arguments: --epochs" in capfd.readouterr().err
 
 
-_KNOWN = "known: peak_footprint, children_peak, time, energy"
+_KNOWN = "known: peak_footprint, total_footprint, children_peak, time, energy"
 _IDLE: list[tuple[dict[str, Any], str]] = [
     ({"plugins": ["mine.py"]}, "unknown key 'suite.plugins'; known: description, name"),
     ({"metrics": ["next_token_accuracy"]}, "unknown key 'suite.metrics'; known: description, name"),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from membench.cli.output import print_table
 from membench.errors import MembenchError, SuiteError
+from membench.host.device import MOST_RANKS
 from membench.report.table_formats import FORMATS
 
 if TYPE_CHECKING:
@@ -29,9 +30,19 @@ def add(run: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     run.add_argument("-m", dest="module", metavar="MODULE", help="like --script, for a module that python -m runs")
     run.add_argument(
+        "--ranks", type=_ranks, metavar="N",
+        help="with --script or -m: start N processes of the program, with the variables that torchrun sets",
+    )  # fmt: skip
+    run.add_argument(
         "--limit", action="append", default=[], metavar="METRIC=MOST",
         help="with --script or -m: a limit, such as peak_footprint=1GiB; can be given several times",
     )  # fmt: skip
+
+
+def _ranks(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_RANKS:
+        raise argparse.ArgumentTypeError(f"write a number from 1 to {MOST_RANKS}")
+    return int(text)
 
 
 def split_arguments(words: Sequence[str]) -> tuple[list[str], list[str] | None]:
@@ -69,6 +80,8 @@ def is_asked_for(arguments: argparse.Namespace) -> bool:
         return True
     if arguments.program_arguments is not None:
         raise MembenchError("what stands behind '--' is for a script: name it with --script FILE or -m MODULE")
+    if arguments.ranks is not None:
+        raise MembenchError("--ranks is for --script and -m; of a suite's cases the device says it, as in 2xcpu")
     if arguments.limit:
         raise MembenchError("--limit is for --script and -m; a suite has a table [limits]")
     if not arguments.suite:
@@ -102,7 +115,9 @@ def suite(arguments: argparse.Namespace) -> Suite:
     if len(arguments.device or ()) > 1:
         raise MembenchError(f"{option} runs on one --device")
     named = {"file": arguments.script} if arguments.script is not None else {"module": arguments.module}
-    program = {**named, "arguments": arguments.program_arguments or [], "device": (arguments.device or ["cpu"])[0]}
+    ranks = {} if arguments.ranks is None else {"ranks": arguments.ranks}
+    device = (arguments.device or ["cpu"])[0]
+    program = {**named, **ranks, "arguments": arguments.program_arguments or [], "device": device}
     name = Path(arguments.script).stem if arguments.script else arguments.module or ""
     try:
         return membench.Suite(
@@ -111,6 +126,7 @@ def suite(arguments: argparse.Namespace) -> Suite:
         )  # fmt: skip
     except SuiteError as error:
         _, _, wrong = str(error).partition(": ")
+        wrong = wrong.replace("script.ranks = ", "--ranks ")
         raise MembenchError(wrong.replace(f"script.{next(iter(named))} = ", f"{option} ")) from None
 
 

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+MOST_RANKS = 9999
 _WRITTEN = re.compile(r"(?:(?P<count>[1-9][0-9]{0,3})x)?(?P<kind>cpu|cuda)(?::(?P<index>0|[1-9][0-9]{0,2}))?")
 
 
@@ -48,6 +49,16 @@ class Device:
     def single(self) -> Device:
         """The device without a count: where the reference of a case in ranks runs."""
         return Device(self.kind) if self.in_ranks else self
+
+    def on_ranks(self, count: int) -> Device:
+        """The device with a count: one process on each of so many.
+
+        Raises:
+            ValueError: if it has a count already, or is one GPU of several.
+        """
+        if self.in_ranks or self.index is not None:
+            raise ValueError("write cpu or cuda where a number of ranks is given beside it")
+        return Device(self.kind, None, count, True)
 
     @property
     def on_gpu(self) -> bool:

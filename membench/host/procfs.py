@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_LONGEST_RANK = 6
 _PAGES_WORTH_A_LOOK = 2**18 // _PAGE_BYTES
 
 
@@ -276,6 +277,16 @@ def children(pid: int) -> list[int]:
     except OSError:
         pass
     return found
+
+
+def rank_of(pid: int) -> int | None:
+    """Return the rank that the environment of a process names (``RANK``); ``None`` without one, or if it is gone."""
+    try:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    written = next((each.removeprefix(b"RANK=") for each in variables if each.startswith(b"RANK=")), b"")
+    return int(written) if written.isdigit() and len(written) <= _LONGEST_RANK else None
 
 
 def waited_for_children(pid: int) -> bool:

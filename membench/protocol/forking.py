@@ -33,12 +33,14 @@ class StartProgram:
 
     Attributes:
         grace_s: seconds that processes which outlive it have to end by themselves, before they are killed.
+        variables: environment variables that it has besides those of membench itself.
     """
 
     order: ClassVar[str] = "program"
     command: Sequence[str]
     rank: int
     grace_s: float
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,7 @@ class ProcessReading(Reading):
     """All readings of one process (rank) of a job.
 
     Attributes:
-        role: ``worker``, or ``script`` for a user's program.
+        role: ``worker``; ``script`` for a user's program; ``rank`` for a rank that such a program started itself.
         durations_s: the duration of each timed step.
         waited_s: per timed step, the time that all its threads together waited for cores used by other processes.
         passive: per timed step, whether several threads worked in it and waited for each other passively, because other
@@ -241,7 +241,7 @@ class ProcessReading(Reading):
     @property
     def includes_interpreter(self) -> bool:
         """Whether its memory includes interpreter and libraries: a script has no baseline."""
-        return self.role == "script"
+        return self.role != "worker"
 
     def phase(self, name: str) -> PhaseReading | None:
         """Return the phase with a name, or ``None`` if the process did not complete it."""

@@ -11,6 +11,7 @@ from membench.host import procfs
 from membench.host.load import WatchedWaiting
 from membench.host.nvml import Gpu, GpuReading, Gpus
 from membench.protocol.readings import PhaseReading
+from membench.running.launched_ranks import LaunchedRanks
 from membench.running.timeline import Sample, Timeline
 
 
@@ -80,6 +81,7 @@ class Observer:
         self._energy_mj: int | None = None
         self._seen: Observed | None = None
         self._waiting: WatchedWaiting | None = None
+        self._ranks: LaunchedRanks | None = None
 
     def watch_waiting(self) -> None:
         """Look from now on for how long threads of the process and its descendants wait for cores."""
@@ -89,6 +91,11 @@ class Observer:
     def waited_s(self) -> float | None:
         """Return for how long threads were seen to wait for cores, in seconds summed; ``None`` if not known."""
         return self._waiting.waited_s if self._waiting else None
+
+    def watch_ranks(self) -> LaunchedRanks:
+        """Look from now on for ranks among the descendants; the samples complete what is returned."""
+        self._ranks = LaunchedRanks(self.pid)
+        return self._ranks
 
     def use_gpu(self, uuid: str) -> str | None:
         """Include a GPU in the samples from now on; return the reason if it is not found."""
@@ -121,6 +128,8 @@ class Observer:
         descendants = self._watch.descendants()
         if self._waiting:
             self._waiting.look(descendants)
+        if self._ranks:
+            self._ranks.look(descendants, time.monotonic() - self._began)
         children = 0
         for child in descendants:
             try:

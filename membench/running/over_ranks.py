@@ -10,6 +10,7 @@ from membench.records.metrics import METRIC_OF_FIELD
 from membench.running.derived_metrics import DerivedMetrics
 
 _PEAK, _TOTAL, _IMBALANCE = "peak_live_bytes", "total_peak_live_bytes", "imbalance_ratio"
+_FOOTPRINT, _TOTAL_FOOTPRINT = "peak_footprint_bytes", "total_peak_footprint_bytes"
 _BOUNDS = ("about", "at least", "at most", "exact")
 """A sum is known no better than the worst known of its parts."""
 
@@ -61,6 +62,15 @@ def _summed(field: str, ranks: Sequence[DerivedMetrics]) -> dict[str, Any]:
         if all(key in how for how in every):
             summed[key] = sum(how[key] for how in every)
     return summed
+
+
+def add_total_footprint(found: DerivedMetrics, ranks: Sequence[DerivedMetrics]) -> None:
+    """Add the sum of the ranks' footprint peaks."""
+    if found.metrics.get(_FOOTPRINT) is None:
+        found.add_unknown(_TOTAL_FOOTPRINT, found.reasons.get(_FOOTPRINT, "the ranks have no footprint peak"))
+        return
+    peaks = [each.metrics[_FOOTPRINT] or 0 for each in ranks]
+    _add(found, _TOTAL_FOOTPRINT, sum(peaks), _summed(_FOOTPRINT, ranks))
 
 
 def _total(found: DerivedMetrics, ranks: Sequence[DerivedMetrics]) -> None:

@@ -186,6 +186,10 @@ class Rank:
         """Return its last line of output if that explains how it ended, else an empty string."""
         return ""
 
+    def launched(self) -> tuple[ProcessReading, ...]:
+        """Return the readings of the ranks that the process started itself; a worker starts none."""
+        return ()
+
     def reading(self) -> ProcessReading:
         """Return all readings of the process for the record."""
         result = self.result or Result(pinned=False)

@@ -182,7 +182,7 @@ class Runner:
             metrics=found.metrics,
             reasons=found.reasons,
             obtained=found.obtained,
-            processes=processes,
+            processes=(*processes, *(launched for rank in finished.ranks for launched in rank.launched())),
             remarks=(
                 *_of_all(results, "remarks"),
                 *(f"{process} cannot be killed, and still runs" for process in finished.unkilled),

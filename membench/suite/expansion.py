@@ -119,12 +119,29 @@ def cases_of_program(program: Program, folder: Path, devices: Sequence[str] | No
         path = folder / str(program.file)
         command, name = _command_of_file(path, str(program.file)), path.stem
     name = re.sub(r"[^\w.-]+", "-", name)[:_LONGEST_NAME] or "script"
-    options = program.model_dump(exclude_none=True, exclude={"device"})
+    options = program.model_dump(exclude_none=True, exclude={"device", "ranks"})
     return tuple(
         Case(name, REFERENCE, "script", device, Plugin("script", options), (Plugin(REFERENCE),), Plugin("script"),
              command=(*command, *program.arguments))
-        for device in devices or [program.device]
+        for device in _on_ranks(devices or [program.device], program.ranks)
     )  # fmt: skip
+
+
+def _on_ranks(devices: Sequence[str], ranks: int | None) -> list[str]:
+    """Return the devices with a number of ranks on each.
+
+    Raises:
+        SuiteError: if one of them has a number already, or is one GPU of several.
+    """
+    if ranks is None:
+        return list(devices)
+    found = []
+    for device in devices:
+        try:
+            found.append(str(Device.parse(device).on_ranks(ranks)))
+        except ValueError as error:
+            raise SuiteError(f"script.ranks = {ranks} on device {shown(device)}: {error}") from None
+    return found
 
 
 def _command_of_file(path: Path, written: str) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from membench.errors import SuiteError
+from membench.host.device import MOST_RANKS
 from membench.records.names import checked_device, checked_name, checked_plugin, checked_stack
 from membench.records.validation import shown
 
@@ -157,12 +158,14 @@ class Program(_Table):
     Attributes:
         file: the program's file, relative to the suite's.
         module: the program's module, as for ``python -m``.
+        ranks: how many processes of it to start, as ``torchrun`` does; ``None``: one, without ``torchrun``'s variables.
     """
 
     file: Annotated[str, Field(min_length=1)] | None = None
     module: Annotated[str, Field(min_length=1)] | None = None
     arguments: list[str] = []
     device: Annotated[str, AfterValidator(checked_device)] = "cpu"
+    ranks: int | None = Field(None, ge=1, le=MOST_RANKS)
 
     @model_validator(mode="after")
     def _name_one(self) -> Self:

@@ -123,7 +123,7 @@ def _fork_worker(request: Mapping[str, Any], pipe: int, output: int, server: soc
         os._exit(code)
 
 
-def _start_program(command: Sequence[str], pipe: int, errors: int, streams: Sequence[int]) -> _Started:
+def _start_program(order: forking.StartProgram, pipe: int, errors: int, streams: Sequence[int]) -> _Started:
     """Start a program as its user would, except for its standard error and a channel to mark phases.
 
     It has begun when this returns: what is read of its process is its own.
@@ -151,7 +151,8 @@ def _start_program(command: Sequence[str], pipe: int, errors: int, streams: Sequ
         channel = os.dup(pipe)
         for descriptor in (channel, answers_end):
             os.set_inheritable(descriptor, True)
-        launch = [str(answers_end), marks.CHANNEL_VARIABLE, str(channel), *command]
+        launch = [str(answers_end), marks.CHANNEL_VARIABLE, str(channel), *order.command]
+        os.environ.update(order.variables)
         os.execv(sys.executable, [sys.executable, "-I", "-S", launcher.__file__, *launch])
     except OSError as error:
         print(f"cannot be started: {error.strerror}", file=sys.stderr, flush=True)
@@ -250,7 +251,7 @@ class _Server:
     def _start(self, order: forking.StartWorker | forking.StartProgram, descriptors: Sequence[int]) -> _Started:
         pipe, output, *streams = descriptors
         if isinstance(order, forking.StartProgram):
-            return _start_program(order.command, pipe, output, streams)
+            return _start_program(order, pipe, output, streams)
         at_s = time.monotonic()
         folder = self._folder / f"rank-{order.rank}"
         with contextlib.suppress(OSError):  # a worker without its folder fails by itself when it needs it

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from membench.host import environment, last_words, procfs
+from membench.host.device import Device
 from membench.protocol.case import Case
 from membench.protocol.forking import StartProgram, WorkerEnded
 from membench.protocol.messages import BrokenMessage, MarkEntered, MarkLeft, Message, PhaseBegins, PhaseEnds, Result
-from membench.protocol.readings import PhaseReading
-from membench.running import deriving, program_ending
+from membench.protocol.readings import PhaseReading, ProcessReading
+from membench.running import deriving, over_ranks, program_ending
 from membench.running.derived_metrics import DerivedMetrics, resolution_bytes
 from membench.running.deriving import JobReadings
+from membench.running.jobs import rank_variables
 from membench.running.jobs.case import case_names
 from membench.running.jobs.runnable import RunnableJob
-from membench.running.marked_phases import MOST_PHASES, MarkedPhases
+from membench.running.marked_phases import MOST_PHASES, WHOLE, MarkedPhases
 from membench.running.observer import Observer
 from membench.running.rank import Rank, Tell
 from membench.running.references import References
@@ -47,18 +50,37 @@ class ScriptJob(RunnableJob):
         return None
 
     def rank(self, number: int, tell: Tell) -> Rank:
-        return _Program(number, self.device.ranks[number], tell)
+        device = self.device
+        is_bound = device.in_ranks and rank_variables.uses_one_thread(device.count)
+        notes = (rank_variables.ONE_THREAD,) if is_bound else ()
+        return _Program(number, device.ranks[number], tell, notes)
 
     def order(self, number: int, references: References) -> StartProgram:
         del references
         assert self.case.command is not None
-        return StartProgram(self.case.command, number, _GRACE_S)
+        of = self.device.count
+        variables = rank_variables.variables(number, of, self._meeting) if self.device.in_ranks else {}
+        return StartProgram(self.case.command, number, _GRACE_S, variables)
+
+    @functools.cached_property
+    def _meeting(self) -> rank_variables.Meeting:
+        return rank_variables.Meeting.new()
 
     def derive(self, readings: JobReadings) -> DerivedMetrics:
         """Derive the metrics up to the end of the program, however it ended; no baseline is subtracted."""
+        ranks = [
+            self._derive_rank(readings, process, result)
+            for process, result in zip(readings.processes, readings.results, strict=True)
+        ]
+        if not self.device.in_ranks:
+            return ranks[0]
+        found = over_ranks.combine(ranks)
+        over_ranks.add_total_footprint(found, ranks)
+        return found
+
+    def _derive_rank(self, readings: JobReadings, process: ProcessReading, result: Result | None) -> DerivedMetrics:
         found = DerivedMetrics()
         found.add_unknown("peak_live_bytes", NO_LIVE)
-        process, result = readings.processes[0], readings.results[0]
         if not process.phases or result is None:
             for name in ("peak_footprint_bytes", "step_median_s"):
                 found.add_unknown(name, f"the case ended as {readings.status}")
@@ -83,12 +105,19 @@ class _Program(Rank):
     reads_output_to_end = True
     keeps_record_on_interrupt = True
 
+    def __init__(self, number: int, device: Device, tell: Tell, notes: tuple[str, ...] = ()) -> None:
+        """Prepare a program that is not started yet; ``notes`` are for its record."""
+        super().__init__(number, device, tell)
+        self._notes = notes
+        self._ranks: tuple[ProcessReading, ...] = ()
+
     def on_start(self, observer: Observer, no_gpus: str | None, at_s: float) -> None:
         super().on_start(observer, no_gpus, at_s)
         if self.device.on_gpu:
             self._gpu_unknown = no_gpus or observer.use_gpu_of(str(self.device))
         self._marked = MarkedPhases(observer.pid, observer)
         observer.watch_waiting()
+        self._launched = observer.watch_ranks()
 
     def handle(self, message: Message) -> None:
         match message:
@@ -110,6 +139,7 @@ class _Program(Rank):
 
     def on_end(self, ended: WorkerEnded, *, kernel_killed: bool) -> None:
         """Set the phases and the result, and the status unless a signal or the time limit ended the program."""
+        self._ranks = self._launched.readings(str(self.device), WHOLE, ended.peak_bytes)
         words = last_words.of(self.said)
         self.phase = self._marked.ended_in(words.line)
         self.phases = [
@@ -128,6 +158,7 @@ class _Program(Rank):
             exit_code=os.WEXITSTATUS(ended.status) if os.WIFEXITED(ended.status) else None,
             had_children=ended.had_children,
             remarks=tuple(remarks),
+            notes=self._notes,
         )
         if self.is_interrupted:
             self.status, self.message = "crashed", "interrupted"
@@ -146,6 +177,9 @@ class _Program(Rank):
         return procfs.Cores(waited_s, ended.used_s).waited_for_others_s(
             procfs.Cores(0.0, 0.0), duration_s, environment.usable_cores()
         )
+
+    def launched(self) -> tuple[ProcessReading, ...]:
+        return self._ranks
 
     def ended_well(self, ended: WorkerEnded) -> bool:
         return ended.status == 0
