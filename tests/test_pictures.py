@@ -107,7 +107,7 @@ def test_a_part_of_what_held_the_memory_looks_the_same_in_every_group() -> None:
         for workload in ("forward", "train")
         if (picture := bars.breakdown(found, ("m", workload, "cpu")))
     ]
-    assert looks == [{"weights": 0, "other": 5}, {"weights": 0, "gradients": 1, "other": 5, "else_": 6}]
+    assert looks == [{"weights": 0, "other": 6}, {"weights": 0, "gradients": 1, "other": 6, "else_": 7}]
 
 
 def test_converting_that_needs_more_than_running_is_named() -> None:

@@ -126,7 +126,7 @@ def _needs_more_before(found: Comparison, group: Group, technique: str) -> str |
     return None if more or "≥" in bounds.values() or of_running == "≤" else ""
 
 
-CATEGORIES = ("weights", "gradients", "optimizer", "activations", "cache", "other")
+CATEGORIES = ("weights", "gradients", "optimizer", "activations", "cache", "communication", "other")
 """What memory at the peak is told apart into."""
 
 

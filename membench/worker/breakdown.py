@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from membench.protocol.readings import PartReading
+from membench.worker import communication_memory
+from membench.worker.communication_memory import OutOfReach
 from membench.worker.storages import Storages, plain_tensors
 from membench.worker.weights import kept_tensors
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 _DEEPEST = 8
+COMMUNICATION = "communication"
+"""The category of what a rank holds for collectives; a technique that knows of such memory registers a holder of it."""
 
 
 def tensors_in(held: Any) -> Iterator[torch.Tensor]:
@@ -58,22 +62,32 @@ class _Saved:
 
     tensor: torch.Tensor
     watcher: MemoryWatcher
-    key: tuple[str, int]
+    keys: list[int]
 
     def __del__(self) -> None:
-        self.watcher.release(self.key)
+        for key in self.keys:
+            self.watcher.release(key)
+
+
+@dataclass
+class _Kept:
+    """A storage that autograd keeps: how often, and where it is. What fills it may empty it meanwhile, as FSDP does."""
+
+    storage: torch.UntypedStorage
+    device: str
+    count: int = 0
 
 
 class MemoryWatcher:
     """Watches one step and keeps the memory breakdown at the peak of each of its parts.
 
-    It samples at the end of each part of the step and whenever a gradient is ready. Memory that is allocated and freed
-    between two samples is in no category.
+    It samples at the end of each part of the step and whenever a gradient is ready; under FSDP also when a layer has
+    run, before its gathered weights are freed. What is allocated and freed between two samples is in no category.
 
     Args:
         module: the model.
-        inventory: for each category (optimizer states, key-value cache), a function that returns the object that holds
-            its tensors.
+        inventory: for each category (optimizer states, key-value cache, communication), a function that returns the
+            object that holds its tensors.
         held_bytes: returns the current live memory above the baseline.
         part: returns the current part of the step; ``None`` between parts.
     """
@@ -90,26 +104,30 @@ class MemoryWatcher:
         self._held_bytes = held_bytes
         weights = list(kept_tensors(module))
         self._weights, self._weight_ranges = storages(weights), Storages(weights)
-        self._saved: dict[tuple[str, int], list[int]] = {}
+        self._saved: dict[int, _Kept] = {}
+        self._has_shards = communication_memory.has_shards(module)
+        self._inventory.get(COMMUNICATION, tuple)()  # gradients of the step before show where DDP's buckets are
         self._part = part
         self._highest: dict[str | None, tuple[int, dict[str, int]]] = {}
 
-    def release(self, key: tuple[str, int]) -> None:
+    def release(self, key: int) -> None:
         """Count one reference less to a storage that autograd keeps."""
         entry = self._saved[key]
-        entry[0] -= 1
-        if not entry[0]:
+        entry.count -= 1
+        if not entry.count:
             del self._saved[key]
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Saved:
-        if type(tensor).__name__ not in ("Tensor", "Parameter"):
+        if type(tensor).__name__ not in ("Tensor", "Parameter", "DTensor", "AsyncCollectiveTensor"):
             return tensor
-        storage = tensor.untyped_storage()
-        key = (str(tensor.device), storage.data_ptr())
-        if key in self._weights:
-            return tensor
-        self._saved.setdefault(key, [0, storage.nbytes()])[0] += 1
-        return _Saved(tensor, self, key)
+        keys = []
+        for plain in plain_tensors(tensor):
+            storage = plain.untyped_storage()
+            if (str(plain.device), storage.data_ptr()) not in self._weights:
+                key = storage._cdata
+                self._saved.setdefault(key, _Kept(storage, str(plain.device))).count += 1
+                keys.append(key)
+        return _Saved(tensor, self, keys) if keys else tensor
 
     def _unpack(self, saved: torch.Tensor | _Saved) -> torch.Tensor:
         return saved.tensor if isinstance(saved, _Saved) else saved
@@ -119,24 +137,51 @@ class MemoryWatcher:
         held, part = self._held_bytes(), self._part()
         if part in self._highest and held <= self._highest[part][0]:
             return
-        counted = self._weight_ranges.copy()
+        self._highest[part] = (held, self._sizes(self._weight_ranges.copy()))
+
+    def _sizes(self, counted: Storages) -> dict[str, int]:
+        """Return the bytes that are held now by category; those of the first that has them.
+
+        Args:
+            counted: the weights.
+        """
         found = {
             "weights": counted.bytes,
-            "gradients": sum(counted.add(p.grad) for p in self._module.parameters() if p.grad is not None),
-            "activations": sum(counted.cover(*key, size) for key, (_, size) in self._saved.items()),
+            "gradients": sum(counted.add(p.grad) for p in self._parameters() if p.grad is not None),
         }
+        if self._has_shards or COMMUNICATION in self._inventory:
+            held = self._inventory.get(COMMUNICATION, tuple)()
+            tensors = (*communication_memory.gathered_tensors(self._module), *tensors_in(held))
+            found[COMMUNICATION] = sum(counted.add(tensor) for tensor in tensors) + _out_of_reach(held, counted)
+        kept = self._saved.values()
+        found["activations"] = sum(
+            counted.cover(each.device, each.storage.data_ptr(), each.storage.nbytes()) for each in kept
+        )  # fmt: skip
         for category, holder in self._inventory.items():
-            found[category] = sum(counted.add(tensor) for tensor in tensors_in(holder()))
-        self._highest[part] = (held, found)
+            if category != COMMUNICATION:
+                found[category] = sum(counted.add(tensor) for tensor in tensors_in(holder()))
+        return found
+
+    def _parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Yield the parameters whose gradients the rank holds: FSDP's both gathered and as shards."""
+        yield from self._module.parameters()
+        yield from communication_memory.gathered_parameters(self._module)
+        yield from communication_memory.shards(self._module)
+
+    def _after_layer(self, *_: Any) -> None:
+        """Sample before the hook that frees what FSDP has gathered for a layer."""
+        self.sample()
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Watch the step that runs in this context."""
         import torch
 
-        hooks = [
-            p.register_post_accumulate_grad_hook(self.sample) for p in self._module.parameters() if p.requires_grad
-        ]
+        parameters = {id(p): p for p in self._parameters() if p.requires_grad and p.is_leaf}
+        hooks = [p.register_post_accumulate_grad_hook(self.sample) for p in parameters.values()]
+        if self._has_shards:
+            layers = [layer for layer in self._module.modules() if communication_memory.has_shards(layer)]
+            hooks += [layer.register_forward_hook(self._after_layer, prepend=True) for layer in layers]
         try:
             with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
                 yield
@@ -158,6 +203,14 @@ class MemoryWatcher:
             for part, (held, found) in self._highest.items()
             if part is not None
         }
+
+
+def _out_of_reach(held: Any, counted: Storages) -> int:
+    """Return the bytes that holders name without a tensor and that are not counted yet."""
+    named = held if isinstance(held, list | tuple) else (held,)
+    found = [each for each in named if isinstance(each, OutOfReach)]
+    ranges = sum(counted.cover(*known) for each in found for known in each.ranges)
+    return ranges + sum(each.bytes for each in found)
 
 
 def live_peaks(parts: Mapping[str, PartReading]) -> dict[str, int]:

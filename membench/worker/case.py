@@ -24,6 +24,7 @@ from membench.units import LARGEST_VALUE
 from membench.worker import allocator, breakdown, checkpoint, device, notes, output_check, plugin_values, quality
 from membench.worker.assembly import Assembly
 from membench.worker.communication import Sleeping, communicated_bytes
+from membench.worker.communication_memory import free_gathered
 from membench.worker.converted_layers import explaining, remarks
 from membench.worker.fitting import refuse_what_cannot_load
 from membench.worker.garbage import note_on_garbage
@@ -229,6 +230,7 @@ class _Work:
                 meter.separate_step()
                 self._add_loss(step())
             meter.memory_in_parts = False
+        free_gathered(module)
         # Weights are counted after the steps, because some libraries repack them in the first forward pass.
         self._update_result(weights_bytes=weight_bytes(module), modules_bytes=bytes_by_module(module))
         self._notes += case.notes_on_text(module)
@@ -278,10 +280,8 @@ class _Work:
         meter, steps, timed_steps = self._meter, self._request.steps, self._timed
         # The losses of a training, and what its model learns, depend on the number of steps.
         can_repeat = not self.case.workload.trains and self.case.workload.steps_in_all() is None
-        sleeping = None
-        if self.case.context.ranks:
-            can_repeat = False  # all ranks must take the same number of steps
-            sleeping = None if meter.on_gpu else Sleeping()
+        can_repeat = can_repeat and not self.case.context.ranks  # which must all take the same number of steps
+        sleeping = Sleeping() if self.case.context.ranks and not meter.on_gpu else None
         allocator.unpin()
         data = self.case.context.data
         codec_speeds: list[float] = []

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import PrivateAttr
 
 from membench.plugins import Context, Dimension, Parallel, Setting, TrainingStep
+from membench.worker.breakdown import COMMUNICATION
+from membench.worker.communication_memory import Buckets
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +51,9 @@ class DistributedDataParallel(Parallel):
         return module
 
     def training_step(self, step: TrainingStep, context: Context) -> TrainingStep:
+        assert self._wrapped is not None
+        context.inventory[COMMUNICATION] = Buckets(self._wrapped)
+
         def loss(module: nn.Module, rows: torch.Tensor) -> torch.Tensor:
             # The wrapper prepares its buckets in its own forward pass.
             assert self._wrapped is not None
