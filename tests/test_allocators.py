@@ -75,6 +75,72 @@ void *malloc(size_t size) { calls++; return __libc_malloc(size); }
 """
 
 
+_THREADS = """\
+import ctypes, platform, sys, threading
+from membench.host import procfs
+from membench.worker import allocator, malloc_counts
+
+if platform.libc_ver()[0] != "glibc":
+    sys.exit(77)
+libc, BLOCK = ctypes.CDLL("libc.so.6"), 3000
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
+
+class Worker:
+    # Like a thread of OpenMP: it stays, and does what it is given.
+    def __init__(self):
+        self._turn, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def _work(self):
+        while True:
+            self._turn.acquire()
+            self._made = self._task()
+            self._done.release()
+
+    def do(self, task):
+        self._task = task
+        self._turn.release()
+        self._done.acquire()
+        return self._made
+
+def blocks(count):
+    found = [libc.malloc(BLOCK) for _ in range(count)]
+    for block in found:
+        ctypes.memset(block, 1, BLOCK)
+    return found
+
+def heap_of(block):
+    return next((first for first, last in malloc_counts._heaps_of_threads() if first <= block < last), "main")
+
+"""
+
+_HEAPS = f"""{_THREADS}
+allocator.pin()
+workers = [Worker(), Worker()]
+for worker in workers:
+    worker.do(lambda: blocks(1))
+allocator.unpin()
+workers.append(Worker())
+print(len({{heap_of(block) for block in blocks(1) + [worker.do(lambda: blocks(1))[0] for worker in workers]}}))
+"""
+
+_HOLES = f"""{_THREADS}
+allocator.pin()
+before, worker = malloc_counts.free_resident_bytes(), Worker()
+held = worker.do(lambda: blocks(40_000))  # more than one heap of a thread holds
+whole = malloc_counts.free_resident_bytes()
+for block in held[::2]:
+    libc.free(block)
+allocator.settle()
+half = malloc_counts.free_resident_bytes()
+for block in held[1::2]:
+    libc.free(block)
+allocator.settle()
+print(whole - before, half - before, malloc_counts.free_resident_bytes() - before)
+"""
+
+
 def _library(folder: Path, name: str, code: str) -> Path:
     if not (compiler := shutil.which("cc")):
         pytest.skip("there is no C compiler 'cc'")
@@ -85,8 +151,12 @@ def _library(folder: Path, name: str, code: str) -> Path:
 
 
 def _pinned(**environment: str) -> str:
+    return _printed(_PINNING, **environment)
+
+
+def _printed(code: str, **environment: str) -> str:
     ran = subprocess.run(
-        [sys.executable, "-c", _PINNING], capture_output=True, text=True, env={**os.environ, **environment}
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
     )
     if ran.returncode == 77:
         pytest.skip("the C library is not glibc")
@@ -125,6 +195,17 @@ def test_a_malloc_that_passes_calls_on_to_that_of_glibc_is_pinned(tmp_path: Path
 def test_a_glibc_that_was_forbidden_to_map_blocks_is_pinned_all_the_same() -> None:
     assert _pinned() == "True pinned"
     assert _pinned(MALLOC_MMAP_MAX_="0") == "True pinned"
+
+
+def test_threads_that_were_started_while_malloc_was_pinned_have_heaps_of_their_own_as_in_any_process() -> None:
+    assert _printed(_HEAPS) == "4"  # of the main thread, of two that were there before, and of a new one
+
+
+def test_holes_in_the_heaps_of_threads_are_counted_as_free() -> None:
+    whole, half, none = map(int, _printed(_HOLES).split())
+    assert whole == pytest.approx(0, abs=2**20)
+    assert half == pytest.approx(20_000 * 3008, rel=0.02)
+    assert none == pytest.approx(0, abs=2**20)
 
 
 _CASES = """\

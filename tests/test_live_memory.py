@@ -20,6 +20,7 @@ import mmap
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,17 @@ def leaves_holes(with_child):
     if with_child:
         subprocess.run([sys.executable, "-c", "import time; time.sleep(0.2)"])
 
+def holes_of_a_thread(count):
+    kept = []
+
+    def work():
+        kept.extend([bytes(3000) for _ in range(count)][::2])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    return kept
+
 def closes_standard_error():
     try:
         os.close(2)
@@ -108,6 +120,9 @@ def test_shared_file(membench):
 @pytest.mark.parametrize("with_child", [False, True])
 def test_holes(membench, with_child):
     membench(leaves_holes, with_child)
+
+def test_holes_of_a_thread(membench):
+    membench(holes_of_a_thread, 8000)
 
 def test_closed(membench):
     membench(closes_standard_error)
@@ -170,6 +185,12 @@ def test_a_child_does_not_make_free_memory_of_its_parent_live(functions: dict[st
     child = _read(beside, "children_peak_bytes")
     assert _read(beside, "peak_live_bytes") <= how["at_most_bytes"]
     assert _read(beside, "peak_live_bytes") <= _read(alone, "peak_live_bytes") + child + MIB
+
+
+def test_holes_in_the_heap_of_a_thread_are_not_held(functions: dict[str, Record]) -> None:
+    # 3,033 bytes in blocks of 3,056, and 8 in the list; as much lies between them
+    record = functions["test_holes_of_a_thread"]
+    assert _read(record, "held_live_bytes") == pytest.approx(4000 * 3064, rel=0.03)
 
 
 def test_a_function_that_closes_standard_error_is_measured(functions: dict[str, Record]) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import resource
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -201,6 +201,19 @@ def file_mappings() -> list[tuple[int, int]]:
             first, last = where.split("-")
             found.append((int(first, 16), int(last, 16)))
     return found
+
+
+def writable_mappings() -> Iterator[tuple[int, int]]:
+    """Yield the address ranges of private memory of no file that can be written, as (first, one after the last).
+
+    It keeps no object for each mapping, as that would change the memory that is looked at.
+    """
+    with open("/proc/self/maps", "rb") as mappings:
+        for line in mappings:
+            where, flags, _, _, inode, *_ = line.split(maxsplit=5)
+            if flags == b"rw-p" and inode == b"0":
+                first, last = where.split(b"-")
+                yield int(first, 16), int(last, 16)
 
 
 def loaded_libraries(name: str) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from membench.worker import malloc_counts
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _PR_SET_THP_DISABLE = 41
 _BLOCK_BYTES = 2**20
 
@@ -30,14 +30,18 @@ def _libc() -> ctypes.CDLL | None:
 
 
 def pin() -> bool:
-    """Make malloc map every block over 64 KiB separately. Return whether it does; only glibc's can."""
+    """Make malloc map every block over 64 KiB separately. Return whether it does; only glibc's can.
+
+    Threads keep heaps of their own (arenas). One heap for all would be simpler to read, but glibc never lifts such a
+    limit again (M_ARENA_MAX): in timed steps, too, threads would wait for each other at every small block.
+    """
     global _REPLACEMENT, _PINNED  # the malloc of a process is one for all of its modules
     libc = _libc()
     if libc is not None:
         # With huge pages, touching a page would make its untouched neighbours resident.
         libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
         # 65,536 mappings are glibc's default, which a user's variable may have lowered.
-        for key, value in ((_MMAP_THRESHOLD, 65536), (_MMAP_MAX, 65536), (_TRIM_THRESHOLD, 65536), (_ARENA_MAX, 1)):
+        for key, value in ((_MMAP_THRESHOLD, 65536), (_MMAP_MAX, 65536), (_TRIM_THRESHOLD, 65536)):
             libc.mallopt(key, value)
     # mallopt is no witness: glibc accepts settings while another malloc is called.
     _PINNED = libc is not None and _counts_blocks()
@@ -118,7 +122,6 @@ def unpin() -> None:
         libc.prctl(_PR_SET_THP_DISABLE, 0, 0, 0, 0)
         libc.mallopt(_MMAP_THRESHOLD, 32 * 2**20)
         libc.mallopt(_TRIM_THRESHOLD, 64 * 2**20)
-        libc.mallopt(_ARENA_MAX, 0)
 
 
 def settle() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from membench.host import procfs
@@ -68,17 +71,60 @@ def counts() -> MallocCounts:
 
 
 def free_resident_bytes() -> int:
-    """Return the bytes of the heap that are free but resident: holes between blocks, smaller than a page or two.
+    """Return the bytes of all heaps that are free but resident: holes between blocks, smaller than a page or two.
 
-    Resident memory includes them, the blocks in use do not. Takes some 20 µs a MiB of the heap.
+    Resident memory includes them, the blocks in use do not. Takes some 20 µs a MiB of the heaps.
 
     Returns:
-        0 if it is not known: if there are heaps beside the one that grows at the program break, as other threads have
-        that allocate under the default settings.
+        0 if it is not known: if malloc counts more memory than lies in the heaps that are found here.
     """
-    found = counts()
-    first, last = procfs.program_break_at_start(), _glibc().sbrk(0)
+    heaps = [(procfs.program_break_at_start(), _glibc().sbrk(0))]
     # The break lies at most a page or an alignment beyond what malloc counts.
-    if found.heap_bytes > last - first:
+    if counts().heap_bytes > heaps[0][1] - heaps[0][0]:
+        heaps += _heaps_of_threads()
+    found = counts()
+    if found.heap_bytes > sum(last - first for first, last in heaps):
         return 0
-    return max(0, procfs.resident_in(first, last) - found.used_bytes)
+    return max(0, sum(procfs.resident_in(first, last) for first, last in heaps) - found.used_bytes)
+
+
+_MOST_BYTES = 2 * 4 * 2**20 * ctypes.sizeof(ctypes.c_long)
+"""HEAP_MAX_SIZE of glibc: a heap of a thread is at most that large, and begins at a multiple of it."""
+
+
+class _Heap(ctypes.Structure):
+    """The first fields of glibc's struct ``heap_info``, with which the heap of a thread begins.
+
+    A thread whose heap is full gets another one, which refers to the previous one. Its arena lies in the first of them.
+    """
+
+    _fields_ = [("arena", ctypes.c_size_t), ("previous", ctypes.c_size_t), ("size_bytes", ctypes.c_size_t)]
+
+
+def _heaps_of_threads() -> list[tuple[int, int]]:
+    """Find the heaps beside the one that grows at the program break, each as (first, one after the last)."""
+    heaps: dict[int, _Heap] = {}
+    memory = os.open("/proc/self/mem", os.O_RDONLY)
+    try:
+        for begin, end in procfs.writable_mappings():
+            # Neighbouring mappings of the same kind are one for the kernel, so a heap may begin within one.
+            for first in range(-(-begin // _MOST_BYTES) * _MOST_BYTES, end, _MOST_BYTES):
+                with contextlib.suppress(OSError, ValueError):  # unmapped meanwhile
+                    heap = _Heap.from_buffer_copy(os.pread(memory, ctypes.sizeof(_Heap), first))
+                    if 0 < heap.size_bytes <= min(_MOST_BYTES, end - first):
+                        heaps[first] = heap
+    finally:
+        os.close(memory)
+    return [(first, first + heap.size_bytes) for first, heap in heaps.items() if _has_arena(first, heaps)]
+
+
+def _has_arena(first: int, heaps: Mapping[int, _Heap]) -> bool:
+    """Return whether what looks like a heap is one, since its arena lies in the first heap of its thread."""
+    arena = heaps[first].arena
+    for _ in heaps:
+        if first not in heaps or heaps[first].arena != arena:
+            break
+        if not heaps[first].previous:
+            return bool(arena // _MOST_BYTES == first // _MOST_BYTES)
+        first = heaps[first].previous
+    return False
