@@ -218,6 +218,10 @@ class Technique(Options):
         """Return the nominal bytes of optimizer state per trained parameter, or ``None``."""
         return None
 
+    def computing_bits(self) -> float | None:
+        """Return the bits of the coarsest numbers that it makes steps compute with or keep; ``None``: as without it."""
+        return self.nominal_bits()
+
     def nominal_share(self) -> float | None:
         """Return the nominal share of the weights that remains; ``None`` if it depends on the model."""
         return 1.0

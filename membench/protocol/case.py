@@ -59,6 +59,8 @@ class Case:
     """Quality metrics that are plug-ins, by metric field."""
     command: tuple[str, ...] | None = None
     """The command of a user's program with its arguments; ``None`` for other cases."""
+    unspread: str | None = None
+    """Of a case in ranks, the technique of the same training on a single device: the stack without what spreads it."""
     parts: Mapping[str, str] = field(default_factory=dict)
     """The cases of the same model and workload that a stack is compared with: the device of each, by technique."""
 

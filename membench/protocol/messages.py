@@ -115,6 +115,7 @@ class Result(Reading):
         durations_s, waited_s, passive, wait_policy, slept_s: of the timed steps; see ``ProcessReading``.
         tokens_per_step: tokens per step without padding; ``None`` if steps have no tokens.
         epoch_bytes: packed bytes that a step reads, if a step reads an epoch.
+        computing_bits: the bits of the coarsest numbers that a step of training computes with or keeps.
         decoded_tokens: tokens that a step generates in its part ``decode``.
         disk_format: the format of the checkpoint; without a checkpoint, the reason.
         facts: values reported by stages, by metric field.
@@ -132,6 +133,7 @@ class Result(Reading):
     wait_policy: str | None = None
     slept_s: Sequence[Seconds] | None = None
     losses_nats: Sequence[Number | None] | None = None
+    computing_bits: Number | None = None
     tokens_per_step: Number | None = None
     epoch_bytes: Size | None = None
     decoded_tokens: Number | None = None

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from membench.records.record import Record
     from membench.running.executors.executor import Executor
     from membench.running.jobs.runnable import RunnableJob
+    from membench.running.losses import KnownLosses
     from membench.suite.suite import Suite
 
 _MAKES_SUITE = re.compile(r"^[^#\n]*\bSuite\s*\(", re.MULTILINE)
@@ -175,6 +176,8 @@ class SuiteFile(pytest.File):
         records = self._reference(item, reference)
         if item.case is reference:
             return records, records
+        for record in records:
+            self._losses.add(record)
         own = self._measure(item.case, range(self.suite.settings.repeats))
         self._keep(item, own)
         return own, records
@@ -208,12 +211,22 @@ class SuiteFile(pytest.File):
         gpu = sharing.gpu([case.device for case in self._selected()])
         with gpu.held if Device.parse(case.device).on_gpu else contextlib.nullcontext():
             executor = self._open_executor(gpu.variables)
-            return [executor.measure(self._job(case, repeat)) for repeat in repeats]
+            records = [executor.measure(self._job(case, repeat)) for repeat in repeats]
+        for record in records:
+            self._losses.add(record)
+        return records
 
     def _job(self, case: Case, repeat: int) -> RunnableJob:
         from membench.running.jobs.from_case import job_from_case
 
-        return job_from_case(case, repeat, self.suite.settings, self.suite.limits)
+        return job_from_case(case, repeat, self.suite.settings, self.suite.limits, losses=self._losses)
+
+    @functools.cached_property
+    def _losses(self) -> KnownLosses:
+        """The losses of the suite's cases that this process knows."""
+        from membench.running.losses import KnownLosses
+
+        return KnownLosses()
 
     def _selected(self) -> tuple[Case, ...]:
         """Return the selected cases and the references they need."""

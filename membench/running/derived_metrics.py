@@ -20,11 +20,13 @@ def resolution_bytes() -> int:
 
 @dataclass
 class DerivedMetrics:
-    """The ``metrics``, ``reasons`` and ``obtained`` of a ``Record``, by metric field."""
+    """The ``metrics``, ``reasons`` and ``obtained`` of a ``Record``, by metric field, and what they lead to say."""
 
     metrics: dict[str, float | int | None] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     obtained: dict[str, dict[str, Any]] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def add(self, name: str, value: float | int, source: str, bound: str = "exact", **how: Any) -> None:
         """Add a value, its source and its bound."""

@@ -168,7 +168,7 @@ class Runner:
             said = f"; before that: {message}" if message else ""
             found, status = DerivedMetrics(), "failed"
             message = f"no figures follow from what a worker read: {summary(error)}{said}"
-        if message and len(finished.ranks) > 1:
+        if message and len(finished.ranks) > 1 and status != "skipped":
             message = f"rank {deciding.number}: {message}"
         return Record(
             case=job.names,
@@ -185,11 +185,12 @@ class Runner:
             processes=(*processes, *(launched for rank in finished.ranks for launched in rank.launched())),
             remarks=(
                 *_of_all(results, "remarks"),
+                *found.remarks,
                 *(f"{process} cannot be killed, and still runs" for process in finished.unkilled),
                 *_unchecked_limits(found, status, job.limits, processes),
                 *limits_kept_while_running(found, job.limits),
             ),
-            notes=_of_all(results, "notes"),
+            notes=(*_of_all(results, "notes"), *found.notes),
             broken_limits=_broken_limits(found, job.limits, processes),
             unchecked_limits=_skipped_limits(status, job.limits),
             timeline=finished.timeline.columns(),

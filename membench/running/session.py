@@ -25,6 +25,7 @@ from membench.running.executors.executor import Opener
 from membench.running.executors.local import LocalExecutor, machine_here
 from membench.running.jobs.from_case import job_from_case
 from membench.running.jobs.runnable import RunnableJob
+from membench.running.losses import KnownLosses
 from membench.running.needs import Needs
 from membench.running.rank import Tell
 from membench.running.references import References, references, remove
@@ -135,6 +136,7 @@ class Session:
         """
         self._suite, self._tell, self._checkouts = suite, tell, checkouts
         self._keeps_references = keeps_references
+        self._losses = KnownLosses()
         resumed = _run_to_resume(suite, output, resume)
         code = code or code_version(suite.code_folder)
         header = header_of(suite, datetime.now(UTC), code)
@@ -147,6 +149,7 @@ class Session:
             if resumed:
                 _check_resumable(resumed, suite, machine, code if resume is True else None)
                 self._file = RunFile.reopen(resumed)
+                self._losses = KnownLosses(read_run(resumed).records)
             else:
                 self._file = RunFile.create(self.path, {**header, "machine": machine})
         except BaseException:
@@ -169,7 +172,7 @@ class Session:
             remove(self.path)
 
     def _job(self, case: Case, repeat: int) -> RunnableJob:
-        return job_from_case(case, repeat, self._suite.settings, self._suite.limits, self._checkouts)
+        return job_from_case(case, repeat, self._suite.settings, self._suite.limits, self._checkouts, self._losses)
 
     def measure_all(self, todo: Sequence[tuple[Case, int]], *, done: int = 0, afresh: bool = False) -> None:
         """Measure cases in order, each with the number of its repeat.
@@ -201,6 +204,7 @@ class Session:
             self._file.append(interrupted.record)
             raise
         record = self._file.append(record)
+        self._losses.add(record)
         self._tell("record", details_of(record))
         return record
 

@@ -303,8 +303,16 @@ class _Plugins:
         techniques = tuple(self._plugin("technique", member) for member in members(each.technique))
         return Case(
             *each, self._plugin("model", each.model), techniques, self._plugin("workload", each.workload),
-            self._metrics, parts={part.technique: part.device for part in self.parts(each)},
+            self._metrics, unspread=self._unspread(each),
+            parts={part.technique: part.device for part in self.parts(each)},
         )  # fmt: skip
+
+    def _unspread(self, each: _Combination) -> str | None:
+        """Return the stack without the members that spread it over ranks; ``None`` on a single device."""
+        if not Device.parse(each.device).in_ranks:
+            return None
+        techniques = self._techniques(each.technique)
+        return "+".join(name for name in techniques if not isinstance(techniques[name], Parallel)) or REFERENCE
 
     def parts(self, each: _Combination) -> list[_Combination]:
         """Return the cases that a stack is compared with; none if it cannot be spread over its ranks.
@@ -321,9 +329,9 @@ class _Plugins:
             return []
         if not spreads or len(ranks) < len(spreads):
             return []
-        alone = "+".join(name for name in techniques if name not in spreads)
+        alone = self._unspread(each)
         found = []
-        for part in dict.fromkeys([*parts(each.technique), *([alone] if alone else [])]):
+        for part in dict.fromkeys([*parts(each.technique), *([alone] if alone and alone != REFERENCE else [])]):
             own = [technique.dimension for name in members(part) if isinstance(technique := techniques[name], Parallel)]
             many = f"{math.prod(ranks[dimension] for dimension in own)}x" if own else ""
             found.append(each._replace(technique=part, device=f"{many}{device.single}"))

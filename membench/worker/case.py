@@ -29,12 +29,12 @@ from membench.worker.converted_layers import explaining, remarks
 from membench.worker.fitting import refuse_what_cannot_load
 from membench.worker.garbage import note_on_garbage
 from membench.worker.kernels import Kernels
-from membench.worker.meter import STEPS_FOR_MEMORY, Meter
+from membench.worker.meter import Meter
 from membench.worker.numpy_threads import set_numpy_threads
 from membench.worker.process_group import join, refuse_without_ranks, rehearse_collectives
 from membench.worker.rehearsing import rehearse
-from membench.worker.storages import Storages
 from membench.worker.timed_steps import TimedSteps
+from membench.worker.training import figures_of_training, steps_for_memory
 from membench.worker.waiting import Waiting
 from membench.worker.weights import bytes_by_module, weight_bytes
 
@@ -211,22 +211,19 @@ class _Work:
         """
         case, meter = self.case, self._meter
         compiled_before = self._kernels.count()
+        warmup, measured = steps_for_memory(case.techniques, in_ranks=case.context.ranks is not None)
         with meter.phase("warmup", "pinned"):
             step = case.workload.start(module, case.tokens(module), case.techniques, case.context)
             with explaining(module, case.names, case.techniques):
-                for _ in range(max(1, *(technique.warmup_steps for technique in case.techniques))):
+                for _ in range(warmup):
                     self._add_loss(step())
         if compiled := self._kernels.count() - compiled_before:
             self._notes.append(f"the first step compiled kernels, none of them from a cache (libraries: {compiled})")
         if case.workload.trains:
-            trained_bytes = Storages(p for p in module.parameters() if p.requires_grad).bytes
-            # Packed weights are not parameters, so frozen weights are counted as all weights less the trained ones.
-            self._update_result(
-                trained_weights_bytes=trained_bytes, frozen_weights_bytes=weight_bytes(module) - trained_bytes
-            )  # fmt: skip
+            self._update_result(**figures_of_training(module, case.techniques))
         with meter.phase("run", "pinned") as run:
             meter.memory_in_parts = True
-            for _ in range(STEPS_FOR_MEMORY):
+            for _ in range(measured):
                 meter.separate_step()
                 self._add_loss(step())
             meter.memory_in_parts = False

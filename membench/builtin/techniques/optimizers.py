@@ -53,6 +53,10 @@ class _TorchaoAdamW(OptimizerTechnique):
     def refuse(self, setting: Setting) -> str | None:
         return super().refuse(setting) or missing_compiler(setting.device)
 
+    def computing_bits(self) -> float | None:
+        assert self.state_bytes is not None
+        return 8 * self.state_bytes / 2  # two moments
+
     def make(self, parameters: list[nn.Parameter], learning_rate: float, context: Context) -> torch.optim.Optimizer:
         import torchao.optim
 

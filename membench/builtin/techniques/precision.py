@@ -67,6 +67,9 @@ class _Autocast(Technique):
     acts_on: ClassVar[str] = "activations, time"
     dtype: ClassVar[str]
 
+    def computing_bits(self) -> float | None:
+        return 16
+
     def step_context(self, context: Context) -> AbstractContextManager[Any]:
         import torch
 

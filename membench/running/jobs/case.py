@@ -15,10 +15,11 @@ from membench.protocol.case import Case, Plugin
 from membench.protocol.forking import StartWorker
 from membench.protocol.messages import Result
 from membench.protocol.readings import ProcessReading, QualityReading
-from membench.running import communication, deriving, over_ranks
+from membench.running import communication, deriving, losses, over_ranks
 from membench.running.derived_metrics import DerivedMetrics
 from membench.running.deriving import JobReadings, WorkerMemory
 from membench.running.jobs.runnable import RunnableJob
+from membench.running.losses import LossesAlone
 from membench.running.references import References
 
 _EXPECTED = (
@@ -44,10 +45,12 @@ class CaseJob(RunnableJob):
 
     Attributes:
         checkouts: the code that may be imported, if another commit is measured alternately.
+        losses: of trainings on a single device that a case in ranks is held against.
     """
 
     case: Case
     checkouts: requests.Checkouts | None = None
+    losses: LossesAlone | None = None
 
     @property
     def names(self) -> Mapping[str, Any]:
@@ -93,7 +96,14 @@ class CaseJob(RunnableJob):
             self._derive_rank(readings, process, result)
             for process, result in zip(readings.processes, readings.results, strict=True)
         ]
-        return over_ranks.combine(ranks) if self.device.in_ranks else ranks[0]
+        if not self.device.in_ranks:
+            return ranks[0]
+        found = over_ranks.combine(ranks)
+        results = [result for result in readings.results if result is not None]
+        if len(results) == len(ranks):
+            bits = [result.computing_bits for result in results if result.computing_bits is not None]
+            losses.add(found, [result.losses_nats for result in results], self.losses, min(bits, default=None))
+        return found
 
     def _derive_rank(self, readings: JobReadings, process: ProcessReading, result: Result | None) -> DerivedMetrics:
         memory = WorkerMemory.of(process, result, on_gpu=readings.on_gpu)

@@ -10,6 +10,7 @@ from membench.protocol.requests import Checkouts
 from membench.running.jobs.case import CaseJob
 from membench.running.jobs.runnable import RunnableJob
 from membench.running.jobs.script import ScriptJob
+from membench.running.losses import KnownLosses
 from membench.suite.schema import Settings
 
 
@@ -19,12 +20,17 @@ def job_from_case(
     settings: Settings,
     limits: Mapping[str, float] | None = None,
     checkouts: Checkouts | None = None,
+    losses: KnownLosses | None = None,
 ) -> RunnableJob:
-    """Return the job that measures a case once; a case with a command is a user's program."""
+    """Return the job that measures a case once; a case with a command is a user's program.
+
+    Args:
+        losses: those known of the run, which cases in ranks are held against.
+    """
     device = Device.parse(case.device)
     if case.command is not None:
         return ScriptJob(id=case.id, repeat=repeat, device=device, limits=limits or {}, settings=settings, case=case)
     return CaseJob(
         id=case.id, repeat=repeat, device=device, limits=limits or {}, settings=settings, case=case,
-        checkouts=checkouts,
+        checkouts=checkouts, losses=None if losses is None else losses.beside(case),
     )  # fmt: skip

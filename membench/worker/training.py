@@ -1,0 +1,48 @@
+"""What a training trains, and how coarsely its steps round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from membench.plugins import Technique
+from membench.worker.meter import STEPS_FOR_MEMORY
+from membench.worker.storages import Storages
+from membench.worker.weights import weight_bytes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_LEAST_MEASURED = 2
+
+
+def figures_of_training(module: nn.Module, techniques: Sequence[Technique]) -> dict[str, Any]:
+    """Return the fields of a ``Result`` that say what is trained, and with which numbers."""
+    trained_bytes = Storages(p for p in module.parameters() if p.requires_grad).bytes
+    return {
+        "trained_weights_bytes": trained_bytes,
+        # Packed weights are not parameters, so frozen weights are counted as all weights less the trained ones.
+        "frozen_weights_bytes": weight_bytes(module) - trained_bytes,
+        "computing_bits": _computing_bits(module, techniques),
+    }
+
+
+def steps_for_memory(techniques: Sequence[Technique], *, in_ranks: bool) -> tuple[int, int]:
+    """Return how many steps warm a case up, and in how many its memory is measured.
+
+    Trainings take the same number of steps, whatever warms them up, so that what their models learn compares.
+
+    Args:
+        in_ranks: whether a further step follows in which collectives are counted.
+    """
+    warmup = max([1, *(technique.warmup_steps for technique in techniques)])
+    return warmup, max(_LEAST_MEASURED, STEPS_FOR_MEMORY + 1 - warmup - in_ranks)
+
+
+def _computing_bits(module: nn.Module, techniques: Sequence[Technique]) -> float:
+    """Return the bits of the coarsest numbers among floating-point weights, and those that techniques name."""
+    import torch
+
+    of_weights = {torch.finfo(each.dtype).bits for each in module.parameters() if each.is_floating_point()}
+    named = [bits for technique in techniques if (bits := technique.computing_bits()) is not None]
+    return min([32, *of_weights, *named])
