@@ -63,6 +63,7 @@ batch_size = 1
 sequence_length = 8
 [settings]
 measured_steps = 1
+evaluate_s = 0
 """
 
 _MODEL = """\

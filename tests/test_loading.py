@@ -324,6 +324,8 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
                      "saved+int8-weight-only", "int8-weight-only", "streamed+nf4", "streamed+all-in-4-bits",
                      "streamed+all-in-int8", "streamed+all-in-fp8"]
         workload = ["short"]
+        [[exclude]]
+        technique = ["bf16", "nf4", "all-in-4-bits", "all-in-int8", "all-in-fp8"]
         [[include]]
         model = "trained-tiny"
         technique = ["saved+sgd-momentum", "sgd-momentum"]

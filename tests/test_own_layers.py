@@ -362,7 +362,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
         '[suite]\nname = "own"\nplugins = ["picky.py"]\n[matrix]\nmodel = ["late"]\n'
         'technique = ["round-to-nearest", "left-out", "mistyped"]\nworkload = ["short"]\n'
         '[[include]]\nmodel = "encoder"\ntechnique = ["round-to-nearest", "picky"]\nworkload = "short"\n'
-        '[workload.short]\nuse = "forward"\nsequence_length = 32\n[settings]\nmeasured_steps = 1\n'
+        '[workload.short]\nuse = "forward"\nsequence_length = 32\n[settings]\nmeasured_steps = 1\nevaluate_s = 0\n'
         f'[technique.left-out]\nuse = "round-to-nearest"\nskip = ["mix"]\n'
         f'[technique.mistyped]\nuse = "round-to-nearest"\nskip = ["mixer"]\n{models}'
     )

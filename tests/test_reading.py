@@ -404,7 +404,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Record]:
         '[workload.train-data]\nuse = "train"\ndata = "topics"\nlearning_rate = 0.01\n'
         f'[workload.read]\nuse = "read-data"\ndata = "{text}"\nworkers = 2\nbatch_size = 300\n'
         '[[exclude]]\ntechnique = ["stream", "zstd", "mapped-tokens"]\n'
-        "[settings]\nmeasured_steps = 2\nthreads = 1\n"
+        "[settings]\nmeasured_steps = 2\nthreads = 1\nevaluate_s = 0\n"
     )
     run = membench.run(membench.load_suite(path), output=folder)
     return {f"{record.technique}/{record.case['workload']}": record for record in run.records}

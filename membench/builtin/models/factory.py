@@ -31,6 +31,7 @@ class Factory(Model):
         vocabulary_size: how many token ids it gets; by default, as many as it has both embeddings and logits for.
     """
 
+    imports = ("torch", "torch._dynamo")  # which torch imports when it draws weights without data, as of a skeleton
     function: str
     vocabulary_size: int | None = Field(None, ge=2, le=16_777_216)
 

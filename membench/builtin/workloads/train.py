@@ -27,6 +27,7 @@ class Train(ReadsCorpus):
     Without ``data`` it goes through the built-in text from its start; with it, through shuffled rows of a corpus.
     """
 
+    imports: ClassVar[tuple[str, ...]] = ("torch", "torch._dynamo")  # which torch's optimizers import
     trains: ClassVar[bool] = True
     batch_size: int = Field(2, ge=1, le=65_536)
     sequence_length: int = Field(128, ge=2, le=1_048_576)
