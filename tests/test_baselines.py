@@ -17,7 +17,7 @@ from membench.errors import CannotCompare, ResultsError
 from membench.records.run_file import read_run
 from membench.regression import baseline_text, baselines, sources
 from membench.regression.judging import judge
-from membench.regression.measured import Measured, Modules, of_run
+from membench.regression.measured import CommitMeasured, Measured, Modules, of_run
 from membench.regression.noise import Noise, Spread
 from membench.suite.tolerances import Tolerances
 
@@ -53,6 +53,18 @@ def test_what_is_kept_comes_back(path: Path, measured: Measured) -> None:
     assert case.samples["step_median_s"][0] == pytest.approx(was.samples["step_median_s"][0], rel=1e-3)
     assert (case.breakdown_bytes, case.peak_part, case.phases) == (was.breakdown_bytes, was.peak_part, was.phases)
     assert case.resolution_bytes == was.resolution_bytes
+
+
+def test_the_commit_of_the_code_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = {"commit": "ab" * 20, "ref": "HEAD", "is_changed": True, "committed_at": "2026-11-24T10:00:00+00:00"}
+    run = read_run(_KEPT)
+    found = of_run(dataclasses.replace(run, header={**run.header, "code": code}))
+    assert found.code == CommitMeasured("ab" * 20, True, "2026-11-24T10:00:00+00:00")
+    path = baselines.path_of("kept", tmp_path / "baselines")
+    baselines.write(found, path)
+    assert baselines.read(path).code == found.code
+    assert cli.main(["baseline", "list", "--output", str(tmp_path)]) == 0
+    assert "  commit abababababab-dirty  " in capsys.readouterr().out
 
 
 def test_noise_and_modules_are_kept(tmp_path: Path, measured: Measured) -> None:
@@ -123,7 +135,7 @@ def test_a_name_that_leads_elsewhere_is_none(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(schema=3), "schema 3 is newer than 2; a newer membench reads it"),
+        (lambda c: c.update(schema=4), "schema 4 is newer than 3; a newer membench reads it"),
         (lambda c: c.update(schema=0), "there is no schema 0"),
         (lambda c: c.update(schema=True), "no baseline ('schema' or 'cases' is missing)"),
         (lambda c: c.pop("cases"), "no baseline ('schema' or 'cases' is missing)"),
@@ -269,5 +281,5 @@ def test_a_baseline_of_the_first_schema_is_read_and_written_anew_as_one_of_this(
     assert judge(read, of_run(read_run(_KEPT)), Tolerances()).pairs[0].verdict == "same"
     path = tmp_path / _EARLY.name
     baselines.write(read, path)
-    assert json.loads(path.read_text())["schema"] == baseline_text.SCHEMA_VERSION == 2
+    assert json.loads(path.read_text())["schema"] == baseline_text.SCHEMA_VERSION == 3
     assert baselines.read(path) == read

@@ -95,7 +95,9 @@ def test_a_run_is_kept_as_a_baseline_listed_shown_and_removed(kept: Path) -> Non
     first, second = saved.stdout.splitlines()
     assert (saved.returncode, first) == (0, f"{path}: 13 cases of {_NAME}")
     assert second.startswith("times were measured less than 3 times: none will be called slower")
-    assert _read("baseline", "list", folder=kept).stdout == (f"{_NAME}  13 cases  2026-11-24  noise not known\n")
+    assert _read("baseline", "list", folder=kept).stdout == (
+        f"{_NAME}  13 cases  2026-11-24  commit not known  noise not known\n"
+    )
     rows = csv.DictReader(io.StringIO(_read("baseline", "show", _NAME, "--format", "csv", folder=kept).stdout))
     assert {row["case"]: row["weights_bytes"] for row in rows}["llama-60m/none/train/cpu"] == "232294656"
     assert _read("baseline", "remove", _NAME, folder=kept).returncode == 0

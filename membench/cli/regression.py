@@ -318,7 +318,8 @@ def _list(arguments: argparse.Namespace) -> int:
     for name in baselines.names(folder):
         measured = baselines.read(baselines.path_of(name, folder))
         repeats = f"noise of {len(measured.noise.spreads)} cases known" if measured.noise.spreads else "noise not known"
-        put(one_line(f"{name}  {len(measured.cases)} cases  {measured.measured_at[:10]}  {repeats}"))
+        of = f"commit {measured.code}" if measured.code else "commit not known"
+        put(one_line(f"{name}  {len(measured.cases)} cases  {measured.measured_at[:10]}  {of}  {repeats}"))
     return EXIT_OK
 
 

@@ -17,9 +17,9 @@ from membench.regression.baseline_checks import refuse_impossible
 from membench.regression.measured import Measured, MeasuredCase
 from membench.regression.noise import Noise
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """History: 1, the first. 2 adds the device of each case, and the median of noise beside its range, since the noise of a
-time is taken as a share of it."""
+time is taken as a share of it. 3 adds the commit of the code that was measured."""
 _DIGITS_OF_TIMES = 4
 _DIGITS = 7
 _WIDTH = 110
@@ -34,6 +34,7 @@ def encoded(measured: Measured) -> str:
         "suite": measured.suite,
         "measured_at": measured.measured_at,
         "machine": dict(measured.machine),
+        **({"code": dataclasses.asdict(measured.code)} if measured.code else {}),
         "cases": {case_id: _folded(case) for case_id, case in sorted(measured.cases.items())},
         "noise": _spreads(measured.noise),
     }

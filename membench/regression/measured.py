@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from membench.records.run_file import Run
 from membench.regression.noise import Noise
 
 _AS_WRITTEN = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+_COMMIT_LENGTH = 12
 _MEASURED_TO_THE_END = ("ok", "diverged")
 _FROM_BAD_TO_WORSE = ("ok", "skipped", "diverged", "failed", "timeout", "out-of-memory", "crashed")
 
@@ -114,6 +116,33 @@ class MeasuredCase:
 
 
 @dataclass(frozen=True)
+class CommitMeasured:
+    """The commit of the code that was measured.
+
+    Attributes:
+        commit: its full id.
+        is_changed: whether files that git tracks differed from it; ``None`` if that is not known.
+        committed_at: when it was committed (ISO, UTC).
+    """
+
+    __pydantic_config__ = _AS_WRITTEN
+
+    commit: str
+    is_changed: bool | None = None
+    committed_at: str | None = None
+
+    @classmethod
+    def of(cls, run: Run) -> CommitMeasured | None:
+        """Return that of a run; ``None`` if its header does not say it."""
+        code = run.header.get("code") or {}
+        return cls(code["commit"], code.get("is_changed"), code.get("committed_at")) if code.get("commit") else None
+
+    def __str__(self) -> str:
+        """Return its short id, with '-dirty' as git does if files differed."""
+        return f"{self.commit[:_COMMIT_LENGTH]}{'-dirty' if self.is_changed else ''}"
+
+
+@dataclass(frozen=True)
 class Measured:
     """A run or a baseline, as far as comparing needs it.
 
@@ -121,6 +150,7 @@ class Measured:
         name: what it is called in tables and messages: a run's or a baseline's name.
         machine: as ``environment.describe`` says it.
         noise: of A/A repeats kept with a baseline, and of what a run's own repeats show, times aside.
+        code: the commit of the code that was measured; ``None`` if it is not known.
     """
 
     __pydantic_config__ = _AS_WRITTEN
@@ -131,6 +161,7 @@ class Measured:
     measured_at: str
     cases: Mapping[str, MeasuredCase]
     noise: Noise = field(default_factory=Noise)
+    code: CommitMeasured | None = None
 
     @property
     def on_gpu(self) -> bool:
@@ -147,7 +178,7 @@ def of_run(run: Run, name: str | None = None) -> Measured:
         measured = of_records(run.records, name or str(run.header["run"]), str(run.header.get("suite", "")))
     except ResultsError as error:
         raise ResultsError(f"{run.path}: {error}") from None
-    return measured
+    return dataclasses.replace(measured, code=CommitMeasured.of(run))
 
 
 def of_records(records: Sequence[Record], name: str, suite: str = "") -> Measured:

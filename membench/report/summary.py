@@ -13,13 +13,12 @@ from membench.records.disturbed_times import WHY
 from membench.records.metrics import METRIC_OF_FIELD, NO_DIVERGENCE, SAME_ACCURACY
 from membench.records.record import Record
 from membench.records.run_file import Run
+from membench.regression.measured import CommitMeasured
 from membench.report.broken_rules import troubled_gates
 from membench.report.cells import bound_of_ratio, is_coarse, signed
 from membench.report.outcomes import end_of
 from membench.report.savings import Ratio, ratios_of
 from membench.units import format_bytes, format_divergence, format_percent
-
-_COMMIT_LENGTH = 12
 
 _NEAR = 0.1
 """Below this a change is told in percent: '6% less' says more than '1.1 times less'."""
@@ -68,7 +67,7 @@ def _ends(run: Run) -> str:
     broken = sum(outcome.holds is False for outcome in gates)
     unchecked = len(gates) - broken + sum(len(record.unchecked_limits) for record in run.records)
     ends = collections.Counter(map(end_of, run.records))
-    if ends.keys() == {"ok"} and not gates:
+    if ends.keys() == {"ok"} and not gates and not unchecked:
         return "all ok"
     told = [f"{number} {end}" for end, number in ends.items()]
     told += [f"{_counted(broken, 'gate')} broken"] if broken else []
@@ -78,9 +77,8 @@ def _ends(run: Run) -> str:
 
 def code_of(run: Run) -> str | None:
     """Name the commit of the code under test, with '-dirty' as git does if files differ; ``None`` if it is unknown."""
-    code = run.header.get("code") or {}
-    commit = code.get("commit")
-    return f"{commit[:_COMMIT_LENGTH]}{'-dirty' if code.get('is_changed') else ''}" if commit else None
+    found = CommitMeasured.of(run)
+    return str(found) if found else None
 
 
 def started(run: Run) -> str:
