@@ -1,4 +1,4 @@
-"""Limits and gates that were not checked because a case was skipped do not pass, and reports say what broke."""
+"""Limits and gates that were not checked (a skipped case, an unknown figure) do not pass; reports say what broke."""
 
 from __future__ import annotations
 
@@ -63,18 +63,14 @@ def test_a_run_whose_rules_were_not_checked_for_skipped_cases_exits_with_three(
         )
     gate = f"ballast/bf16/still/{_NOWHERE}: weights <= 0.6 * reference was not checked: the case ended as skipped"
     assert gate in lines
-    assert lines[-1] == (
-        "3 limits and gates were not checked because a case was skipped: exit code 3, unless --allow-skipped is given"
-    )
+    assert lines[-1] == ("3 limits and gates were not checked: exit code 3, unless --allow-skipped is given")
     assert told.err.count("::error title=membench%3A ballast/") == 2
     assert summary_file.read_text().startswith("## ❌ membench run small: 2 failed")
     ends = [[end.tag for end in case] for case in ElementTree.parse(tmp_path / "junit.xml").iter("testcase")]
     assert ends == [["error"], ["error"]]
 
     assert cli.main(["run", str(suite), *output, "--allow-skipped"]) == 0
-    assert "3 limits and gates were not checked because a case was skipped: which --allow-skipped passes" in (
-        capsys.readouterr().out
-    )
+    assert "3 limits and gates were not checked: which --allow-skipped passes" in (capsys.readouterr().out)
     ends = [[end.tag for end in case] for case in ElementTree.parse(tmp_path / "junit.xml").iter("testcase")]
     assert ends == [["skipped"], ["skipped"]]
 
@@ -89,7 +85,7 @@ def test_a_check_of_a_kept_run_says_the_same(folder: Path, capsys: pytest.Captur
     base.write_text(header + "".join(keepable(one)[1].decode() for one in ok))
     assert cli.main(["check", str(path), "--against", str(base)]) == 3
     told = capsys.readouterr().out
-    assert "3 limits and gates were not checked because a case was skipped: exit code 3" in told
+    assert "3 limits and gates were not checked: exit code 3" in told
     assert cli.main(["check", str(base), "--against", str(base)]) == 1  # the gate is broken, and nothing was skipped
     assert "weights <= 0.6 * reference is broken" in capsys.readouterr().out
 
@@ -97,10 +93,51 @@ def test_a_check_of_a_kept_run_says_the_same(folder: Path, capsys: pytest.Captur
 def test_a_skipped_reference_leaves_a_gate_unchecked() -> None:
     skipped = dataclasses.replace(record("none"), status="skipped", message="no GPU")
     (outcome,) = outcomes([parse("weights <= 0.6 * reference")], [skipped, record("a", weights_bytes=MIB)])
-    assert (outcome.holds, outcome.is_skipped, outcome.reason) == (None, True, "the reference ended as skipped")
+    assert (outcome.holds, outcome.is_unchecked, outcome.reason) == (None, True, "the reference ended as skipped")
     crashed = dataclasses.replace(skipped, status="crashed")
     (outcome,) = outcomes([parse("weights <= 0.6 * reference")], [crashed, record("a", weights_bytes=MIB)])
-    assert (outcome.holds, outcome.is_skipped) == (None, False)
+    assert (outcome.holds, outcome.is_unchecked) == (None, False)
+
+
+def test_a_gate_on_an_unknown_figure_is_not_checked_and_one_on_a_disturbed_time_is_a_warning() -> None:
+    unknown = dataclasses.replace(record("a", weights_bytes=None), reasons={"weights_bytes": "nobody counted"})
+    (outcome,) = outcomes([parse("weights <= 1 GiB")], [unknown])
+    assert (outcome.holds, outcome.is_unchecked) == (None, True)
+    assert outcome.sentence().endswith("was not checked: weights of the case is not known: nobody counted")
+    (of_nothing,) = outcomes([parse("energy <= 1")], [record("a", weights_bytes=MIB)])
+    assert (of_nothing.reason, of_nothing.is_unchecked) == ("no case here has these figures", True)
+    waited = process(durations_s=[1.0], waited_s=[2.0])
+    busy = dataclasses.replace(record("a", step_median_s=1.0), processes=(waited,))
+    (disturbed,) = outcomes([parse("time <= 2 s")], [busy])
+    assert (disturbed.holds, disturbed.is_unchecked) == (None, False)
+
+
+def test_a_limit_on_an_unknown_figure_exits_with_three(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    suite = tmp_path / "small.toml"
+    (tmp_path / "told.py").write_text(
+        "from membench.plugins import QualityMetric\n\n\nclass Told(QualityMetric):\n"
+        "    def measure(self, module, held_out, context):\n        return 1.0\n"
+    )
+    suite.write_text(
+        '[suite]\nname = "small"\nplugins = ["told.py"]\nmetrics = ["told"]\n'
+        '[matrix]\nmodel = ["tiny"]\ntechnique = ["none"]\nworkload = ["forward"]\n'
+        '[model.tiny]\nuse = "factory"\nfunction = "membench.testing:tiny_module"\n'
+        "[settings]\nthreads = 1\nmeasured_steps = 1\nevaluate_s = 0\n[limits]\ntold = 3\n"
+    )
+    words = ["run", str(suite), "--output", str(tmp_path)]
+    assert cli.main(words) == 3
+    (made,) = membench.read_run(membench.newest_run(tmp_path)).records
+    (limit,) = made.unchecked_limits
+    assert limit.endswith("on told was not checked: quality was not judged: evaluate_s = 0")
+    assert made.status == "ok"
+    told = capsys.readouterr().out
+    assert "ok, see below" in told
+    assert f"\ntiny/none/forward/cpu: {limit}\n" in told
+    assert told.endswith("\n1 limit or gate was not checked: exit code 3, unless --allow-skipped is given\n")
+    assert cli.main(["show", "--output", str(tmp_path)]) == 0
+    assert limit in capsys.readouterr().out
+    overview = summary.overview(membench.read_run(membench.newest_run(tmp_path)))
+    assert ": 1 case, 1 ok, 1 limit or gate not checked." in overview
 
 
 _GATED = '[suite]\nname = "made-up"\n[gate]\nrules = ["weights <= 0.6 * reference"]\n'

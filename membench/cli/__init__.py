@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb and return its exit code.
 
     0: fine; 1: a case failed, broke a limit or a gate, or regressed; 2: bad input; 3: cannot compare, or a limit or a
-    gate was not checked because its case was skipped; 130: interrupted.
+    gate was not checked because its case was skipped or its figure is not known; 130: interrupted.
     """
 
     def work() -> int:

@@ -40,9 +40,9 @@ class Rules:
 
     @property
     def unchecked(self) -> list[str]:
-        """Return a line for each limit and gate that was not checked because its case was skipped."""
+        """Return a line for each limit and gate that was not checked: a case was skipped, or a figure is not known."""
         limits = (f"{record.id}: {limit}" for record in self.records for limit in record.unchecked_limits)
-        gates = (outcome.sentence() for outcome in self.outcomes if outcome.is_skipped)
+        gates = (outcome.sentence() for outcome in self.outcomes if outcome.is_unchecked)
         return list(dict.fromkeys((*limits, *gates)))
 
     def exit_code(self, otherwise: int, *, allows_skipped: bool) -> int:
@@ -50,7 +50,7 @@ class Rules:
 
         Args:
             otherwise: the exit code by all else.
-            allows_skipped: whether rules of skipped cases need not be checked.
+            allows_skipped: whether rules of skipped cases, and on unknown figures, need not be checked.
         """
         if self.are_broken or otherwise == EXIT_CASES_FAILED:
             return EXIT_CASES_FAILED
@@ -61,7 +61,7 @@ class Rules:
         if count := len(self.unchecked):
             were = "limit or gate was" if count == 1 else "limits and gates were"
             how = "which --allow-skipped passes" if is_allowed else "exit code 3, unless --allow-skipped is given"
-            print_remarks([f"{count} {were} not checked because a case was skipped: {how}"], form)
+            print_remarks([f"{count} {were} not checked: {how}"], form)
 
     def print_gates(self, form: str) -> None:
         """Print a table of the gates' outcomes, and a line for each gate that is broken or was not judged."""
@@ -89,11 +89,12 @@ class Rules:
 
 
 def add_allow_skipped(verb: argparse.ArgumentParser) -> None:
-    """Add the option that accepts limits and gates of skipped cases."""
+    """Add the option that accepts limits and gates that were not checked."""
     verb.add_argument(
         "--allow-skipped",
         action="store_true",
-        help="pass although limits and gates of skipped cases (no GPU, a package that is missing) were not checked",
+        help="pass although limits and gates were not checked: of skipped cases (no GPU, a package that is missing),"
+        " or on figures that are not known",
     )
 
 

@@ -62,8 +62,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--membench-allow-skipped",
         action="store_true",
-        help="Pass although limits and gates of skipped cases (no GPU, a missing package) were not checked; else the"
-        " exit code is 3.",
+        help="Pass although limits and gates were not checked: of skipped cases (no GPU, a missing package), or on"
+        " figures that are not known; else the exit code is 3.",
     )
 
 

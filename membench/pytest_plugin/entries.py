@@ -27,7 +27,7 @@ def add_comparison(item: pytest.Item, case_id: str, base: str, known: list[str] 
 
 
 def add_unchecked(item: pytest.Item, sentence: str) -> None:
-    """Add a gate that was not checked, because its case was skipped, to a test's next report."""
+    """Add a gate that was not checked to a test's next report."""
     item.stash.setdefault(_MEASURED, []).append({"unchecked": sentence})
 
 

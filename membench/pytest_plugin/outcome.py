@@ -51,7 +51,7 @@ def broken_gates(
 ) -> list[str]:
     """Return a line for each gate that a case breaks; gates that cannot be checked become warnings.
 
-    Those that cannot be because a case was skipped are passed on with the test's report.
+    Those of a skipped case, or of a figure that is not known, are passed on with the test's report.
     """
     if any(record.status not in ("ok", "skipped") for record in records):
         return []
@@ -60,7 +60,7 @@ def broken_gates(
     for found in outcomes(gates, of_case):
         if found.case_id != records[0].id:
             continue
-        if found.is_skipped:
+        if found.is_unchecked:
             entries.add_unchecked(item, found.sentence())
         elif found.holds is None:
             item.warn(MembenchWarning(one_line(found.sentence())))

@@ -1,4 +1,4 @@
-"""Limits and gates that were not checked because their case was skipped: they make pytest's exit code 3."""
+"""Limits and gates that were not checked (a skipped case, an unknown figure): they make pytest's exit code 3."""
 
 from __future__ import annotations
 

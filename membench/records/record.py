@@ -40,7 +40,7 @@ class Record:
         notes: explanations of the values (such as why a technique saved less than its nominal factor).
         processes: the readings of each process (rank). Earlier records lack the weights by module and the time that
             threads waited for cores, or include in that time the waits of threads for each other.
-        unchecked_limits: a sentence for each limit that was not checked because the case was skipped.
+        unchecked_limits: a sentence for each limit of a skipped case, or on a figure that is not known.
         timeline: columns of samples over the whole case, with ``at_s`` in seconds from its start.
         output_tail: the case's output, if the case failed; of a long one the beginning and the end.
     """

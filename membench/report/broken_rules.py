@@ -1,4 +1,4 @@
-"""The gates of a run's suite that are broken in its records, or were not checked because a case was skipped."""
+"""The gates of a run's suite that are broken in its records, or were not checked."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def remarks(run: Run) -> list[str]:
 
 
 def troubled_gates(run: Run) -> list[Outcome]:
-    """Return the outcomes of gates that are broken, or were not checked because a case was skipped."""
+    """Return the outcomes of gates that are broken, or were not checked."""
     try:
         _, gates = rules_of(run.header, own_metrics(run.header.get("own_metrics", ())))
     except RuleError:  # the suite was valid; the file may be damaged, or of a later version
         return []
-    return [outcome for outcome in outcomes(gates, run.records) if outcome.holds is False or outcome.is_skipped]
+    return [outcome for outcome in outcomes(gates, run.records) if outcome.holds is False or outcome.is_unchecked]

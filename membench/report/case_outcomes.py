@@ -56,12 +56,12 @@ def of_records(
     Args:
         outcomes: of the suite's rules.
         ends: what a status other than ``ok`` stands for; ``unfinished`` where it is not said.
-        allows_skipped: whether limits and rules of skipped cases need not be checked; else these cases are unfinished.
+        allows_skipped: whether limits and rules may be left unchecked; else the cases of these are unfinished.
     """
     broken: dict[str, list[str]] = {}
     unchecked: dict[str, list[str]] = {record.id: list(record.unchecked_limits) for record in records}
     for outcome in outcomes:
-        told = broken if outcome.holds is False else unchecked if outcome.is_skipped else None
+        told = broken if outcome.holds is False else unchecked if outcome.is_unchecked else None
         if told is not None:
             told.setdefault(outcome.case_id, []).append(_of(outcome.case_id, outcome.sentence()))
     cases = [

@@ -23,7 +23,7 @@ def status_of(repeats: Sequence[Record]) -> str:
         return worst.status
     if any(record.broken_limits for record in repeats):
         return "over limit"
-    return "ok, see below" if any(record.remarks for record in repeats) else "ok"
+    return "ok, see below" if any(record.remarks or record.unchecked_limits for record in repeats) else "ok"
 
 
 def said_of(record: Record) -> list[str]:

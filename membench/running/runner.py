@@ -187,12 +187,12 @@ class Runner:
                 *_of_all(results, "remarks"),
                 *found.remarks,
                 *(f"{process} cannot be killed, and still runs" for process in finished.unkilled),
-                *_unchecked_limits(found, status, job.limits, processes),
+                *_limits_left(found, status, job.limits, processes),
                 *limits_kept_while_running(found, job.limits),
             ),
             notes=(*_of_all(results, "notes"), *found.notes),
             broken_limits=_broken_limits(found, job.limits, processes),
-            unchecked_limits=_skipped_limits(status, job.limits),
+            unchecked_limits=_unchecked_limits(found, status, job.limits),
             timeline=finished.timeline.columns(),
             output_tail="" if status in ("ok", "skipped") else deciding.output(),
             machine=self._machine,
@@ -209,23 +209,27 @@ def _of_all(results: Sequence[Result | None], what: Literal["remarks", "notes"])
     return tuple(found)
 
 
-def _unchecked_limits(
+def _limits_left(
     found: DerivedMetrics, status: str, limits: Mapping[str, float], processes: Sequence[ProcessReading]
 ) -> list[str]:
-    """Return remarks on limits that could not be checked: these must not look as if they were kept."""
+    """Return remarks on limits that the case has no figure for, or one that says nothing; they fail nothing."""
     if status != "ok":
         return []
-    unchecked = {name: found.reasons.get(name, "the case has no such figure") for name in limits
-                 if found.metrics.get(name) is None}  # fmt: skip
-    unchecked |= {name: WHY for name in limits if name not in unchecked and is_disturbed_time(name, processes)}
-    return [f"the limit on {METRIC_OF_FIELD[name].name} was not checked: {why}" for name, why in unchecked.items()]
+    why = {name: "the case has no such figure" for name in limits if name not in found.metrics}
+    why |= {name: WHY for name in limits if name not in why and is_disturbed_time(name, processes)}
+    return _not_checked(why)
 
 
-def _skipped_limits(status: str, limits: Mapping[str, float]) -> tuple[str, ...]:
-    """Return a sentence for each limit of a skipped case."""
-    if status != "skipped":
-        return ()
-    return tuple(f"the limit on {METRIC_OF_FIELD[name].name} was not checked: the case was skipped" for name in limits)
+def _unchecked_limits(found: DerivedMetrics, status: str, limits: Mapping[str, float]) -> tuple[str, ...]:
+    """Return a sentence for each limit of a skipped case, or on a figure that is not known: as good as not kept."""
+    if status == "skipped":
+        return tuple(_not_checked(dict.fromkeys(limits, "the case was skipped")))
+    unknown = [name for name in limits if status == "ok" and found.metrics.get(name, 0) is None]
+    return tuple(_not_checked({name: found.reasons.get(name, "it is not known") for name in unknown}))
+
+
+def _not_checked(why: Mapping[str, str]) -> list[str]:
+    return [f"the limit on {METRIC_OF_FIELD[name].name} was not checked: {reason}" for name, reason in why.items()]
 
 
 def limits_kept_while_running(found: DerivedMetrics, limits: Mapping[str, float]) -> list[str]:

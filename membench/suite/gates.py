@@ -50,11 +50,11 @@ _DIMENSIONS = {"bytes": _SIZE, "seconds": _DURATION}
 
 
 class _Unknown(Exception):
-    """A value that a rule needs is not known; ``is_skipped``: because its case was skipped."""
+    """A value that a rule needs is not known; ``is_unchecked`` as of ``Outcome``."""
 
-    def __init__(self, reason: str, *, is_skipped: bool = False) -> None:
+    def __init__(self, reason: str, *, is_unchecked: bool = True) -> None:
         super().__init__(reason)
-        self.is_skipped = is_skipped
+        self.is_unchecked = is_unchecked
 
 
 class _NotApplicable(Exception):
@@ -111,7 +111,8 @@ class Outcome:
         case_id: the case; the gate's pattern if no case has the metrics of the rule.
         holds: ``None`` if a value is not known; ``reason`` then says which and why.
         left, right: the values of the two sides, as text with units.
-        is_skipped: whether it was not checked because its case, or the reference, was skipped.
+        is_unchecked: whether it must not pass for checked: a case was skipped, or a value is not known. A case that
+            ended badly fails by itself; what a busy machine did to a time is a warning, since it says nothing of it.
     """
 
     case_id: str
@@ -120,7 +121,7 @@ class Outcome:
     left: str | None = None
     right: str | None = None
     reason: str | None = None
-    is_skipped: bool = False
+    is_unchecked: bool = False
 
     def sentence(self) -> str:
         """Return the result as a sentence.
@@ -331,15 +332,15 @@ def outcomes(gates: Sequence[Gate], records: Sequence[Record]) -> list[Outcome]:
             and not (gate.uses_reference and repeats[0].technique == REFERENCE)
             and (outcome := _checked(gate, repeats, references.get(repeats[0].group, []))) is not None
         ]
-        found += checked or [Outcome(gate.match, gate, None, reason=_why_unchecked(gate, cases))]
+        found += checked or [_of_no_case(gate, cases)]
     return found
 
 
-def _why_unchecked(gate: Gate, cases: Mapping[str, Sequence[Record]]) -> str:
+def _of_no_case(gate: Gate, cases: Mapping[str, Sequence[Record]]) -> Outcome:
     fitting = [repeats[0].technique for case_id, repeats in cases.items() if fnmatch.fnmatchcase(case_id, gate.match)]
     if gate.uses_reference and fitting and set(fitting) == {REFERENCE}:
-        return "only references are here, and nothing to hold against them"
-    return "no case here has these figures"
+        return Outcome(gate.match, gate, None, reason="only references are here, and nothing to hold against them")
+    return Outcome(gate.match, gate, None, reason="no case here has these figures", is_unchecked=True)
 
 
 def _checked(gate: Gate, repeats: Sequence[Record], reference: Sequence[Record]) -> Outcome | None:
@@ -353,13 +354,13 @@ def _checked(gate: Gate, repeats: Sequence[Record], reference: Sequence[Record])
     except _NotApplicable:
         return None
     except _Unknown as unknown:
-        return Outcome(repeats[0].id, gate, None, reason=str(unknown), is_skipped=unknown.is_skipped)
+        return Outcome(repeats[0].id, gate, None, reason=str(unknown), is_unchecked=unknown.is_unchecked)
     except ZeroDivisionError:
-        return Outcome(repeats[0].id, gate, None, reason="it divides by a figure that is 0")
+        return Outcome(repeats[0].id, gate, None, reason="it divides by a figure that is 0", is_unchecked=True)
     except OverflowError:
         left = right = math.inf
     if not (math.isfinite(left) and math.isfinite(right)):
-        return Outcome(repeats[0].id, gate, None, reason="it comes to more than a number holds")
+        return Outcome(repeats[0].id, gate, None, reason="it comes to more than a number holds", is_unchecked=True)
     return Outcome(
         repeats[0].id, gate, _COMPARISONS[gate.comparison](left, right), gate.left.shown(left), gate.right.shown(right)
     )
@@ -370,9 +371,9 @@ def _median(repeats: Sequence[Record], metric: Metric, whose: str) -> float:
         raise _Unknown(f"{whose} was not measured")
     bad = next((record for record in repeats if record.status not in ("ok", "diverged")), None)
     if bad is not None:
-        raise _Unknown(f"{whose} ended as {bad.status}", is_skipped=bad.status == "skipped")
+        raise _Unknown(f"{whose} ended as {bad.status}", is_unchecked=bad.status == "skipped")
     if are_disturbed(repeats, metric.field):
-        raise _Unknown(f"{metric.name} of {whose} says nothing: {WHY}")
+        raise _Unknown(f"{metric.name} of {whose} says nothing: {WHY}", is_unchecked=False)
     if (value := median(repeats, metric.field)) is not None:
         return value
     if metric.field in repeats[0].metrics:
