@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from membench.plugins.contract import Context, Setting, Technique
 from membench.plugins.options import Unsuitable
-from membench.plugins.ranks import DIMENSIONS, Dimension
+from membench.plugins.ranks import DIMENSIONS, ORDER, Dimension
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +37,12 @@ class Parallel(Technique):
     degree: int | None = Field(None, ge=1, le=9999)
     """Ranks along its dimension. Left open: 2 along inner dimensions, and along the outermost all that are left."""
 
+    checkpoint: Literal["gathered", "sharded"] = "gathered"
+    """How it is saved: whole by the first rank, which all send their parts to, or by each rank its part."""
+
+    def nominal_share(self) -> float | None:
+        return None if self.splits_model else 1.0
+
     def refuse(self, setting: Setting) -> str | None:
         """Return why the case cannot be spread, as far as any technique can tell; subclasses ask this, too."""
         if setting.ranks is None:
@@ -59,10 +65,11 @@ class Parallel(Technique):
         raise NotImplementedError
 
     def save(self, module: nn.Module, folder: Path, context: Context) -> str | None:
-        """Write a checkpoint of the whole model into a folder that all ranks share, as its user would.
+        """Write a checkpoint of the whole model into a folder that all ranks share; all of them call it.
 
         Returns:
-            the library that wrote it; ``None``: each rank has the whole model, and rank 0 saves it as without ranks.
+            what wrote it; on the first rank the folder is complete then. ``None``: the harness writes what ranks hold
+            of a state dict of the same names on all of them, as ``checkpoint`` says.
         """
         return None
 
@@ -89,6 +96,14 @@ def degrees(techniques: Sequence[Technique], of: int) -> Mapping[Dimension, int]
     if of > 1 and (idle := [dimension for dimension in used if found[dimension] == 1]):
         raise Unsuitable(f"{of} ranks leave a degree of 1 along '{idle[0]}': the degrees are {written}")
     return {dimension: found[dimension] for dimension in used}
+
+
+def parallel_last(techniques: Sequence[Technique]) -> list[Technique]:
+    """Return techniques in the order in which their optimizers and training steps are made: parallel ones last.
+
+    So the exchange between ranks lies around whatever the others make of a step, wherever the stack names it.
+    """
+    return sorted(techniques, key=lambda each: 1 + ORDER.index(each.dimension) if isinstance(each, Parallel) else 0)
 
 
 def own_rows(batch: torch.Tensor, techniques: Sequence[Technique], context: Context) -> torch.Tensor:

@@ -20,7 +20,7 @@ instruction sets, threads and page size, which decide which kernels run and how 
 Role = Literal["memory", "time", "rate", "energy", "quality", "size of data"]
 """The aspect of a case that a metric measures."""
 
-Phase = Literal["load", "apply", "store", "warmup", "run"]
+Phase = Literal["load", "apply", "store", "warmup", "run", "save"]
 """The phases whose live peaks are metrics, in the order in which a case runs through them."""
 
 

@@ -64,6 +64,8 @@ METRICS: tuple[Metric, ...] = (
     _live("warmup_peak_live", "warmup_peak_live_bytes", "warm-up peak",
           "live peak of the first step, compilers' processes included",
           in_table="where it needs more", same_within=0.05, peak_of="warmup"),
+    _live("save_peak_live", "save_peak_live_bytes", "save peak", "live peak while a checkpoint of the model is saved",
+          in_table="where it decides", same_within=0.05, peak_of="save"),
     _live("highest_peak_live", "highest_peak_live_bytes", "highest peak",
           "the highest live peak of all phases, compilers' processes included: what has to fit"),
     Metric("communicated", "communicated_bytes", "communicated",
@@ -196,7 +198,7 @@ def _peak_of(phase: Phase) -> Metric:
 
 
 PEAK_OF_PHASE: Mapping[Phase, Metric] = {
-    phase: _peak_of(phase) for phase in ("load", "apply", "store", "warmup", "run")
+    phase: _peak_of(phase) for phase in ("load", "apply", "store", "warmup", "run", "save")
 }
 """The live peak of each phase, in the order in which a case runs through them."""
 

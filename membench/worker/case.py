@@ -71,10 +71,10 @@ def measure(request: MeasureCase, rank: Rank, scratch: Path, meter: Meter) -> No
     step = work.run_for_memory(module)
     work.run_for_time(step)
     work.finish(module, step)
-    del step  # it refers to the optimizer, which is freed with it
+    work.save(module)
+    del step  # it refers to the optimizer, which is there while a training saves, and is freed with it
     work.case.context.inventory.clear()
     work.evaluate(module)
-    work.save(module)
     _refuse_other_checkout(request)
     if work.invalid:
         raise plugin_values.InvalidValue("; ".join(work.invalid))
@@ -235,8 +235,9 @@ class _Work:
         self._notes += note_on_garbage(meter.most_garbage_bytes, run.reading.live_peak_bytes)
         self._notes += notes.on_weights(module, case.techniques, self._plain)
         if (optimizer := case.context.inventory.get("optimizer")) is not None:
-            trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-            self._notes += notes.on_states(optimizer(), trained, case.techniques, self._built_bits)
+            states = optimizer()  # on one of several ranks they may be of some parameters alone
+            trained = [p for p in module.parameters() if p.requires_grad and (p in states or not case.context.ranks)]
+            self._notes += notes.on_states(states, trained, case.techniques, self._built_bits)
         if case.context.inventory:
             with meter.phase("breakdown", "pinned"):
                 watcher = breakdown.MemoryWatcher(
@@ -360,6 +361,13 @@ class _Work:
         result = self._result if not_saved is None else replace(self._result, disk_bytes=None, disk_format=not_saved)
         self._meter.send(ResultSoFar(result))
 
+    def save(self, module: nn.Module) -> None:
+        """Run the phase ``save``."""
+        with self._meter.phase("save", "pinned"):
+            size_bytes, how = checkpoint.save(module, self._scratch, self.case.techniques, self.case.context)
+        self._update_result(disk_bytes=size_bytes, disk_format=how)
+        self._send_result()
+
     def evaluate(self, module: nn.Module) -> None:
         """Run the phase ``evaluate``, if the model gives logits."""
         if not self.case.model.gives_logits:
@@ -386,11 +394,4 @@ class _Work:
         self._remarks += failed
         if None in found.nats and self.diverged is None:
             self._remarks.append("the logits of held-out text are not finite")
-        self._send_result("the checkpoint was not saved")
-
-    def save(self, module: nn.Module) -> None:
-        """Run the phase ``save``."""
-        with self._meter.phase("save", "pinned"):
-            size_bytes, how = checkpoint.save(module, self._scratch)
-        self._update_result(disk_bytes=size_bytes, disk_format=how)
         self._send_result()

@@ -91,7 +91,7 @@ def on_states(
     """
     stated = [(size, technique) for technique in techniques if (size := technique.nominal_state_bytes()) is not None]
     parameters = list(trained)
-    adamw_bytes = _MOMENTS * sum(p.numel() * max(p.element_size(), built_bits / 8) for p in parameters)
+    adamw_bytes = _MOMENTS * sum(local_part(p).numel() * max(p.element_size(), built_bits / 8) for p in parameters)
     if not stated or not adamw_bytes:
         return []
     size, technique = stated[-1]
@@ -105,9 +105,9 @@ def on_states(
         # What keeps states in the type of what it trains is known for its bytes in fp32, unless it casts by itself.
         follows = technique.nominal_bits() is None and {value.dtype for value in tensors.values()} == {parameter.dtype}
         each = size * parameter.element_size() / 4 if follows and not _is_quantized(tensors) else size
-        nominal_bytes += each * parameter.numel()
+        nominal_bytes += each * local_part(parameter).numel()
         if not tensors:
-            _add(causes, _MISSING_STATES, int(size * parameter.numel()))
+            _add(causes, _MISSING_STATES, int(size * local_part(parameter).numel()))
         for name, tensor in tensors.items():
             for inner, plain in _named_plain(name, tensor):
                 if size_bytes := found.add(plain):

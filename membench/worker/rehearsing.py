@@ -7,7 +7,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from membench.errors import summary
-from membench.worker import device, output_check
+from membench.worker import checkpoint, device, output_check
 from membench.worker.assembly import Assembly
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def rehearse(case: Assembly) -> str | None:
         refused = output_check.refusal_of_rehearsed(module, case.workload, assembly.context, case.model_name)
         if refused is None:
             _step(assembly, module)
+            checkpoint.save(module, assembly.context.scratch, assembly.techniques, assembly.context)
     except Exception as error:
         if case.model.miniature() is not None:
             return f"rehearsing ended in {summary(error)}"

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from membench.plugins import Context, Step, Technique, TrainingStep, Unsuitable, given_back, own_rows, stepping
+from membench.plugins import (
+    Context,
+    Step,
+    Technique,
+    TrainingStep,
+    Unsuitable,
+    given_back,
+    own_rows,
+    parallel_last,
+    stepping,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +49,8 @@ def steps(
     if not trained:
         raise Unsuitable("no parameter of the model can be trained")
     optimizer: torch.optim.Optimizer = kinds[optimizer_name](trained, lr=learning_rate)
-    for technique in techniques:
+    members = parallel_last(techniques)
+    for technique in members:
         optimizer = given_back(technique.optimizer(optimizer, module, context), technique, "optimizer", "optimizer")
     context.inventory["optimizer"] = lambda: optimizer.state
     pieces = TrainingStep(
@@ -49,7 +60,7 @@ def steps(
         lambda: optimizer.step(),
         lambda: optimizer.zero_grad(),
     )
-    for technique in techniques:
+    for technique in members:
         pieces = given_back(technique.training_step(pieces, context), technique, "training_step", "step")
 
     def step() -> torch.Tensor:

@@ -125,6 +125,8 @@ class CaseJob(RunnableJob):
             if part in run.parts:
                 deriving.live(found, run.parts[part], f"{part}_peak_live_bytes", memory)
         deriving.warmup(found, deriving.phase_of(process, "warmup"), memory)
+        if (saving := process.phase("save")) is not None:
+            deriving.live(found, saving, "save_peak_live_bytes", memory)
         deriving.highest_peak(found)
         _holdings(found, result)
         if self.device.in_ranks:

@@ -1,0 +1,54 @@
+"""Checkpoints of a model that several ranks hold together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def gathered(module: nn.Module, folder: Path) -> str:
+    """Write the whole model as one file: all ranks send their parts to the first one, which has it whole for a while.
+
+    Tensors that layers share are written once.
+
+    Returns:
+        what wrote it.
+
+    Source: torch.distributed.checkpoint.state_dict, with full_state_dict and cpu_offload; safetensors.
+    """
+    import safetensors.torch
+    from torch import distributed
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    state: dict[str, Any] = get_model_state_dict(
+        module, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    if distributed.get_rank():
+        return "safetensors"
+    once: dict[int, str] = {}
+    for name, tensor in module.state_dict().items():
+        if once.setdefault(id(tensor), name) != name:
+            state.pop(name, None)
+    folder.mkdir(exist_ok=True)
+    safetensors.torch.save_file(
+        {name: tensor.contiguous() for name, tensor in state.items()}, str(folder / "model.safetensors")
+    )
+    return "safetensors, gathered on one rank"
+
+
+def sharded(module: nn.Module, folder: Path) -> str:
+    """Write the model as a file of each rank with the parts that it holds, and one that says where they belong.
+
+    Returns:
+        what wrote it.
+
+    Source: torch.distributed.checkpoint.
+    """
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    save(get_model_state_dict(module), checkpoint_id=folder)
+    return "torch.distributed.checkpoint, each rank its part"
