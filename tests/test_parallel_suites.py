@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
+from membench.errors import SuiteError
 from membench.protocol.case import Case
 from membench.records.comparison import Comparison, with_compared
-from membench.report import savings, text
+from membench.records.disturbed_times import is_disturbed_time
+from membench.records.metrics import METRIC_OF_FIELD
+from membench.records.record import Record
+from membench.regression.measured import of_records
+from membench.report import cells, savings, summary, text
+from membench.running.derived_metrics import DerivedMetrics
 from membench.running.jobs.case import case_names
+from membench.running.over_ranks import combine, say_that_cores_are_shared
 from membench.running.references import References
-from membench.suite import gates
+from membench.suite import catalog, gates
 from membench.suite.loading import load_suite
 from membench.suite.suite import Suite
 from tests import made_up
@@ -171,3 +179,117 @@ def test_members_of_a_mesh_are_taken_together_as_they_ran_in_it() -> None:
 def test_rules_hold_ranks_against_the_reference_of_the_single_device(rule: str, holds: bool) -> None:
     outcome = gates.outcomes([gates.parse(rule)], [_ALONE, _SHARDED])[0]
     assert (outcome.case_id, outcome.holds) == ("m/fsdp/train/2xcpu", holds)
+
+
+_ALONE_IN_TIME = made_up.record(
+    "none", "train", peak_live_bytes=100 * MIB, step_median_s=1.0, tokens_per_s=100.0, final_loss_nats=5.0
+)
+
+
+def _in_time(technique: str, peak_mib: float, tokens_per_s: float, device: str = "2xcpu") -> Record:
+    return made_up.record(
+        technique, "train", device=device, peak_live_bytes=peak_mib * MIB, step_median_s=100 / tokens_per_s,
+        tokens_per_s=tokens_per_s, final_loss_nats=5.0,
+    )  # fmt: skip
+
+
+def test_times_of_ranks_that_share_cores_support_no_conclusion() -> None:
+    records = [_ALONE_IN_TIME, _in_time("fsdp", 50, 20.0), _in_time("ddp", 110, 300.0)]
+    found = Comparison(records)
+    assert savings.verdicts(records) == [
+        "fsdp: saved live peak ×0.50; cost nothing",
+        "ddp: saved nothing; cost live peak ×1.10",
+    ]
+    assert found.front(_ON_RANKS) == {"fsdp"}, "that ddp is faster on shared cores gives it no place"
+    assert found.pace_s(_ON_RANKS, "fsdp") is None
+    (row,) = (row for row in text.comparison(records).splitlines() if row.startswith("fsdp"))
+    assert "~5.00 s ~×5.00" in row
+    assert "its time not known because its ranks share the cores of one machine" in summary.sentence(
+        found, _ON_RANKS, "fsdp"
+    )
+    (said,) = (line for line in text.remarks(records) if "cluster" in line)
+    assert said.startswith("2xcpu: 2 ranks share the cores of one machine: their memory is true, their times are not")
+
+
+def test_times_of_ranks_that_have_a_gpu_each_count() -> None:
+    records = [
+        made_up.record("none", "train", device="cuda", peak_live_bytes=100 * MIB, tokens_per_s=100.0),
+        _in_time("ddp", 110, 190.0, "2xcuda"),
+    ]
+    assert Comparison(records).front(("m", "train", "2xcuda")) == {"none", "ddp"}
+    assert not [line for line in text.remarks(records) if "cluster" in line]
+
+
+def test_a_rule_does_not_hold_a_time_on_shared_cores_against_a_single_device() -> None:
+    rules = [gates.parse("time <= 2 * reference"), gates.parse("time <= 10 s")]
+    relative, absolute = gates.outcomes(rules, [_ALONE_IN_TIME, _in_time("fsdp", 50, 20.0)])[0:3:2]
+    assert (relative.holds, relative.reason) == (
+        None, "time of the case says nothing beside the reference's: its ranks share the cores of one machine",
+    )  # fmt: skip
+    assert absolute.holds
+
+
+def test_a_record_says_of_each_time_that_its_ranks_shared_cores() -> None:
+    found = DerivedMetrics()
+    found.add("step_median_s", 1.0, "monotonic clock")
+    found.add("peak_live_bytes", MIB, "kernel's peak")
+    say_that_cores_are_shared(found, 2, 1)
+    assert [how["source"] for how in found.obtained.values()] == [
+        "monotonic clock; 2 ranks shared the cores of one machine, 1 thread each", "kernel's peak",
+    ]  # fmt: skip
+
+
+def test_the_rank_that_needs_most_is_named_where_ranks_differ() -> None:
+    def rank(peak_bytes: int) -> DerivedMetrics:
+        found = DerivedMetrics()
+        found.add("peak_live_bytes", peak_bytes, "kernel's peak")
+        return found
+
+    def shown(*peaks_bytes: int) -> str:
+        combined = combine([rank(peak_bytes) for peak_bytes in peaks_bytes])
+        record = made_up.record("pp", "train", device="2xcpu", obtained=combined.obtained)
+        record = dataclasses.replace(record, metrics=combined.metrics)
+        return cells.figure(Comparison([record]), _ON_RANKS, "pp", METRIC_OF_FIELD["imbalance_ratio"])
+
+    assert shown(10 * MIB, 30 * MIB) == "1.500 (rank 1)"
+    assert shown(30 * MIB, 30 * MIB) == "1.000"
+
+
+def test_what_holds_memory_is_told_of_the_rank_that_needs_most() -> None:
+    processes = tuple(
+        made_up.process(rank=rank, peak_part="backward", breakdown_bytes={"backward": {"activations": size}})
+        for rank, size in enumerate((10 * MIB, 30 * MIB))
+    )
+    record = dataclasses.replace(
+        made_up.record(
+            "pp", "train", device="2xcpu", peak_live_bytes=30 * MIB, obtained={"peak_live_bytes": {"rank": 0}}
+        ),
+        processes=processes,
+    )
+    assert "10.00 MiB" in text.explanation([_ALONE, record])
+    assert of_records([record], "now").cases[record.id].breakdown_bytes == {"backward": {"activations": 10 * MIB}}
+
+
+def test_a_case_is_disturbed_if_one_of_its_ranks_is() -> None:
+    calm, disturbed = (made_up.process(durations_s=[1.0, 1.0], waited_s=[waited, waited]) for waited in (0.0, 0.9))
+    assert is_disturbed_time("step_median_s", [calm, disturbed])
+    assert not is_disturbed_time("step_median_s", [calm, calm])
+
+
+@pytest.mark.parametrize(
+    ("device", "problem"),
+    [
+        ("2xgpu", "write cpu, cuda, cuda:0 or 2xcpu"),
+        ("2xcuda:1", "write cpu, cuda, cuda:0 or 2xcpu"),
+        ("0xcpu", "write cpu, cuda, cuda:0 or 2xcpu"),
+        ("65xcpu", "at most 64 ranks run on the cores of one machine: 64xcpu"),
+    ],
+)
+def test_a_device_that_there_is_not_is_one_line(tmp_path: Path, device: str, problem: str) -> None:
+    with pytest.raises(SuiteError) as caught:
+        _suite(tmp_path, ["ddp"], [device])
+    assert str(caught.value).endswith(f"matrix.device.0 = '{device}': {problem}")
+
+
+def test_techniques_that_spread_a_case_are_listed_with_a_count() -> None:
+    assert "  runs on  2xcpu, 2xcuda, …" in catalog.details("ddp")

@@ -218,6 +218,9 @@ def test_a_wrong_marker_is_one_clear_line(inner: pytest.Pytester) -> None:
     @pytest.mark.membench(compare="2 percent")
     def test_share(membench): ...
 
+    @pytest.mark.membench(device="2xcpu")
+    def test_ranks(membench): ...
+
     @pytest.mark.membench("1 GiB")
     def test_place(membench): ...
 
@@ -228,13 +231,14 @@ def test_a_wrong_marker_is_one_clear_line(inner: pytest.Pytester) -> None:
 """
     )
     ran = inner.runpytest_subprocess("-q")
-    ran.assert_outcomes(errors=6, passed=1)
+    ran.assert_outcomes(errors=7, passed=1)
     ran.stdout.fnmatch_lines(
         [
             "@pytest.mark.membench(limt='1 GiB'): unknown key 'limt'; did you mean 'limit'?",
             "@pytest.mark.membench(limit='1 Gb'): limit = '1 Gb': '1 Gb' is no size; write a number and B, KiB, MiB*",
             "@pytest.mark.membench(limit=1073741824): limit = 1073741824: write a size with its unit, such as '1 GiB'",
             "@pytest.mark.membench(compare='2 percent'): compare = '2 percent': write a share such as '2%', a size*",
+            "@pytest.mark.membench(device='2xcpu'): device = '2xcpu': a function runs on one device: write cpu, cuda*",
             "@pytest.mark.membench('1 GiB'): it takes no values without a name; known: limit, compare, device, repeats",
             "@pytest.mark.membench: the test does not use the fixture 'membench', so nothing would be held against*",
         ]

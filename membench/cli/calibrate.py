@@ -26,7 +26,9 @@ def add(verbs: Verbs) -> None:
     )
     calibrate.add_argument("--repeats", type=_repeats, default=5, help="how often to measure each case (default: 5)")
     calibrate.add_argument("-k", dest="expression", help="only cases whose id matches, such as 'int8 and not train'")
-    calibrate.add_argument("--device", action="append", help="device to use instead of the suite's: cpu, cuda, cuda:0")
+    calibrate.add_argument(
+        "--device", action="append", help="device to use instead of the suite's: cpu, cuda, cuda:0, 2xcpu"
+    )
     calibrate.add_argument("--output", type=Path, default=RESULTS, help="folder for the run's file and for baselines")
     add_format(calibrate)
     calibrate.set_defaults(do=_calibrate)

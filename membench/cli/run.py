@@ -26,7 +26,7 @@ def add(verbs: Verbs) -> None:
     run.add_argument("suite", nargs="*", help="a suite's name or path; for a Python file, FILE or FILE::NAME")
     script.add(run)
     run.add_argument("-k", dest="expression", help="only cases whose id matches, such as 'int8 and not train'")
-    run.add_argument("--device", action="append", help="device to use instead of the suite's: cpu, cuda, cuda:0")
+    run.add_argument("--device", action="append", help="device to use instead of the suite's: cpu, cuda, cuda:0, 2xcpu")
     run.add_argument("--resume", action="store_true", help="continue the newest run of the suite")
     run.add_argument("--output", type=Path, default=RESULTS, help="folder for the run's file")
     run.add_argument("--dry-run", action="store_true", help="print the cases without measuring them")

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 MOST_RANKS = 9999
+_MOST_ON_CORES = 64
+"""Each rank is a process of this machine, with a library of some hundred MiB to itself."""
+
 _WRITTEN = re.compile(r"(?:(?P<count>[1-9][0-9]{0,3})x)?(?P<kind>cpu|cuda)(?::(?P<index>0|[1-9][0-9]{0,2}))?")
 
 
@@ -36,6 +39,8 @@ class Device:
         found = _WRITTEN.fullmatch(text)
         if found is None or ((found["kind"] == "cpu" or found["count"]) and found["index"]):
             raise ValueError("write cpu, cuda, cuda:0 or 2xcpu")
+        if found["kind"] == "cpu" and int(found["count"] or 1) > _MOST_ON_CORES:
+            raise ValueError(f"at most {_MOST_ON_CORES} ranks run on the cores of one machine: {_MOST_ON_CORES}xcpu")
         index = found["index"]
         kind: Literal["cpu", "cuda"] = "cpu" if found["kind"] == "cpu" else "cuda"
         return cls(kind, None if index is None else int(index), int(found["count"] or 1), found["count"] is not None)
@@ -59,6 +64,11 @@ class Device:
         if self.in_ranks or self.index is not None:
             raise ValueError("write cpu or cuda where a number of ranks is given beside it")
         return Device(self.kind, None, count, True)
+
+    @property
+    def shares_cores(self) -> bool:
+        """Whether its ranks are on the cores of one machine, so that their times are not those of several machines."""
+        return self.kind == "cpu" and self.count > 1
 
     @property
     def on_gpu(self) -> bool:

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from membench.errors import MembenchError, did_you_mean
-from membench.records.names import checked_device
+from membench.host.device import Device
 from membench.suite.tolerances import DEFAULTS, Tolerance, of_table
 from membench.units import BYTES, parse_bytes
 
 FIXTURE = "membench"
 
 _MOST_REPEATS = 100
+_ONE_DEVICE = "write cpu, cuda or cuda:0"
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,10 @@ def _compare(value: Any) -> tuple[Tolerance, ...]:
 
 def _device(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError("write cpu, cuda or cuda:0")
-    return checked_device(value)
+        raise ValueError(_ONE_DEVICE)
+    if Device.parse(value).in_ranks:
+        raise ValueError(f"a function runs on one device: {_ONE_DEVICE}")
+    return value
 
 
 def _repeats(value: Any) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from membench.protocol.case import REFERENCE, Group, reference_group
-from membench.records.disturbed_times import are_disturbed, median
+from membench.records.disturbed_times import SHARED, WHY, are_disturbed, median
 from membench.records.highest_peak import HIGHEST, LIVE_PEAKS, RUNNING, Peak, highest, peaks_of, with_highest_peak
 from membench.records.metrics import METRIC_OF_FIELD, METRICS
 from membench.records.record import Record, metrics_in
@@ -100,6 +100,23 @@ class Comparison:
         """Whether the value of any of these cases is a time that other processes disturbed."""
         return any(are_disturbed(self.repeats(group, technique), field) for technique in techniques)
 
+    def why_untold(self, group: Group, field: str, *techniques: str) -> str | None:
+        """Return why nothing follows from the value of any of these cases, because it is a time; else ``None``.
+
+        Other processes disturbed it, or several ranks share one machine's cores, so that it is not a cluster's.
+        """
+        if self.is_disturbed(group, field, *techniques):
+            return WHY
+        if METRIC_OF_FIELD[field].depends_on != "time":
+            return None
+        records = [record for technique in techniques for record in self.repeats(group, technique)]
+        known = (record for record in records if record.metrics.get(field) is not None)
+        return SHARED if any(record.device.shares_cores for record in known) else None
+
+    def is_untold(self, group: Group, field: str, *techniques: str) -> bool:
+        """Whether nothing follows from the value of any of these cases, because it is a time."""
+        return self.why_untold(group, field, *techniques) is not None
+
     def reads_other_text(self, record: Record) -> bool:
         """Whether a record was measured on a text other than the reference's, because the files changed in between."""
         own = {process.corpus for process in record.processes if process.corpus}
@@ -167,9 +184,9 @@ class Comparison:
         return "tokens_per_s" if self.is_known(group, "tokens_per_s") else "step_median_s"
 
     def pace_s(self, group: Group, technique: str) -> float | None:
-        """Return the seconds per token, or per step if steps process no tokens; ``None`` if not known, or disturbed."""
+        """Return the seconds per token, or per step if steps process no tokens; ``None`` if they tell nothing."""
         field = self.speed_field(group)
-        if self.is_disturbed(group, field, technique):
+        if self.is_untold(group, field, technique):
             return None
         value = self.value(group, technique, field)
         if field == "step_median_s":
@@ -238,7 +255,7 @@ class Comparison:
         If the workload only reads data, the share of the text that is kept replaces quality; if no quality is known,
         it is not a criterion. Two values tie when they differ by less than run-to-run variation: the metric's
         ``same_within``, the resolution of the source, or two standard errors of a loss. A speed that other processes
-        disturbed ties with any other.
+        disturbed, or of ranks that share one machine's cores, ties with any other.
 
         Args:
             peak: the field of the live peak that counts.
@@ -278,7 +295,7 @@ class Comparison:
             return _Score(-(100.0 if value is None else value), 0.0)
         if value is None:
             return None
-        if self.is_disturbed(group, field, technique):
+        if self.is_untold(group, field, technique):
             off = math.inf
         elif metric.loss is not None:
             off = self.error(group, technique, field)

@@ -11,9 +11,11 @@ from membench.records.metrics import known_metric
 
 if TYPE_CHECKING:
     from membench.protocol.readings import ProcessReading
+    from membench.records.metric import Metric
     from membench.records.record import Record
 
 WHY = "other processes used the cores"
+SHARED = "its ranks share the cores of one machine"
 
 
 def is_disturbed(record: Record, field: str) -> bool:
@@ -30,7 +32,10 @@ def is_disturbed_time(field: str, processes: Sequence[ProcessReading]) -> bool:
     metric = known_metric(field)
     if metric is None or metric.depends_on != "time" or not processes:
         return False
-    process = processes[0]
+    return any(_is_disturbed_in(process, metric) for process in processes)
+
+
+def _is_disturbed_in(process: ProcessReading, metric: Metric) -> bool:
     timed = process.phase(metric.timed_in) if metric.timed_in else None
     if timed is not None and timed.waited_s is not None:
         return has_waited(timed.duration_s, timed.waited_s)

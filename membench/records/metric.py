@@ -73,6 +73,7 @@ class Metric:
         loss: how it measures quality loss; ``None``: it does not.
         gains_by_chance: whether a gain after training is not significant, because the standard error covers the
             sampling of the text and not the randomness of training.
+        names_rank: whether a table names the rank whose value it is.
         over_ranks: how it follows from the values of several ranks: ``worst``, the one that decides which device is
             needed and how long a step takes; their ``sum``; or ``any`` rank's that has one, where all are the same.
     """
@@ -101,6 +102,7 @@ class Metric:
     of_reference: float | None = None
     loss: Loss | None = None
     gains_by_chance: bool = False
+    names_rank: bool = False
     over_ranks: Literal["worst", "sum", "any"] = "worst"
 
     def __post_init__(self) -> None:

@@ -39,7 +39,7 @@ METRICS: tuple[Metric, ...] = (
           "the live peaks of all ranks together, each at its own highest moment of a step", in_table=True),
     Metric("imbalance", "imbalance_ratio", "imbalance",
            "live peak of the rank that needs most over the mean of the ranks",
-           units.RATIO, "lower", depends_on="live", role="memory", in_table=True, has_ratio=False),
+           units.RATIO, "lower", depends_on="live", role="memory", in_table=True, has_ratio=False, names_rank=True),
     _live("held_live", "held_live_bytes", "live held", "memory still in use after a step", tolerance=0.01),
     Metric("peak_over_held", "peak_over_held_ratio", "peak over held",
            "live peak of a step over what is held after it; large where activations dominate",

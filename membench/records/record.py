@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from membench.host.device import Device
 from membench.protocol.case import Group, reference_group
 from membench.protocol.readings import ProcessReading
 from membench.records.metric import Metric
@@ -71,6 +72,15 @@ class Record:
     def is_unprepared(self) -> bool:
         """Whether the case was not begun, because the preparing of its model was killed."""
         return self.ended_in == PREPARING and self.status in CUT_SHORT
+
+    @property
+    def device(self) -> Device:
+        return Device.parse(self.case["device"])
+
+    def process_of(self, field: str) -> ProcessReading:
+        """Return the readings of the rank whose value a metric of several ranks is; of a job without ranks, its own."""
+        rank = self.obtained.get(field, {}).get("rank", 0)
+        return next((process for process in self.processes if process.rank == rank), self.processes[0])
 
     @property
     def group(self) -> Group:

@@ -107,6 +107,7 @@ class _How(_Table):
     at_most_bytes: SignedSize | None = None
     interval_s: Duration | None = None
     children: bool | None = None
+    rank: Size | None = None
 
 
 class _Record(_Table):

@@ -226,7 +226,7 @@ def _case(case_id: str, repeats: Sequence[Record]) -> MeasuredCase:
         message = f"{len(repeats) - len(measured)} of {len(repeats)} repeats ended as {worst.status}: {worst.message}"
         worst = max(measured, key=_badness)
     last = measured[-1]
-    process = last.processes[0]
+    process = last.process_of("peak_live_bytes")
     fields = dict.fromkeys(name for record in measured for name in record.metrics)
     values: dict[str, list[float]] = {}
     for name in fields:
@@ -289,7 +289,7 @@ def _samples(measured: Sequence[Record]) -> dict[str, list[list[float]]]:
     """The durations behind each metric that is a median of them, repeat by repeat."""
     found: dict[str, list[list[float]]] = {}
     for record in counted(measured, _TIME):
-        process = record.processes[0]
+        process = record.process_of(_TIME)
         timed = process.phase("time")
         parts = timed.parts if timed else {}
         steps = process.durations_s or ()
@@ -313,7 +313,7 @@ def _of_counted_steps(process: ProcessReading, of_steps: Sequence[float]) -> lis
 
 
 def _waited_s(measured: Sequence[Record]) -> list[list[float]]:
-    processes = [record.processes[0] for record in counted(measured, _TIME)]
+    processes = [record.process_of(_TIME) for record in counted(measured, _TIME)]
     found = [_of_counted_steps(process, process.waited_s or ()) for process in processes]
     return found if all(found) else []
 

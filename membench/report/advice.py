@@ -9,7 +9,6 @@ from typing import Literal, NamedTuple
 from membench.host.device import Device
 from membench.protocol.case import REFERENCE, Group
 from membench.records.comparison import Comparison
-from membench.records.disturbed_times import WHY
 from membench.records.highest_peak import Peak
 from membench.records.metrics import METRIC_OF_FIELD, NO_DIVERGENCE
 from membench.records.record import Record
@@ -140,9 +139,9 @@ def _slower_or_larger(found: Comparison, group: Group, technique: str, best: str
     """Why of two that fit and lose as little the other one is advised."""
     slow_s, fast_s = (found.pace_s(group, name) for name in (technique, best))
     if not slow_s or not fast_s:
-        disturbed = [name for name in (technique, best) if found.is_disturbed(group, found.speed_field(group), name)]
-        why = f": {WHY}" if disturbed else ""
-        whose = "the advised one's time" if technique not in disturbed and best in disturbed else "its time"
+        whys = {name: found.why_untold(group, found.speed_field(group), name) for name in (technique, best)}
+        why = next((f": {why}" for why in whys.values() if why), "")
+        whose = "the advised one's time" if not whys[technique] and whys[best] else "its time"
         return f"fits ({need}) and loses as little, but {whose} is not known{why}"
     if slow_s <= fast_s * _AS_FAST:
         return f"fits and loses as little in about the same time, but needs {need}"

@@ -145,10 +145,9 @@ def breakdown(found: Comparison, group: Group) -> Bars | None:
     names = drawn(found, group)
     for technique in names:
         for record in found.repeats(group, technique)[:1]:
-            for process in record.processes[:1]:
-                held = (process.breakdown_bytes or {}).get(process.peak_part or "")
-                if held:
-                    parts[technique] = (str(process.peak_part), held)
+            process = record.process_of(_RUNNING[0]) if record.processes else None
+            if process is not None and (held := (process.breakdown_bytes or {}).get(process.peak_part or "")):
+                parts[technique] = (str(process.peak_part), held)
     if not parts:
         return None
     known = {category for _, sizes in parts.values() for category in sizes}

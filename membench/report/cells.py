@@ -30,7 +30,7 @@ def figure(found: Comparison, group: Group, technique: str, metric: Metric) -> s
 
 
 def signed(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
-    """Format a value with its bound and its standard error; a dash if it is not known."""
+    """Format a value with its bound, its standard error and its rank; a dash if it is not known."""
     value = found.value(group, technique, metric.field)
     if value is None:
         return "–"
@@ -38,6 +38,10 @@ def signed(found: Comparison, group: Group, technique: str, metric: Metric) -> s
     if metric.loss is not None and metric.loss.error_field is not None:
         error = found.value(group, technique, metric.loss.error_field)
         shown += "" if error is None else f" ±{error:.4f}"
+    if metric.names_rank and value > 1 + metric.same_within:
+        named = (record.obtained.get(metric.field, {}) for record in found.repeats(group, technique))
+        ranks = sorted({str(how["rank"]) for how in named if how.get("rank") is not None})
+        shown += f" (rank {', '.join(ranks)})" if ranks else ""
     return f"{sign(found, group, technique, metric)}{shown}"
 
 
@@ -53,8 +57,8 @@ def change(found: Comparison, group: Group, technique: str, metric: Metric, base
 
 
 def sign(found: Comparison, group: Group, technique: str, metric: Metric) -> str:
-    """Return the sign before a value that is a bound, approximate, or a disturbed time."""
-    is_rough = is_coarse(found, group, technique, metric) or found.is_disturbed(group, metric.field, technique)
+    """Return the sign before a value that is a bound, approximate, or a time from which nothing follows."""
+    is_rough = is_coarse(found, group, technique, metric) or found.is_untold(group, metric.field, technique)
     return bound_of(found, group, technique, metric) or ("~" if is_rough else "")
 
 
@@ -67,9 +71,10 @@ def bound_of(found: Comparison, group: Group, technique: str, metric: Metric) ->
 def bound_of_ratio(found: Comparison, group: Group, technique: str, metric: Metric, base: str) -> str:
     """Return the sign of a ratio of which a value is a bound; ``~`` if it says nothing.
 
-    Two bounds may say nothing together, and a time that other processes disturbed says nothing at all.
+    Two bounds may say nothing together, and a time that other processes disturbed, or of ranks that share one machine's
+    cores, says nothing at all.
     """
-    if found.is_disturbed(group, metric.field, technique, base):
+    if found.is_untold(group, metric.field, technique, base):
         return "~"
     own, of = bound_of(found, group, technique, metric), bound_of(found, group, base, metric)
     reversed_of = _REVERSED.get(of, "")

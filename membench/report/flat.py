@@ -13,7 +13,8 @@ from membench.report.outcomes import said_of, status_of, worst_of
 def flat_rows(records: Sequence[Record]) -> list[dict[str, object]]:
     """Return a row per case with every metric, unrounded; ``None`` is not known.
 
-    ``times_disturbed`` says that other processes disturbed the timed steps; ratios of such times are not given.
+    ``times_disturbed`` says that other processes disturbed the timed steps; ratios of such times are not given, nor of
+    those of ranks that share one machine's cores.
     """
     found = Comparison(records)
     rows: dict[str, dict[str, object]] = {}  # by id: a reference may be in several groups
@@ -29,7 +30,7 @@ def flat_rows(records: Sequence[Record]) -> list[dict[str, object]]:
             for metric in found.metrics:
                 row[metric.field] = found.value(group, technique, metric.field)
                 if metric.has_ratio:
-                    says_nothing = found.is_disturbed(group, metric.field, technique, REFERENCE)
+                    says_nothing = found.is_untold(group, metric.field, technique, REFERENCE)
                     ratio = None if says_nothing else found.ratio(group, technique, metric.field)
                     row[f"{metric.name}_ratio"] = ratio
             rows.setdefault(repeats[0].id, row)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 from membench.protocol.case import REFERENCE, Group
 from membench.records.comparison import Comparison
-from membench.records.disturbed_times import WHY
 from membench.records.highest_peak import RUNNING
 from membench.records.metric import Loss, Metric
 from membench.records.metrics import METRIC_OF_FIELD, NO_DIVERGENCE
@@ -48,17 +47,18 @@ def pareto(found: Comparison, group: Group) -> Cloud:
     quality = found.quality_field(group)
     front = found.front(group, RUNNING)
     placed: list[tuple[str, float, float, float]] = []
-    left_out, disturbed = [], []
+    left_out: list[str] = []
+    untold: dict[str, list[str]] = {}
     for technique in drawn(found, group):
         live, pace_s = found.value(group, technique, "peak_live_bytes"), found.pace_s(group, technique)
         lost = found.lost(group, technique, quality) if quality else pace_s
-        is_disturbed = found.is_disturbed(group, found.speed_field(group), technique)
-        has_speed = pace_s is not None or is_disturbed
+        why = found.why_untold(group, found.speed_field(group), technique)
+        has_speed = pace_s is not None or why is not None
         if live is None or not has_speed or lost is None or not _is_ok(found, group, technique):
             left_out.append(technique)
         else:
-            if is_disturbed:
-                disturbed.append(technique)
+            if why is not None:
+                untold.setdefault(why, []).append(technique)
             placed.append((technique, lost, live, 1 / pace_s if pace_s else 0.0))
     unit, step = byte_unit(max((live for _, _, live, _ in placed), default=0.0))
     x_title, where, ticks = _axis([lost for _, lost, _, _ in placed], quality, found.speed_field(group))
@@ -79,8 +79,8 @@ def pareto(found: Comparison, group: Group) -> Cloud:
     )
     table = (("technique", *(metric.title for metric in metrics), "Pareto"), *rows)
     caption = _caption_of_cloud(found, group, points, left_out) + left_out_of(found, group)
-    if disturbed:
-        caption += f" Drawn smallest, because {WHY} and the time says nothing: {listed(disturbed)}."
+    for why, names in untold.items():
+        caption += f" Drawn smallest, because {why} and the time says nothing: {listed(names)}."
     against = _loss(quality).what if quality else "time"
     return Cloud(
         f"Memory against {against}", caption, x_title, f"live peak, {unit}", ticks, points, _lowest(points), table

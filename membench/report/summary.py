@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from membench.protocol.case import REFERENCE, Group
 from membench.records.comparison import QUALITY, Comparison
-from membench.records.disturbed_times import WHY
 from membench.records.metrics import METRIC_OF_FIELD, NO_DIVERGENCE, SAME_ACCURACY
 from membench.records.record import Record
 from membench.records.run_file import Run
@@ -28,7 +27,7 @@ _AS_SMALL = 0.05
 
 HOW_TO_READ = (
     f"Of techniques that need as little within {_AS_SMALL:.0%}, the fastest is named. Times marked '~' say nothing:"
-    " other processes used the cores. 'Chance' is two standard errors"
+    " other processes used the cores, or ranks share those of one machine. 'Chance' is two standard errors"
     " of the difference over held-out text. Where only the divergence of the logits is known, quality itself is not."
 )
 
@@ -126,6 +125,7 @@ def sentence(found: Comparison, group: Group, technique: str) -> str:
     held = [
         _size(found, group, technique, "data_bytes", "training data"),
         _size(found, group, technique, "peak_live_bytes", "live memory at its peak"),
+        _size(found, group, technique, "total_peak_live_bytes", "live memory over all ranks"),
     ]
     amounts = " and ".join(amount for amount in held if amount) or "an amount of memory that is not known"
     if (before := found.needed_before(group, technique)) is not None:
@@ -147,7 +147,7 @@ def _fastest_of_the_smallest(found: Comparison, group: Group, techniques: Sequen
 
     least = min(map(size, techniques))
     near = [technique for technique in techniques if size(technique) <= least * (1 + _AS_SMALL)]
-    if found.is_disturbed(group, found.speed_field(group), *near):
+    if found.is_untold(group, found.speed_field(group), *near):
         return min(near, key=size)
     return min(near, key=lambda technique: (found.pace_s(group, technique) or float("inf"), size(technique)))
 
@@ -232,8 +232,8 @@ def _time(found: Comparison, group: Group, technique: str) -> str:
     ratio = _ratio(found, group, technique, field)
     if ratio is None or not ratio.value:
         return ""
-    if found.is_disturbed(group, field, technique, REFERENCE):
-        return f", its time not known because {WHY}"
+    if (why := found.why_untold(group, field, technique, REFERENCE)) is not None:
+        return f", its time not known because {why}"
     times = 1 / ratio.value if found.reads_only(group) else ratio.value
     return f", in {times:.2g} times the {what}" if ratio.tells else f", in about the same {what}"
 

@@ -59,7 +59,7 @@ def is_shown(found: Comparison, group: Group, metric: Metric) -> bool:
     techniques = [
         technique
         for technique in found.techniques(group)
-        if not is_coarse(found, group, technique, metric) and not found.is_disturbed(group, metric.field, technique)
+        if not is_coarse(found, group, technique, metric) and not found.is_untold(group, metric.field, technique)
     ]
     ratios = [found.ratio(group, technique, metric.field) for technique in techniques]
     changes = any(ratio is not None and abs(ratio - 1) > _DIFFERENT for ratio in ratios)
@@ -159,7 +159,7 @@ def explanation(records: Sequence[Record], form: str = DEFAULT) -> str:
                     row[style.cell(step)] = shown
                 if "+" in technique:
                     together = found.interaction(group, technique, metric.field)
-                    says_nothing = found.is_disturbed(group, metric.field, REFERENCE, technique, *technique.split("+"))
+                    says_nothing = found.is_untold(group, metric.field, REFERENCE, technique, *technique.split("+"))
                     sign_of = "~" if says_nothing else ""
                     row["together"] = "" if together is None else sign_of + format_ratio(together)
                 rows.append(row)
@@ -177,10 +177,12 @@ def _breakdown(found: Comparison, group: Group, chain: Sequence[str]) -> dict[st
     categories: dict[str, dict[str, str]] = {}
     for technique in chain:
         for record in found.repeats(group, technique)[:1]:
-            for process in record.processes:
-                parts = process.breakdown_bytes or {}
-                for category, size in parts.get(process.peak_part or "", {}).items():
-                    categories.setdefault(category, {})[technique] = format_bytes(size)
+            if not record.processes:
+                continue
+            process = record.process_of(RUNNING)
+            parts = process.breakdown_bytes or {}
+            for category, size in parts.get(process.peak_part or "", {}).items():
+                categories.setdefault(category, {})[technique] = format_bytes(size)
     return categories
 
 
@@ -227,11 +229,23 @@ def remarks(records: Sequence[Record]) -> list[str]:
                     f" more than running the original ({format_bytes(running)})"
                 )
     lines += _fronts_that_differ(found)
+    lines += _shared_cores(records)
     ids = {record.id for record in records if found.is_disturbed(record.group, "step_median_s", record.technique)}
     if ids:
         whose = next(iter(ids)) if len(ids) == 1 else f"{len(ids)} cases"
         lines.append(f"{whose}: {WHY} while steps were timed; times marked ~ support no conclusion")
     return list(dict.fromkeys(map(one_line, lines)))  # several repeats may say the same
+
+
+def _shared_cores(records: Sequence[Record]) -> Iterator[str]:
+    """Yield a line for each device with several ranks on this machine's cores."""
+    for record in records:
+        if record.device.shares_cores and record.status == "ok":
+            cores = record.machine.get("cores")
+            yield (
+                f"{record.device}: {record.device.count} ranks share the {cores or 'cores'}{' cores' if cores else ''}"
+                " of one machine: their memory is true, their times are not a cluster's and support no conclusion (~)"
+            )
 
 
 def _fronts_that_differ(found: Comparison) -> Iterator[str]:

@@ -54,6 +54,14 @@ def _add(found: DerivedMetrics, field: str, value: float | int, how: Mapping[str
     found.obtained[field] = dict(how)
 
 
+def say_that_cores_are_shared(found: DerivedMetrics, ranks: int, threads: int) -> None:
+    """Add to the sources of times that ranks shared the cores of one machine."""
+    each = f"{threads} {'thread' if threads == 1 else 'threads'} each"
+    for field, how in found.obtained.items():
+        if METRIC_OF_FIELD[field].depends_on == "time":
+            how["source"] = f"{how['source']}; {ranks} ranks shared the cores of one machine, {each}"
+
+
 def _summed(field: str, ranks: Sequence[DerivedMetrics]) -> dict[str, Any]:
     every = [each.obtained[field] for each in ranks if field in each.obtained]
     bound = min((how["bound"] for how in every), key=_BOUNDS.index)
@@ -84,6 +92,7 @@ def _total(found: DerivedMetrics, ranks: Sequence[DerivedMetrics]) -> None:
     _add(found, _TOTAL, sum(peaks), how)
     if sum(peaks) > 0:
         source = "highest live peak of a rank over the mean of all ranks"
-        found.add(_IMBALANCE, max(peaks) / (sum(peaks) / len(peaks)), source, how["bound"])
+        highest = max(range(len(peaks)), key=lambda rank: peaks[rank])
+        found.add(_IMBALANCE, peaks[highest] / (sum(peaks) / len(peaks)), source, how["bound"], rank=highest)
     else:
         found.add_unknown(_IMBALANCE, "no rank has live memory above its baseline")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from membench.errors import SuiteError, did_you_mean, one_line
-from membench.plugins import Options, QualityMetric, Technique, registry
+from membench.plugins import Options, Parallel, QualityMetric, Technique, registry
 from membench.plugins.local_files import BESIDE_A_SUITE
 from membench.protocol.case import PluginFile
 from membench.suite import lookup
@@ -68,13 +68,18 @@ def _families(kind: str) -> Iterator[tuple[str, ...]]:
         presets = f"-{{{','.join(family.loaded.presets)}}}" if family.loaded.presets else ""
         first = _doc(family.loaded).partition("\n")[0]
         if issubclass(family.loaded, Technique):
-            devices = ", ".join(family.loaded.devices)
-            yield family.name + presets, f"on {family.loaded.acts_on}", f"runs on {devices}", first
+            yield family.name + presets, f"on {family.loaded.acts_on}", f"runs on {_devices(family.loaded)}", first
         elif issubclass(family.loaded, QualityMetric):
             unit = f"in {family.loaded.unit}, " if family.loaded.unit else ""
             yield family.name + presets, f"{unit}{family.loaded.better} is better", first
         else:
             yield family.name + presets, first
+
+
+def _devices(technique: type[Technique]) -> str:
+    """Return the devices that a technique runs on, with a count where it spreads a case over several."""
+    many = "2x" if issubclass(technique, Parallel) else ""
+    return ", ".join(f"{many}{device}" for device in technique.devices) + (", …" if many else "")
 
 
 def _columns(rows: list[tuple[str, ...]]) -> Iterator[str]:
@@ -118,7 +123,7 @@ def details(name: str, files: Sequence[PluginFile] = ()) -> Iterator[str]:
         yield ""
         if issubclass(loaded, Technique):
             yield f"  acts on  {loaded.acts_on}"
-            yield f"  runs on  {', '.join(loaded.devices)}"
+            yield f"  runs on  {_devices(loaded)}"
             for module, distribution in loaded.needs.items():
                 there = "installed" if importlib.util.find_spec(module) else f"pip install '{distribution}'"
                 yield f"  needs    {module}: {there}"

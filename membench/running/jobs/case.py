@@ -99,6 +99,8 @@ class CaseJob(RunnableJob):
         if not self.device.in_ranks:
             return ranks[0]
         found = over_ranks.combine(ranks)
+        if self.device.shares_cores:
+            over_ranks.say_that_cores_are_shared(found, self.device.count, self.threads or 1)
         results = [result for result in readings.results if result is not None]
         if len(results) == len(ranks):
             bits = [result.computing_bits for result in results if result.computing_bits is not None]
