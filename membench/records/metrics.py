@@ -49,7 +49,7 @@ METRICS: tuple[Metric, ...] = (
            in_table=True, same_within=_FOOTPRINTS_DIFFER, signed="in noise", of_scripts=True),
     _taken("total_footprint", "total_peak_footprint_bytes", "total footprint",
            "the footprint peaks of a program's ranks, each at its own highest moment; what they share counts in each",
-           in_table=True, same_within=_FOOTPRINTS_DIFFER, of_scripts=True),
+           in_table=True, same_within=_FOOTPRINTS_DIFFER, signed="in noise", of_scripts=True),
     _taken("held_footprint", "held_footprint_bytes", "footprint held",
            "memory still taken from the machine after a step", signed="in noise"),
     _taken("peak_reserved", "peak_reserved_bytes", "reserved peak",
