@@ -212,7 +212,7 @@ def test_folders_pipes_and_other_files_are_no_baselines(baseline: tuple[Path, Me
         ("binary", bytes(range(256)), "not JSON"),
         ("deep", b"[" * 200_000, "not JSON of membench: nested too deeply"),
         ("nan", b'{"schema": 1, "cases": {}, "machine": {"x": NaN}}', "NaN is no number of JSON"),
-        ("newer", b'{"schema": 3, "cases": {}}', "schema 3 is newer than 2; a newer membench reads it"),
+        ("newer", b'{"schema": 4, "cases": {}}', "schema 4 is newer than 3; a newer membench reads it"),
     ):
         other = path.with_name(f"{name}.json")
         if content is not None:
@@ -430,7 +430,7 @@ def test_every_metric_may_be_as_small_as_its_source_makes_it(path: Path, entries
         above_a_baseline = metric.title.split()[0] in ("live", "footprint", "loss", "lost", "KL", "context") or any(
             word in metric.field for word in ("_live_", "_footprint_")
         )
-        if above_a_baseline:
+        if above_a_baseline and metric.name != "loss_difference":
             read_run(path)
         else:
             with pytest.raises(ResultsError, match="must be at least 0"):
