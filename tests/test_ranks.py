@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from membench.running.jobs.function import FunctionJob
 from membench.running.jobs.script import ScriptJob
 from membench.running.needs import Needs
 from membench.running.session import silent
+from membench.running.timeline import Sample, Timeline
 from membench.suite.schema import Settings
 
 _MIB = 2**20
@@ -94,10 +96,11 @@ def test_a_crash_of_one_rank_kills_the_others_and_the_message_names_it(executor:
     assert executor.measure(_job(tmp_path, int)).status == "ok"
 
 
-def test_a_timeout_kills_all_ranks(executor: LocalExecutor, tmp_path: Path) -> None:
+def test_a_timeout_kills_all_ranks_and_says_where_one_was(executor: LocalExecutor, tmp_path: Path) -> None:
     record = executor.measure(_job(tmp_path, lambda: time.sleep(600), timeout_s=2))
     assert record.status == "timeout"
-    assert record.message in ("rank 0: not done after 2 s", "rank 1: not done after 2 s")
+    message = re.sub(r"line \d+", "line N", record.message or "").replace("rank 1", "rank 0")
+    assert message == "rank 0: not done after 2 s; it was in <lambda> (test_ranks.py, line N)"
 
 
 def test_scripts_on_two_ranks_may_end_one_after_the_other(tmp_path: Path) -> None:
@@ -115,3 +118,17 @@ def test_scripts_on_two_ranks_may_end_one_after_the_other(tmp_path: Path) -> Non
     assert [process.exit_code for process in record.processes] == [0, 0]
     first, second = sorted(process.phases[0].duration_s for process in record.processes)
     assert second - first > 0.3
+
+
+def test_a_timeline_sums_what_the_ranks_hold_until_each_of_them_ends() -> None:
+    def sample(at_s: float, mib: int) -> Sample:
+        return Sample(at_s, mib * _MIB, mib * _MIB, 0, None, None)
+
+    kept = Timeline()
+    for rank, at_s, mib in ((0, 0.0, 10), (1, 0.1, 5), (0, 0.2, 12), (1, 0.3, 6)):
+        kept.add(rank, sample(at_s, mib))
+    kept.end(0)
+    kept.add(1, sample(0.4, 7))
+    columns = kept.columns()
+    assert columns["at_s"] == [0.0, 0.1, 0.2, 0.3, 0.4]
+    assert columns["rss_bytes"] == [mib * _MIB for mib in (10, 15, 17, 18, 7)]

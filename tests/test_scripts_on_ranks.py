@@ -169,13 +169,18 @@ def test_ranks_on_the_command_line_that_make_no_sense_exit_with_2(
     assert message in done.stderr.splitlines()[-1]
 
 
-def test_the_rank_that_fails_is_named_and_the_others_are_ended(tmp_path: Path) -> None:
+def test_the_rank_that_fails_is_named_and_not_the_one_that_lost_it_and_ended_before(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(
-        "import os, time, membench\n"
+        "import os, time, torch, membench\n"
+        "from torch import distributed\n"
+        "distributed.init_process_group()\n"
+        "distributed.barrier()\n"
         "with membench.phase('step'):\n"
         "    if os.environ['RANK'] == '1':\n"
+        "        distributed.destroy_process_group()\n"
+        "        time.sleep(0.2)\n"
         "        raise ValueError('boom')\n"
-        "    time.sleep(600)\n"
+        "    distributed.all_reduce(torch.ones(1))\n"
     )
     suite = membench.Suite("own", script={"file": str(tmp_path / "own.py"), "ranks": 2})
     record = membench.run(suite, output=tmp_path / "results").records[0]

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from membench.host.device import Device
 
+ASKS_WHERE = "SIGUSR2"
+"""The signal on which a worker that is one of several ranks writes its stack to its output."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:

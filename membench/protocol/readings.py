@@ -25,6 +25,8 @@ SignedSize = Annotated[int, Field(strict=True, ge=-LARGEST_SIZE, le=LARGEST_SIZE
 Seconds = Annotated[float, Field(strict=True, ge=0)]
 Duration = Annotated[float, Field(strict=True, ge=0, le=1e12)]
 """Seconds that a clock can have counted, so that sums of them are finite."""
+LAUNCHED_RANK = "rank"
+"""The role of a rank that a user's program started itself."""
 Bound = Literal["exact", "at least", "at most", "about"]
 """``about``: an estimate, which may be off in both directions."""
 

@@ -7,6 +7,7 @@ import signal
 
 from membench.host import last_words, procfs
 from membench.records.record import Status
+from membench.running import where_it_hung
 from membench.running.fork_client import ForkServerLost, ForkServerSilent
 from membench.running.rank import Rank
 
@@ -41,6 +42,8 @@ def settle_status(rank: Rank, exited: int, timed_out: bool, timeout_s: float, oo
         return
     if timed_out:
         rank.status, rank.message = "timeout", f"not done after {timeout_s:g} s"
+        if rank.says_where_it_is and (stack := where_it_hung.frames(rank.said)):
+            rank.message += f"; it was {stack[0]}"
         return
     if os.WIFSIGNALED(exited):
         number = os.WTERMSIG(exited)

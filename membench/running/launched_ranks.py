@@ -6,11 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from membench.host import procfs
-from membench.protocol.readings import PhaseReading, ProcessReading
+from membench.protocol.readings import LAUNCHED_RANK, PhaseReading, ProcessReading
 from membench.running.derived_metrics import resolution_bytes
 
-ROLE = "rank"
-"""The role of a rank that a program started itself."""
 _MOST_RANKS = 1000
 
 
@@ -78,5 +76,5 @@ class LaunchedRanks:
                 ended_s=seen.ended_s, peak_footprint_bytes=seen.peak_bytes, own_peak_bytes=seen.peak_bytes,
                 bound=None if is_exact else "at least",
             )  # fmt: skip
-            found.append(ProcessReading(role=ROLE, rank=rank, device=device, pid=pid, phases=(phase,)))
+            found.append(ProcessReading(role=LAUNCHED_RANK, rank=rank, device=device, pid=pid, phases=(phase,)))
         return tuple(found)

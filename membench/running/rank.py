@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, get_args
 
 from membench.errors import one_line
+from membench.host import last_words
 from membench.host.device import Device
 from membench.protocol.forking import WorkerEnded
 from membench.protocol.messages import (
@@ -181,6 +182,16 @@ class Rank:
         """Whether the process ended after it had done all, as far as is known when it ends."""
         del ended
         return self.is_done
+
+    @property
+    def says_where_it_is(self) -> bool:
+        """Whether it writes its stack when it is asked: a worker that is one of several ranks does."""
+        return True
+
+    @property
+    def blames_another(self) -> bool:
+        """Whether it failed because another rank had failed, as far as it has said."""
+        return self.status == "failed" and last_words.are_of_another(self.message or "")
 
     def last_line(self) -> str:
         """Return its last line of output if that explains how it ended, else an empty string."""

@@ -22,6 +22,8 @@ from membench.protocol.messages import (
     PhaseEnds,
     decode,
 )
+from membench.running import where_it_hung
+from membench.running.channels import Channels
 from membench.running.fork_client import ForkServer, ForkServerLost, ForkServerSilent
 from membench.running.job_ending import ending_of_lost, kernel_killed_for_memory, settle_status
 from membench.running.jobs.runnable import RunnableJob
@@ -29,13 +31,16 @@ from membench.running.observer import Observer
 from membench.running.rank import Rank, Tell
 from membench.running.references import References
 from membench.running.timeline import Timeline
-from membench.units import format_bytes
 
 _SAMPLING_SHARE = 0.1
 """The largest share of a core that sampling may take during timed steps: reading the memory of a child process walks
 its page tables, which takes milliseconds."""
 _END_TIMEOUT_S = 12
 """Seconds in which killed ranks must have ended: more than the fork server waits for their descendants."""
+_ANSWER_WITHIN_S = 0.5
+"""Seconds that ranks have to write where they are before they are killed."""
+_OTHERS_WITHIN_S = 10.0
+"""Seconds that the others have to end by themselves after a rank that failed because another one had failed."""
 _REPORT_TIMEOUT_S = 60
 """Seconds in which the end of ranks that have done all must be reported; to give back much memory takes a while."""
 _DRAIN_TIMEOUT_S, _LONGEST_DRAIN_S = 2, 10
@@ -58,48 +63,6 @@ class Turn(Protocol):
         """Release the turn."""
 
 
-class _Channels:
-    """The pipe and the output of a rank: both the ends of this process and those of the rank."""
-
-    def __init__(self) -> None:
-        self.pipe, self._their_pipe = socket.socketpair()
-        self.output, self._their_output = os.pipe()
-        self.is_broken = False
-        self._unread = bytearray()
-
-    def lines(self, data: bytes, longest_bytes: int) -> list[bytes]:
-        """Return the lines that data from the pipe complete, and keep the rest for the next call.
-
-        Raises:
-            BrokenMessage: if the rest is longer than any message.
-        """
-        head, end, rest = data.rpartition(b"\n")
-        found = bytes(self._unread + head).split(b"\n") if end else []
-        if end:
-            self._unread.clear()
-        self._unread += rest
-        if len(self._unread) > longest_bytes:
-            raise BrokenMessage(f"a line over the worker's pipe has no end after {format_bytes(longest_bytes)}")
-        return found
-
-    def for_rank(self) -> tuple[int, int]:
-        """Return the descriptors that the rank inherits: its pipe and its output."""
-        return self._their_pipe.fileno(), self._their_output
-
-    def close_for_rank(self) -> None:
-        """Close the rank's ends here. Without this, end of file is not seen when the rank closes them."""
-        if self._their_output >= 0:
-            self._their_pipe.close()
-            os.close(self._their_output)
-            self._their_output = -1
-
-    def close(self) -> None:
-        """Close all descriptors."""
-        self.close_for_rank()
-        self.pipe.close()
-        os.close(self.output)
-
-
 class RunningJob:
     """A job that runs on one or more ranks. Use as a context manager.
 
@@ -118,10 +81,11 @@ class RunningJob:
         self.timed_out = self.is_lost = False
         self._job, self._turn, self._tell = job, turn, tell
         self._server: ForkServer | None = None
-        self._channels: dict[Rank, _Channels] = {}
+        self._channels: dict[Rank, Channels] = {}
         self._ended: dict[Rank, WorkerEnded] = {}
         self._arrived: dict[Rank, PhaseBegins | PhaseEnds] = {}
         self._killed_at_s: float | None = None
+        self._kill_at_s: float | None = None
         self._heard_at_s = 0.0
         self._done_at_s: float | None = None
         self._all_ended_at_s: float | None = None
@@ -151,7 +115,7 @@ class RunningJob:
         # The idle level of the GPUs must be read before a rank uses one.
         idle = gpus.used_bytes() if gpus else {}
         for rank in self.ranks:
-            channels = self._channels[rank] = _Channels()
+            channels = self._channels[rank] = Channels()
             order, streams = self._job.order(rank.number, references), (*channels.for_rank(), *self._job.streams)
             started = server.start(order, streams, timeout_s)
             channels.close_for_rank()
@@ -232,9 +196,22 @@ class RunningJob:
             return
         if not self.timed_out and now - self.waited_s > deadline:
             self.timed_out = True
+            self._time_out(now)
+        if self._kill_at_s is not None and now > self._kill_at_s:
+            self._kill_at_s = None
             self._kill()
         if self._killed_at_s is not None and now - self._killed_at_s > _END_TIMEOUT_S:
             raise ForkServerSilent(f"it did not end within {_END_TIMEOUT_S} s when it was to be killed")
+
+    def _time_out(self, now: float) -> None:
+        """Have the ranks killed; several are asked where they are before that, to tell which one hangs."""
+        asked = [rank for rank in self.ranks if rank not in self._ended and rank.says_where_it_is]
+        if not self._job.device.in_ranks or not asked:
+            self._kill()
+            return
+        for rank in asked:
+            where_it_hung.ask(rank)
+        self._kill_at_s = now + _ANSWER_WITHIN_S
 
     def _may_hear_more(self, sources: Sequence[int], pipes: dict[int, Rank], outputs: dict[int, Rank]) -> bool:
         """Whether data of a rank that has ended may still arrive; a process elsewhere may hold its pipes open."""
@@ -328,7 +305,10 @@ class RunningJob:
         self._arrived.pop(rank, None)
         self.timeline.end(rank.number)
         if not rank.ended_well(ended) and len(self.ranks) > 1:
-            self._kill()
+            if rank.blames_another:  # the other one may be about to say why it fails
+                self._kill_at_s = self._kill_at_s or time.monotonic() + _OTHERS_WITHIN_S
+            else:
+                self._kill()
         self._pass_boundary()
 
     def _look(self, next_sample_at_s: float) -> float:
@@ -365,9 +345,15 @@ class RunningJob:
 
     @property
     def deciding_rank(self) -> Rank:
-        """The rank that determines the status of the job: the first that failed, else rank 0."""
+        """The rank that determines the status of the job: the first that failed by itself, else rank 0.
+
+        A rank that failed because another one had failed may end before it, and one that waits is killed like the one
+        that hangs.
+        """
         failed = [rank for rank in self.ranks if rank.status != "ok" and rank in self._ended]
-        return min(failed, key=lambda rank: self._ended[rank].at_s, default=self.ranks[0])
+        if self.timed_out:
+            failed = [rank for rank in failed if not where_it_hung.waits_for_others(rank)] or failed
+        return min(failed, key=lambda rank: (rank.blames_another, self._ended[rank].at_s), default=self.ranks[0])
 
     def settle_status(self, timeout_s: float, oom_kills_before: int | None) -> None:
         """Set the status of each rank that did not report one, or not the right one."""

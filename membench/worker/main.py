@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
+import signal
 import socket
 import sys
 import types
@@ -14,6 +16,7 @@ from membench.errors import summary_with_causes
 from membench.host import import_path
 from membench.host.out_of_memory import is_out_of_memory
 from membench.protocol import pickling, requests
+from membench.protocol.job import ASKS_WHERE
 from membench.protocol.messages import Done, EndedBadly, OptionsRefused, Progress
 from membench.protocol.requests import MeasureCase, MeasureFunction, PrepareModel, Request, VerifyModels
 from membench.worker import case as measured_case
@@ -34,6 +37,8 @@ def main(request: Request, channel: socket.socket) -> None:
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, the kernel kills this process first
     _prepare_for_children()
+    if request.rank.is_one_of_several:
+        faulthandler.register(signal.Signals[ASKS_WHERE], all_threads=False)
     meter = Meter(channel, request.rank)
     try:
         match request.work:

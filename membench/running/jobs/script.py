@@ -184,6 +184,14 @@ class _Program(Rank):
     def ended_well(self, ended: WorkerEnded) -> bool:
         return ended.status == 0
 
+    @property
+    def says_where_it_is(self) -> bool:
+        return False  # the signal is its own
+
+    @property
+    def blames_another(self) -> bool:
+        return self.status in (None, "failed") and last_words.are_of_another(last_words.of(self.said).line)
+
     def last_line(self) -> str:
         if self.status in ("failed", "out-of-memory"):
             return last_words.of(self.said).line
