@@ -160,6 +160,68 @@ def test_the_parts_of_a_peak_are_stacked_to_the_whole() -> None:
     assert bars.breakdown(Comparison([record("none")]), _GROUP) is None
 
 
+def _rank(number: int, peak_part: str = "forward", **mib: int) -> Any:
+    sizes = {category: size * MIB for category, size in mib.items()}
+    return made_up.process(rank=number, breakdown_bytes={peak_part: sizes}, peak_part=peak_part)
+
+
+def _on_two_ranks() -> Any:
+    first = _rank(0, weights=4, communication=2, other=1)
+    second = _rank(1, "backward", weights=4, gradients=4, other=2)
+    how = {"peak_live_bytes": {"bound": "exact", "rank": 1}}
+    made = record("ddp", peak_live_bytes=10 * MIB, obtained=how)
+    return dataclasses.replace(made, processes=(first, second))
+
+
+def test_each_rank_has_a_bar_of_what_held_its_memory_up_to_its_own_peak() -> None:
+    alone = dataclasses.replace(record("none", peak_live_bytes=MIB), processes=(_rank(0, weights=1),))
+    picture = bars.ranks(Comparison([alone, _on_two_ranks()]), _GROUP)
+    assert picture
+    assert (picture.names, picture.stacked, picture.unit) == (("ddp · rank 0", "ddp · rank 1"), True, "MiB")
+    held = {one.name: (one.values, one.look) for one in picture.series}
+    assert held == {
+        "weights": ((4, 4), 0), "gradients": ((0, 4), 1), "communication": ((2, 0), 5), "other": ((1, 2), 6)
+    }  # fmt: skip
+    assert "ddp from 7.000 MiB (rank 0) to 10.00 MiB (rank 1)" in picture.caption
+    assert picture.table[0] == ("technique", "rank", "part of a step", *held)
+    assert picture.table[2][:3] == ("ddp", "1", "backward")
+    assert bars.ranks(Comparison([alone]), _GROUP) is None, "a case of one process has no ranks to tell apart"
+
+
+def test_what_held_the_memory_of_a_case_is_that_of_the_rank_that_needs_most() -> None:
+    picture = bars.breakdown(Comparison([_on_two_ranks()]), _GROUP)
+    assert picture
+    assert picture.table[1][:2] == ("ddp", "backward")
+    assert "ddp, 10.00 MiB in backward: weights 40%" in picture.caption
+
+
+def test_a_timeline_of_ranks_counts_from_all_their_baselines_and_the_sum_of_their_peaks_is_a_bound() -> None:
+    def rank(number: int, began_s: float, peak_mib: int) -> Any:
+        phase = {"name": "run", "allocator": "pinned", "began_s": began_s, "ended_s": 2.0,
+                 "peak_live_bytes": peak_mib * MIB}  # fmt: skip
+        baseline = {"anonymous_bytes": 5 * MIB, "file_bytes": 2 * MIB}
+        return made_up.process(rank=number, baseline=baseline, phases=[phase])
+
+    samples = {"at_s": [0.5, 1.0, 1.5], "rss_bytes": [MIB, 14 * MIB, 20 * MIB]}
+    made = dataclasses.replace(record("ddp"), processes=(rank(0, 1.0, 9), rank(1, 1.25, 3)), timeline=samples)
+    picture = timeline.timeline(made)
+    assert (picture.at_s, picture.columns) == ((1.0, 1.5), {"resident": (0, 6)})
+    assert picture.y_title == "MiB above the baselines of 2 ranks, summed"
+    (span,) = picture.spans
+    assert (span.began_s, span.ended_s, span.peak, span.is_bound) == (1.0, 2.0, 12, True)
+    assert span.told == "≤12.00 MiB live of 2 ranks"
+    assert (
+        "A dotted bar is an upper bound: the sum of the ranks' peaks, which need not fall together." in picture.caption
+    )
+
+
+def test_a_phase_that_one_rank_did_not_reach_has_no_peak_of_all() -> None:
+    phase = {"name": "run", "allocator": "pinned", "began_s": 1.0, "ended_s": 2.0, "peak_live_bytes": 9 * MIB}
+    ranks = (made_up.process(rank=0, phases=[phase]), made_up.process(rank=1))
+    (span,) = timeline.timeline(dataclasses.replace(record("ddp"), processes=ranks)).spans
+    assert (span.peak, span.told) == (None, "–")
+
+
 def _timed(**phase: Any) -> Any:
     told = {"name": "run", "allocator": "pinned", "began_s": 1.0, "ended_s": 2.0, "peak_live_bytes": 9 * MIB} | phase
     process = {"baseline": {"anonymous_bytes": 5 * MIB, "file_bytes": 2 * MIB}, "phases": [told]}
@@ -297,6 +359,8 @@ def test_each_kind_of_picture_is_drawn_to_a_file(kind: str, ending: str, tmp_pat
     whole = membench.read_run(_KEPT)
     kept = [one for one in whole.records if one.case["model"] == "llama-60m" and one.technique in ("none", "bf16")]
     runs = [dataclasses.replace(whole, records=tuple(kept))]
+    if kind == "ranks":
+        runs = [run([_on_two_ranks()])]
     if kind == "history":
         runs.append(dataclasses.replace(runs[0], header=runs[0].header | {"started_at": "2026-11-25T00:00:00+00:00"}))
     path = tmp_path / f"picture{ending}"

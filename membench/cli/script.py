@@ -170,12 +170,13 @@ def showing_progress(suite: Suite, form: str) -> Iterator[Tell]:
 
 
 def print_phases(records: Sequence[Any], form: str) -> None:
-    """Print a table of the phases that a program marked."""
+    """Print a table of the phases that a program marked, and of the peaks of its ranks."""
     from membench.report import phase_table
 
     marked = [
         record for record in records
-        if any(phase.inside for process in record.processes for phase in process.phases)
+        if any(process.includes_interpreter for process in record.processes)
+        and (len(record.processes) > 1 or any(phase.inside for phase in record.processes[0].phases))
     ]  # fmt: skip
     if marked and not FORMATS[form].is_for_machines:
         print_table(f"{phase_table.phases(marked, form)}\n", form)

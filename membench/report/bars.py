@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from membench.protocol.case import Group
+from membench.protocol.readings import ProcessReading
 from membench.records.comparison import Comparison
 from membench.records.metric import Metric
 from membench.records.metrics import METRIC_OF_FIELD
+from membench.records.ranks import ranks_of
 from membench.report.cells import bound_of, figure, signed
 from membench.report.drawing import Bars, Series, listed
 from membench.report.pareto import drawn, left_out_of
@@ -146,20 +148,11 @@ def breakdown(found: Comparison, group: Group) -> Bars | None:
     for technique in names:
         for record in found.repeats(group, technique)[:1]:
             process = record.process_of(_RUNNING[0]) if record.processes else None
-            if process is not None and (held := (process.breakdown_bytes or {}).get(process.peak_part or "")):
+            if process is not None and (held := _held(process)):
                 parts[technique] = (str(process.peak_part), held)
     if not parts:
         return None
-    known = {category for _, sizes in parts.values() for category in sizes}
-    looks = [*CATEGORIES, *sorted(known - set(CATEGORIES))]
-    categories = [category for category in looks if category in known]
-    unit, step = byte_unit(max(sum(sizes.values()) for _, sizes in parts.values()))
-    series = tuple(
-        Series(category, tuple(sizes.get(category, 0) / step for _, sizes in parts.values()),
-               tuple(format_bytes(sizes.get(category, 0)) for _, sizes in parts.values()),
-               looks.index(category))
-        for category in categories
-    )  # fmt: skip
+    unit, series = _stacked([sizes for _, sizes in parts.values()])
     said = []
     for technique in list(parts)[:1] + sorted(list(parts)[1:], key=lambda name: sum(parts[name][1].values()))[:1]:
         part, sizes = parts[technique]
@@ -177,5 +170,53 @@ def breakdown(found: Comparison, group: Group) -> Bars | None:
         (technique, parts[technique][0], *(one.told[number] for one in series))
         for number, technique in enumerate(parts)
     )
-    table = (("technique", "part of a step", *categories), *rows)
+    table = (("technique", "part of a step", *(one.name for one in series)), *rows)
     return Bars("What held the memory", caption + left_out_of(found, group), unit, tuple(parts), series, True, table)
+
+
+def ranks(found: Comparison, group: Group) -> Bars | None:
+    """What held live memory on each rank at its own highest moment of a step; ``None`` where no case is in ranks."""
+    held: dict[tuple[str, int], tuple[str, Mapping[str, float]]] = {}
+    names = drawn(found, group)
+    for technique in names:
+        for record in found.repeats(group, technique)[:1]:
+            for process in ranks_of(record):
+                if sizes := _held(process):
+                    held[technique, process.rank] = (str(process.peak_part), sizes)
+    if not held:
+        return None
+    unit, series = _stacked([sizes for _, sizes in held.values()])
+    said = []
+    for technique in dict.fromkeys(technique for technique, _ in held):
+        peaks = {rank: sum(sizes.values()) for (of, rank), (_, sizes) in held.items() if of == technique}
+        most, least = max(peaks, key=lambda rank: peaks[rank]), min(peaks, key=lambda rank: peaks[rank])
+        lowest, highest = (f"{format_bytes(peaks[rank])} (rank {rank})" for rank in (least, most))
+        said.append(f"{technique} from {lowest} to {highest}")
+    caption = f"Each rank at its own highest moment of a step: {listed(said)}."
+    if any(len(found.repeats(group, technique)) > 1 for technique, _ in held):
+        caption += " Of several repeats the first is drawn."
+    rows = tuple(
+        (technique, str(rank), part, *(one.told[number] for one in series))
+        for number, ((technique, rank), (part, _)) in enumerate(held.items())
+    )
+    table = (("technique", "rank", "part of a step", *(one.name for one in series)), *rows)
+    labels = tuple(f"{technique} · rank {rank}" for technique, rank in held)
+    return Bars("What held the memory of each rank", caption + left_out_of(found, group), unit, labels, series, True,
+                table)  # fmt: skip
+
+
+def _held(process: ProcessReading) -> Mapping[str, float]:
+    """Return what held the memory of a process at the highest moment of a step, by category; empty if not known."""
+    return (process.breakdown_bytes or {}).get(process.peak_part or "", {})
+
+
+def _stacked(wholes: Sequence[Mapping[str, float]]) -> tuple[str, tuple[Series, ...]]:
+    """Return the unit and a series for each category, of bars that are each one of the wholes."""
+    known = {category for sizes in wholes for category in sizes}
+    looks = [*CATEGORIES, *sorted(known - set(CATEGORIES))]
+    unit, step = byte_unit(max(sum(sizes.values()) for sizes in wholes))
+    return unit, tuple(
+        Series(category, tuple(sizes.get(category, 0) / step for sizes in wholes),
+               tuple(format_bytes(sizes.get(category, 0)) for sizes in wholes), looks.index(category))
+        for category in looks if category in known
+    )  # fmt: skip

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from membench.errors import MembenchError, one_line
+from membench.protocol.case import Group
 from membench.records.comparison import Comparison
 from membench.records.run_file import Run
 from membench.report import bars, history, pareto, timeline
@@ -99,9 +100,16 @@ def _panels(runs: Sequence[Run], kind: str) -> Iterator[Panel]:
                 case "memory":
                     yield from ((f"{heading}: {picture.title}", picture) for picture in bars.memory(found, group))
                 case _:
-                    picture = (bars.conversion if kind == "conversion" else bars.breakdown)(found, group)
+                    picture = _STACKS[kind](found, group)
                     if picture:
                         yield f"{heading}: {picture.title.lower()}", picture
+
+
+_STACKS: Mapping[str, Callable[[Comparison, Group], Bars | None]] = {
+    "conversion": bars.conversion,
+    "breakdown": bars.breakdown,
+    "ranks": bars.ranks,
+}
 
 
 def _height(picture: object) -> float:

@@ -75,5 +75,5 @@ def _bencher(records: Sequence[Record]) -> str:
 EXPORTS: Mapping[str, Callable[[Sequence[Record]], str]] = {"benchmark-action": _benchmark_action, "bencher": _bencher}
 """By the name that ``membench export`` takes."""
 
-PICTURES = ("pareto", "memory", "conversion", "breakdown", "timeline", "history")
+PICTURES = ("pareto", "memory", "conversion", "breakdown", "ranks", "timeline", "history")
 """The kinds of picture that ``membench plot`` draws; ``report.files`` draws them."""

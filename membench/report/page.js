@@ -245,7 +245,7 @@
     drawPareto(group.pareto);
     const memory = clear("memory");
     for (const picture of group.memory) drawBars(memory, picture);
-    for (const name of ["conversion", "breakdown"]) {
+    for (const name of ["conversion", "breakdown", "ranks"]) {
       const place = clear(name);
       if (group[name]) drawBars(place, group[name]);
       else if (name === "breakdown") make("p", place, data.noBreakdown, { class: "note" });

@@ -262,6 +262,7 @@ class _Shown:
                 "memory": bars.memory(found, group),
                 "conversion": bars.conversion(found, group),
                 "breakdown": bars.breakdown(found, group),
+                "ranks": bars.ranks(found, group),
                 "history": self.history.get((suite, group), ()),
             }
             for number, (suite, _, found, group) in enumerate(self._groups)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from membench.errors import one_line
-from membench.protocol.readings import PartReading, PhaseReading, ProcessReading
+from membench.protocol.readings import LAUNCHED_RANK, PartReading, PhaseReading, ProcessReading
 from membench.records.disturbance import has_waited, steps_are_disturbed
 from membench.records.record import Record
 from membench.records.run_file import Run
@@ -52,8 +52,11 @@ def phases(records: Sequence[Record], form: str = DEFAULT) -> str:
         rows = list(_phase_rows(record))
         formats = {field: format_seconds if field == "duration_s" else format_bytes for field in _PHASE_TITLES}
         known = [field for field in _PHASE_TITLES if any(row[field] is not None for row in rows)]
+        has_ranks = len(record.processes) > 1
+        has_launched = any(process.role == LAUNCHED_RANK for process in record.processes)
         shown = [
             {
+                **({"rank": _rank_of(row, has_launched)} if has_ranks else {}),
                 "phase": style.cell(f"· {row['part']}" if row["part"] else row["phase"]),
                 "allocator": style.cell(row["allocator"]),
                 **{_PHASE_TITLES[field]: _or_blank(row, field, formats[field]) for field in known},
@@ -62,6 +65,11 @@ def phases(records: Sequence[Record], form: str = DEFAULT) -> str:
         ]
         tables.append("\n\n".join(filter(None, [style.title(f"{record.id} · {end_of(record)}"), style.render(shown)])))
     return "\n\n".join(tables)
+
+
+def _rank_of(row: Mapping[str, Any], has_launched: bool) -> str:
+    """Name the process of a row: a program that started its ranks itself is none of them."""
+    return "–" if has_launched and row["role"] != LAUNCHED_RANK else str(row["rank"])
 
 
 def _or_blank(row: Mapping[str, Any], field: str, show: Callable[[float], str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from membench.protocol.readings import Baseline, PhaseReading, ProcessReading
+from membench.protocol.readings import LAUNCHED_RANK, Baseline, PhaseReading, ProcessReading
 from membench.records.record import Record
 from membench.report.drawing import Span, Timeline
 from membench.report.outcomes import end_of
@@ -33,9 +33,9 @@ def timeline(record: Record, repeats: int = 1) -> Timeline:
     Args:
         repeats: how many records there are of the case.
     """
-    process = record.processes[0] if record.processes else _NO_PROCESS
-    baseline = process.baseline or Baseline()
-    spans = [_Span(phase, *seen) for phase in process.phases if (seen := _seen(phase))]
+    ranks = [process for process in record.processes if process.role != LAUNCHED_RANK] or [_NO_PROCESS]
+    baseline, is_known = _baseline_of_all(ranks), all(process.baseline for process in ranks)
+    spans = _spans(ranks)
     phases = [span.phase for span in spans]
     # Before the first phase there is no baseline yet.
     since = spans[0].began_s if spans else 0.0
@@ -48,15 +48,16 @@ def timeline(record: Record, repeats: int = 1) -> Timeline:
     }
     shown = _thinned(columns, len(kept))
     drawn = _side_by_side(phases)
-    peaks = [_peak(phase, baseline.file_bytes) for phase in phases]
+    own = [process.baseline.file_bytes if process.baseline else 0 for process in ranks]
+    peaks = [_peak_of_all(span.of_ranks, own) for span in spans]
     sampled = [value for column in columns.values() for value in column if value is not None]
     unit, step = byte_unit(max([0.0, *sampled, *(peak.size_bytes or 0.0 for peak in peaks)]))
     has_gpu = any(name.startswith("GPU") for name in columns)
     which = f", repeat {record.repeat + 1} of {repeats}" if repeats > 1 else ""
     return Timeline(
         f"Memory of {record.id} over time{which}",
-        _caption(record, peaks, len(kept), len(shown), _counted_from(process.baseline is not None, has_gpu)),
-        unit, f"{unit} above the worker's baseline" if process.baseline and not has_gpu else unit,
+        _caption(record, peaks, len(kept), len(shown), _counted_from(is_known, has_gpu, len(ranks))),
+        unit, f"{unit} above {_whose(len(ranks))}" if is_known and not has_gpu else unit,
         tuple(round(all_at[kept[n]], 3) for n in shown),
         {name: tuple(_rounded(column[n], step) for n in shown) for name, column in columns.items()},
         tuple(
@@ -73,8 +74,31 @@ def timeline(record: Record, repeats: int = 1) -> Timeline:
 
 class _Span(NamedTuple):
     phase: PhaseReading
+    """Of the first rank that went through it."""
     began_s: float
     ended_s: float
+    of_ranks: Mapping[int, PhaseReading]
+    """By the number of the rank."""
+
+
+def _spans(ranks: Sequence[ProcessReading]) -> list[_Span]:
+    """Return the phases that were seen from begin to end, each from its first begin on a rank to its last end."""
+    by_name: dict[str, dict[int, PhaseReading]] = {}
+    for number, process in enumerate(ranks):
+        for phase in process.phases:
+            if _seen(phase):
+                by_name.setdefault(phase.name, {})[number] = phase
+    found = []
+    for of_ranks in by_name.values():
+        began_s, ended_s = zip(*(seen for phase in of_ranks.values() if (seen := _seen(phase))), strict=True)
+        found.append(_Span(next(iter(of_ranks.values())), min(began_s), max(ended_s), of_ranks))
+    return found
+
+
+def _baseline_of_all(ranks: Sequence[ProcessReading]) -> Baseline:
+    """Return the sum of the ranks' baselines, as their samples are summed."""
+    known = [process.baseline or Baseline() for process in ranks]
+    return Baseline(sum(each.anonymous_bytes for each in known), sum(each.file_bytes for each in known))
 
 
 def _seen(phase: PhaseReading) -> tuple[float, float] | None:
@@ -102,6 +126,19 @@ class _Peak(NamedTuple):
     what: str
     is_bound: bool
     told: str
+
+
+def _peak_of_all(of_ranks: Mapping[int, PhaseReading], baseline_file_bytes: Sequence[int]) -> _Peak:
+    """Return the peak of a phase; of several ranks the sum of their peaks, which they need not reach at once."""
+    peaks = [_peak(phase, baseline_file_bytes[number]) for number, phase in of_ranks.items()]
+    known = [peak.size_bytes for peak in peaks if peak.size_bytes is not None]
+    if len(baseline_file_bytes) == 1:
+        return peaks[0]
+    if len(known) < len(baseline_file_bytes):  # what the other ranks held meanwhile is not known
+        return peaks[0]._replace(size_bytes=None, told="–")
+    return peaks[0]._replace(
+        size_bytes=sum(known), is_bound=True, told=f"≤{format_bytes(sum(known))} {peaks[0].what} of {len(peaks)} ranks"
+    )
 
 
 def _peak(phase: PhaseReading, baseline_file_bytes: int) -> _Peak:
@@ -144,7 +181,9 @@ def _caption(record: Record, peaks: Sequence[_Peak], samples: int, shown: int, c
     said.append("Lines are samples; bars are phases' exact peaks, which hold what was too short for a sample, too.")
     if any(peak.is_bound for peak in peaks):
         why = "file pages came and went meanwhile"
-        if any(peak.is_bound and peak.what == "footprint" for peak in peaks):
+        if any(process.rank for process in record.processes):
+            why = "the sum of the ranks' peaks, which need not fall together"
+        elif any(peak.is_bound and peak.what == "footprint" for peak in peaks):
             why = "the program took no more than what it was forked from"
         said.append(f"A dotted bar is an upper bound: {why}.")
     said.append(counted_from)
@@ -169,12 +208,16 @@ def _highest(peaks: Sequence[_Peak]) -> list[str]:
     return [f"{'; '.join((*told, *more))}."] if told or more else []
 
 
-def _counted_from(is_known: bool, has_gpu: bool) -> str:
+def _counted_from(is_known: bool, has_gpu: bool, ranks: int) -> str:
     if not is_known:
         return "Sizes are whole, the baseline is not known."
     if has_gpu:
-        return "Sizes of main memory are above the worker's baseline, the GPU's are whole or above idle."
-    return "Sizes are above the worker's baseline."
+        return f"Sizes of main memory are above {_whose(ranks)}, the GPU's are whole or above idle."
+    return f"Sizes are above {_whose(ranks)}."
+
+
+def _whose(ranks: int) -> str:
+    return "the worker's baseline" if ranks == 1 else f"the baselines of {ranks} ranks, summed"
 
 
 def _thinned(columns: Mapping[str, Sequence[float | None]], samples: int) -> list[int]:
