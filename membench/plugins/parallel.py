@@ -64,6 +64,13 @@ class Parallel(Technique):
         """Return the module, spread along the technique's dimension of ``context.ranks.mesh``."""
         raise NotImplementedError
 
+    def whole_logits(self, logits: torch.Tensor, context: Context) -> torch.Tensor:
+        """Return on all ranks the logits (T, V) of a forward pass, of which a rank may have returned a part or none.
+
+        All ranks call it after such a pass for held-out text.
+        """
+        return logits
+
     def save(self, module: nn.Module, folder: Path, context: Context) -> str | None:
         """Write a checkpoint of the whole model into a folder that all ranks share; all of them call it.
 

@@ -28,7 +28,12 @@ class TrainingStep:
             after the other, their gradients adding up.
         loss: of (module, such rows): the mean cross entropy of their next tokens, a scalar.
         backward: of the loss, weighted by the rows' share of the batch.
-        part: the name of the part of the step that ``loss`` is; a technique whose loss goes backward, too, renames it.
+        part: the name of the part of the step that ``loss`` is. A technique whose loss goes backward, too, renames it;
+            ``backward`` is then not called.
+        has_loss: whether what ``loss`` returns is the batch's, or this rank's share of it. Of a pipeline's ranks only
+            the last one has it.
+        wrap: of a loss that runs the module piece by piece, as a pipeline's schedule does: takes what wraps the module
+            for the backward pass, and runs that in place of it.
     """
 
     split: Callable[[torch.Tensor], Sequence[torch.Tensor]]
@@ -37,6 +42,8 @@ class TrainingStep:
     step: Callable[[], None]
     zero_grad: Callable[[], None]
     part: str = "forward"
+    has_loss: bool = True
+    wrap: Callable[[nn.Module], None] | None = None
 
 
 class Corpus(NamedTuple):

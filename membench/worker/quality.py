@@ -253,10 +253,14 @@ def _logits(
     module: nn.Module, techniques: Sequence[Technique], workload: Workload, context: Context, ids: torch.Tensor
 ) -> torch.Tensor:
     """Return logits (T, vocabulary) of token ids (T,), computed as the workload runs the module."""
-    from membench.plugins import stepping
+    from membench.plugins import Parallel, stepping
 
     with stepping(techniques, context):
-        return workload.logits(module, ids, techniques, context)
+        logits = workload.logits(module, ids, techniques, context)
+    for technique in techniques:
+        if isinstance(technique, Parallel):
+            logits = technique.whole_logits(logits, context)
+    return logits
 
 
 def _pieces_of_logits(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Optimizer: TypeAlias = Literal["adamw", "sgd"]
+_FORWARD = "forward"
 
 
 def steps(
@@ -54,16 +55,16 @@ def steps(
         optimizer = given_back(technique.optimizer(optimizer, module, context), technique, "optimizer", "optimizer")
     context.inventory["optimizer"] = lambda: optimizer.state
     pieces = TrainingStep(
-        lambda batch: [batch],
+        unsplit,
         loss,
-        lambda value: value.backward(),
+        go_backward,
         lambda: optimizer.step(),
         lambda: optimizer.zero_grad(),
     )
     for technique in members:
         pieces = given_back(technique.training_step(pieces, context), technique, "training_step", "step")
 
-    def step() -> torch.Tensor:
+    def step() -> torch.Tensor | None:
         # Gradients are dropped first, so that what is held after a step is what training holds: all of it.
         pieces.zero_grad()
         batch = own_rows(next_batch(), techniques, context)
@@ -72,11 +73,22 @@ def steps(
             share = len(rows) / len(batch)
             with context.part(pieces.part), stepping(techniques, context):
                 value = pieces.loss(module, rows) * share
-            with context.part("backward"):
-                pieces.backward(value)
+            if pieces.part == _FORWARD:
+                with context.part("backward"):
+                    pieces.backward(value)
             whole += value.detach()
         with context.part("optimizer"):
             pieces.step()
-        return whole
+        return whole if pieces.has_loss else None
 
     return step
+
+
+def unsplit(batch: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return the whole batch (B, T) as its only run of rows."""
+    return [batch]
+
+
+def go_backward(value: torch.Tensor) -> None:
+    """Compute the gradients of a loss."""
+    value.backward()
