@@ -21,6 +21,7 @@ from membench.builtin.workloads.train import predicts_masked_tokens
 from membench.builtin.workloads.training import go_backward, unsplit
 from membench.plugins import Context, Dimension, Parallel, Ranks, Setting, Technique, TrainingStep, Unsuitable
 from membench.plugins.parallel import degrees
+from membench.worker.breakdown import COMMUNICATION
 
 if TYPE_CHECKING:
     import torch
@@ -177,13 +178,16 @@ class Pipeline(Parallel):
         return self._running.from_last(logits)
 
     def save(self, module: nn.Module, folder: Path, context: Context) -> str | None:
-        """Write this rank's layers, under the names that they have in the whole model."""
+        """Write a file a stage, with the names that its weights have in the whole model."""
         import torch
+        from torch import distributed
 
         assert context.ranks is not None
         if context.ranks.place("data") == 0:
+            folder.mkdir(parents=True, exist_ok=True)
             torch.save(module.state_dict(), folder / f"stage-{context.ranks.place(self.dimension)}.pt")
-        return "torch.save by stage"
+        distributed.barrier()
+        return "torch.save of each stage"
 
 
 class _Running:
@@ -208,7 +212,7 @@ class _Running:
         self._tied = [module.get_parameter(path) for path in paths]
         self._ready: tuple[Any, Any] | None = None
         self._loss: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None
-        context.inventory["communication"] = self._buffers
+        context.inventory[COMMUNICATION] = self._buffers
 
     @property
     def _is_outer(self) -> bool:

@@ -1,0 +1,383 @@
+"""Stages of a pipeline: the same training as on one device, each stage's weights, and what schedules hold."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from membench.builtin.techniques.parallel.pipeline import Pipeline
+from membench.builtin.techniques.parallel.stages import Stages
+from membench.builtin.workloads import training
+from membench.builtin.workloads.train import next_token_loss
+from membench.cli import main
+from membench.plugins import Setting, Unsuitable, logits_of, registry
+from membench.plugins.ranks import Ranks
+from membench.records.record import Record
+from membench.records.run_file import newest_run, read_run
+from membench.worker.decoder import Block, Decoder
+from tests.on_ranks import on_ranks
+
+_WIDTH, _INNER, _LAYERS, _VOCABULARY, _ROWS, _TOKENS = 64, 128, 4, 2048, 4, 128
+_LAYER = 4 * _WIDTH**2 + 3 * _WIDTH * _INNER + 2 * _WIDTH
+_WEIGHTS = [_VOCABULARY * _WIDTH + 2 * _LAYER, 2 * _LAYER + _WIDTH + _WIDTH * _VOCABULARY]
+_LOGITS_BYTES = _ROWS * _TOKENS * _VOCABULARY * 4
+_SUITE = f"""
+[suite]
+name = "pipeline"
+[settings]
+measured_steps = 2
+evaluate_s = 0.1
+[matrix]
+model = ["small"]
+technique = ["none", "gpipe", "1f1b"]
+workload = ["short"]
+device = ["2xcpu"]
+[[include]]
+model = "small"
+technique = "1f1b"
+workload = "prefill"
+device = "2xcpu"
+[technique.gpipe]
+use = "pipeline"
+schedule = "gpipe"
+return_outputs = false
+[technique.1f1b]
+use = "pipeline"
+[model.small]
+use = "config"
+source = "llama"
+[model.small.overrides]
+hidden_size = {_WIDTH}
+intermediate_size = {_INNER}
+num_hidden_layers = {_LAYERS}
+num_attention_heads = 2
+num_key_value_heads = 2
+vocab_size = {_VOCABULARY}
+tie_word_embeddings = false
+[workload.short]
+use = "train"
+batch_size = {_ROWS}
+sequence_length = {_TOKENS}
+[workload.prefill]
+use = "forward"
+batch_size = {_ROWS}
+sequence_length = {_TOKENS}
+"""
+_STEPS, _RATE = 3, 0.5
+
+
+def _llama(layers: int = _LAYERS) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2, vocab_size=128,
+        max_position_embeddings=64, tie_word_embeddings=False,
+    ))  # fmt: skip
+
+
+def _qwen() -> nn.Module:
+    """An embedding that is the head, too, and layers that attend to all or to a few tokens."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(Qwen2Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=128, max_position_embeddings=64, tie_word_embeddings=True, use_sliding_window=True,
+        sliding_window=4, max_window_layers=2,
+    ))  # fmt: skip
+
+
+def _gpt2() -> nn.Module:
+    """Learned positions, and an embedding that is the head, too."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(
+        n_embd=32, n_layer=5, n_head=2, vocab_size=128, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    ))  # fmt: skip
+
+
+def _plain() -> nn.Module:
+    torch.manual_seed(0)
+    return Decoder(width=32, layers=4, heads=2, inner_width=64, vocabulary=128)
+
+
+_CASES = {
+    "gpipe": ({"schedule": "gpipe"}, _llama),
+    "1f1b": ({"schedule": "1f1b"}, _llama),
+    "quiet": ({"schedule": "1f1b", "return_outputs": False}, _llama),
+    "interleaved": ({"schedule": "interleaved"}, _llama),
+    "zb": ({"schedule": "zb"}, _llama),
+    "tied": ({}, _qwen),
+    "positions": ({"schedule": "gpipe"}, _gpt2),
+    "plain": ({}, _plain),
+}
+
+
+def _batches() -> Any:
+    drawn = torch.Generator().manual_seed(1)
+    return lambda: torch.randint(128, (8, 16), generator=drawn)
+
+
+def _context(ranks: Ranks | None, *, rehearsal: bool = False) -> Any:
+    return SimpleNamespace(
+        device="cpu", ranks=ranks, inventory={}, rehearsal=rehearsal, part=lambda name: contextlib.nullcontext()
+    )
+
+
+def _steps(module: nn.Module, techniques: tuple[Any, ...], context: Any) -> list[float | None]:
+    step = training.steps(module, _batches(), next_token_loss, "sgd", _RATE, techniques, context)
+    losses = [step() for _ in range(_STEPS)]
+    return [None if loss is None else loss.item() for loss in losses]
+
+
+def _trained_on_ranks() -> dict[str, Any]:
+    """Train each case on this rank: losses, final weights, and the logits that evaluation gets."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("stage",))
+    ranks = Ranks(distributed.get_rank(), 2, mesh, Path())
+    context, found = _context(ranks), {}
+    for name, (options, make) in _CASES.items():
+        technique = Pipeline.model_validate(options)
+        module = technique.parallelize(make(), context)
+        losses = _steps(module, (technique,), context)
+        module.eval()
+        ids = _batches()()[:1]
+        with torch.no_grad():
+            logits = technique.whole_logits(logits_of(module(ids), ids), context)
+        found[name] = (losses, {key: value.clone() for key, value in module.state_dict().items()}, logits)
+    # A miniature may have fewer layers than there are stages.
+    rehearsed, context = Pipeline.model_validate({"schedule": "interleaved"}), _context(ranks, rehearsal=True)
+    found["rehearsal"] = _steps(rehearsed.parallelize(_llama(1), context), (rehearsed,), context)
+    return found
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return on_ranks(_trained_on_ranks, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("name", _CASES)
+def test_stages_train_as_the_whole_model_does(name: str, on_two: list[dict[str, Any]]) -> None:
+    whole = _CASES[name][1]()
+    expected = _steps(whole, (), _context(None))
+    first, last = (each[name] for each in on_two)
+    assert first[0] == [None] * _STEPS, "only the last stage has a loss"
+    assert last[0] == pytest.approx(expected, abs=1e-5)
+    # Together the stages have the weights of the whole model, after the same steps.
+    weights = whole.state_dict()
+    assert first[1].keys() | last[1].keys() == weights.keys()
+    for _, state, _ in (first, last):
+        for key, value in state.items():
+            torch.testing.assert_close(value, weights[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", _CASES)
+def test_held_out_text_is_judged_by_the_logits_of_all_stages_on_every_rank(
+    name: str, on_two: list[dict[str, Any]]
+) -> None:
+    whole = _CASES[name][1]()
+    _steps(whole, (), _context(None))
+    ids = _batches()()[:1]
+    with torch.no_grad():
+        expected = logits_of(whole.eval()(ids), ids)
+    for rank in on_two:
+        torch.testing.assert_close(rank[name][2], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_only_weights_that_both_ends_need_are_on_both(on_two: list[dict[str, Any]]) -> None:
+    shared = {name: sorted(on_two[0][name][1].keys() & on_two[1][name][1].keys()) for name in ("1f1b", "tied")}
+    # Of the tied pair the first stage has the embedding, and the last the head, under their own names.
+    assert shared == {"1f1b": [], "tied": []}
+    first, last = (each["tied"][1] for each in on_two)
+    torch.testing.assert_close(first["model.embed_tokens.weight"], last["lm_head.weight"], rtol=0, atol=0)
+    layers = [{key.split(".")[2] for key in each["interleaved"][1] if ".layers." in key} for each in on_two]
+    assert layers == [{"0", "2"}, {"1", "3"}], "each rank has two stages, not beside each other"
+
+
+def test_a_miniature_with_fewer_layers_than_stages_is_rehearsed_all_the_same(on_two: list[dict[str, Any]]) -> None:
+    assert on_two[0]["rehearsal"] == [None] * _STEPS
+    assert all(loss > 0 for loss in on_two[1]["rehearsal"])
+
+
+class _Positions(Decoder):
+    """Has a weight that belongs to no module which runs before the layers."""
+
+    def __init__(self) -> None:
+        super().__init__(width=32, layers=4, heads=2, inner_width=64, vocabulary=128)
+        self.shift = nn.Parameter(torch.zeros(32))
+
+
+class _Doubled(Decoder):
+    """Runs its layers twice."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids)
+        for block in (*self.blocks, *self.blocks):
+            x = block(x)
+        logits: torch.Tensor = self.head(self.norm(x))
+        return logits
+
+
+class _Skipping(Decoder):
+    """Adds what the embedding returns behind the layers."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = first = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x)
+        logits: torch.Tensor = self.head(self.norm(x + first))
+        return logits
+
+
+def _of(kind: type[Decoder]) -> nn.Module:
+    return kind() if kind is _Positions else kind(width=32, layers=4, heads=2, inner_width=64, vocabulary=128)
+
+
+def _sharing() -> nn.Module:
+    module = _of(Decoder)
+    blocks: Any = module.blocks
+    first, last = blocks[0], blocks[3]
+    assert isinstance(first, Block)
+    last.mlp = first.mlp
+    return module
+
+
+@pytest.mark.parametrize(
+    ("make", "stages", "reason"),
+    [
+        (lambda: _of(Decoder), 5, "5 stages need as many layers, and the model has 4"),
+        (lambda: _of(_Positions), 2, "'shift' of a _Positions belongs to no stage"),
+        (lambda: _of(_Doubled), 2, "a _Doubled does not run its layers 'blocks.*' (4 Block) one after the other"),
+        (lambda: _of(_Skipping), 2, "a _Skipping cannot be cut into stages between its layers: it then computes other"),
+        (_sharing, 2, "layers of a Decoder in different stages share weights|shares its weights"),
+    ],
+)
+def test_a_model_that_cannot_be_cut_between_its_layers_is_refused(make: Any, stages: int, reason: str) -> None:
+    with pytest.raises(Unsuitable) as caught:
+        Stages(make(), stages, None, longer=False)
+    assert any(part in str(caught.value) for part in reason.split("|"))
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "workload", "others", "reason"),
+    [
+        ({}, 2, "generate", (), "torch's schedules have no key-value cache"),
+        ({}, 2, "read-data", (), "there are no layers of a decoder to share out among stages"),
+        ({"micro_batches": 3}, 2, "train", (), "8 rows cannot be shared out among micro_batches = 3"),
+        ({"micro_batches": 2}, 4, "train", (), "schedule = '1f1b' needs as many micro-batches as stages"),
+        ({"schedule": "zb", "micro_batches": 8}, 3, "train", (), None),
+        ({"schedule": "interleaved"}, 1, "train", (), "schedule = 'interleaved' needs several ranks"),
+        ({"schedule": "zb"}, 4, "train", ("ddp",), "schedule = 'zb' does not go backward through all of a module at once"),
+        ({}, 2, "train", ("accumulate",), "micro-batches are an option of it"),
+        ({}, 2, "forward", ("accumulate",), None),
+        ({}, 2, "train", ("step-in-backward",), "'step-in-backward' would update weights after the first"),
+        ({}, 2, "train", ("fused-linear-cross-entropy",), "the loss takes head and decoder apart"),
+        ({}, 2, "train", ("chunked-cross-entropy", "checkpointing", "bf16"), None),
+        ({}, 4, "train", ("ddp",), None),
+    ],
+)
+def test_what_has_no_meaning_with_stages_is_refused_with_the_reason(
+    options: dict[str, Any], ranks: int, workload: str, others: tuple[str, ...], reason: str | None
+) -> None:
+    work = registry.create("workload", workload, {} if workload == "generate" else {"batch_size": 8})
+    before = tuple(registry.create("technique", name, {}) for name in others)
+    setting = Setting(registry.create("model", "untrained-tiny", {}), work, "cpu", before, (), ranks)
+    refused = Pipeline.model_validate(options).refuse(setting)
+    assert refused is None if reason is None else reason in str(refused)
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
+    folder = tmp_path_factory.mktemp("pipeline")
+    (folder / "suite.toml").write_text(_SUITE)
+    main(["run", str(folder / "suite.toml"), "--output", str(folder)])
+    found = newest_run(folder)
+    assert found is not None
+    return {record.id: record for record in read_run(found).records}
+
+
+def _run(record: Record, rank: int) -> Any:
+    phase = record.processes[rank].phase("run")
+    assert phase is not None
+    return phase
+
+
+def _activations_bytes() -> int:
+    """Return what two layers keep for going backward with one row, by autograd's own account."""
+    from transformers import LlamaConfig, LlamaModel
+
+    model = LlamaModel(LlamaConfig(
+        hidden_size=_WIDTH, intermediate_size=_INNER, num_hidden_layers=2, num_attention_heads=2, vocab_size=8
+    ))  # fmt: skip
+    kept: dict[int, Any] = {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    hidden = torch.randn(1, _TOKENS, _WIDTH, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(inputs_embeds=hidden).last_hidden_state
+    assert output.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_each_rank_has_its_stages_weights(records: dict[str, Record]) -> None:
+    for technique in ("gpipe", "1f1b"):
+        record = records[f"small/{technique}/short/2xcpu"]
+        assert (record.status, record.message) == ("ok", None)
+        for process, expected in zip(record.processes, _WEIGHTS, strict=True):
+            assert process.modules_bytes is not None
+            assert sum(each.bytes for each in process.modules_bytes) == pytest.approx(4 * expected, rel=0.005)
+
+
+def test_gpipe_holds_the_activations_of_all_micro_batches_and_1f1b_those_of_as_many_as_there_are_stages(
+    records: dict[str, Record],
+) -> None:
+    gpipe, one_each = (_run(records[f"small/{name}/short/2xcpu"], 0) for name in ("gpipe", "1f1b"))
+    difference = gpipe.peak_live_bytes - one_each.peak_live_bytes
+    assert difference == pytest.approx((_ROWS - 2) * _activations_bytes(), rel=0.15)
+
+
+def test_the_last_stage_keeps_the_logits_of_all_micro_batches_unless_outputs_are_not_returned(
+    records: dict[str, Record],
+) -> None:
+    quiet, returning = (records[f"small/{name}/short/2xcpu"] for name in ("gpipe", "1f1b"))
+    held = [[_run(record, rank).held_live_bytes for rank in (0, 1)] for record in (quiet, returning)]
+    assert held[1][1] - held[0][1] == pytest.approx(_LOGITS_BYTES, rel=0.03)
+    assert held[1][0] - held[0][0] == pytest.approx(0, abs=0.03 * _LOGITS_BYTES)
+
+
+def test_a_pipelines_losses_are_the_references_and_its_schedule_is_one_part_of_the_step(
+    records: dict[str, Record],
+) -> None:
+    reference = records["small/none/short/cpu"].processes[0].losses_nats
+    assert reference
+    for technique in ("gpipe", "1f1b"):
+        first, last = records[f"small/{technique}/short/2xcpu"].processes
+        assert not first.losses_nats
+        assert last.losses_nats is not None
+        assert list(last.losses_nats[: len(reference)]) == pytest.approx(reference, abs=1e-4)
+        assert set(first.phase("run").parts) == {"schedule", "optimizer"}  # type: ignore[union-attr]
+
+
+def test_going_forward_alone_each_stage_has_its_weights_and_no_gradients(records: dict[str, Record]) -> None:
+    record = records["small/1f1b/prefill/2xcpu"]
+    assert (record.status, record.message) == ("ok", None)
+    first, last = (_run(record, rank).held_live_bytes for rank in (0, 1))
+    assert first == pytest.approx(4 * _WEIGHTS[0], abs=_LOGITS_BYTES / 8)
+    # Logits stay until the next step, as torch keeps them.
+    assert last - first == pytest.approx(_LOGITS_BYTES, rel=0.03)
+    assert record.metrics["imbalance_ratio"] is not None
+    assert record.metrics["imbalance_ratio"] > 1.5
