@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -77,10 +78,11 @@ def _llama(layers: int = _LAYERS) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
+    module: nn.Module = LlamaForCausalLM(LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2, vocab_size=128,
         max_position_embeddings=64, tie_word_embeddings=False,
     ))  # fmt: skip
+    return module
 
 
 def _qwen() -> nn.Module:
@@ -88,11 +90,12 @@ def _qwen() -> nn.Module:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    return Qwen2ForCausalLM(Qwen2Config(
+    module: nn.Module = Qwen2ForCausalLM(Qwen2Config(
         hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
         vocab_size=128, max_position_embeddings=64, tie_word_embeddings=True, use_sliding_window=True,
         sliding_window=4, max_window_layers=2,
     ))  # fmt: skip
+    return module
 
 
 def _gpt2() -> nn.Module:
@@ -100,9 +103,10 @@ def _gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(
+    module: nn.Module = GPT2LMHeadModel(GPT2Config(
         n_embd=32, n_layer=5, n_head=2, vocab_size=128, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
     ))  # fmt: skip
+    return module
 
 
 def _plain() -> nn.Module:
@@ -143,7 +147,8 @@ def _trained_on_ranks() -> dict[str, Any]:
     """Train each case on this rank: losses, final weights, and the logits that evaluation gets."""
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("stage",))
     ranks = Ranks(distributed.get_rank(), 2, mesh, Path())
-    context, found = _context(ranks), {}
+    context = _context(ranks)
+    found: dict[str, Any] = {}
     for name, (options, make) in _CASES.items():
         technique = Pipeline.model_validate(options)
         module = technique.parallelize(make(), context)
@@ -205,6 +210,35 @@ def test_only_weights_that_both_ends_need_are_on_both(on_two: list[dict[str, Any
 def test_a_miniature_with_fewer_layers_than_stages_is_rehearsed_all_the_same(on_two: list[dict[str, Any]]) -> None:
     assert on_two[0]["rehearsal"] == [None] * _STEPS
     assert all(loss > 0 for loss in on_two[1]["rehearsal"])
+
+
+def _trained_on_a_mesh() -> dict[str, Any]:
+    """Train two halves of the batch in two stages each: losses, and final weights."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "stage"))
+    context, found = _context(Ranks(distributed.get_rank(), 4, mesh, Path())), {}
+    for name in ("1f1b", "gpipe", "tied"):
+        options, make = _CASES[name]
+        # The order in a stack does not matter: stages come first, then what wraps them.
+        members = (registry.create("technique", "ddp", {}), Pipeline.model_validate(options))
+        module = make()
+        for technique in reversed(members):
+            module = technique.parallelize(module, context)
+        losses = _steps(module, members, context)
+        found[name] = (losses, {key: value.clone() for key, value in module.state_dict().items()})
+    return found
+
+
+def test_gradients_of_each_stage_are_averaged_over_ranks_that_share_the_batch(tmp_path: Path) -> None:
+    ranks = on_ranks(_trained_on_a_mesh, tmp_path, 4)
+    for name in ranks[0]:
+        whole = _CASES[name][1]()
+        expected = _steps(whole, (), _context(None))
+        assert [each[name][0] for each in ranks[::2]] == [[None] * _STEPS] * 2
+        means = [statistics.fmean(both) for both in zip(*(each[name][0] for each in ranks[1::2]), strict=True)]
+        assert means == pytest.approx(expected, abs=1e-5)
+        for rank in ranks:
+            for key, value in rank[name][1].items():
+                torch.testing.assert_close(value, whole.state_dict()[key], rtol=1e-4, atol=1e-5)
 
 
 class _Positions(Decoder):
@@ -275,7 +309,13 @@ def test_a_model_that_cannot_be_cut_between_its_layers_is_refused(make: Any, sta
         ({"micro_batches": 2}, 4, "train", (), "schedule = '1f1b' needs as many micro-batches as stages"),
         ({"schedule": "zb", "micro_batches": 8}, 3, "train", (), None),
         ({"schedule": "interleaved"}, 1, "train", (), "schedule = 'interleaved' needs several ranks"),
-        ({"schedule": "zb"}, 4, "train", ("ddp",), "schedule = 'zb' does not go backward through all of a module at once"),
+        (
+            {"schedule": "zb"},
+            4,
+            "train",
+            ("ddp",),
+            "does not go backward through all of a module",
+        ),
         ({}, 2, "train", ("accumulate",), "micro-batches are an option of it"),
         ({}, 2, "forward", ("accumulate",), None),
         ({}, 2, "train", ("step-in-backward",), "'step-in-backward' would update weights after the first"),

@@ -109,8 +109,13 @@ class DistributedDataParallel(Parallel):
         # The step keeps the wrapper from here on: nothing of a rehearsal's must stay.
         wrapped, self._wrapped = self._wrapped, None
         assert wrapped is not None
-        wrapped.module.loss = step.loss
         context.inventory[COMMUNICATION] = Buckets(wrapped)
+        if step.wrap is not None:
+            # A pipeline's schedule runs the wrapper itself, for each micro-batch, and averages after the last.
+            wrapped.module.loss = lambda module, given: module(given)
+            step.wrap(wrapped)
+            return step
+        wrapped.module.loss = step.loss
 
         def loss(module: nn.Module, rows: torch.Tensor) -> torch.Tensor:
             # The wrapper prepares its buckets in its own forward pass.
