@@ -8,7 +8,7 @@ from membench.plugins.contract import Context, Model, Setting, Shape, Technique,
 from membench.plugins.layer_wise import LayerWise, SelectsLayers, output_head, replaced
 from membench.plugins.logits import WrongOutput, last_logits_of, logits_of
 from membench.plugins.options import ByteCount, DoesNotFit, NotInModel, Options, Unsuitable, given_back
-from membench.plugins.parallel import Parallel, own_rows, parallel_last
+from membench.plugins.parallel import Parallel, keeping_parts, own_rows, parallel_last
 from membench.plugins.quality_metric import HeldOut, QualityMetric
 from membench.plugins.ranks import Dimension, Ranks
 from membench.plugins.training import Corpus, Samples, Step, Tokens, TrainingData, TrainingStep
@@ -45,6 +45,7 @@ __all__ = [
     "Workload",
     "WrongOutput",
     "given_back",
+    "keeping_parts",
     "last_logits_of",
     "logits_of",
     "output_head",

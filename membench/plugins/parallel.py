@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -71,6 +72,13 @@ class Parallel(Technique):
         """
         return logits
 
+    def keeping_part(self) -> AbstractContextManager[None]:
+        """Return a context in which the module may return the logits of a part of the tokens that it is given.
+
+        Else each rank's module returns those of all tokens. Workloads that do not read logits enter it.
+        """
+        return nullcontext()
+
     def save(self, module: nn.Module, folder: Path, context: Context) -> str | None:
         """Write a checkpoint of the whole model into a folder that all ranks share; all of them call it.
 
@@ -79,6 +87,16 @@ class Parallel(Technique):
             of a state dict of the same names on all of them, as ``checkpoint`` says.
         """
         return None
+
+
+@contextmanager
+def keeping_parts(techniques: Sequence[Technique]) -> Iterator[None]:
+    """Enter ``keeping_part`` of the members of a stack that spread it."""
+    with ExitStack() as stack:
+        for technique in techniques:
+            if isinstance(technique, Parallel):
+                stack.enter_context(technique.keeping_part())
+        yield
 
 
 def degrees(techniques: Sequence[Technique], of: int) -> Mapping[Dimension, int]:

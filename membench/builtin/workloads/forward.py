@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from membench.plugins import Context, Step, Technique, Tokens, Workload, own_rows, stepping
+from membench.plugins import Context, Step, Technique, Tokens, Workload, keeping_parts, own_rows, stepping
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,7 +32,7 @@ class Forward(Workload):
         batch = own_rows(batch, techniques, context).to(context.device)
 
         def step() -> None:
-            with torch.no_grad(), stepping(techniques, context):
+            with torch.no_grad(), stepping(techniques, context), keeping_parts(techniques):
                 module(batch)
 
         return step
