@@ -5,10 +5,12 @@ The causes are found in the storages of the module, the optimizer and the cache.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from membench.plugins import Parallel
 from membench.units import format_bytes, format_ratio
 from membench.worker.breakdown import named_tensors_in
 from membench.worker.storages import Storages, inner_tensors, local_part, plain_tensors
@@ -50,8 +52,24 @@ class PlainWeights:
         return cls(weight_bytes(module), 8 * sum(parameter.nbytes for parameter in numbers) / count if count else 32)
 
 
+def on_weights_and_states(
+    module: nn.Module, context: Context, techniques: Sequence[Technique], plain: PlainWeights | None
+) -> list[str]:
+    """Return the notes of ``on_weights`` and ``on_states`` on a case after its steps."""
+    found = on_weights(module, techniques, plain)
+    if (optimizer := context.inventory.get("optimizer")) is None:
+        return found
+    states: Mapping[torch.Tensor, Mapping[str, Any]] = optimizer()
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if any(isinstance(each, Parallel) and each.shares_states for each in techniques):
+        trained = [parameter for parameter in trained if states.get(parameter)]
+    return found + on_states(states, trained, techniques, 32 if plain is None else plain.bits)
+
+
 def on_weights(module: nn.Module, techniques: Sequence[Technique], plain: PlainWeights | None) -> list[str]:
     """Return a note if the size of the weights is more than 20% off the stack's nominal factor.
+
+    Where ranks share the weights, the factor is one of this rank's share of them.
 
     Args:
         plain: the weights before any technique; ``None``: not known, and then no note is made.
@@ -59,20 +77,37 @@ def on_weights(module: nn.Module, techniques: Sequence[Technique], plain: PlainW
     if plain is None or not plain.bytes:
         return []
     bits = [stated for technique in techniques if (stated := technique.nominal_bits()) is not None]
-    share = 1.0
-    for technique in techniques:
-        left = technique.nominal_share()
-        if left is None:
-            return []
-        share *= left
+    share, own_share = _nominal_share(techniques), _share_of_rank(module)
+    if share is None:
+        return []
+    if own_share == 1 and any(isinstance(each, Parallel) and each.splits_model for each in techniques):
+        return []  # what it leaves on this rank depends on the model
     fewest_bits = min([*bits, plain.bits])
-    nominal = fewest_bits / plain.bits * share
+    nominal = fewest_bits / plain.bits * share * own_share
     measured = weight_bytes(module) / plain.bytes
     if abs(measured / nominal - 1) <= _LARGEST_DEVIATION:
         return []
     adapted = any(technique.trains_adapters for technique in techniques)
     causes = _causes(module, fewest_bits, adapted, share < 1)
     return [_note("weights", measured, nominal, causes)]
+
+
+def _nominal_share(techniques: Sequence[Technique]) -> float | None:
+    """Return the nominal share of the weights that a stack leaves on all ranks together; ``None``: not known."""
+    share = 1.0
+    for technique in techniques:
+        left = 1.0 if isinstance(technique, Parallel) else technique.nominal_share()
+        if left is None:
+            return None
+        share *= left
+    return share
+
+
+def _share_of_rank(module: nn.Module) -> float:
+    """Return which share of the numbers in a module's parameters this rank has; 1 unless ranks share tensors."""
+    parameters = list(module.parameters())
+    own, whole = (sum(each.numel() for each in counted) for counted in (map(local_part, parameters), parameters))
+    return own / whole if whole else 1.0
 
 
 def on_states(
@@ -85,19 +120,21 @@ def on_states(
 
     Args:
         states: the states by parameter, as in ``torch.optim.Optimizer.state``.
-        trained: the parameters that the optimizer updates.
+        trained: the parameters that the optimizer updates; of those that ranks share, this rank's parts count.
         built_bits: of a weight as the model is built. A cast is a technique of its own; what is trained in a wider type
             than the weights, such as adapters, is compared with AdamW on that.
     """
     stated = [(size, technique) for technique in techniques if (size := technique.nominal_state_bytes()) is not None]
     parameters = list(trained)
-    adamw_bytes = _MOMENTS * sum(local_part(p).numel() * max(p.element_size(), built_bits / 8) for p in parameters)
+    counts = [local_part(parameter).numel() for parameter in parameters]
+    sizes = (max(parameter.element_size(), built_bits / 8) for parameter in parameters)
+    adamw_bytes = _MOMENTS * sum(count * each for count, each in zip(counts, sizes, strict=True))
     if not stated or not adamw_bytes:
         return []
     size, technique = stated[-1]
     found, causes = Storages(), dict[str, int]()
     nominal_bytes = 0.0
-    for parameter in parameters:
+    for parameter, count in zip(parameters, counts, strict=True):
         kept = states.get(parameter, {})
         tensors = {
             name: value for name, value in kept.items() if hasattr(value, "untyped_storage") and value.numel() > 1
@@ -105,9 +142,9 @@ def on_states(
         # What keeps states in the type of what it trains is known for its bytes in fp32, unless it casts by itself.
         follows = technique.nominal_bits() is None and {value.dtype for value in tensors.values()} == {parameter.dtype}
         each = size * parameter.element_size() / 4 if follows and not _is_quantized(tensors) else size
-        nominal_bytes += each * local_part(parameter).numel()
+        nominal_bytes += each * count
         if not tensors:
-            _add(causes, _MISSING_STATES, int(size * local_part(parameter).numel()))
+            _add(causes, _MISSING_STATES, int(size * count))
         for name, tensor in tensors.items():
             for inner, plain in _named_plain(name, tensor):
                 if size_bytes := found.add(plain):
@@ -156,9 +193,13 @@ def on_cache_of(context: Context, workload: Workload, techniques: Sequence[Techn
     tokens, shape, cache = workload.cached_tokens(), context.model.shape, context.inventory.get("cache")
     if tokens is None or shape is None or cache is None:
         return []
-    if any(technique.nominal_share() != 1 for technique in techniques):
+    if _nominal_share(techniques) != 1:
         return []  # the technique changes the model's shape, and with it the size of the cache
     numbers = 2 * shape.layers * shape.key_value_heads * (shape.width // shape.heads) * tokens
+    if context.ranks is not None:
+        members = [technique for technique in techniques if isinstance(technique, Parallel)]
+        sharing = {each.dimension for each in members if each.shares_batch or each.dimension == "tensor"}
+        numbers //= math.prod(context.ranks.degree(dimension) for dimension in sharing)
     return on_cache(cache(), numbers, techniques, built_bits)
 
 
@@ -249,7 +290,7 @@ def _cause(
     if name.endswith("_orig"):
         return f"originals kept beside the masked weights in {type_name}"
     if any(word in inner for word in _SCALES) and (
-        plain.numel() < tensor.numel() or not isinstance(tensor, torch.nn.Parameter)
+        plain.numel() < local_part(tensor).numel() or not isinstance(tensor, torch.nn.Parameter)
     ):
         return f"scales and zero points in {type_name}"
     if "indices" in inner:
@@ -257,7 +298,7 @@ def _cause(
     stored_bits = plain.element_size() * 8
     if bits < 8 and plain.dtype in (torch.int8, torch.uint8):
         # Packed codes have fewer elements than the weights, or are stored in a plain tensor.
-        packed = inner == name or plain.numel() < tensor.numel()
+        packed = inner == name or plain.numel() < local_part(tensor).numel()
         return None if packed else f"of {bits:g}-bit weights stored a byte each"
     if stored_bits <= bits and not pruned:
         return None
