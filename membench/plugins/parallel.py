@@ -35,6 +35,8 @@ class Parallel(Technique):
     """Whether each rank along its dimension gets its own rows of the batch; else all get the same."""
     splits_model: ClassVar[bool] = False
     """Whether it leaves each rank less of the model; one that then finds nothing to split is reported as idle."""
+    shares_states: ClassVar[bool] = False
+    """Whether each rank keeps optimizer states for some of the parameters alone."""
     degree: int | None = Field(None, ge=1, le=9999)
     """Ranks along its dimension. Left open: 2 along inner dimensions, and along the outermost all that are left."""
 

@@ -22,6 +22,7 @@ from membench.protocol.readings import QualityReading
 from membench.protocol.requests import MeasureCase, Rank
 from membench.units import LARGEST_VALUE
 from membench.worker import allocator, breakdown, checkpoint, device, notes, output_check, plugin_values, quality
+from membench.worker.agreement import on_any
 from membench.worker.assembly import Assembly
 from membench.worker.communication import Sleeping, communicated_bytes
 from membench.worker.communication_memory import free_gathered
@@ -93,6 +94,7 @@ class _Work:
     def __init__(self, request: MeasureCase, rank: Rank, scratch: Path, meter: Meter) -> None:
         self.case = Assembly.of(request, rank, scratch, meter.part, meter.aside)
         self.losses: list[float] = []
+        self._steps = 0
         self.invalid: list[str] = []  # of each field once
         self.diverged: Diverged | None = None
         self._request, self._rank, self._scratch, self._meter = request, rank, scratch, meter
@@ -192,6 +194,7 @@ class _Work:
             self._meter.memory_in_parts = False
 
     def _add_loss(self, loss: torch.Tensor | None) -> None:
+        self._steps += 1
         if loss is None:
             return
         item: object = loss.item() if hasattr(loss, "item") else loss
@@ -233,11 +236,7 @@ class _Work:
         self._notes += case.notes_on_text(module)
         assert run.reading is not None, "the phase has ended"
         self._notes += note_on_garbage(meter.most_garbage_bytes, run.reading.live_peak_bytes)
-        self._notes += notes.on_weights(module, case.techniques, self._plain)
-        if (optimizer := case.context.inventory.get("optimizer")) is not None:
-            states = optimizer()  # on one of several ranks they may be of some parameters alone
-            trained = [p for p in module.parameters() if p.requires_grad and (p in states or not case.context.ranks)]
-            self._notes += notes.on_states(states, trained, case.techniques, self._built_bits)
+        self._notes += notes.on_weights_and_states(module, case.context, case.techniques, self._plain)
         if case.context.inventory:
             with meter.phase("breakdown", "pinned"):
                 watcher = breakdown.MemoryWatcher(
@@ -293,7 +292,8 @@ class _Work:
                 self._add_loss(step())
             meter.parts.clear()
             timed_step = step if sleeping is None else sleeping.watched(step)
-            for loss in timed_steps.measure(timed_step, steps.measured, can_repeat=can_repeat):
+            meet = functools.partial(on_any, self.case.context.ranks, False)
+            for loss in timed_steps.measure(timed_step, steps.measured, can_repeat=can_repeat, meet=meet):
                 self._add_loss(loss)
             timed.steps = steps.warmup + len(timed_steps.durations_s)
         if data is not None:
@@ -326,7 +326,8 @@ class _Work:
             return
         allocator.unpin()  # no memory is measured here, and the default allocator is faster
         with self._meter.phase("finish", "default"):
-            while len(self.losses) < all_steps and self.diverged is None:
+            # A rank may have no loss, as a stage of a pipeline, and all must stop where one diverges.
+            while self._steps < all_steps and not on_any(case.context.ranks, self.diverged is not None):
                 self._add_loss(step())
                 self._meter.parts.clear()
             module.eval()
@@ -390,7 +391,8 @@ class _Work:
             unjudged = case.model.unjudged() if case.model.quality else None
         if (note := quality.note_on_time(found)) is not None:
             self._notes.append(note)
-        self._update_result(quality=found, unjudged=unjudged, custom_figures=figures)
+        if case.context.ranks is None or case.context.ranks.number == 0:  # the others give the same logits
+            self._update_result(quality=found, unjudged=unjudged, custom_figures=figures)
         self._remarks += failed
         if None in found.nats and self.diverged is None:
             self._remarks.append("the logits of held-out text are not finite")

@@ -18,6 +18,7 @@ from membench.host.out_of_memory import is_out_of_memory
 from membench.protocol.messages import CustomFigure
 from membench.protocol.readings import QualityReading
 from membench.records.metrics import METRIC_OF_FIELD, is_possible_value
+from membench.worker.agreement import come_through, decided_by_first
 from membench.worker.time_budget import TimeBudget
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def evaluate(
     """Measure the held-out loss and, if the reference's logits are available, the divergence from them.
 
     As many pieces of text are judged as the time allows, and no more than were judged of the reference: so each has its
-    pair there.
+    pair there. Ranks go through the same pieces, as the first one's time allows.
 
     Args:
         workload: computes the logits, possibly through a key-value cache.
@@ -124,6 +125,7 @@ def evaluate(
         logits_kept = numpy.lib.format.open_memmap(partial, "w+", numpy.float32, (count, predicted))
     else:
         logits_kept = _kept_logits(reference)
+    judges = context.ranks is None or context.ranks.number == 0  # the others only go through the same pieces
     nats, reference_nats, divergence, agreed, position = [], [], 0.0, 0, 0
     with torch.no_grad():
         for number, piece in enumerate(held_out, 1):
@@ -138,12 +140,12 @@ def evaluate(
             position = rows.stop
             if is_reference:
                 logits_kept[rows] = logits.cpu().numpy()
-            elif logits_kept is not None:
+            elif logits_kept is not None and judges:
                 theirs = torch.tensor(logits_kept[rows], device=context.device).log_softmax(-1)
                 reference_nats.append(-theirs.gather(1, ids[1:, None]).sum().item())
                 divergence += (theirs.exp() * (theirs - own)).sum(dtype=torch.float64).item()
                 agreed += int((theirs.argmax(-1) == own.argmax(-1)).sum())
-            if budget.is_used_up(number, len(held_out) - number):
+            if decided_by_first(context.ranks, budget.is_used_up(number, len(held_out) - number)):
                 break
     if is_reference:
         logits_kept.flush()
@@ -239,12 +241,15 @@ def custom_figures(
             if reason is not None:
                 remarks.append(f"metric '{METRIC_OF_FIELD[field].name}' is not known: {reason}")
         except Unsuitable as error:
+            come_through(context.ranks, field, error)
             reason = str(error)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
+            come_through(context.ranks, field, error)
             reason = f"measuring it ended in {summary(error)}"
             remarks.append(f"metric '{METRIC_OF_FIELD[field].name}' is not known: {reason}")
+        come_through(context.ranks, field)
         found[field] = CustomFigure(value, reason)
     return found, remarks
 

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from membench.errors import summary
-from membench.plugins import Ranks
 from membench.worker import checkpoint, device, output_check
+from membench.worker.agreement import come_through
 from membench.worker.assembly import Assembly
 
 if TYPE_CHECKING:
     from torch import nn
-
-
-_OTHERS_WITHIN_S = 10.0
-"""Seconds in which the rehearsals of the other ranks must end after that of one has failed."""
-_MOST_ATTEMPTS = 2
-"""A rehearsal that fails with kernels from an archive is repeated without them."""
 
 
 def rehearse(case: Assembly) -> str | None:
@@ -44,7 +36,6 @@ def rehearse(case: Assembly) -> str | None:
         return None
     with contextlib.suppress(Exception):
         case.model.skeleton()  # imports the model's own code, which the generic model does not use
-    ranks = case.context.ranks
     try:
         module = assembly.make()
         module.train(case.workload.trains)
@@ -53,42 +44,17 @@ def rehearse(case: Assembly) -> str | None:
             _step(assembly, module)
             checkpoint.save(module, assembly.context.scratch, assembly.techniques, assembly.context)
     except Exception as error:
-        if ranks is not None and not all_have_ended(ranks):
-            raise  # the others wait for this rank in a collective, without end
+        come_through(case.context.ranks, "rehearsal", error)
         if case.model.miniature() is not None:
             return f"rehearsing ended in {summary(error)}"
         with contextlib.suppress(Exception):  # without techniques, for what the workload alone sets up
             plain = dataclasses.replace(assembly, techniques=(), names=())
             _step(plain, plain.make().train(case.workload.trains))
         return "no small model takes the place of this one"
-    if ranks is not None:
-        _say_ended(ranks)
     if refused is not None:
         raise refused
+    come_through(case.context.ranks, "rehearsal")
     return None
-
-
-def all_have_ended(ranks: Ranks, within_s: float = _OTHERS_WITHIN_S) -> bool:
-    """Say that the rehearsal of this rank has ended, and return whether that of all others does soon, too.
-
-    A case that fails in its small shapes does so on all ranks, and is measured nevertheless.
-    """
-    attempt, deadline = _say_ended(ranks), time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        if all(_ended_file(ranks, rank, attempt).exists() for rank in range(ranks.of)):
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def _say_ended(ranks: Ranks) -> int:
-    attempt = sum(_ended_file(ranks, ranks.number, each).exists() for each in range(_MOST_ATTEMPTS))
-    _ended_file(ranks, ranks.number, attempt).touch()
-    return attempt
-
-
-def _ended_file(ranks: Ranks, rank: int, attempt: int) -> Path:
-    return ranks.shared / f"rehearsed-{rank}-{attempt}"
 
 
 def _step(case: Assembly, module: nn.Module) -> None:

@@ -81,17 +81,21 @@ class TimedSteps:
         else:
             self._waiting.be_as_users()
 
-    def measure(self, step: Callable[[], _T], count: int, *, can_repeat: bool) -> Iterator[_T]:
+    def measure(
+        self, step: Callable[[], _T], count: int, *, can_repeat: bool, meet: Callable[[], object] = lambda: None
+    ) -> Iterator[_T]:
         """Time steps; yields what each returns.
 
         Args:
             count: the number of steps.
             can_repeat: whether a step that was disturbed is taken again: not where that changes what is measured later.
+            meet: waits for the other ranks, each of which may have waited for calm longer; it precedes each step.
         """
         done = 0
         while done < count:
             if self._is_disturbed:
                 self.settle()
+            meet()
             others_ran_s = _others_ran_s()
             returned, duration_s, waited_s = self._meter.timed(step)
             is_parallel = _others_ran_s() - others_ran_s > _PARALLEL * duration_s

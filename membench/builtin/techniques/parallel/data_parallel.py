@@ -158,6 +158,7 @@ class ZeroRedundancy(DistributedDataParallel):
     """
 
     acts_on: ClassVar[str] = "optimizer"
+    shares_states: ClassVar[bool] = True
     imports: ClassVar[tuple[str, ...]] = (*DistributedDataParallel.imports, "torch.distributed.optim")
 
     def optimizer(self, optimizer: torch.optim.Optimizer, module: nn.Module, context: Context) -> torch.optim.Optimizer:
