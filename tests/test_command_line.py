@@ -112,7 +112,7 @@ def test_phases_are_shown_on_request_without_rows_and_columns_of_dashes(measured
     names = [row.removeprefix("· ").split()[0] for row in rows.splitlines()]
     assert names == [
         "load", "apply", "warmup", "prefill", "decode", "run", "prefill", "decode", "breakdown", "prefill", "decode",
-        "time", "prefill", "decode", "save", "evaluate",
+        "save", "time", "prefill", "decode", "evaluate",
     ]  # fmt: skip
     # Memory of parts is taken in one phase; in the others they have a duration and nothing that looks unknown.
     parts = [row for row in rows.splitlines() if row.startswith("· ")]

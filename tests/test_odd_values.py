@@ -69,7 +69,7 @@ def _is_failed(record: Record, who: str, field: str) -> None:
     # All that was measured besides is kept.
     assert record.metrics["weights_bytes"] == 2**20
     assert record.metrics["step_median_s"]
-    assert [phase.name for phase in record.processes[0].phases][-1] == "save"
+    assert [phase.name for phase in record.processes[0].phases][-1] == "time"
 
 
 @pytest.mark.parametrize("odd", _REFUSED)

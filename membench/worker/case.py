@@ -1,7 +1,7 @@
 """Measurement of a case, phase by phase.
 
-Live memory is measured in ``load``, ``apply``, ``store``, ``warmup``, ``run`` and ``breakdown`` under the pinned
-allocator. ``communication`` counts what ranks hand to collectives. ``time`` runs further steps under the default
+Live memory is measured in ``load``, ``apply``, ``store``, ``warmup``, ``run``, ``breakdown`` and ``save`` under the
+pinned allocator. ``communication`` counts what ranks hand to collectives. ``time`` runs further steps under the default
 allocator, to measure durations and the footprint that a user's process would have. ``finish`` runs the remaining steps
 of a workload that has a fixed number of steps.
 """
@@ -70,10 +70,10 @@ def measure(request: MeasureCase, rank: Rank, scratch: Path, meter: Meter) -> No
     _refuse_other_checkout(request)
     work.store(module)
     step = work.run_for_memory(module)
+    work.save(module)  # with the optimizer, as a training saves, and before the default allocator leaves holes
     work.run_for_time(step)
     work.finish(module, step)
-    work.save(module)
-    del step  # it refers to the optimizer, which is there while a training saves, and is freed with it
+    del step  # it refers to the optimizer, which is freed with it
     work.case.context.inventory.clear()
     work.evaluate(module)
     _refuse_other_checkout(request)
@@ -309,7 +309,7 @@ class _Work:
             epoch_bytes=self._bytes_of_an_epoch(),
             decoded_tokens=self._count("decoded_tokens_per_step"),
         )
-        self._send_result("the case ended before the checkpoint was saved")
+        self._send_result()
 
     def _count(self, method: str) -> float | None:
         """Return a number of tokens as the workload reports it."""
@@ -334,7 +334,7 @@ class _Work:
             case.workload.examine(module, case.techniques, case.context)
         allocator.pin()
         self._update_result(losses_nats=self._losses_nats())
-        self._send_result("the case ended before the checkpoint was saved")
+        self._send_result()
 
     def _tokens_of_an_epoch(self) -> int | None:
         data = self.case.context.data
@@ -345,12 +345,8 @@ class _Work:
         data = self.case.context.data
         return None if data is None or self.case.workload.tokens_per_step() is not None else data.packed_bytes()
 
-    def _send_result(self, not_saved: str | None = None) -> None:
-        """Send the result so far to the runner.
-
-        Args:
-            not_saved: the reason for the missing checkpoint, in case the process ends before it is saved.
-        """
+    def _send_result(self) -> None:
+        """Send the result so far to the runner."""
         facts = {}
         for name, fact in self.case.context.facts.items():
             field = f"context.facts[{plugin_values.field_of(name)}]"
@@ -359,15 +355,13 @@ class _Work:
             if checked is not None:
                 facts[name] = checked
         self._update_result(facts=facts, remarks=self._remarks, notes=self._notes)
-        result = self._result if not_saved is None else replace(self._result, disk_bytes=None, disk_format=not_saved)
-        self._meter.send(ResultSoFar(result))
+        self._meter.send(ResultSoFar(self._result))
 
     def save(self, module: nn.Module) -> None:
         """Run the phase ``save``."""
         with self._meter.phase("save", "pinned"):
             size_bytes, how = checkpoint.save(module, self._scratch, self.case.techniques, self.case.context)
         self._update_result(disk_bytes=size_bytes, disk_format=how)
-        self._send_result()
 
     def evaluate(self, module: nn.Module) -> None:
         """Run the phase ``evaluate``, if the model gives logits."""

@@ -172,6 +172,8 @@ class Lora(LayerWise):
         for _, layer in _adapted_layers(module):
             base = layer.get_base_layer()
             weight = getattr(base, "weight", None)
+            if hasattr(weight, "device_mesh"):
+                continue  # only plain weights are split over ranks, and it is not there whole outside of a step
             kind = layer_type, weight_type = type(base), type(weight if weight is None else weight.data)
             passes = None if kind in told else _passes_gradients(layer)
             if passes is not None:

@@ -75,6 +75,8 @@ class DistributedDataParallel(Parallel):
             return "'step-in-backward' uses up each gradient before it is averaged over the ranks"
         if self.hook == "bf16" and not Device.parse(setting.device).on_gpu:
             return "hook = 'bf16' needs NCCL, and the ranks of a CPU communicate by gloo"
+        if self.hook == "powersgd" and self.bucket_mb and not Device.parse(setting.device).on_gpu:
+            return "over gloo, hook = 'powersgd' has all gradients in one bucket: leave bucket_mb out"
         return super().refuse(setting)
 
     def parallelize(self, module: nn.Module, context: Context) -> nn.Module:
@@ -88,11 +90,18 @@ class DistributedDataParallel(Parallel):
         self._wrapped = Wrapper(
             _loss_module()(module),
             process_group=group,
-            bucket_cap_mb=self.bucket_mb,
+            bucket_cap_mb=self._bucket_mb(module, context),
             gradient_as_bucket_view=self.gradient_as_bucket_view,
         )
         self._register_hook(self._wrapped, group)
         return module
+
+    def _bucket_mb(self, module: nn.Module, context: Context) -> float | None:
+        if self.hook != "powersgd" or Device.parse(context.device).on_gpu:
+            return self.bucket_mb
+        # The hook's later all-reduces begin in threads of gloo. With several buckets, ranks begin them in different
+        # orders, and gloo ends the process.
+        return 1 + sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad) / 2**20
 
     def _register_hook(self, wrapped: Wrapper, group: Any) -> None:
         from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook

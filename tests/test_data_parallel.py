@@ -1,0 +1,223 @@
+"""Data parallel techniques on two ranks: what each holds, by arithmetic, and that it is the same training."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import pytest
+
+from membench.builtin.techniques.parallel.data_parallel import DistributedDataParallel
+from membench.plugins import Setting, Technique, parallel_last, registry
+from membench.records.record import Record
+from tests import parallel
+from tests.parallel import LAYER_BYTES, LAYERS, WEIGHTS_BYTES
+
+_OVERHEAD_BYTES = 2**19
+"""Of small objects, and of pages that are not full."""
+
+_SUITE = """
+[suite]
+name = "data-parallel"
+[matrix]
+model = ["small"]
+technique = [
+    "ddp", "ddp-views", "ddp-powersgd", "zero1", "fsdp", "fsdp-sharded", "fsdp-root", "accumulate-2+fsdp",
+    "accumulate-2+fsdp-late",
+]
+workload = ["brief"]
+device = ["2xcpu"]
+[workload.brief]
+use = "train"
+batch_size = 4
+sequence_length = 64
+[technique]
+ddp-views = {use = "ddp", gradient_as_bucket_view = true, checkpoint = "sharded"}
+ddp-powersgd = {use = "ddp", gradient_as_bucket_view = true, hook = "powersgd"}
+fsdp-sharded = {use = "fsdp", checkpoint = "sharded"}
+fsdp-root = {use = "fsdp", wrap = "root"}
+fsdp-late = {use = "fsdp", sync = "step"}
+"""
+
+_WHOLE = ("ddp", "ddp-views", "ddp-powersgd", "zero1")
+_SHARDED = ("fsdp", "fsdp-sharded", "fsdp-root", "accumulate-2+fsdp", "accumulate-2+fsdp-late")
+Records = dict[str, Record]
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Records:
+    found = parallel.run(_SUITE, tmp_path_factory.mktemp("data-parallel"))
+    return {record.technique: record for record in found.values()}
+
+
+def _bytes(record: Record, field: str) -> float:
+    value = record.metrics[field]
+    assert value is not None, record.reasons.get(field)
+    return value
+
+
+def _save_peaks(record: Record) -> list[int]:
+    """Return the live peak of saving on each rank."""
+    peaks = [phase.live_peak_bytes for process in record.processes if (phase := process.phase("save")) is not None]
+    return [peak for peak in peaks if peak is not None]
+
+
+@pytest.mark.parametrize(
+    ("technique", "share"), [(name, 1) for name in _WHOLE] + [(name, 0.5) for name in _SHARDED]
+)  # fmt: skip
+def test_each_rank_holds_its_share_of_weights_and_gradients(records: Records, technique: str, share: float) -> None:
+    record = records[technique]
+    assert record.status == "ok", record.message
+    assert _bytes(record, "weights_bytes") == pytest.approx(share * WEIGHTS_BYTES, rel=0.005)
+    assert _bytes(record, "trained_weights_bytes") == pytest.approx(share * WEIGHTS_BYTES, rel=0.005)
+    for process in record.processes:
+        assert process.breakdown_bytes is not None
+        gradients_bytes = process.breakdown_bytes["optimizer"]["gradients"]
+        assert gradients_bytes == pytest.approx(share * WEIGHTS_BYTES, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("technique", "share"),
+    [(name, 1) for name in _WHOLE if name != "zero1"] + [(name, 0.5) for name in ("zero1", *_SHARDED)],
+)
+def test_each_rank_holds_its_share_of_the_optimizer_states(records: Records, technique: str, share: float) -> None:
+    for process in records[technique].processes:
+        assert process.breakdown_bytes is not None
+        states_bytes = process.breakdown_bytes["optimizer"]["optimizer"]
+        assert states_bytes == pytest.approx(share * 2 * WEIGHTS_BYTES, rel=0.005)
+
+
+def test_ddp_holds_gradients_twice_and_with_views_of_its_buckets_once(records: Records) -> None:
+    held = {name: _bytes(records[name], "held_live_bytes") for name in ("none", "ddp", "ddp-views")}
+    assert held["ddp"] - held["none"] == pytest.approx(WEIGHTS_BYTES, abs=_OVERHEAD_BYTES)
+    assert held["ddp-views"] - held["none"] == pytest.approx(0, abs=_OVERHEAD_BYTES)
+
+
+def test_views_lower_the_peak_of_the_optimizer_by_a_copy_of_the_gradients(records: Records) -> None:
+    without, with_views = (_bytes(records[name], "optimizer_peak_live_bytes") for name in ("ddp", "ddp-views"))
+    assert without - with_views == pytest.approx(WEIGHTS_BYTES, abs=_OVERHEAD_BYTES)
+
+
+def test_wrapping_for_ddp_holds_the_weights_twice(records: Records) -> None:
+    assert _bytes(records["none"], "apply_peak_live_bytes") == pytest.approx(WEIGHTS_BYTES, abs=_OVERHEAD_BYTES)
+    assert _bytes(records["ddp"], "apply_peak_live_bytes") == pytest.approx(2 * WEIGHTS_BYTES, abs=_OVERHEAD_BYTES)
+
+
+def test_powersgd_keeps_one_more_copy_of_the_gradients(records: Records) -> None:
+    compressed, plain = (_bytes(records[name], "held_live_bytes") for name in ("ddp-powersgd", "ddp-views"))
+    assert compressed - plain == pytest.approx(WEIGHTS_BYTES, rel=0.1)
+
+
+def test_zero1_holds_half_the_states_less_than_ddp_does(records: Records) -> None:
+    saved = _bytes(records["ddp"], "held_live_bytes") - _bytes(records["zero1"], "held_live_bytes")
+    assert saved == pytest.approx(WEIGHTS_BYTES, abs=_OVERHEAD_BYTES)
+
+
+def test_fsdp_holds_half_of_all_that_training_holds(records: Records) -> None:
+    for name in ("fsdp", "fsdp-root"):
+        assert _bytes(records[name], "held_live_bytes") == pytest.approx(2 * WEIGHTS_BYTES, abs=3 * _OVERHEAD_BYTES)
+
+
+def test_fsdp_as_one_group_gathers_all_layers_at_once(records: Records) -> None:
+    by_layer, as_one = (_bytes(records[name], "peak_live_bytes") for name in ("fsdp", "fsdp-root"))
+    # By layer, two layers at most are gathered, and their gradients are there: the others' weights are the difference.
+    assert as_one - by_layer > (LAYERS - 2) * LAYER_BYTES
+    assert as_one > _bytes(records["fsdp"], "held_live_bytes") + WEIGHTS_BYTES
+
+
+def test_the_peak_of_fsdp_repeats(records: Records) -> None:
+    first, second = (_bytes(records[name], "peak_live_bytes") for name in ("fsdp", "fsdp-sharded"))
+    resolution_bytes = records["fsdp"].obtained["peak_live_bytes"]["resolution_bytes"]
+    assert first == pytest.approx(second, rel=0.002, abs=resolution_bytes)
+
+
+@pytest.mark.parametrize(("technique", "share"), [("accumulate-2+fsdp", 0.5), ("accumulate-2+fsdp-late", 1)])
+def test_gradients_reduced_once_a_step_are_whole_on_each_rank_between_micro_batches(
+    records: Records, technique: str, share: float
+) -> None:
+    for process in records[technique].processes:
+        assert process.breakdown_bytes is not None
+        gradients_bytes = process.breakdown_bytes["forward"]["gradients"]
+        assert gradients_bytes == pytest.approx(share * WEIGHTS_BYTES, rel=0.005)
+
+
+def test_a_gathered_checkpoint_is_whole_on_the_first_rank_and_a_sharded_one_on_none(records: Records) -> None:
+    first, other = _save_peaks(records["fsdp"])
+    held_bytes = _bytes(records["fsdp"], "held_live_bytes")
+    assert first - held_bytes > WEIGHTS_BYTES
+    assert other - held_bytes < WEIGHTS_BYTES
+    assert max(_save_peaks(records["fsdp-sharded"])) - held_bytes < WEIGHTS_BYTES / 4
+    record = records["fsdp"]
+    assert record.metrics["save_peak_live_bytes"] == first
+    assert record.obtained["save_peak_live_bytes"]["rank"] == 0
+
+
+@pytest.mark.parametrize("technique", [*_WHOLE, *_SHARDED])
+def test_a_checkpoint_has_all_weights_whoever_writes_it(records: Records, technique: str) -> None:
+    assert _bytes(records[technique], "disk_bytes") == pytest.approx(WEIGHTS_BYTES, rel=0.02)
+
+
+@pytest.mark.parametrize("technique", [*(name for name in _WHOLE if name != "ddp-powersgd"), *_SHARDED])
+def test_the_mean_loss_over_ranks_is_that_of_one_device(records: Records, technique: str) -> None:
+    alone = records["none"].processes[0].losses_nats
+    by_rank = [process.losses_nats or () for process in records[technique].processes]
+    assert alone
+    for step, (expected, *found) in enumerate(zip(alone, *by_rank, strict=False)):
+        assert statistics.fmean(loss or 0 for loss in found) == pytest.approx(expected, rel=1e-4), f"step {step}"
+
+
+def _technique(name: str, **options: Any) -> Technique:
+    return registry.create("technique", name, options)  # type: ignore[no-any-return]
+
+
+def _refusal(stack: str, workload: str = "train", **options: Any) -> str | None:
+    """Return why the last member of a stack refuses two ranks of a CPU."""
+    *others, last = stack.split("+")
+    before = tuple(_technique(name) for name in others)
+    made = registry.create("workload", workload, {"batch_size": 4})
+    setting = Setting(registry.create("model", "untrained-tiny", {}), made, "cpu", before, (), 2)
+    return _technique(last, **options).refuse(setting)
+
+
+@pytest.mark.parametrize(
+    ("stack", "options", "reason"),
+    [
+        ("ddp", {"hook": "bf16"}, "hook = 'bf16' needs NCCL, and the ranks of a CPU communicate by gloo"),
+        (
+            "ddp", {"hook": "powersgd", "bucket_mb": 1},
+            "over gloo, hook = 'powersgd' has all gradients in one bucket: leave bucket_mb out",
+        ),
+        ("step-in-backward+ddp", {}, "'step-in-backward' uses up each gradient before it is averaged over the ranks"),
+        ("step-in-backward+zero1", {}, "'step-in-backward' uses up each gradient before it is averaged over the ranks"),
+        (
+            "fused-linear-cross-entropy+fsdp", {},
+            "'fused-linear-cross-entropy' reads the head's weight beside the module, and it is sharded there",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_spread_is_refused_with_the_reason(stack: str, options: dict[str, Any], reason: str) -> None:
+    assert _refusal(stack, **options) == reason
+
+
+@pytest.mark.parametrize("stack", ["fused-linear-cross-entropy+ddp", "step-in-backward+fsdp", "adamw-8bit+zero1"])
+def test_what_works_on_ranks_is_not_refused(stack: str) -> None:
+    assert _refusal(stack) is None
+
+
+def test_averaging_gradients_needs_training_and_sharding_does_not() -> None:
+    assert _refusal("ddp", "forward") == "it averages gradients over ranks, and this workload has none"
+    assert _refusal("fsdp", "forward") is None
+
+
+def test_steps_that_warm_up_follow_from_when_a_hook_begins_to_compress() -> None:
+    assert _technique("ddp").warmup_steps == 3
+    assert _technique("ddp", hook="powersgd", powersgd_start=10).warmup_steps == 11
+    assert _technique("ddp", hook="fp16", powersgd_start=10).warmup_steps == 3
+
+
+def test_techniques_for_ranks_take_part_in_a_step_after_all_others() -> None:
+    stack = [_technique(name) for name in ("fsdp", "accumulate", "zero1", "chunked-cross-entropy")]
+    assert [type(each).__name__ for each in parallel_last(stack)] == [
+        "Accumulate", "ChunkedCrossEntropy", "FullyShardedDataParallel", "ZeroRedundancy",
+    ]  # fmt: skip
+    assert issubclass(type(stack[2]), DistributedDataParallel)
