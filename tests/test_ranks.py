@@ -96,11 +96,21 @@ def test_a_crash_of_one_rank_kills_the_others_and_the_message_names_it(executor:
     assert executor.measure(_job(tmp_path, int)).status == "ok"
 
 
-def test_a_timeout_kills_all_ranks_and_says_where_one_was(executor: LocalExecutor, tmp_path: Path) -> None:
-    record = executor.measure(_job(tmp_path, lambda: time.sleep(600), timeout_s=2))
+def test_a_timeout_kills_all_ranks_and_names_the_one_that_the_others_wait_for(
+    executor: LocalExecutor, tmp_path: Path
+) -> None:
+    def hang_on_one() -> None:
+        if _create(tmp_path / "first"):
+            (tmp_path / "first" / str(os.getpid())).touch()
+        if not (tmp_path / "first" / str(os.getpid())).exists():
+            time.sleep(600)
+
+    record = executor.measure(_job(tmp_path, hang_on_one, timeout_s=5))
     assert record.status == "timeout"
-    message = re.sub(r"line \d+", "line N", record.message or "").replace("rank 1", "rank 0")
-    assert message == "rank 0: not done after 2 s; it was in <lambda> (test_ranks.py, line N)"
+    hanging = next(process for process in record.processes if not (tmp_path / "first" / str(process.pid)).exists())
+    message = re.sub(r"line \d+", "line N", record.message or "")
+    assert message == f"rank {hanging.rank}: not done after 5 s; it was in hang_on_one (test_ranks.py, line N)"
+    assert not [process.pid for process in record.processes if Path(f"/proc/{process.pid}").exists()]
 
 
 def test_scripts_on_two_ranks_may_end_one_after_the_other(tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ class RunningJob:
         self._channels: dict[Rank, Channels] = {}
         self._ended: dict[Rank, WorkerEnded] = {}
         self._arrived: dict[Rank, PhaseBegins | PhaseEnds] = {}
+        self._waits_at_boundary: frozenset[Rank] = frozenset()
         self._killed_at_s: float | None = None
         self._kill_at_s: float | None = None
         self._heard_at_s = 0.0
@@ -205,6 +206,7 @@ class RunningJob:
 
     def _time_out(self, now: float) -> None:
         """Have the ranks killed; several are asked where they are before that, to tell which one hangs."""
+        self._waits_at_boundary = frozenset(self._arrived)
         asked = [rank for rank in self.ranks if rank not in self._ended and rank.says_where_it_is]
         if not self._job.device.in_ranks or not asked:
             self._kill()
@@ -352,7 +354,8 @@ class RunningJob:
         """
         failed = [rank for rank in self.ranks if rank.status != "ok" and rank in self._ended]
         if self.timed_out:
-            failed = [rank for rank in failed if not where_it_hung.waits_for_others(rank)] or failed
+            waits = [rank for rank in failed if rank in self._waits_at_boundary or where_it_hung.waits_for_others(rank)]
+            failed = [rank for rank in failed if rank not in waits] or failed
         return min(failed, key=lambda rank: (rank.blames_another, self._ended[rank].at_s), default=self.ranks[0])
 
     def settle_status(self, timeout_s: float, oom_kills_before: int | None) -> None:
