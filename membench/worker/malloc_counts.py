@@ -88,8 +88,8 @@ def free_resident_bytes() -> int:
     return max(0, sum(procfs.resident_in(first, last) for first, last in heaps) - found.used_bytes)
 
 
-_MOST_BYTES = 2 * 4 * 2**20 * ctypes.sizeof(ctypes.c_long)
-"""HEAP_MAX_SIZE of glibc: a heap of a thread is at most that large, and begins at a multiple of it."""
+_MOST_BYTES = 2**26
+"""HEAP_MAX_SIZE of glibc on 64 bits: a heap of a thread is at most that large, and begins at a multiple of it."""
 
 
 class _Heap(ctypes.Structure):
