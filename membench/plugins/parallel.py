@@ -43,9 +43,6 @@ class Parallel(Technique):
     checkpoint: Literal["gathered", "sharded"] = "gathered"
     """How it is saved: whole by the first rank, which all send their parts to, or by each rank its part."""
 
-    def nominal_share(self) -> float | None:
-        return None if self.splits_model else 1.0
-
     def refuse(self, setting: Setting) -> str | None:
         """Return why the case cannot be spread, as far as any technique can tell; subclasses ask this, too."""
         if setting.ranks is None:

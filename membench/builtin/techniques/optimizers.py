@@ -12,7 +12,7 @@ from pydantic import Field
 from membench.builtin.techniques.master_weights import adamw_with_master_weights
 from membench.builtin.techniques.precision import Bf16
 from membench.host.device import Device
-from membench.plugins import Context, Setting, Technique, Unsuitable
+from membench.plugins import Context, Parallel, Setting, Technique, Unsuitable
 
 if TYPE_CHECKING:
     import torch
@@ -158,6 +158,12 @@ class Adafactor(OptimizerTechnique):
     """
 
     learning_rate: float | None = Field(None, gt=0)
+
+    def refuse(self, setting: Setting) -> str | None:
+        others = (*setting.before, *setting.after)
+        if any(isinstance(other, Parallel) and other.splits_model and other.dimension != "stage" for other in others):
+            return "torch's Adafactor changes norms in place, which ranks that share a tensor have parts of alone"
+        return super().refuse(setting)
 
     def make(self, parameters: list[nn.Parameter], learning_rate: float, context: Context) -> torch.optim.Optimizer:
         import torch
