@@ -293,3 +293,15 @@ def test_a_device_that_there_is_not_is_one_line(tmp_path: Path, device: str, pro
 
 def test_techniques_that_spread_a_case_are_listed_with_a_count() -> None:
     assert "  runs on  2xcpu, 2xcuda, …" in catalog.details("ddp")
+
+
+def test_what_was_judged_over_other_text_has_no_ratio() -> None:
+    def judged(technique: str, device: str, tokens: int) -> Record:
+        quality = {"nats": [1.0], "tokens": [tokens], "bytes": [tokens]}
+        record = made_up.record(technique, "train", device=device, bits_per_byte=2.0)
+        return dataclasses.replace(record, processes=(made_up.process(quality=quality),))
+
+    alone, same, less = judged("none", "cpu", 100), judged("ddp", "2xcpu", 100), judged("fsdp", "2xcpu", 50)
+    found = Comparison([alone, same, less])
+    assert found.ratio(_ON_RANKS, "ddp", "bits_per_byte") == 1.0
+    assert found.ratio(_ON_RANKS, "fsdp", "bits_per_byte") is None

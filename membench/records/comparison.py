@@ -144,8 +144,15 @@ class Comparison:
 
     def ratio(self, group: Group, technique: str, field: str, base: str = REFERENCE) -> float | None:
         """Return the ratio of a case's value to that of another case of the group; ``None`` if it is undefined."""
+        if METRIC_OF_FIELD[field].learnt and self._judged_tokens(group, technique) != self._judged_tokens(group, base):
+            return None  # one of them was judged over more text, which is another text
         value, of_base = self.value(group, technique, field), self.value(group, base, field)
         return value / of_base if METRIC_OF_FIELD[field].has_ratio and value is not None and of_base else None
+
+    def _judged_tokens(self, group: Group, technique: str) -> set[int]:
+        """Return over how many tokens of held-out text a case was judged."""
+        readings = [process.quality for record in self.repeats(group, technique) for process in record.processes]
+        return {sum(quality.tokens) for quality in readings if quality is not None}
 
     def difference(self, group: Group, technique: str, field: str, base: str = REFERENCE) -> float | None:
         """Return a case's value minus that of another case of the group; ``None`` if one of them is not known."""

@@ -68,6 +68,10 @@ class DistributedDataParallel(Parallel):
     def warmup_steps(self) -> int:  # type: ignore[override]  # it depends on the options
         return max(_STEPS_UNTIL_REBUILT, self.powersgd_start + 1 if self.hook == "powersgd" else 0)
 
+    def computing_bits(self) -> float | None:
+        # PowerSGD sends two factors of each gradient; what they leave out is in no number's precision.
+        return {"none": None, "fp16": 16, "bf16": 16, "powersgd": 1}[self.hook]
+
     def refuse(self, setting: Setting) -> str | None:
         if not setting.workload.trains:
             return "it averages gradients over ranks, and this workload has none"

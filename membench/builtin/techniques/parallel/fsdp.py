@@ -64,6 +64,9 @@ class FullyShardedDataParallel(Parallel):
 
     _root: weakref.ref[Any] | None = PrivateAttr(None)
 
+    def computing_bits(self) -> float | None:
+        return 16 if {self.param_dtype, self.reduce_dtype} & {"bf16", "fp16"} else None
+
     def refuse(self, setting: Setting) -> str | None:
         others = (*setting.before, *setting.after)
         if any(isinstance(other, FusedLinearCrossEntropy) for other in others):
