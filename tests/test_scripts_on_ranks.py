@@ -7,14 +7,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import membench
 from membench.errors import SuiteError
+from membench.host import procfs
 from membench.records.record import Record
 from membench.running.derived_metrics import resolution_bytes
+from membench.running.launched_ranks import LaunchedRanks
 
 _MIB = 2**20
 
@@ -188,3 +191,25 @@ def test_the_rank_that_fails_is_named_and_not_the_one_that_lost_it_and_ended_bef
     assert record.message == "rank 1: ended with exit code 1: ValueError: boom"
     assert not Path(f"/proc/{record.processes[0].pid}").exists()
     assert (record.metrics["peak_footprint_bytes"] or 0) > resolution_bytes(), "what was measured until then is kept"
+
+
+def test_the_peak_of_a_rank_is_exact_only_if_the_kernel_reports_it_as_the_highest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    peaks = {11: 100 * _MIB, 12: 90 * _MIB, 13: 5 * _MIB}
+    environment = {10: None, 11: 0, 12: 1, 13: 1, 14: None}
+    monkeypatch.setattr(procfs, "rank_of", environment.get)
+    monkeypatch.setattr(procfs, "resident", lambda pid: SimpleNamespace(peak_bytes=peaks[pid]))
+    ranks = LaunchedRanks(10)
+    ranks.look([11, 12, 13, 14], 1.0)
+    ranks.look([11, 12], 3.0)
+
+    def bounds(highest_bytes: int | None) -> list[str | None]:
+        return [process.phases[0].bound for process in ranks.readings("cpu", "script", highest_bytes)]
+
+    assert bounds(100 * _MIB) == [None, "at least"]
+    for unknown in (None, 120 * _MIB, 80 * _MIB):  # it grew after the last sample, or nobody waited for it
+        assert bounds(unknown) == ["at least", "at least"]
+    first, second = ranks.readings("cpu", "script", None)
+    assert (second.pid, second.phases[0].peak_footprint_bytes) == (12, 90 * _MIB), "the larger process of two"
+    assert (first.phases[0].began_s, first.phases[0].ended_s) == (1.0, 3.0)

@@ -56,21 +56,22 @@ class LaunchedRanks:
             seen = self._seen.setdefault(rank, {}).setdefault(pid, _Seen(0, at_s, at_s))
             seen.peak_bytes, seen.ended_s = max(peak_bytes, seen.peak_bytes), at_s
 
-    def readings(self, device: str, whole: str, kernel_peak_bytes: int) -> tuple[ProcessReading, ...]:
+    def readings(self, device: str, whole: str, kernel_peak_bytes: int | None) -> tuple[ProcessReading, ...]:
         """Return a reading of each rank, with one phase for all of it.
 
         The kernel counts a process's peak exactly, and drops it when the process ends; what a rank took after the last
-        sample is not seen. A peak that reaches the highest of all processes is exact, the others are at least so high.
+        sample is not seen. A peak that is the highest of all processes is exact, the others are at least so high.
 
         Args:
             device: the job's device.
             whole: the name of the phase.
-            kernel_peak_bytes: the highest peak of the program and all processes it waited for.
+            kernel_peak_bytes: the highest peak of the program and all processes it waited for; ``None`` if it may not
+                have waited for all its ranks.
         """
         found = []
         for rank in sorted(self._seen):
             pid, seen = max(self._seen[rank].items(), key=lambda each: each[1].peak_bytes)
-            is_exact = seen.peak_bytes + resolution_bytes() >= kernel_peak_bytes
+            is_exact = kernel_peak_bytes is not None and abs(seen.peak_bytes - kernel_peak_bytes) <= resolution_bytes()
             phase = PhaseReading(
                 name=whole, allocator="default", duration_s=seen.ended_s - seen.began_s, began_s=seen.began_s,
                 ended_s=seen.ended_s, peak_footprint_bytes=seen.peak_bytes, own_peak_bytes=seen.peak_bytes,

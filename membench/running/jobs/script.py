@@ -139,7 +139,8 @@ class _Program(Rank):
 
     def on_end(self, ended: WorkerEnded, *, kernel_killed: bool) -> None:
         """Set the phases and the result, and the status unless a signal or the time limit ended the program."""
-        self._ranks = self._launched.readings(str(self.device), WHOLE, ended.peak_bytes)
+        highest_bytes = ended.peak_bytes if ended.status == 0 and ended.had_children else None
+        self._ranks = self._launched.readings(str(self.device), WHOLE, highest_bytes)
         words = last_words.of(self.said)
         self.phase = self._marked.ended_in(words.line)
         self.phases = [
