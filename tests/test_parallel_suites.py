@@ -15,6 +15,8 @@ from membench.records.metrics import METRIC_OF_FIELD
 from membench.records.record import Record
 from membench.regression.measured import of_records
 from membench.report import cells, savings, summary, text
+from membench.report.advice import advise
+from membench.report.page import page
 from membench.running.derived_metrics import DerivedMetrics
 from membench.running.jobs.case import case_names
 from membench.running.over_ranks import combine, say_that_cores_are_shared
@@ -305,3 +307,14 @@ def test_what_was_judged_over_other_text_has_no_ratio() -> None:
     found = Comparison([alone, same, less])
     assert found.ratio(_ON_RANKS, "ddp", "bits_per_byte") == 1.0
     assert found.ratio(_ON_RANKS, "fsdp", "bits_per_byte") is None
+
+
+def test_advice_and_page_say_on_which_device_the_reference_ran() -> None:
+    none, in_ranks = (
+        made_up.record(name, "train", device=device, peak_footprint_bytes=10 * MIB, peak_live_bytes=10 * MIB)
+        for name, device in (("none", "cpu"), ("fsdp", "2xcpu"))
+    )
+    records = [none, in_ranks]
+    (advice,) = advise(records, 5 * MIB)
+    assert [name for name, _ in advice.others] == ["none (cpu)", "fsdp"]
+    assert "none (cpu)" in page([made_up.run(records)])

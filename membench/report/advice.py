@@ -114,7 +114,7 @@ def _of_group(found: Comparison, group: Group, budget_bytes: int, most_loss_perc
         why = f"no measured stack fits {format_bytes(budget_bytes)}"
         if most_loss_percent is not None:
             why += f" and is known to lose no more than {format_percent(most_loss_percent)}"
-        return Advice(group, None, why, tuple(refused.items()))
+        return Advice(group, None, why, tuple((found.title(group, name), said) for name, said in refused.items()))
 
     least = min((loss for _, loss in fitting.values()), key=lambda loss: loss.rank)
     losing_least = [technique for technique, (_, loss) in fitting.items() if loss.is_as_small_as(least)]
@@ -129,7 +129,9 @@ def _of_group(found: Comparison, group: Group, budget_bytes: int, most_loss_perc
         elif technique != best:
             refused[technique] = _slower_or_larger(found, group, technique, best, need)
     others = sorted(refused.items(), key=lambda item: found.techniques(group).index(item[0]))
-    return Advice(group, best, why, tuple(others))
+    return Advice(
+        group, found.title(group, best), why, tuple((found.title(group, name), said) for name, said in others)
+    )
 
 
 _AS_FAST = 1 + METRIC_OF_FIELD["step_median_s"].same_within

@@ -222,7 +222,8 @@ class _Shown:
             )
         )
         return _Row(
-            case, number, label, group[0], technique, group[1], group[2], status, _MARKS.get(status.split(",")[0], "✗"),
+            case, number, label, group[0], found.title(group, technique), group[1], group[2], status,
+            _MARKS.get(status.split(",")[0], "✗"),
             list(said), [self._cell(found, group, technique, metric) for metric in self.columns], front_mark,
             "" if together is None else format_ratio(together),
         )  # fmt: skip
@@ -288,7 +289,7 @@ class _Shown:
                 figures.append((index, shown, ways.setdefault(how, len(ways))))
         return {
             "group": number,
-            "technique": technique,
+            "technique": found.title(group, technique),
             "status": outcomes.status_of(repeats),
             "said": list(dict.fromkeys(line for record in repeats for line in outcomes.said_of(record))),
             "output": [line for record in repeats for line in record.output_tail.splitlines()[-20:]],
