@@ -16,9 +16,13 @@ from membench.builtin.workloads.forward import Forward
 from membench.plugins import Context
 from membench.protocol.case import Case
 from membench.protocol.readings import QualityReading
+from membench.records.comparison import Comparison
+from membench.records.record import Record
 from membench.regression.judging import judge
 from membench.regression.measured import of_records
 from membench.running.session import Session
+from membench.suite.gates import outcomes
+from membench.suite.gates import parse as parse_rule
 from membench.suite.tolerances import Tolerances, parse_fail
 from membench.worker import quality
 from membench.worker.rehearsal_model import RehearsalModel
@@ -132,6 +136,26 @@ def test_a_figure_of_less_text_is_not_held_against_one_of_more() -> None:
     assert judge(whole, cut, tolerances).exit_code == 3
     assert judge(cut, measured("later", [4], 2, 0.5), tolerances).exit_code == 0
     assert judge(cut, measured("later", [4], 2, 0.7), tolerances).exit_code == 1
+
+
+def test_a_loss_of_less_text_has_no_ratio_to_one_of_more_and_breaks_no_rule() -> None:
+    def judged(technique: str, bits: float, tokens: int, all_pieces: int | None) -> Record:
+        read = {"nats": [1.0], "tokens": [tokens], "bytes": [1], "kl_nats": 0.0, "reference_nats": [1.0]}
+        process = made_up.process(quality={**read, "all_pieces": all_pieces} if all_pieces else read)
+        record = made_up.record(technique, bits_per_byte=bits, lost_bits_per_byte=0.0)
+        return dataclasses.replace(record, processes=(process,))
+
+    rule = parse_rule("bits_per_byte <= 1.02 * reference")
+    reference, less, as_much = judged("none", 1.8, 8, None), judged("bf16", 2.0, 4, 2), judged("bf16", 2.0, 8, None)
+    group = reference.group
+    cut, whole = (Comparison([reference, other]) for other in (less, as_much))
+    assert cut.ratio(group, "bf16", "bits_per_byte") is None
+    assert cut.difference(group, "bf16", "bits_per_byte") is None
+    assert cut.difference(group, "bf16", "lost_bits_per_byte") == 0.0, "pieces that both have are paired"
+    assert whole.ratio(group, "bf16", "bits_per_byte") == pytest.approx(2.0 / 1.8)
+    (of_less,), (of_as_much,) = (outcomes([rule], [reference, other]) for other in (less, as_much))
+    assert (of_less.holds, of_less.is_unchecked) == (None, True)
+    assert of_as_much.holds is False
 
 
 def _interrupt_after(case: Case, suite: membench.Suite, folder: Path) -> None:

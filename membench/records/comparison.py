@@ -11,6 +11,7 @@ from typing import NamedTuple
 from membench.protocol.case import REFERENCE, Group, reference_group
 from membench.records.disturbed_times import SHARED, WHY, are_disturbed, median
 from membench.records.highest_peak import HIGHEST, LIVE_PEAKS, RUNNING, Peak, highest, peaks_of, with_highest_peak
+from membench.records.judged_text import are_of_other_text
 from membench.records.metrics import METRIC_OF_FIELD, METRICS
 from membench.records.record import Record, metrics_in
 from membench.records.references import references_of
@@ -144,18 +145,15 @@ class Comparison:
 
     def ratio(self, group: Group, technique: str, field: str, base: str = REFERENCE) -> float | None:
         """Return the ratio of a case's value to that of another case of the group; ``None`` if it is undefined."""
-        if METRIC_OF_FIELD[field].learnt and self._judged_tokens(group, technique) != self._judged_tokens(group, base):
-            return None  # one of them was judged over more text, which is another text
+        if are_of_other_text(field, self.repeats(group, technique), self.repeats(group, base)):
+            return None
         value, of_base = self.value(group, technique, field), self.value(group, base, field)
         return value / of_base if METRIC_OF_FIELD[field].has_ratio and value is not None and of_base else None
 
-    def _judged_tokens(self, group: Group, technique: str) -> set[int]:
-        """Return over how many tokens of held-out text a case was judged."""
-        readings = [process.quality for record in self.repeats(group, technique) for process in record.processes]
-        return {sum(quality.tokens) for quality in readings if quality is not None}
-
     def difference(self, group: Group, technique: str, field: str, base: str = REFERENCE) -> float | None:
         """Return a case's value minus that of another case of the group; ``None`` if one of them is not known."""
+        if are_of_other_text(field, self.repeats(group, technique), self.repeats(group, base)):
+            return None
         # If the metric is a distance from the reference, the reference's own value is not measured but given.
         of_reference = METRIC_OF_FIELD[field].of_reference
         value, of_base = (

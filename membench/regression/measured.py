@@ -17,6 +17,7 @@ from membench.host.device import Device
 from membench.protocol.readings import ProcessReading
 from membench.records.disturbance import counted_steps
 from membench.records.disturbed_times import are_disturbed, counted
+from membench.records.judged_text import judged_tokens
 from membench.records.metrics import METRICS, PEAK_OF_PHASE, known_metric
 from membench.records.record import Record, Status
 from membench.records.run_file import Run
@@ -253,7 +254,7 @@ def _case(case_id: str, repeats: Sequence[Record]) -> MeasuredCase:
         _phases(process),
         _stands_for(last.case),
         str(last.case["device"]),
-        _judged_tokens(measured),
+        judged_tokens(measured),
     )
 
 
@@ -316,13 +317,6 @@ def _waited_s(measured: Sequence[Record]) -> list[list[float]]:
     processes = [record.process_of(_TIME) for record in counted(measured, _TIME)]
     found = [_of_counted_steps(process, process.waited_s or ()) for process in processes]
     return found if all(found) else []
-
-
-def _judged_tokens(measured: Sequence[Record]) -> list[int]:
-    readings = [record.processes[0].quality for record in measured]
-    if not any(quality is not None and quality.all_pieces is not None for quality in readings):
-        return []
-    return sorted({sum(quality.tokens) for quality in readings if quality is not None})
 
 
 def _stands_for(case: Mapping[str, Any]) -> dict[str, Any]:

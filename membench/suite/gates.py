@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from membench.errors import RuleError, did_you_mean
 from membench.protocol.case import REFERENCE, Group
 from membench.records.disturbed_times import SHARED, WHY, are_disturbed, median
+from membench.records.judged_text import OTHER_TEXT, are_of_other_text
 from membench.records.metric import Metric
 from membench.records.metrics import metrics_by_name
 from membench.records.references import references_of
@@ -349,6 +350,8 @@ def _checked(gate: Gate, repeats: Sequence[Record], reference: Sequence[Record])
     def lookup(of_reference: bool, metric: Metric) -> float:
         if gate.uses_reference and metric.depends_on == "time" and repeats[0].device.shares_cores:
             raise _Unknown(f"{metric.name} of the case says nothing beside the reference's: {SHARED}")
+        if gate.uses_reference and are_of_other_text(metric.field, repeats, reference):
+            raise _Unknown(f"{metric.name}: {OTHER_TEXT}", is_unchecked=True)
         return _median(reference if of_reference else repeats, metric, "the reference" if of_reference else "the case")
 
     try:

@@ -9,7 +9,7 @@ import os
 import sys
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -31,7 +31,10 @@ class Factory(Model):
         vocabulary_size: how many token ids it gets; by default, as many as it has both embeddings and logits for.
     """
 
-    imports = ("torch", "torch._dynamo")  # which torch imports when it draws weights without data, as of a skeleton
+    imports: ClassVar[tuple[str, ...]] = (
+        "torch",
+        "torch._dynamo",
+    )  # which torch imports when it draws weights without data, as of a skeleton
     function: str
     vocabulary_size: int | None = Field(None, ge=2, le=16_777_216)
 
