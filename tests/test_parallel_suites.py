@@ -300,6 +300,7 @@ def test_techniques_that_spread_a_case_are_listed_with_a_count() -> None:
 def test_what_was_judged_over_other_text_has_no_ratio() -> None:
     def judged(technique: str, device: str, tokens: int) -> Record:
         quality = {"nats": [1.0], "tokens": [tokens], "bytes": [tokens]}
+        quality |= {"all_pieces": 2} if tokens < 100 else {}
         record = made_up.record(technique, "train", device=device, bits_per_byte=2.0)
         return dataclasses.replace(record, processes=(made_up.process(quality=quality),))
 
