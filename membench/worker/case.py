@@ -260,7 +260,7 @@ class _Work:
             )
         if case.context.ranks is not None:
             with meter.phase("communication", "pinned"):
-                loss, communicated = communicated_bytes(step)
+                loss, communicated = communicated_bytes(step, after_another=not case.workload.trains)
                 self._add_loss(loss)
             self._update_result(communicated_bytes=communicated)
         for name, technique in zip(case.names, case.techniques, strict=True):

@@ -28,12 +28,16 @@ def collective_of(operation: str) -> str | None:
     return next((collective for begin, collective in _COLLECTIVES.items() if name.startswith(begin)), None)
 
 
-def communicated_bytes(step: Callable[[], _T]) -> tuple[_T, dict[str, int]]:
+def communicated_bytes(step: Callable[[], _T], *, after_another: bool = False) -> tuple[_T, dict[str, int]]:
     """Run a step and count what this rank hands to collectives, whoever calls them: Python or torch's own C++.
 
     A collective counts with the whole tensor that it works on, the larger of what goes in and what comes out on this
     rank: the tensor of an all-reduce, a broadcast, a send or a receive; what an all-gather returns; what a
     reduce-scatter takes. What travels over a wire follows from that and the backend's algorithm.
+
+    Args:
+        after_another: take another step first, because FSDP keeps some weights gathered from one forward pass to the
+            next, and they were freed to be counted.
 
     Returns:
         what the step returns, and the bytes by collective.
@@ -60,6 +64,8 @@ def communicated_bytes(step: Callable[[], _T]) -> tuple[_T, dict[str, int]]:
                 found[collective] = found.get(collective, 0) + max(sizes)
             return returned
 
+    if after_another:
+        step()
     with Operations():  # type: ignore[no-untyped-call]
         returned = step()
     return returned, found
