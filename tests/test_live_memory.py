@@ -270,6 +270,7 @@ function = "model:many"
 [settings]
 threads = 1
 measured_steps = 1
+evaluate_s = 0
 """
 
 

@@ -753,7 +753,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
         '[technique.layers]\nuse = "drop-layers"\n'
         '[technique.layers-recovered]\nuse = "drop-layers"\nrecover_steps = 12\n'
         '[technique.sparse]\nuse = "magnitude-prune"\nsparsity = 0.9\nstorage = "csr"\n'
-        "[settings]\nmeasured_steps = 1\nthreads = 1\n"
+        "[settings]\nmeasured_steps = 1\nthreads = 1\nevaluate_s = 2\n"  # the tiny model needs half a second
     )
     return {record.id: record for record in membench.run(membench.load_suite(path), output=folder).records}
 

@@ -188,9 +188,12 @@ _WITH_METRIC = """
 name = "own"
 metrics = ["told"]
 [matrix]
-model = ["untrained-tiny"]
+model = ["tiny"]
 technique = ["none"]
 workload = ["forward"]
+[model.tiny]
+use = "factory"
+function = "membench.testing:tiny_module"
 [settings]
 measured_steps = 1
 """

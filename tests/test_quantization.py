@@ -596,7 +596,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
     path = folder / "real.toml"
     path.write_text(
         '[suite]\nname = "real"\n[matrix]\nmodel = ["trained-tiny"]\ntechnique = ["none", "int8-weight-only"]\n'
-        'workload = ["forward"]\n[settings]\nmeasured_steps = 1\n'
+        'workload = ["forward"]\n[settings]\nmeasured_steps = 1\nevaluate_s = 2\n'  # the tiny model needs half a second
         '[[include]]\nmodel = "llama-15m"\ntechnique = ["everything-4", "nf4-32"]\nworkload = "forward"\n'
         '[technique.everything-4]\nuse = "round-to-nearest"\nbits = 4\ngranularity = "group"\ngroup_size = 32\n'
         'embeddings = true\nhead = true\n[technique.nf4-32]\nuse = "bnb-nf4"\nblock_size = 32\n'
