@@ -19,7 +19,8 @@ from membench.builtin.workloads.generate import Generate
 from membench.errors import SuiteError
 from membench.records.record import Record
 from membench.units import format_bytes
-from membench.worker.breakdown import storages, tensors_in
+from membench.worker.breakdown import tensors_in
+from membench.worker.storages import storages
 
 if TYPE_CHECKING:
     import torch

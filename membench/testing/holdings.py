@@ -6,8 +6,7 @@ import gc
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
-from membench.worker.breakdown import storages
-from membench.worker.storages import plain_tensors
+from membench.worker.storages import key_of, plain_tensors, storages
 from membench.worker.weights import kept_tensors, own_tensors
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def by_layer(module: nn.Module, paths: Iterable[str] | None = None) -> dict[str,
         held = found.get(place, Holding(0, 0, ()))
         for name, tensor in own_tensors(layer):
             for plain in plain_tensors(tensor):
-                key = (str(plain.device), plain.untyped_storage().data_ptr())
+                key = key_of(plain)
                 if key in seen:
                     continue
                 seen.add(key)

@@ -21,7 +21,8 @@ from membench.testing.holdings import SLACK_BYTES, Surroundings, by_layer
 from membench.testing.plugin_conformance import PluginConformance
 from membench.testing.sameness import ids_to_read, is_finite, same, weights_of
 from membench.units import format_bytes
-from membench.worker.breakdown import storages, tensors_in
+from membench.worker.breakdown import tensors_in
+from membench.worker.storages import storages
 
 if TYPE_CHECKING:
     import torch

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from membench.protocol.readings import PartReading
 from membench.worker import communication_memory
 from membench.worker.communication_memory import OutOfReach
-from membench.worker.storages import Storages, plain_tensors
+from membench.worker.storages import Storages, key_of, plain_tensors, storages
 from membench.worker.weights import kept_tensors
 
 if TYPE_CHECKING:
@@ -42,18 +42,6 @@ def named_tensors_in(held: Any, name: str = "", depth: int = _DEEPEST) -> Iterat
     elif hasattr(held, "__dict__") and depth and not isinstance(held, type):
         for key, value in vars(held).items():
             yield from named_tensors_in(value, key, depth - 1)
-
-
-def storages(tensors: Iterable[torch.Tensor]) -> dict[tuple[str, int], int]:
-    """Return the bytes of each storage of tensors, by device and address; quantized tensors are opened."""
-    found: dict[tuple[str, int], int] = {}
-    for tensor in tensors:
-        # Not detached first: a detached copy may own inner tensors, which would be freed before they are counted.
-        for plain in plain_tensors(tensor):
-            if plain.device.type != "meta":
-                storage = plain.untyped_storage()
-                found[(str(plain.device), storage.data_ptr())] = storage.nbytes()
-    return found
 
 
 @dataclass
@@ -123,7 +111,7 @@ class MemoryWatcher:
         keys = []
         for plain in plain_tensors(tensor):
             storage = plain.untyped_storage()
-            if (str(plain.device), storage.data_ptr()) not in self._weights:
+            if key_of(plain) not in self._weights:
                 key = storage._cdata
                 self._saved.setdefault(key, _Kept(storage, str(plain.device))).count += 1
                 keys.append(key)

@@ -12,6 +12,7 @@ from membench.errors import summary
 from membench.host.out_of_memory import is_out_of_memory
 from membench.plugins import Context, Parallel, Ranks, Technique, parallel_last
 from membench.worker import ranks_checkpoint
+from membench.worker.storages import key_of
 from membench.worker.weights import weight_bytes
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _fits_safetensors(module: nn.Module) -> bool:
             return False
         if tensor.numel() and tensor.device.type != "meta":
             part = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
-            in_storage.setdefault((str(tensor.device), tensor.untyped_storage().data_ptr()), set()).add(part)
+            in_storage.setdefault(key_of(tensor), set()).add(part)
     return all(len(parts) == 1 for parts in in_storage.values())
 
 

@@ -50,6 +50,25 @@ def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield tensor
 
 
+def key_of(plain: torch.Tensor) -> tuple[str, int]:
+    """Return the device and the address of a plain tensor's storage: tensors that share one have the same."""
+    return str(plain.device), plain.untyped_storage().data_ptr()
+
+
+def storages(tensors: Iterable[torch.Tensor]) -> dict[tuple[str, int], int]:
+    """Return the bytes of each storage of tensors, by device and address; those that overlap are not told apart.
+
+    ``Storages`` counts each byte once instead.
+    """
+    found: dict[tuple[str, int], int] = {}
+    for tensor in tensors:
+        # Not detached first: a detached copy may own inner tensors, which would be freed before they are counted.
+        for plain in plain_tensors(tensor):
+            if plain.device.type != "meta":
+                found[key_of(plain)] = plain.untyped_storage().nbytes()
+    return found
+
+
 class Storages:
     """Ranges of memory that tensors hold, by device."""
 

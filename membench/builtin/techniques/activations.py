@@ -135,7 +135,7 @@ class OffloadActivations(_Training):
     def training_step(self, step: TrainingStep, context: Context) -> TrainingStep:
         import torch
 
-        from membench.worker.breakdown import storages
+        from membench.worker.storages import storages
 
         moving = torch.autograd.graph.save_on_cpu(pin_memory=True)
 

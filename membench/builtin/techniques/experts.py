@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from membench.units import format_bytes
-from membench.worker.breakdown import storages
+from membench.worker.storages import Storages
 from membench.worker.weights import weight_bytes
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def remark_on_left(module: nn.Module) -> str | None:
     left = [(type(layer).__name__, list(_stacked(layer).values())) for layer in module.modules() if _stacked(layer)]
     if not left:
         return None
-    size_bytes = sum(storages(weight for _, weights in left for weight in weights).values())
+    size_bytes = Storages(weight for _, weights in left for weight in weights).bytes
     share = size_bytes / weight_bytes(module)
     if share < _SMALLEST_SHARE:
         return None

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, PrivateAttr
 
-from membench.builtin.techniques import decoder_config, projections
+from membench.builtin.techniques import decoder_config, head_layout, projections
 from membench.builtin.techniques.cut_check import (
     Probe,
     passed_by,
     refuse_idle,
     unchanged,
     without_inputs,
-    without_outputs,
 )
 from membench.builtin.techniques.decoder_layers import (
     LayerList,
@@ -33,7 +31,6 @@ from membench.plugins import Context, Setting, Shape, Unsuitable
 from membench.worker.rehearsal_model import RehearsalModel
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 
@@ -229,11 +226,11 @@ class PruneHeads(_Sliced):
             for each in lists
             for path, layer in each.named()
         ]
-        if _is_biased_by_head(attentions[0], config):
+        if head_layout.is_biased_by_head(attentions[0], config):
             raise Unsuitable(
                 f"a {type(module).__name__} biases positions head by head (ALiBi): heads are not exchangeable"
             )
-        layout = _layout(probe, attentions[0])
+        layout = head_layout.found_by_silencing(probe, attentions[0])
         parts = [attention.part(layout) for attention in attentions]
         kept = self.chosen(parts, module, context)
         with _checked(probe, parts, kept):
@@ -242,7 +239,7 @@ class PruneHeads(_Sliced):
                 attention.describe(len(heads))
             for stated, whole, places in _by_config(module, lists):
                 alike = [attentions[place] for place in places]
-                _describe_heads(stated, alike, len(kept[places[0]]), whole)
+                head_layout.describe_heads(stated, alike, len(kept[places[0]]), whole)
 
 
 class DropLayers(_Structured):
@@ -306,36 +303,6 @@ def _body(module: Any) -> nn.Module:
     return body
 
 
-def _layout(probe: Probe, attention: projections.Attention) -> projections.Layout:
-    """How a fused projection is laid out: as it is if without one head's values nothing comes from that head alone.
-
-    Raises:
-        Unsuitable: if it is in neither of the known ways.
-    """
-    if len(attention.into) == 3:
-        return "by kind"
-    heard: list[torch.Tensor] = []
-
-    def hear(layer: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
-        heard.append(given[0].detach())
-
-    layouts: tuple[projections.Layout, ...] = get_args(projections.Layout)
-    for layout in layouts:
-        silent = without_outputs(attention.into[0], attention.values(layout))
-        probe.run([], [silent, attention.output.register_forward_pre_hook(hear)])
-        by_head = heard.pop().reshape(-1, attention.key_value_heads, attention.heads // attention.key_value_heads
-                                      * attention.size).abs().amax((0, 2))  # fmt: skip
-        if not by_head[0] and bool(by_head[1:].all()):
-            return layout
-    kind = type(attention.holder).__name__
-    raise Unsuitable(f"how a {kind} lays out queries, keys and values in one projection is not known")
-
-
-def _is_biased_by_head(attention: projections.Attention, config: Any) -> bool:
-    arguments = inspect.signature(attention.holder.forward).parameters
-    return "position_bias" in arguments or ("alibi" in arguments and getattr(config, "alibi", True))
-
-
 def _by_config(module: nn.Module, lists: Sequence[LayerList]) -> Iterator[tuple[Any, list[str], list[int]]]:
     """The configurations that describe layers.
 
@@ -352,19 +319,6 @@ def _by_config(module: nn.Module, lists: Sequence[LayerList]) -> Iterator[tuple[
             [path for path, other in others.items() if other is config],
             [place for place, path in enumerate(paths) if configs[path] is config],
         )
-
-
-def _describe_heads(
-    config: Any, attentions: Sequence[projections.Attention], count: int, left_whole: Sequence[str]
-) -> None:
-    """State in the configuration how many key-value heads are left, if all layers are alike."""
-    if len({(each.heads, each.key_value_heads, each.size) for each in attentions}) > 1:
-        return
-    whole = attentions[0]
-    shared = whole.heads // whole.key_value_heads
-    decoder_config.describe_heads(
-        config, (whole.heads, whole.key_value_heads), (count * shared, count), whole.size, left_whole
-    )
 
 
 def _checked(probe: Probe, parts: Sequence[Part], kept: Sequence[Sequence[int]]) -> AbstractContextManager[None]:
