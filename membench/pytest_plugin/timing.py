@@ -128,4 +128,8 @@ def durations_s(records: Sequence[Record]) -> list[float]:
 
     if any(record.status not in ("ok", "diverged") for record in records):
         return []
-    return [each for record in counted(records, "step_median_s") for each in counted_durations_s(record.processes[0])]
+    return [
+        each
+        for record in counted(records, "step_median_s")
+        for each in counted_durations_s(record.process_of("step_median_s"))
+    ]
