@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from membench.builtin.models import architectures
 from membench.builtin.techniques.parallel import sequence_parallel, tensor_plan
+from membench.builtin.techniques.parallel.local_shards import make_shards_plain
 from membench.builtin.techniques.parallel.tensor_parallel import TensorParallel
 from membench.cli import main
 from membench.plugins import Setting, Unsuitable, registry
@@ -30,7 +31,8 @@ _SUITE = f"""
 [suite]
 name = "tensor-parallel"
 [settings]
-measured_steps = 2
+warmup_steps = 1
+measured_steps = 1
 evaluate_s = 0.1
 [matrix]
 model = ["small"]
@@ -52,6 +54,16 @@ model = "small"
 technique = "of-nothing"
 workload = "train"
 device = "2xcpu"
+[[include]]
+model = "small"
+technique = "fsdp+tensor-parallel"
+workload = "train"
+device = "4xcpu"
+[[include]]
+model = "small"
+technique = "ddp+tensor-parallel"
+workload = "train"
+device = "4xcpu"
 [technique.by-tokens]
 use = "tensor-parallel"
 sequence_parallel = true
@@ -106,6 +118,31 @@ def test_losses_are_those_of_a_single_device_batch_for_batch(technique: str, rec
         # Quick machines measure more steps than busy ones.
         compared = min(len(losses), len(single))
         assert losses[:compared] == pytest.approx(single[:compared], abs=1e-4)
+
+
+@pytest.mark.parametrize("technique", ["fsdp+tensor-parallel", "ddp+tensor-parallel"])
+def test_of_a_mesh_the_mean_of_the_ranks_losses_is_that_of_a_single_device(
+    technique: str, records: dict[str, Record]
+) -> None:
+    (single,) = _losses(records["small/none/train/cpu"])
+    by_rank = _losses(records[f"small/{technique}/train/4xcpu"])
+    # Neighbours share matrices and have the same rows.
+    assert by_rank[0] == pytest.approx(by_rank[1], abs=1e-5)
+    assert by_rank[0] != pytest.approx(by_rank[2], abs=1e-3)
+    means = [sum(losses) / len(losses) for losses in zip(*by_rank, strict=True)]
+    compared = min(len(means), len(single))
+    assert compared > 2
+    assert means[:compared] == pytest.approx(single[:compared], abs=1e-4)
+
+
+@pytest.mark.parametrize(("technique", "share"), [("fsdp+tensor-parallel", 4), ("ddp+tensor-parallel", 2)])
+def test_of_a_mesh_a_rank_has_the_share_of_both_dimensions(
+    technique: str, share: int, records: dict[str, Record]
+) -> None:
+    record = records[f"small/{technique}/train/4xcpu"]
+    expected = (_SPLIT / share + _WHOLE * 2 / share) * 4
+    assert record.metrics["trained_weights_bytes"] == pytest.approx(expected, rel=0.005)
+    assert record.metrics["optimizer_state_bytes"] == pytest.approx(2 * expected, rel=0.005)
 
 
 def test_a_rank_keeps_fewer_activations_and_fewer_still_with_norms_by_tokens(records: dict[str, Record]) -> None:
@@ -186,6 +223,12 @@ def _split_families() -> dict[str, Any]:
         count = sum(shards.get(id(p), p.numel()) for p in module.parameters())
         found[family] = {**_learned(module), "local numbers": count, "parameters": len(list(module.parameters()))}
     module = _model("llama")
+    tensor_plan.apply(module, mesh, tensor_plan.found(module, 2))
+    make_shards_plain(module)
+    state = {name: _whole(weight) for name, weight in module.state_dict().items()}
+    kinds = {type(parameter.data).__name__ for parameter in module.parameters()}
+    found["plain shards"] = {"state": state, "kinds": kinds, "loss": _learned(module)["loss"]}
+    module = _model("llama")
     sequence_parallel.apply(module, mesh)
     found["llama by tokens"] = {"gradients": _learned_without_cache(module)}
     return found
@@ -223,6 +266,18 @@ def test_a_split_model_has_the_gradients_and_generates_the_tokens_of_the_whole_o
     )
     vectors_and_positions = sum(parameter.numel() for _, parameter in parameters) - matrices
     assert matrices / 2 <= split["local numbers"] <= matrices / 2 + vectors_and_positions
+
+
+def test_shards_as_plain_tensors_compute_and_are_saved_as_the_weights_that_they_are_of(
+    families: dict[str, Any],
+) -> None:
+    module, plain = _model("llama"), families["plain shards"]
+    assert plain["kinds"] == {"Tensor"}
+    assert plain["loss"] == pytest.approx(_learned(module)["loss"], abs=1e-5)
+    state = module.state_dict()
+    assert list(plain["state"]) == list(state)
+    for name, weight in state.items():
+        torch.testing.assert_close(plain["state"][name], weight, atol=0, rtol=0, msg=name)
 
 
 def test_norms_by_tokens_have_the_gradients_of_all_tokens(families: dict[str, Any]) -> None:

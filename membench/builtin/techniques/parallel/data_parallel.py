@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, PrivateAttr
 
 from membench.builtin.techniques.activations import StepInBackward
+from membench.builtin.techniques.parallel.local_shards import make_shards_plain
 from membench.builtin.techniques.parallel.micro_batches import GradientSync, before_each
 from membench.builtin.techniques.parallel.plain_weights import refuse_other_weights
 from membench.host.device import Device
@@ -90,6 +91,7 @@ class DistributedDataParallel(Parallel):
         refuse_other_weights(module, "broadcast")
         if not any(parameter.requires_grad for parameter in module.parameters()):
             raise Unsuitable("no parameter of the model can be trained")
+        make_shards_plain(module)
         group = context.ranks.mesh[self.dimension].get_group()
         self._wrapped = Wrapper(
             _loss_module()(module),
