@@ -302,8 +302,16 @@ def test_no_phase_of_a_technique_that_does_nothing_holds_anything_of_the_harness
 
 
 def test_many_small_tensors_in_half_the_bytes_are_half_the_live_memory(cases: dict[str, Record]) -> None:
+    plain, halved = (
+        next(phase.held_live_bytes for phase in cases[name].processes[0].phases if phase.name == "apply")
+        for name in ("none", "halved")
+    )
+    assert plain is not None
+    assert halved is not None
+    assert plain - halved == pytest.approx(16 * MIB, rel=0.02)
+    # torch makes an object of some 130 bytes for a storage whose size is asked for, in steps also for the new ones.
     saved = _read(cases["none"], "held_live_bytes") - _read(cases["halved"], "held_live_bytes")
-    assert saved == pytest.approx(16 * MIB, rel=0.03)
+    assert 15 * MIB < saved < 16.5 * MIB
     assert _read(cases["none"], "peak_live_bytes") - _read(cases["halved"], "peak_live_bytes") == pytest.approx(
         16 * MIB, rel=0.05
     )

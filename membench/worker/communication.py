@@ -51,6 +51,10 @@ def communicated_bytes(step: Callable[[], _T], *, after_another: bool = False) -
     plain = torch.Tensor.__torch_dispatch__
 
     class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        @classmethod
+        def ignore_compile_internals(cls) -> bool:
+            return True  # else compiled functions run uncompiled, and fail where they must not
+
         def __torch_dispatch__(
             self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: Any = None
         ) -> Any:
