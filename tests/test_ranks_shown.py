@@ -48,9 +48,9 @@ def test_each_rank_has_a_row_of_what_it_needs_and_what_held_it() -> None:
         "------  ------------  -----------  -----------  ---------  -----------  ---------------  ----------------"
         "  ---------\n"
         "0       backward      ≈8.000 MiB   4.000 MiB    4.000 MiB  2.000 MiB    1.000 MiB        ≥16.00 MiB"
-        "        25%\n"
+        "        ≤25%\n"
         "1       backward      ≈16.00 MiB   4.000 MiB    4.000 MiB  2.000 MiB    1.000 MiB        ≥32.00 MiB"
-        "        25%"
+        "        ≤25%"
     )
 
 

@@ -137,6 +137,17 @@ def test_a_bound_of_one_rank_makes_the_worst_ranks_figure_a_bound() -> None:
     assert combine([first, second]).obtained["peak_live_bytes"]["bound"] == "at least"
 
 
+def test_bounds_of_both_kinds_make_an_estimate_and_an_imbalance_is_never_a_bound() -> None:
+    first, second = DerivedMetrics(), DerivedMetrics()
+    first.add("peak_live_bytes", 30 * _MIB, "kernel", "at most", at_least_bytes=20 * _MIB)
+    second.add("peak_live_bytes", 10 * _MIB, "sampled", "at least")
+    mixed, of_one_kind = combine([first, second]).obtained, combine([second, second]).obtained
+    # The true peaks may be 25 and 24 MiB: less than 30, and more than 40 in all.
+    assert {mixed[field]["bound"] for field in ("peak_live_bytes", "total_peak_live_bytes")} == {"about"}
+    assert of_one_kind["total_peak_live_bytes"]["bound"] == "at least"
+    assert of_one_kind["imbalance_ratio"]["bound"] == "about"
+
+
 def test_the_file_that_one_rank_writes_is_the_jobs() -> None:
     first, second = _rank(_MIB, disk_bytes=77), _rank(_MIB)
     second.add_unknown("disk_bytes", "rank 0 writes it")

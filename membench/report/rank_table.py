@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from membench.errors import MembenchError, one_line
-from membench.protocol.readings import PhaseReading, ProcessReading
-from membench.records.disturbance import counted_steps, steps_are_disturbed
+from membench.protocol.readings import PhaseReading
+from membench.records.disturbance import steps_are_disturbed
 from membench.records.ranks import ranks_of
 from membench.records.record import Record
 from membench.records.run_file import Run
+from membench.records.waiting_share import wait_percent
 from membench.report.cells import SIGNS
 from membench.report.outcomes import end_of
 from membench.report.table_formats import DEFAULT, FORMATS
@@ -74,8 +75,8 @@ def _shown(row: Mapping[str, Any], field: str) -> str:
     if value is None:
         return "–"
     show: Callable[[float], str] = PERCENT.format if field == "wait_percent" else format_bytes
-    if field == "wait_percent" and row["disturbed"]:
-        return f"~{show(value)}"
+    if field == "wait_percent":
+        return f"{'~' if row['disturbed'] else ''}{SIGNS['at most']}{show(value)}"
     return f"{SIGNS.get(str(row.get(field.replace('_bytes', '_bound'))), '')}{show(value)}"
 
 
@@ -91,7 +92,7 @@ def _rows(record: Record) -> Iterator[dict[str, Any]]:
             "live_peak_bytes": run and run.live_peak_bytes, "live_held_bytes": run and run.live_held_bytes,
             **{f"{category}_bytes": held.get(category) for category in _HELD},
             "footprint_peak_bytes": timed and _footprint(timed),
-            "wait_percent": _wait_percent(process),
+            "wait_percent": wait_percent(process.durations_s, process.slept_s, process.waited_s, process.passive),
             "disturbed": steps_are_disturbed(process),
             "live_peak_bound": None if run is None else _bound(record, "peak_live_bytes"),
             "footprint_peak_bound": None if timed is None else timed.bound or _bound(record, "peak_footprint_bytes"),
@@ -109,13 +110,3 @@ def _footprint(phase: PhaseReading) -> int | None:
     if phase.gpu_process_peak_bytes is not None or phase.gpu_used_peak_bytes is not None:
         return phase.gpu_used_peak_bytes if phase.gpu_process_peak_bytes is None else phase.gpu_process_peak_bytes
     return phase.peak_footprint_bytes
-
-
-def _wait_percent(process: ProcessReading) -> float | None:
-    """Return the share of the timed steps in which the rank's computing thread slept."""
-    durations_s, slept_s = process.durations_s or (), process.slept_s or ()
-    if not durations_s or len(slept_s) != len(durations_s):
-        return None
-    steps = counted_steps(durations_s, process.waited_s, process.passive)
-    all_s = sum(durations_s[step] for step in steps)
-    return min(1.0, sum(slept_s[step] for step in steps) / all_s) * 100 if all_s else None

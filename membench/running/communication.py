@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from membench.protocol.messages import Result
-from membench.records.disturbance import counted_steps
+from membench.records.waiting_share import wait_percent
 from membench.running.derived_metrics import DerivedMetrics
 
 _BYTES, _WAIT = "communicated_bytes", "communication_wait_percent"
@@ -19,10 +19,9 @@ def add(found: DerivedMetrics, result: Result, *, on_gpu: bool) -> None:
     else:
         total = sum(result.communicated_bytes.values())
         found.add(_BYTES, total, "sizes of the tensors of c10d's operations, in a step of its own")
-    if result.slept_s is None or len(result.slept_s) != len(result.durations_s):
+    percent = wait_percent(result.durations_s, result.slept_s, result.waited_s, result.passive)
+    if percent is None:
         found.add_unknown(_WAIT, _ON_GPU if on_gpu else _NO_CLOCK)
         return
-    steps = counted_steps(result.durations_s, result.waited_s, result.passive)
-    slept_s, all_s = (sum(each[step] for step in steps) for each in (result.slept_s, result.durations_s))
     source = "time in which the thread of the timed steps slept (schedstat); ranks share this machine's cores"
-    found.add(_WAIT, min(1.0, slept_s / all_s) * 100, source, "at most")
+    found.add(_WAIT, percent, source, "at most")

@@ -36,4 +36,5 @@ class DerivedMetrics:
     def add_unknown(self, name: str, reason: str) -> None:
         """Add a metric that is unknown, and the reason."""
         self.metrics[name] = None
+        self.obtained.pop(name, None)
         self.reasons[name] = reason

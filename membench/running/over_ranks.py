@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from membench.records.metric import Metric
@@ -11,8 +11,6 @@ from membench.running.derived_metrics import DerivedMetrics
 
 _PEAK, _TOTAL, _IMBALANCE = "peak_live_bytes", "total_peak_live_bytes", "imbalance_ratio"
 _FOOTPRINT, _TOTAL_FOOTPRINT = "peak_footprint_bytes", "total_peak_footprint_bytes"
-_BOUNDS = ("about", "at least", "at most", "exact")
-"""A sum is known no better than the worst known of its parts."""
 
 
 def combine(ranks: Sequence[DerivedMetrics]) -> DerivedMetrics:
@@ -45,8 +43,17 @@ def _combine_one(found: DerivedMetrics, metric: Metric, ranks: Sequence[DerivedM
     number = (max if metric.better == "lower" else min)(known, key=lambda rank: known[rank])
     how = dict(ranks[number].obtained[field])
     # Another rank's value may be in a wider bracket, and then the worst one is known as little.
-    how["bound"] = min((ranks[rank].obtained[field]["bound"] for rank in known), key=_BOUNDS.index)
+    how["bound"] = _bound_of(ranks[rank].obtained[field]["bound"] for rank in known)
     _add(found, field, known[number], {**how, "rank": number})
+
+
+def _bound_of(bounds: Iterable[str]) -> str:
+    """Return the bound of a sum, or of the worst, of values with these bounds."""
+    loose = set(bounds) - {"exact"}
+    if not loose:
+        return "exact"
+    # With bounds of both kinds it may be off in both directions.
+    return loose.pop() if len(loose) == 1 else "about"
 
 
 def _add(found: DerivedMetrics, field: str, value: float | int, how: Mapping[str, Any]) -> None:
@@ -64,7 +71,7 @@ def say_that_cores_are_shared(found: DerivedMetrics, ranks: int, threads: int) -
 
 def _summed(field: str, ranks: Sequence[DerivedMetrics]) -> dict[str, Any]:
     every = [each.obtained[field] for each in ranks if field in each.obtained]
-    bound = min((how["bound"] for how in every), key=_BOUNDS.index)
+    bound = _bound_of(how["bound"] for how in every)
     summed: dict[str, Any] = {"source": f"sum over {len(every)} ranks: {every[0]['source']}", "bound": bound}
     for key in ("resolution_bytes", "at_least_bytes", "at_most_bytes"):
         if all(key in how for how in every):
@@ -93,6 +100,7 @@ def _total(found: DerivedMetrics, ranks: Sequence[DerivedMetrics]) -> None:
     if sum(peaks) > 0:
         source = "highest live peak of a rank over the mean of all ranks"
         highest = max(range(len(peaks)), key=lambda rank: peaks[rank])
-        found.add(_IMBALANCE, peaks[highest] / (sum(peaks) / len(peaks)), source, how["bound"], rank=highest)
+        found.add(_IMBALANCE, peaks[highest] / (sum(peaks) / len(peaks)), source,
+                  "exact" if how["bound"] == "exact" else "about", rank=highest)  # fmt: skip
     else:
         found.add_unknown(_IMBALANCE, "no rank has live memory above its baseline")

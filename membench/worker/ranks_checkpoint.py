@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from membench.worker.storages import plain_tensors
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -28,9 +30,11 @@ def gathered(module: nn.Module, folder: Path) -> str:
     )
     if distributed.get_rank():
         return "safetensors"
-    once: dict[int, str] = {}
+    once: dict[tuple[object, ...], str] = {}
     for name, tensor in module.state_dict().items():
-        if once.setdefault(id(tensor), name) != name:
+        # A state dict has objects of its own; those of a tensor that layers share hold the same memory.
+        where = tuple((plain.data_ptr(), plain.shape) for plain in plain_tensors(tensor) if plain.numel())
+        if where and once.setdefault((*where, tensor.shape), name) != name:
             state.pop(name, None)
     folder.mkdir(exist_ok=True)
     safetensors.torch.save_file(
@@ -41,6 +45,8 @@ def gathered(module: nn.Module, folder: Path) -> str:
 
 def sharded(module: nn.Module, folder: Path) -> str:
     """Write the model as a file of each rank with the parts that it holds, and one that says where they belong.
+
+    Tensors that layers share are written under each of their names, as torch does.
 
     Returns:
         what wrote it.

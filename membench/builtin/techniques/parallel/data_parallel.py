@@ -124,7 +124,8 @@ class DistributedDataParallel(Parallel):
         # The step keeps the wrapper from here on: nothing of a rehearsal's must stay.
         wrapped, self._wrapped = self._wrapped, None
         assert wrapped is not None
-        context.inventory[COMMUNICATION] = Buckets(wrapped)
+        buckets, of_stages = Buckets(wrapped), context.inventory.get(COMMUNICATION, tuple)
+        context.inventory[COMMUNICATION] = lambda: (*of_stages(), buckets())
         if step.wrap is not None:
             # A pipeline's schedule runs the wrapper itself, for each micro-batch, and averages after the last.
             wrapped.module.loss = lambda module, given: module(given)
