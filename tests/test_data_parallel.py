@@ -128,7 +128,8 @@ def test_fsdp_as_one_group_gathers_all_layers_at_once(records: Records) -> None:
 def test_the_peak_of_fsdp_repeats(records: Records) -> None:
     first, second = (_bytes(records[name], "peak_live_bytes") for name in ("fsdp", "fsdp-sharded"))
     resolution_bytes = records["fsdp"].obtained["peak_live_bytes"]["resolution_bytes"]
-    assert first == pytest.approx(second, rel=0.002, abs=resolution_bytes)
+    # At this size the kernel's own counting decides, by which each of the two may be off.
+    assert first == pytest.approx(second, rel=0.002, abs=2 * resolution_bytes)
 
 
 @pytest.mark.parametrize(("technique", "share"), [("accumulate-2+fsdp", 0.5), ("accumulate-2+fsdp-late", 1)])

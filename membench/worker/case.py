@@ -371,6 +371,7 @@ class _Work:
         if within_s == 0:
             unknown = {field: CustomFigure(None, quality.NOT_JUDGED) for field in case.metrics}
             self._update_result(quality=QualityReading(unknown=quality.NOT_JUDGED), custom_figures=unknown)
+            self._send_result()
             return
         with self._meter.phase("evaluate", "pinned"), explaining(module, case.names, case.techniques):
             module.eval()
