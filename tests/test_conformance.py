@@ -197,7 +197,7 @@ def test_a_model_that_keeps_the_contract_passes(model: type) -> None:
         ("OutlinesAnother", "its_skeleton_has_the_shapes_of_what_is_built", "in the skeleton; expected the same"),
         ("NeedsLittle", "it_needs_the_bytes_that_it_says", "needed_bytes says 1000 B, and what is built holds"),
         ("DisturbsWhileBuilding", "it_leaves_the_process_as_it_was",
-         "after building, the environment's MEMBENCH_DISTURBED was None and is '1'; expected that 'build' puts back"),
+         "after building, the environment's MEMBENCH_DISTURBED was None and is '1'; expected 'build' to put back"),
     ],
 )  # fmt: skip
 def test_a_model_that_breaks_one_point_is_caught_by_the_test_of_that_alone(model: str, test: str, said: str) -> None:

@@ -64,6 +64,6 @@ class MetricConformance(PluginConformance):
             state = GlobalState()
             self._figure(worker)
             changes = state.changes(drawing=False)
-            assert not changes, f"after measuring, {'; '.join(changes)}; expected that it puts back what it changes"
+            assert not changes, f"after measuring, {'; '.join(changes)}; expected it to put back what it changes"
             changed = sum(not same(*pair) for pair in zip(before, weights_of(worker.module), strict=True))
             assert not changed, f"measuring changed {changed} of {len(before)} tensors of the model; expected none"

@@ -131,7 +131,7 @@ class ModelConformance(PluginConformance):
             state = GlobalState()
             worker.load()
             changes = state.changes(drawing=True)
-            assert not changes, f"after building, {'; '.join(changes)}; expected that 'build' puts back what it changes"
+            assert not changes, f"after building, {'; '.join(changes)}; expected 'build' to put back what it changes"
 
 
 def _shapes(module: nn.Module) -> dict[str, str]:

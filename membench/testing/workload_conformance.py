@@ -129,7 +129,7 @@ class WorkloadConformance(PluginConformance):
         )
         for stage in ("optimizer", "training_step") if workload.trains else ():
             assert stage in witness.stages, (
-                f"it trains, and no technique was asked for its '{stage}'; expected that each of the stack is"
+                f"it trains, and no technique was asked for its '{stage}'; expected each of the stack to be asked"
             )
 
     def test_no_sequence_is_longer_than_it_says(self) -> None:
@@ -158,7 +158,7 @@ class WorkloadConformance(PluginConformance):
             state = GlobalState()
             worker.step()
             changes = state.changes(drawing=True)
-            assert not changes, f"after a step, {'; '.join(changes)}; expected that a step puts back what it changes"
+            assert not changes, f"after a step, {'; '.join(changes)}; expected a step to put back what it changes"
 
 
 def _count(shape: tuple[int, ...]) -> int:
