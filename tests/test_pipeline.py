@@ -309,13 +309,21 @@ def test_a_model_that_cannot_be_cut_between_its_layers_is_refused(make: Any, sta
         ({}, 2, "train", ("fused-linear-cross-entropy",), "the loss takes head and decoder apart"),
         ({}, 2, "train", ("chunked-cross-entropy", "checkpointing", "bf16"), None),
         ({}, 4, "train", ("ddp",), None),
+        ({"checkpoint": "sharded"}, 2, "train", (), None),
+        ({"checkpoint": "gathered"}, 2, "train", (), "each stage is saved by its rank: leave checkpoint = 'gathered'"),
+        ({}, 4, "train", ("sharded-ddp",), "each stage is saved by its rank: leave checkpoint = 'sharded' out"),
     ],
 )
 def test_what_has_no_meaning_with_stages_is_refused_with_the_reason(
     options: dict[str, Any], ranks: int, workload: str, others: tuple[str, ...], reason: str | None
 ) -> None:
     work = registry.create("workload", workload, {} if workload == "generate" else {"batch_size": 8})
-    before = tuple(registry.create("technique", name, {}) for name in others)
+    before = tuple(
+        registry.create(
+            "technique", name.removeprefix("sharded-"), {"checkpoint": "sharded"} if "sharded" in name else {}
+        )
+        for name in others
+    )
     setting = Setting(registry.create("model", "untrained-tiny", {}), work, "cpu", before, (), ranks)
     refused = Pipeline.model_validate(options).refuse(setting)
     assert refused is None if reason is None else reason in str(refused)

@@ -142,6 +142,13 @@ def test_a_loader_that_needs_more_than_there_is_is_refused_before_anything_is_wr
     assert any(path.name.startswith("loaded.") for path in tmp_path.iterdir())
 
 
+def test_ranks_on_the_cores_of_one_machine_load_the_model_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "available_bytes", lambda: 3 * _WEIGHTS_BYTES)
+    fitting.refuse_what_cannot_load(_MODEL, [MetaInit()], "cpu", 3)
+    with pytest.raises(DoesNotFit, match=r"^loading needs 516.0 KiB; 387.0 KiB are available on this machine$"):
+        fitting.refuse_what_cannot_load(_MODEL, [MetaInit()], "cpu", 4)
+
+
 def test_a_stack_that_is_converted_in_memory_is_refused_before_it_is_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

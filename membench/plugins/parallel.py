@@ -82,7 +82,7 @@ class Parallel(Technique):
         """Write a checkpoint of the whole model into a folder that all ranks share; all of them call it.
 
         Returns:
-            what wrote it; on the first rank the folder is complete then. ``None``: the harness writes what ranks hold
+            what wrote it; membench then waits for the other ranks. ``None``: the harness writes what ranks hold
             of a state dict of the same names on all of them, as ``checkpoint`` says.
         """
         return None

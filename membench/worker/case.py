@@ -144,12 +144,12 @@ class _Work:
         self._update_result(pinned=allocator.pin())
         torch.set_num_threads(self._rank.threads)
         set_numpy_threads(self._rank.blas_threads)
-        refuse_what_cannot_load(case.model, case.techniques, where)
+        refuse_what_cannot_load(case.model, case.techniques, where, self._rank.of)
         if self._rank.is_one_of_several:
             case = self.case = case.spread(join(self._rank, case.techniques, self._scratch.parent))
             rehearse_collectives(where)
         self._waiting.be_passive()
-        failed = self._kernels.used_by(functools.partial(rehearse, case))
+        failed = self._kernels.used_by(functools.partial(rehearse, case), case.context.ranks)
         self._notes += self._kernels.notes
         if failed is not None:
             self._notes.append(f"what libraries set up once is in the figures: {failed}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from membench.errors import summary
 from membench.host.out_of_memory import is_out_of_memory
 from membench.plugins import Context, Parallel, Ranks, Technique, parallel_last
 from membench.worker import ranks_checkpoint
+from membench.worker.agreement import come_through, on_any
 from membench.worker.storages import key_of
 from membench.worker.weights import weight_bytes
 
@@ -42,20 +44,37 @@ def save(
     writers = [each for each in members if each.splits_model or each.checkpoint == "sharded"]
     if ranks is not None and context is not None and writers:
         last, folder = writers[-1], ranks.shared / "checkpoint"
+        parts = math.prod(ranks.degree(each.dimension) for each in members if each.splits_model)
+        if on_any(ranks, _exceeds_room(weight_bytes(module) * parts, ranks.shared)):
+            return None, _no_room(ranks.shared)
         written = {"gathered": ranks_checkpoint.gathered, "sharded": ranks_checkpoint.sharded}[last.checkpoint]
         return _measured(lambda: last.save(module, folder, context) or written(module, folder), folder, ranks)
     if ranks is not None and ranks.number:
         return None, _BY_ANOTHER_RANK
-    if weight_bytes(module) * 1.1 > shutil.disk_usage(folder).free:
-        return None, f"not enough room in {folder} for the checkpoint"
+    if _exceeds_room(weight_bytes(module), folder):
+        return None, _no_room(folder)
     path = folder / "checkpoint"
     return _measured(lambda: _save_alone(module, path), path, None)
 
 
+def _exceeds_room(size_bytes: int, folder: Path) -> bool:
+    return size_bytes * 1.1 > shutil.disk_usage(folder).free
+
+
+def _no_room(folder: Path) -> str:
+    return f"not enough room in {folder} for the checkpoint"
+
+
 def _measured(write: Callable[[], str], path: Path, ranks: Ranks | None) -> tuple[int | None, str]:
-    """Write a file or a folder and return its size on the first rank, which removes it."""
+    """Write a file or a folder and return its size on the first rank, which removes it.
+
+    Ranks write together, and none of them has a checkpoint if one cannot write its part.
+
+    Raises:
+        Exception: what a rank failed with while another waits for it.
+    """
     try:
-        how = write()
+        how = _written_by_all(write, ranks)
         if ranks is not None and ranks.number:
             return None, _BY_ANOTHER_RANK
         files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
@@ -67,6 +86,21 @@ def _measured(write: Callable[[], str], path: Path, ranks: Ranks | None) -> tupl
     finally:
         if ranks is None or not ranks.number:
             path.unlink(missing_ok=True) if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+
+
+def _written_by_all(write: Callable[[], str], ranks: Ranks | None) -> str:
+    try:
+        how = write()
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        come_through(ranks, "checkpoint", error)
+        on_any(ranks, True)
+        raise
+    come_through(ranks, "checkpoint")
+    if on_any(ranks, False):
+        raise OSError("another rank cannot write its part")
+    return how
 
 
 def _save_alone(module: nn.Module, path: Path) -> str:

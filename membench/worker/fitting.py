@@ -10,13 +10,16 @@ from membench.host.environment import available_bytes
 from membench.units import format_bytes
 
 
-def refuse_what_cannot_load(model: plugins.Model, stack: Sequence[plugins.Technique], device: str) -> None:
+def refuse_what_cannot_load(
+    model: plugins.Model, stack: Sequence[plugins.Technique], device: str, ranks: int = 1
+) -> None:
     """Compare the memory that loading a model surely needs with the free memory.
 
     On a GPU it initializes CUDA, so no process may be forked afterwards.
 
     Args:
         device: the device, as torch names it.
+        ranks: how many load the model at the same time; those on a CPU share its memory.
 
     Raises:
         plugins.DoesNotFit: if it needs more.
@@ -29,6 +32,7 @@ def refuse_what_cannot_load(model: plugins.Model, stack: Sequence[plugins.Techni
     if Device.parse(device).on_gpu:
         free, where = torch.cuda.mem_get_info(device)[0], "free on the GPU"
     else:
+        needed *= ranks
         free, where = available_bytes(), "available on this machine"
     if needed > free:
         raise plugins.DoesNotFit(f"loading needs {format_bytes(needed)}; {format_bytes(free)} are {where}")

@@ -25,11 +25,16 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from membench.host import scratch
 from membench.host.cache import cache_folder
 from membench.host.environment import installed_version, processor_flags
 from membench.protocol.requests import MeasureCase
+from membench.worker.agreement import on_any
+
+if TYPE_CHECKING:
+    from membench.plugins import Ranks
 
 _CACHES = {
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
@@ -80,18 +85,24 @@ class Kernels:
             return
         self._restored = self._libraries()
 
-    def used_by(self, rehearse: Callable[[], str | None]) -> str | None:
+    def used_by(self, rehearse: Callable[[], str | None], ranks: Ranks | None = None) -> str | None:
         """Rehearse, once more without the kernels there if that fails, and keep what was compiled if it succeeds.
 
         Args:
             rehearse: returns its error, or ``None``.
+            ranks: rehearse once more together, if one of them has to.
 
         Returns:
             the error of the last rehearsal.
         """
         failed = rehearse()
-        if failed is not None and self.count():
-            self._throw_away(f"the rehearsal with them failed ({failed})")
+        if on_any(ranks, failed is not None and self.count() > 0):
+            reason = (
+                "the rehearsal of another rank failed"
+                if failed is None
+                else f"the rehearsal with them failed ({failed})"
+            )
+            self._throw_away(reason)
             failed = rehearse()
         if failed is None:
             self._keep()

@@ -18,7 +18,7 @@ from membench.host.out_of_memory import is_out_of_memory
 from membench.protocol.messages import CustomFigure
 from membench.protocol.readings import QualityReading
 from membench.records.metrics import METRIC_OF_FIELD, is_possible_value
-from membench.worker.agreement import come_through, decided_by_first
+from membench.worker.agreement import come_through, decided_by_first, on_any
 from membench.worker.time_budget import TimeBudget
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _PIECE_TOKENS = 256
 _FEWEST_PIECES = 8  # for a standard error
 _LARGEST_REFERENCE_BYTES = 64 * 2**20
+_PIECES = "pieces"  # names the reading of held-out text to the other ranks
 _NO_REFERENCE = "the reference's logits are not there"
 NOT_JUDGED = "quality was not judged: evaluate_s = 0"
 
@@ -114,7 +115,7 @@ def evaluate(
     budget = TimeBudget(within_s)
     logits_of = functools.partial(_logits, module, techniques, workload, context)
     try:
-        held_out, predicted = _pieces_of_logits(model, module, workload, logits_of, context.device)
+        held_out, predicted = _pieces_of_logits(model, module, workload, logits_of, context)
     except WrongOutput as error:  # the workload can do with the logits of the last position
         return QualityReading(unknown=str(error))
     count = sum(len(piece.ids) - 1 for piece in held_out)
@@ -214,7 +215,7 @@ def custom_figures(
     held_out = None
     if metrics:
         try:
-            given = [piece.ids for piece in _pieces_of_logits(model, module, workload, logits, context.device)[0]]
+            given = [piece.ids for piece in _pieces_of_logits(model, module, workload, logits, context)[0]]
         except WrongOutput as error:
             return {field: CustomFigure(None, str(error)) for field in metrics}, []
         given = given[:most_pieces]
@@ -273,11 +274,12 @@ def _pieces_of_logits(
     module: nn.Module,
     workload: Workload,
     logits_of: Callable[[torch.Tensor], torch.Tensor],
-    device: str,
+    context: Context,
 ) -> tuple[list[Piece], int]:
     """Return the held-out text for a model, and the vocabulary of its logits, which may exceed that of its text.
 
     A model that does not say how many tokens it takes may take no more than the workload's sequences have.
+    Ranks find that out together.
 
     Raises:
         WrongOutput: if it does not return the logits of every position.
@@ -289,17 +291,26 @@ def _pieces_of_logits(
     def read(longest: int | None) -> tuple[list[Piece], int]:
         found = pieces(model, module, workload, longest=longest)
         with torch.no_grad():
-            first = logits_of(torch.tensor(found[0].ids[:-1], dtype=torch.long, device=device))
+            first = logits_of(torch.tensor(found[0].ids[:-1], dtype=torch.long, device=context.device))
         return found, first.shape[-1]
 
-    longest = None
+    longest, again = None, False
     try:
         found, predicted = read(longest)
-    except WrongOutput:
+    except WrongOutput as error:
+        come_through(context.ranks, _PIECES, error)
+        on_any(context.ranks, True)
         raise
     except Exception as error:
         if model.max_tokens() is not None or is_out_of_memory(error):
             raise
+        come_through(context.ranks, _PIECES, error)
+        again = True
+    else:
+        come_through(context.ranks, _PIECES)
+    if on_any(context.ranks, False):
+        raise WrongOutput("does not return the logits of every position on another rank")
+    if on_any(context.ranks, again):
         longest = max(1, workload.longest_sequence())
         found, predicted = read(longest)
     is_padded = predicted > model.vocabulary(module)

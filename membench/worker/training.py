@@ -30,7 +30,8 @@ def figures_of_training(module: nn.Module, techniques: Sequence[Technique]) -> d
 def steps_for_memory(techniques: Sequence[Technique], *, in_ranks: bool) -> tuple[int, int]:
     """Return how many steps warm a case up, and in how many its memory is measured.
 
-    Trainings take the same number of steps, whatever warms them up, so that what their models learn compares.
+    Trainings that up to three steps warm up take the same number in all, so that what their models learn compares. With
+    more of them they take more, since memory is measured in two steps at least.
 
     Args:
         in_ranks: whether a further step follows in which collectives are counted.

@@ -87,6 +87,8 @@ class Pipeline(Parallel):
         workload, others = setting.workload, (*setting.before, *setting.after)
         if workload.decoded_tokens_per_step() is not None:
             return "torch's schedules have no key-value cache: tokens cannot be generated one by one through stages"
+        if "checkpoint" in self.model_fields_set and self.checkpoint == "gathered":
+            return "each stage is saved by its rank: leave checkpoint = 'gathered' out"
         if not setting.model.gives_logits or workload.tokens_per_step() is None:
             return "there are no layers of a decoder to share out among stages"
         if (reason := super().refuse(setting)) is not None:
@@ -120,6 +122,8 @@ class Pipeline(Parallel):
                 continue
             if not isinstance(other, DistributedDataParallel):
                 return "stages are spread further by data parallelism with whole weights (ddp) alone"
+            if other.checkpoint == "sharded":
+                return "each stage is saved by its rank: leave checkpoint = 'sharded' out of 'ddp'"
             if self.schedule in _IN_ROUNDS:
                 return (
                     f"schedule = '{self.schedule}' does not go backward through all of a module at once, as ddp needs"
@@ -180,13 +184,11 @@ class Pipeline(Parallel):
     def save(self, module: nn.Module, folder: Path, context: Context) -> str | None:
         """Write a file a stage, with the names that its weights have in the whole model."""
         import torch
-        from torch import distributed
 
         assert context.ranks is not None
         if context.ranks.place("data") == 0:
             folder.mkdir(parents=True, exist_ok=True)
             torch.save(module.state_dict(), folder / f"stage-{context.ranks.place(self.dimension)}.pt")
-        distributed.barrier()
         return "torch.save of each stage"
 
 
