@@ -131,6 +131,8 @@ model = "untrained-tiny"
 technique = "ddp+late"
 workload = "short"
 device = "2xcpu"
+[[exclude]]
+technique = ["ddp", "late"]
 [workload.short]
 use = "train"
 batch_size = 2

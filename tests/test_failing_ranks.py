@@ -30,24 +30,27 @@ _WAYS = {
     "raises after the others": ("failed", "rank 1: ValueError: only on this rank"),
 }
 
+_HANGS_AFTER_S = 8
+"""Long enough for two ranks on a busy machine to get as far as where one of them hangs."""
 
-_TIMEOUT_S = 30
+
+def _run(folder: Path, ways: dict[str, dict[str, str]], *more: str, timeout_s: float = 60) -> dict[str, Record]:
+    named = {way.replace(" ", "-"): {"use": "fails", **options} for way, options in ways.items()}
+    suite = membench.Suite(
+        "failing",
+        plugins=[str(_PLUGIN)],
+        matrix={"model": ["untrained-tiny"], "technique": [*named, *more], "workload": ["train"], "device": ["2xcpu"]},
+        technique=named,
+        settings={"measured_steps": 2, "evaluate_s": 0, "timeout_s": timeout_s},
+    )
+    return {record.technique.replace("-", " "): record for record in membench.run(suite, output=folder).records}
 
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
     """Each way to fail, one after the other in one run, and then a case that does not fail."""
-    ways = {way: {"how": way} for way in (*_WAYS, "hangs")} | {"rehearses": {"how": "raises", "where": "apply"}}
-    named = {way.replace(" ", "-"): {"use": "fails", **options} for way, options in ways.items()}
-    suite = membench.Suite(
-        "failing",
-        plugins=[str(_PLUGIN)],
-        matrix={"model": ["untrained-tiny"], "technique": [*named, "ddp"], "workload": ["train"], "device": ["2xcpu"]},
-        technique=named,
-        settings={"measured_steps": 2, "evaluate_s": 1, "timeout_s": _TIMEOUT_S},
-    )
-    run = membench.run(suite, output=tmp_path_factory.mktemp("failing"))
-    return {record.technique.replace("-", " "): record for record in run.records}
+    ways = {way: {"how": way} for way in _WAYS} | {"rehearses": {"how": "raises", "where": "apply"}}
+    return _run(tmp_path_factory.mktemp("failing"), ways, "ddp")
 
 
 @pytest.mark.parametrize("way", _WAYS)
@@ -73,13 +76,13 @@ def test_nothing_of_a_failed_case_is_left_and_the_next_one_is_clean(records: dic
     assert not list(Path(tempfile.gettempdir()).glob(f"membench-{os.getpid()}-*"))
 
 
-def test_a_rank_that_hangs_is_named_with_the_line_it_is_in_and_not_one_that_waits_for_it(
-    records: dict[str, Record],
-) -> None:
-    record = records["hangs"]
+def test_a_rank_that_hangs_is_named_with_the_line_it_is_in_and_not_one_that_waits_for_it(tmp_path: Path) -> None:
+    record = _run(tmp_path, {"hangs": {"how": "hangs"}}, timeout_s=_HANGS_AFTER_S)["hangs"]
     assert (record.status, record.ended_in) == ("timeout", "run")
     line = 1 + _PLUGIN.read_text().splitlines().index("                time.sleep(600)")
-    assert record.message == f"rank 1: not done after {_TIMEOUT_S} s; it was in _fail (failing_ranks.py, line {line})"
+    where = f"it was in _fail (failing_ranks.py, line {line})"
+    assert record.message == f"rank 1: not done after {_HANGS_AFTER_S} s; {where}"
+    assert not [process.pid for process in record.processes if Path(f"/proc/{process.pid}").exists()]
 
 
 def test_a_rank_that_fails_where_others_rehearse_on_is_no_case_that_hangs(records: dict[str, Record]) -> None:
