@@ -45,6 +45,8 @@ model = "small"
 technique = "ddp+context-parallel"
 workload = "train"
 device = "4xcpu"
+[[exclude]]
+technique = ["ddp"]
 [model.small]
 use = "config"
 source = "llama"
@@ -77,10 +79,8 @@ def test_the_mean_of_the_ranks_losses_is_that_of_a_single_device_batch_for_batch
     case: str, records: dict[str, Record]
 ) -> None:
     single, parts = _mean_losses(records["small/none/train/cpu"]), _mean_losses(records[f"small/{case}"])
-    # Quick machines measure more steps than busy ones.
-    compared = min(len(single), len(parts))
-    assert compared > 2
-    assert parts[:compared] == pytest.approx(single[:compared], abs=1e-4)
+    assert len(single) > 2
+    assert parts == pytest.approx(single, abs=1e-4)
 
 
 def test_weights_and_states_are_whole_and_activations_half(records: dict[str, Record]) -> None:
