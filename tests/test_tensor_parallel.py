@@ -64,6 +64,8 @@ model = "small"
 technique = "ddp+tensor-parallel"
 workload = "train"
 device = "4xcpu"
+[[exclude]]
+technique = ["checkpointing", "ddp", "fsdp"]
 [technique.by-tokens]
 use = "tensor-parallel"
 sequence_parallel = true
@@ -115,9 +117,7 @@ def test_losses_are_those_of_a_single_device_batch_for_batch(technique: str, rec
     (single,) = _losses(records["small/none/train/cpu"])
     for losses in _losses(records[f"small/{technique}/train/2xcpu"]):
         assert len(losses) > 2
-        # Quick machines measure more steps than busy ones.
-        compared = min(len(losses), len(single))
-        assert losses[:compared] == pytest.approx(single[:compared], abs=1e-4)
+        assert losses == pytest.approx(single, abs=1e-4)
 
 
 @pytest.mark.parametrize("technique", ["fsdp+tensor-parallel", "ddp+tensor-parallel"])
@@ -130,9 +130,8 @@ def test_of_a_mesh_the_mean_of_the_ranks_losses_is_that_of_a_single_device(
     assert by_rank[0] == pytest.approx(by_rank[1], abs=1e-5)
     assert by_rank[0] != pytest.approx(by_rank[2], abs=1e-3)
     means = [sum(losses) / len(losses) for losses in zip(*by_rank, strict=True)]
-    compared = min(len(means), len(single))
-    assert compared > 2
-    assert means[:compared] == pytest.approx(single[:compared], abs=1e-4)
+    assert len(means) > 2
+    assert means == pytest.approx(single, abs=1e-4)
 
 
 @pytest.mark.parametrize(("technique", "share"), [("fsdp+tensor-parallel", 4), ("ddp+tensor-parallel", 2)])
