@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from membench.host.environment import available_bytes
 from membench.host.out_of_memory import is_out_of_memory
 from membench.worker import allocator
 from membench.worker.child_process import run_in_child
+from membench.worker.evaluating import evaluating
 from membench.worker.rehearsal_model import RehearsalModel
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def found_vocabulary(model: plugins.Model, module: nn.Module) -> int:
         device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), "cpu")
         ids = _ids(2, device)
         try:
-            with _evaluating(module):
+            with evaluating(module):
                 counts = _counted(module, ids, lambda: plugins.logits_of(module(ids), ids).shape[-1])
         except Exception as error:
             raise NotImplementedError(f"the model does not say how many tokens it knows: {summary(error)}") from error
@@ -151,7 +152,7 @@ def _checked(
         plugins.WrongOutput: also if the model's options name more than those.
     """
     try:
-        with _evaluating(module):
+        with evaluating(module):
             counts = _counted(module, ids, lambda: workload.check_output(module, ids))
         _vocabularies[model] = counts.known
         vocabulary = model.vocabulary(module)
@@ -267,18 +268,3 @@ def _ids(tokens: int, device: Any) -> torch.Tensor:
     import torch
 
     return torch.zeros(1, tokens, dtype=torch.long, device=device)
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Run a module without gradients and without dropout, which would draw random numbers."""
-    import torch
-
-    training = [child for child in module.modules() if child.training]
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for child in training:
-            child.training = True

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from membench.builtin.techniques.decoder_config import config_of, describe_layers
 from membench.builtin.techniques.decoder_layers import LayerList, the_layer_list
 from membench.errors import summary
 from membench.plugins import NotInModel, Unsuitable, logits_of
+from membench.worker.evaluating import evaluating
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ class Stages:
         # The first ones get one more where the layers do not share out evenly, as the last one has the head.
         sizes = [number // count + (stage < number % count) for stage in range(count)]
         self._bounds = [(sum(sizes[:stage]), sum(sizes[: stage + 1])) for stage in range(count)]
-        with _evaluating(module):
+        with evaluating(module):
             self.seen = _seen(module, self._layers)
             self.tied = self._tied()
             if count > 1:
@@ -192,21 +192,6 @@ def _put(module: nn.Module, path: str, child: nn.Module) -> nn.Module:
     assert before is not None
     modules[name] = child
     return before
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Run without gradients, dropout and compiler."""
-    import torch
-
-    training = [child for child in module.modules() if child.training]
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for child in training:
-            child.training = True
 
 
 def _seen(module: nn.Module, layers: LayerList) -> Seen:
