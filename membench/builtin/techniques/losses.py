@@ -16,6 +16,7 @@ from membench.builtin.techniques.activations import OffloadActivations
 from membench.builtin.workloads.train import predicts_masked_tokens
 from membench.plugins import Context, Setting, Technique, TrainingStep, Unsuitable, logits_of, output_head
 from membench.plugins.replacing import reason_to_keep
+from membench.worker.evaluating import evaluating
 
 if TYPE_CHECKING:
     import torch
@@ -128,12 +129,8 @@ def _make_the_logits(module: nn.Module, decoder: nn.Module, head: nn.Linear, ids
     def amplify(layer: nn.Module, given: Any, output: Any) -> None:
         output[0].mul_(100)
 
-    training = [child for child in module.modules() if child.training]
-    module.eval()
     hook = decoder.register_forward_hook(amplify)
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with evaluating(module), torch.compiler.set_stance("force_eager"):
         made, expected = head(decoder(ids)[0]), logits_of(module(ids), ids)
     hook.remove()
-    for child in training:
-        child.training = True
     return expected.shape == made.shape and torch.allclose(expected, made, rtol=1e-2, atol=1e-2)
