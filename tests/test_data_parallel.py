@@ -10,6 +10,7 @@ import pytest
 from membench.builtin.techniques.parallel.data_parallel import DistributedDataParallel
 from membench.plugins import Setting, Technique, parallel_last, registry
 from membench.records.record import Record
+from membench.running.derived_metrics import resolution_bytes
 from tests import parallel
 from tests.parallel import LAYER_BYTES, LAYERS, WEIGHTS_BYTES
 
@@ -97,12 +98,14 @@ def test_ddp_holds_gradients_twice_and_with_views_of_its_buckets_once(records: R
 
 def test_views_lower_the_peak_of_the_optimizer_by_a_copy_of_the_gradients(records: Records) -> None:
     without, with_views = (_bytes(records[name], "optimizer_peak_live_bytes") for name in ("ddp", "ddp-views"))
-    assert without - with_views == pytest.approx(WEIGHTS_BYTES, abs=_OVERHEAD_BYTES)
+    # Each of the two peaks may be off by as much as the kernel's counter is.
+    assert without - with_views == pytest.approx(WEIGHTS_BYTES, abs=_OVERHEAD_BYTES + 2 * resolution_bytes())
 
 
 def test_wrapping_for_ddp_holds_the_weights_twice(records: Records) -> None:
-    assert _bytes(records["none"], "apply_peak_live_bytes") == pytest.approx(WEIGHTS_BYTES, abs=_OVERHEAD_BYTES)
-    assert _bytes(records["ddp"], "apply_peak_live_bytes") == pytest.approx(2 * WEIGHTS_BYTES, abs=_OVERHEAD_BYTES)
+    allowed_bytes = _OVERHEAD_BYTES + resolution_bytes()
+    assert _bytes(records["none"], "apply_peak_live_bytes") == pytest.approx(WEIGHTS_BYTES, abs=allowed_bytes)
+    assert _bytes(records["ddp"], "apply_peak_live_bytes") == pytest.approx(2 * WEIGHTS_BYTES, abs=allowed_bytes)
 
 
 def test_powersgd_keeps_one_more_copy_of_the_gradients(records: Records) -> None:
