@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from membench.errors import MembenchError, PluginError, ResultsError, SuiteError
+    from membench.estimating.estimate import estimate
     from membench.protocol.marks import phase
     from membench.records.record import Record
     from membench.records.run_file import Run, newest_run, read_run
@@ -27,6 +28,7 @@ __all__ = [
     "Run",
     "Suite",
     "SuiteError",
+    "estimate",
     "load_suite",
     "newest_run",
     "phase",
@@ -45,6 +47,7 @@ _MODULES = {
     "Run": "membench.records.run_file",
     "newest_run": "membench.records.run_file",
     "read_run": "membench.records.run_file",
+    "estimate": "membench.estimating.estimate",
     "Suite": "membench.suite.suite",
     "load_suite": "membench.suite.loading",
     "resumable": "membench.running.session",

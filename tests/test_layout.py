@@ -18,8 +18,9 @@ _FILES = sorted(_PACKAGE.rglob("*.py"))
 # breaks memory down, and the worker reaches techniques through the registry, like anyone's plug-ins. `protocol` is
 # below `records`: a record keeps what a worker read as the worker's own types.
 _FOLDERS = (
-    "__main__", "cli", "pytest_plugin", "doctor", "testing", "__init__", "comparing", "report", "regression", "builtin",
-    "running", "worker", "suite", "data", "plugins", "records", "protocol", "host", "errors", "units",
+    "__main__", "cli", "pytest_plugin", "doctor", "testing", "__init__", "estimating", "comparing", "report",
+    "regression", "builtin", "running", "worker", "suite", "data", "plugins", "records", "protocol", "host", "errors",
+    "units",
 )  # fmt: skip
 _LARGEST_FILE_LINES, _MEDIAN_FILE_LINES = 400, 150
 _IN_THE_MEASURED_PROCESS = {"testing", "builtin", "worker", "data"}
@@ -84,7 +85,10 @@ def _folder(name: str) -> str:
 
 def _is_layer(name: str) -> bool:
     """Modules that subclass torch's classes cannot do without torch; they are imported by methods."""
-    return name.startswith("membench.builtin.layers.") or name in ("membench.data.loading", "membench.worker.decoder")
+    return name.startswith(("membench.builtin.layers.", "membench.worker.tracing.")) or name in (
+        "membench.data.loading",
+        "membench.worker.decoder",
+    )
 
 
 @pytest.mark.parametrize("path", _FILES, ids=_name)

@@ -7,11 +7,24 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
-from membench.cli import advise, calibrate, doctor, export, listing, new, regression, report, run, script, show
+from membench.cli import (
+    advise,
+    calibrate,
+    doctor,
+    estimate,
+    export,
+    listing,
+    new,
+    regression,
+    report,
+    run,
+    script,
+    show,
+)
 from membench.host import console
 
 # In the order in which the help shows them.
-_VERBS = (run, listing, show, report, advise, regression, calibrate, export, new, doctor)
+_VERBS = (run, estimate, listing, show, report, advise, regression, calibrate, export, new, doctor)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -22,6 +22,7 @@ from membench.protocol.readings import (
     Number,
     PhaseReading,
     QualityReading,
+    RankEstimate,
     Reading,
     Seconds,
     SignedSize,
@@ -121,6 +122,7 @@ class Result(Reading):
         facts: values reported by stages, by metric field.
         custom_figures: values of quality metrics that are plug-ins, by metric field.
         remarks, notes: the same fields of the record.
+        estimates: of a case that is estimated, one for all ranks that are alike.
         exit_code, had_children: for a script, its exit code and whether it waited for child processes.
     """
 
@@ -152,6 +154,7 @@ class Result(Reading):
     facts: Mapping[str, Fact] = field(default_factory=dict)
     remarks: Sequence[str] = ()
     notes: Sequence[str] = ()
+    estimates: Sequence[RankEstimate] = ()
     exit_code: Count | None = None
     had_children: StrictBool = False
 

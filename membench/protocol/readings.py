@@ -169,6 +169,28 @@ class ModulesReading(Reading):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RankEstimate(Reading):
+    """What a rank of a case is estimated to need.
+
+    Attributes:
+        ranks: the numbers of the ranks that it stands for.
+        how: ``traced``: its stages ran on fake tensors; ``arithmetic``: from shapes and what techniques name.
+        figures: values by metric field.
+        breakdown_bytes, peak_part: as in ``ProcessReading``.
+        added_bytes: constants that are in the live peak, by what they are.
+        leaves_out: what is in no figure.
+    """
+
+    ranks: Sequence[Count]
+    how: Literal["traced", "arithmetic"]
+    figures: Mapping[str, Number]
+    breakdown_bytes: Mapping[str, Mapping[str, SignedSize]] | None = None
+    peak_part: str | None = None
+    added_bytes: Mapping[str, Size] = field(default_factory=dict)
+    leaves_out: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class QualityReading(Reading):
     """Held-out loss of each piece of text, and the divergence of the logits from the reference's.
 

@@ -106,6 +106,19 @@ class MeasureCase:
 
 
 @dataclass(frozen=True)
+class EstimateCase:
+    """Request to estimate what a case needs, without running it.
+
+    Attributes:
+        device: where the case would run, as written: ``8xcuda``.
+    """
+
+    case: MeasureCase
+    device: str
+    what: Literal["estimate"] = "estimate"
+
+
+@dataclass(frozen=True)
 class MeasureFunction:
     """Request to measure calls of a function.
 
@@ -120,7 +133,7 @@ class MeasureFunction:
     what: Literal["function"] = "function"
 
 
-WorkerRequest: TypeAlias = VerifyModels | PrepareModel | MeasureCase | MeasureFunction
+WorkerRequest: TypeAlias = VerifyModels | PrepareModel | MeasureCase | EstimateCase | MeasureFunction
 
 
 @dataclass(frozen=True)

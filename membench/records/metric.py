@@ -95,7 +95,7 @@ class Metric:
     peak_of: Phase | None = None
     timed_in: Phase | None = None
     part: str | None = None
-    category: Literal["weights", "optimizer", "activations", "cache"] | None = None
+    category: Literal["weights", "optimizer", "activations", "cache", "gradients", "communication"] | None = None
     of_scripts: bool = False
     keeps_samples: bool = False
     learnt: bool = False

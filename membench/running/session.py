@@ -23,7 +23,7 @@ from membench.records.record import Record
 from membench.records.run_file import Run, RunFile, find_run, read_run
 from membench.running.executors.executor import Opener
 from membench.running.executors.local import LocalExecutor, machine_here
-from membench.running.jobs.from_case import job_from_case
+from membench.running.jobs.from_case import JobMaker, job_from_case
 from membench.running.jobs.runnable import RunnableJob
 from membench.running.losses import KnownLosses
 from membench.running.needs import Needs
@@ -47,6 +47,7 @@ def run(
     tell: Tell = silent,
     executor: Opener = LocalExecutor,
     keeps_references: bool = False,
+    job_of: JobMaker = job_from_case,
 ) -> Run:
     """Run a suite's cases and keep a record of each.
 
@@ -70,6 +71,7 @@ def run(
 
         executor: opens the executor that runs the cases; by default, this machine.
         keeps_references: keep the logits of references beside the run's file, because ``measure_again`` may need them.
+        job_of: makes the job of a case; by default, the one that measures it.
 
     Raises:
         ResultsError: if there is no run to resume; if the suite, its devices or the machine have changed since; or if
@@ -77,8 +79,9 @@ def run(
     """
     cases = suite.select(keep)
     with Session(
-        suite, cases, Path(output), resume=resume, tell=tell, executor=executor, keeps_references=keeps_references
-    ) as session:
+        suite, cases, Path(output), resume=resume, tell=tell, executor=executor, keeps_references=keeps_references,
+        job_of=job_of,
+    ) as session:  # fmt: skip
         records = read_run(session.path).records
         done = {(record.id, record.repeat) for record in records}
         asked = [(case, repeat) for repeat in range(suite.settings.repeats) for case in cases]
@@ -122,6 +125,7 @@ class Session:
         code: CodeVersion | None = None,
         checkouts: Checkouts | None = None,
         keeps_references: bool = False,
+        job_of: JobMaker = job_from_case,
     ) -> None:
         """Open the run's file and its executor; see ``run`` for the other arguments.
 
@@ -135,7 +139,7 @@ class Session:
             ResultsError: as for ``run``.
         """
         self._suite, self._tell, self._checkouts = suite, tell, checkouts
-        self._keeps_references = keeps_references
+        self._keeps_references, self._job_of = keeps_references, job_of
         self._losses = KnownLosses()
         resumed = _run_to_resume(suite, output, resume)
         code = code or code_version(suite.code_folder)
@@ -172,7 +176,7 @@ class Session:
             remove(self.path)
 
     def _job(self, case: Case, repeat: int) -> RunnableJob:
-        return job_from_case(case, repeat, self._suite.settings, self._suite.limits, self._checkouts, self._losses)
+        return self._job_of(case, repeat, self._suite.settings, self._suite.limits, self._checkouts, self._losses)
 
     def measure_all(self, todo: Sequence[tuple[Case, int]], *, done: int = 0, afresh: bool = False) -> None:
         """Measure cases in order, each with the number of its repeat.

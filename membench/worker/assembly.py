@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,30 +150,38 @@ class Assembly:
         return build()
 
     def apply(self, module: nn.Module) -> nn.Module:
-        """Apply the techniques to a module; members that change nothing in it are added to ``context.idle``."""
-        for technique in self.applied:
-            if type(technique).apply is plugins.Technique.apply:
-                continue
-            with self.aside():
-                before, own = fingerprint(module), converted_layers.OwnLayers(module)
-            module = plugins.given_back(technique.apply(module, self.context), technique, "apply", "module")
-            with self.aside():
-                if fingerprint(module) == before:
-                    self.context.idle.append(technique)
-                self.context.lost.extend(own.lost(module, technique))
-        return self._parallelize(module) if self.context.ranks else module
+        """Apply the techniques to a module; members that change nothing in it are added to ``context.idle``.
 
-    def _parallelize(self, module: nn.Module) -> nn.Module:
-        """Spread a module over the ranks; members that were to split it and left it whole are idle."""
-        members = [each for each in self.techniques if isinstance(each, plugins.Parallel)]
-        for technique in sorted(members, key=lambda member: ORDER.index(member.dimension)):
+        A member that was to split it over ranks and left it whole has changed nothing, either.
+        """
+        for technique, stage in self.conversions():
             with self.aside():
-                before_bytes = weight_bytes(module)
-            module = plugins.given_back(technique.parallelize(module, self.context), technique, "parallelize", "module")
+                before, before_bytes = fingerprint(module), weight_bytes(module)
+                own = converted_layers.OwnLayers(module)
+            module = stage(module)
             with self.aside():
-                if technique.splits_model and weight_bytes(module) >= before_bytes:
+                if isinstance(technique, plugins.Parallel):
+                    is_idle = technique.splits_model and weight_bytes(module) >= before_bytes
+                else:
+                    is_idle = fingerprint(module) == before
+                    self.context.lost.extend(own.lost(module, technique))
+                if is_idle:
                     self.context.idle.append(technique)
         return module
+
+    def conversions(self) -> Iterator[tuple[plugins.Technique, Callable[[nn.Module], nn.Module]]]:
+        """Yield what converts a module, with the member that it is of: ``apply`` of all, then ``parallelize``."""
+        for technique in self.applied:
+            if type(technique).apply is not plugins.Technique.apply:
+                yield technique, functools.partial(self._stage, technique, "apply")
+        if self.context.ranks:
+            members = [each for each in self.techniques if isinstance(each, plugins.Parallel)]
+            for member in sorted(members, key=lambda each: ORDER.index(each.dimension)):
+                yield member, functools.partial(self._stage, member, "parallelize")
+
+    def _stage(self, technique: plugins.Technique, name: str, module: nn.Module) -> nn.Module:
+        returned = getattr(technique, name)(module, self.context)
+        return plugins.given_back(returned, technique, name, "module")
 
     def make(self) -> nn.Module:
         """Load the module and apply the techniques."""

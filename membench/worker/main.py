@@ -18,7 +18,7 @@ from membench.host.out_of_memory import is_out_of_memory
 from membench.protocol import pickling, requests
 from membench.protocol.job import ASKS_WHERE
 from membench.protocol.messages import Done, EndedBadly, OptionsRefused, Progress
-from membench.protocol.requests import MeasureCase, MeasureFunction, PrepareModel, Request, VerifyModels
+from membench.protocol.requests import EstimateCase, MeasureCase, MeasureFunction, PrepareModel, Request, VerifyModels
 from membench.worker import case as measured_case
 from membench.worker import function
 from membench.worker.assembly import create
@@ -50,6 +50,8 @@ def main(request: Request, channel: socket.socket) -> None:
                 function.measure(request.work, request.rank, meter)
             case MeasureCase():
                 measured_case.measure(request.work, request.rank, Path(request.scratch), meter)
+            case EstimateCase():
+                _estimate(request.work, Path(request.scratch), meter)
         meter.send(Done())
     except plugins.Unsuitable as error:
         meter.send(EndedBadly("skipped", str(error), meter.current_phase))
@@ -84,6 +86,12 @@ def _prepare(work: PrepareModel, meter: Meter) -> None:
     model = create("model", work.model)
     wait_passively()
     model.prepare(lambda done, total, what: meter.send(Progress(done, total, what)))
+
+
+def _estimate(work: EstimateCase, scratch: Path, meter: Meter) -> None:
+    from membench.worker.tracing import estimate  # it needs parts of torch that no measured case should import
+
+    estimate.estimate(work, scratch, meter)
 
 
 if __name__ == "__main__":

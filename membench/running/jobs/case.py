@@ -32,6 +32,8 @@ _CATEGORIES = {
     "optimizer": "optimizer_state_bytes",
     "cache": "cache_bytes",
     "activations": "activations_bytes",
+    "gradients": "gradients_bytes",
+    "communication": "communication_memory_bytes",
 }
 _PARTS = ("prefill", "decode", "forward", "backward", "optimizer")
 _LOST = ("lost_bits_per_byte", "lost_bits_per_byte_standard_error")

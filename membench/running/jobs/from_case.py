@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 from membench.host.device import Device
 from membench.protocol.case import Case
@@ -12,6 +13,10 @@ from membench.running.jobs.runnable import RunnableJob
 from membench.running.jobs.script import ScriptJob
 from membench.running.losses import KnownLosses
 from membench.suite.schema import Settings
+
+JobMaker: TypeAlias = Callable[
+    [Case, int, Settings, Mapping[str, float] | None, Checkouts | None, KnownLosses | None], RunnableJob
+]
 
 
 def job_from_case(

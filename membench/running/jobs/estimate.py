@@ -1,0 +1,84 @@
+"""The job that estimates a case without running it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from membench.errors import SuiteError
+from membench.host.device import Device
+from membench.protocol import requests
+from membench.protocol.case import Case, Plugin
+from membench.protocol.forking import StartWorker
+from membench.protocol.readings import RankEstimate
+from membench.protocol.requests import Checkouts
+from membench.running import deriving, over_ranks
+from membench.running.derived_metrics import DerivedMetrics
+from membench.running.deriving import JobReadings
+from membench.running.jobs.case import CaseJob
+from membench.running.losses import KnownLosses
+from membench.running.references import References
+from membench.suite.schema import Settings
+
+_SOURCES = {
+    "traced": "traced: the case's own stages on fake tensors",
+    "arithmetic": "arithmetic: shapes, and what techniques name",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateJob(CaseJob):
+    """An estimate of a case, made in one worker on a CPU, wherever the case would run and on however many ranks."""
+
+    estimated_on: Device
+
+    @property
+    def preparation(self) -> Plugin | None:
+        return None
+
+    def order(self, number: int, references: References) -> StartWorker:
+        measuring = requests.decode(super().order(number, references).request)
+        assert isinstance(measuring.work, requests.MeasureCase)
+        work = requests.EstimateCase(measuring.work, str(self.estimated_on))
+        return StartWorker(requests.encode(replace(measuring, work=work)), number, self.settings.isolation)
+
+    def derive(self, readings: JobReadings) -> DerivedMetrics:
+        (result,) = readings.results
+        if result is None or not result.estimates:
+            return DerivedMetrics()
+        by_rank = {rank: _of_rank(estimate) for estimate in result.estimates for rank in estimate.ranks}
+        found = [by_rank[rank] for rank in sorted(by_rank)]
+        return over_ranks.combine(found) if self.estimated_on.in_ranks else found[0]
+
+
+def _of_rank(estimate: RankEstimate) -> DerivedMetrics:
+    found = DerivedMetrics()
+    left_out = f"; it leaves out {', '.join(estimate.leaves_out)}" if estimate.leaves_out else ""
+    for field, value in estimate.figures.items():
+        added = "".join(f", with {size:,} B of {what}" for what, size in estimate.added_bytes.items())
+        source = _SOURCES[estimate.how] + (added if "peak" in field else "") + left_out
+        found.add(field, value, source, "about")
+    deriving.highest_peak(found)
+    return found
+
+
+def estimate_from_case(
+    case: Case,
+    repeat: int,
+    settings: Settings,
+    limits: Mapping[str, float] | None = None,
+    checkouts: Checkouts | None = None,
+    losses: KnownLosses | None = None,
+) -> EstimateJob:
+    """Return the job that estimates a case.
+
+    Raises:
+        SuiteError: if the case is a program, of which nothing is known before it runs.
+    """
+    del checkouts, losses
+    if case.command is not None:
+        raise SuiteError(f"case '{case.id}': a program cannot be estimated")
+    return EstimateJob(
+        id=case.id, repeat=repeat, device=Device("cpu"), limits=limits or {}, settings=settings, case=case,
+        estimated_on=Device.parse(case.device),
+    )  # fmt: skip

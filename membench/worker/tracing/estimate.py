@@ -1,0 +1,30 @@
+"""Estimating a case: on fake tensors where its stages run on them, else by arithmetic."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from membench.errors import summary
+from membench.host.device import Device
+from membench.plugins import Unsuitable
+from membench.protocol.messages import Result, ResultSoFar
+from membench.protocol.requests import EstimateCase
+from membench.worker.meter import Meter
+from membench.worker.tracing.traced_case import traced
+
+
+def estimate(work: EstimateCase, scratch: Path, meter: Meter) -> None:
+    """Estimate a case and send what was found.
+
+    Raises:
+        plugins.Unsuitable: if a technique cannot be applied to the case, or if the case cannot be estimated.
+    """
+    logging.getLogger("torch._subclasses.fake_tensor").disabled = True  # it logs what is handled here
+    try:
+        found = list(traced(work.case, Device.parse(work.device), scratch))
+    except Unsuitable:
+        raise
+    except Exception as error:
+        raise Unsuitable(f"it cannot be estimated: on fake tensors it ends in {summary(error)}") from error
+    meter.send(ResultSoFar(Result(pinned=False, estimates=found)))

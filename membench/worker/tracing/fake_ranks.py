@@ -1,0 +1,70 @@
+"""A world of ranks of which one exists: its collectives return at once."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import distributed
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from membench.plugins import Ranks, Technique
+from membench.plugins.parallel import degrees
+from membench.plugins.ranks import DIMENSIONS
+
+
+@contextlib.contextmanager
+def fake_ranks(techniques: Sequence[Technique], number: int, of: int, shared: Path) -> Iterator[Ranks]:
+    """Be one of so many ranks; not within a ``FakeTensorMode``, since meshes compute with ranks' numbers.
+
+    Source: torch's backend ``fake``, as torchtitan's estimates use it.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    found = degrees(techniques, of)
+    names = tuple(dimension for dimension in DIMENSIONS if dimension in found)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        distributed.init_process_group("fake", store=FakeStore(), rank=number, world_size=of)
+        mesh = init_device_mesh("cpu", tuple(found[name] for name in names), mesh_dim_names=names)
+    try:
+        with _meshes_of_real_numbers():
+            yield Ranks(number, of, mesh, shared)
+    finally:
+        distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _meshes_of_real_numbers() -> Iterator[None]:
+    """Let meshes be joined while fake tensors are in use: FSDP over tensor parallel shards does that."""
+    original: Any = getattr(DeviceMesh, "_concatenate", None)
+    if original is None:
+        yield
+        return
+
+    def concatenate(*meshes: Any) -> Any:
+        with unset_fake_temporarily():
+            return original(*meshes)
+
+    DeviceMesh._concatenate = staticmethod(concatenate)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        DeviceMesh._concatenate = staticmethod(original)  # type: ignore[method-assign]
+
+
+def alike(techniques: Sequence[Technique], of: int) -> list[list[int]]:
+    """Return the numbers of all ranks, those that are alike together: the ranks of each stage of a pipeline.
+
+    Ranks along other dimensions have equal shares. Of what does not divide evenly the last ones have less, and are
+    taken to be as the first.
+    """
+    found = degrees(techniques, of)
+    inner = math.prod(found.get(dimension, 1) for dimension in DIMENSIONS[DIMENSIONS.index("stage") + 1 :])
+    stages = found.get("stage", 1)
+    return [[rank for rank in range(of) if rank // inner % stages == stage] for stage in range(stages)]

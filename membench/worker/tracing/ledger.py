@@ -1,0 +1,176 @@
+"""The live bytes of fake tensors: every storage that an operation creates is entered, and struck out when it dies."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+BETWEEN = "between"
+"""The part of a step outside all parts that the workload names."""
+_PLAIN = ("Tensor", "Parameter", "FakeTensor", "Buffer")
+
+
+@dataclass
+class Peak:
+    """The highest live bytes of a span, and the operation at which they were reached."""
+
+    bytes: int = 0
+    operation: int = 0
+
+
+@dataclass
+class Span:
+    """A phase or a step: its peak, and those of the parts in it."""
+
+    began: int = 0
+    """The number of the operation before it."""
+    whole: Peak = field(default_factory=Peak)
+    parts: dict[str, Peak] = field(default_factory=dict)
+
+
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all storages that exist. Use as a context manager inside a ``FakeTensorMode``.
+
+    Operations of tensor subclasses (``DTensor``, torchao's) are left to the subclass, whose inner operations arrive
+    here. An operation's own temporaries exist only inside its kernel; ``working_bytes`` tells those that are known.
+
+    Args:
+        size_of: the bytes that the device's allocator takes for a storage of so many bytes.
+        working_bytes: of (operation, arguments, results): what its kernel takes while it runs.
+    """
+
+    def __init__(
+        self,
+        fake: FakeTensorMode,
+        size_of: Callable[[int], int],
+        working_bytes: Callable[[Any, tuple[Any, ...], Mapping[str, Any], Any], int] = lambda *_: 0,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live_bytes = 0
+        self.operation = 0
+        self.sizes: dict[int, int] = {}
+        """Of each living storage, by its address."""
+        self.answered: set[str] = set()
+        """Operations that asked for a value of a tensor, which a fake one has not: they were given 1."""
+        self._fake, self._size_of, self._working_bytes = fake, size_of, working_bytes
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._at: Callable[[str | None], None] | None = None
+        self._at_operations: frozenset[int] = frozenset()
+        self._of_infinities: set[int] = set()
+        self._span, self._part = Span(), BETWEEN
+
+    def __enter__(self) -> Ledger:
+        self._resize = torch.UntypedStorage.resize_
+
+        def resize(storage: torch.UntypedStorage, size_bytes: int) -> Any:
+            done = self._resize(storage, size_bytes)
+            self._enter(storage)
+            self._look(0)
+            return done
+
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]  # FSDP frees and takes what it gathers so
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if any(kind.__name__ not in _PLAIN for kind in types):
+            return NotImplemented
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.answered.add("a value of a tensor")
+            return self._answer(args[0])
+        found = func(*args, **kwargs)
+        if func is torch.ops.aten._amp_foreach_non_finite_check_and_unscale_.default:
+            self._of_infinities.add(args[1].untyped_storage()._cdata)
+        self.operation += 1
+        for each in _tensors(found):
+            self._enter(each.untyped_storage())
+        self._look(self._working_bytes(func, args, kwargs, found))
+        if self._at is not None and self.operation in self._at_operations:
+            self._at(None)
+        return found
+
+    def _answer(self, tensor: torch.Tensor) -> Any:
+        if tensor.untyped_storage()._cdata in self._of_infinities:
+            return 0.0  # no gradient is infinite, else the step would be left out
+        return 1.0 if tensor.is_floating_point() else 1
+
+    def _enter(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        size = self._size_of(storage.nbytes())
+        before = self.sizes.get(key)
+        if before == size:
+            return
+        if before is None:
+            self._alive[key] = weakref.ref(storage, lambda _: self._strike_out(key))
+        self.sizes[key] = size
+        self.live_bytes += size - (before or 0)
+
+    def _strike_out(self, key: int) -> None:
+        self.live_bytes -= self.sizes.pop(key, 0)
+        self._alive.pop(key, None)
+
+    def _look(self, working_bytes: int) -> None:
+        held = self.live_bytes + working_bytes
+        part = self._span.parts.get(self._part)
+        if part is None:
+            part = self._span.parts[self._part] = Peak()
+        for peak in (self._span.whole, part):
+            if held > peak.bytes:
+                peak.bytes, peak.operation = held, self.operation
+
+    @contextlib.contextmanager
+    def looking(self, at: Callable[[str | None], None], operations: frozenset[int]) -> Iterator[None]:
+        """Call ``at`` at some operations, and with the name of a part at its end, while this context lasts."""
+        self._at, self._at_operations = at, operations
+        try:
+            yield
+        finally:
+            self._at = None
+
+    @contextlib.contextmanager
+    def span(self) -> Iterator[Span]:
+        """Find the peaks of what runs in this context."""
+        before, self._span = self._span, Span(self.operation)
+        self._look(0)
+        try:
+            yield self._span
+        finally:
+            self._look(0)
+            self._span = before
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Mark a part of a step."""
+        before, self._part = self._part, name
+        self._look(0)
+        try:
+            yield
+        finally:
+            self._look(0)
+            if self._at is not None:
+                self._at(name)
+            self._part = before
+
+
+def _tensors(found: Any) -> Iterator[torch.Tensor]:
+    if isinstance(found, torch.Tensor):
+        yield found
+    elif isinstance(found, list | tuple):
+        for each in found:
+            yield from _tensors(each)
