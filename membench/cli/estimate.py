@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from membench.cli import ci, rules, script
 from membench.cli.output import EXPLAIN, Verbs, add_format, print_remarks, print_table
-from membench.errors import EXIT_CASES_FAILED, EXIT_OK
+from membench.errors import EXIT_CASES_FAILED, EXIT_OK, CannotCompare
+
+if TYPE_CHECKING:
+    from membench import Run
 
 
 def add(verbs: Verbs) -> None:
@@ -16,6 +20,9 @@ def add(verbs: Verbs) -> None:
     estimate.add_argument("-k", dest="expression", help="only cases whose id matches, such as 'int8 and not train'")
     estimate.add_argument("--device", action="append", help="device instead of the suite's: cpu, cuda, 2xcpu, 8xcuda")
     estimate.add_argument("--output", type=Path, help="keep the estimates as a run's file in this folder")
+    estimate.add_argument(
+        "--against", metavar="RUN", type=Path, help="a run's file: print how far each estimate is from what it measured"
+    )
     estimate.add_argument("--explain", action="store_true", help=EXPLAIN)
     add_format(estimate)
     rules.add_allow_skipped(estimate)
@@ -33,6 +40,7 @@ def _estimate(arguments: argparse.Namespace) -> int:
     from membench.report import case_outcomes, text
     from membench.suite import selection
 
+    measured = membench.read_run(arguments.against) if arguments.against else None
     suite = membench.load_suite(arguments.suite, arguments.device)
     keep = selection.parse(arguments.expression) if arguments.expression else lambda _: True
     if not suite.select(keep):
@@ -40,7 +48,10 @@ def _estimate(arguments: argparse.Namespace) -> int:
     ci.refuse_unwritable(arguments)
     with script.showing_progress(suite, arguments.format) as tell:
         run = membench.estimate(suite, keep=keep, output=arguments.output, tell=tell)
-    print_table(text.comparison(run.records, arguments.format), arguments.format)
+    if measured:
+        _print_errors(run, measured, arguments.format)
+    else:
+        print_table(text.comparison(run.records, arguments.format), arguments.format)
     if arguments.explain:
         print_table(f"\n{text.explanation(run.records, arguments.format)}", arguments.format)
     kept = [f"kept in {run.path}"] if arguments.output else []
@@ -55,3 +66,18 @@ def _estimate(arguments: argparse.Namespace) -> int:
     )
     ci.write(arguments, f"membench estimate {suite.name}", cases, [text.comparison(run.records, "github")])
     return code
+
+
+def _print_errors(run: Run, measured: Run, form: str) -> None:
+    """Print how far the estimates are from what was measured.
+
+    Raises:
+        CannotCompare: if no case is in both.
+    """
+    from membench.report import estimate_errors
+
+    found = estimate_errors.errors(run.records, measured.records)
+    if not found:
+        raise CannotCompare(f"{measured.path}: none of its cases is estimated here")
+    print_table(estimate_errors.table(found, form), form)
+    print_remarks(estimate_errors.summary(run.records, found), form)
