@@ -154,7 +154,7 @@ class Result(Reading):
     facts: Mapping[str, Fact] = field(default_factory=dict)
     remarks: Sequence[str] = ()
     notes: Sequence[str] = ()
-    estimates: Sequence[RankEstimate] = ()
+    estimates: Sequence[RankEstimate] | None = None
     exit_code: Count | None = None
     had_children: StrictBool = False
 
