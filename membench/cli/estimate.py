@@ -45,6 +45,8 @@ def _estimate(arguments: argparse.Namespace) -> int:
     keep = selection.parse(arguments.expression) if arguments.expression else lambda _: True
     if not suite.select(keep):
         raise selection.no_case_matches(arguments.expression)
+    if measured and not {case.id for case in suite.select(keep)} & {record.id for record in measured.records}:
+        raise CannotCompare(f"{measured.path}: none of the suite's cases is in it")
     ci.refuse_unwritable(arguments)
     with script.showing_progress(suite, arguments.format) as tell:
         run = membench.estimate(suite, keep=keep, output=arguments.output, tell=tell)
@@ -69,15 +71,10 @@ def _estimate(arguments: argparse.Namespace) -> int:
 
 
 def _print_errors(run: Run, measured: Run, form: str) -> None:
-    """Print how far the estimates are from what was measured.
-
-    Raises:
-        CannotCompare: if no case is in both.
-    """
+    """Print how far the estimates are from what was measured."""
     from membench.report import estimate_errors
 
     found = estimate_errors.errors(run.records, measured.records)
-    if not found:
-        raise CannotCompare(f"{measured.path}: none of its cases is estimated here")
-    print_table(estimate_errors.table(found, form), form)
+    if found:
+        print_table(estimate_errors.table(found, form), form)
     print_remarks(estimate_errors.summary(run.records, found), form)

@@ -12,6 +12,7 @@ from membench.protocol.case import Case, Plugin
 from membench.protocol.forking import StartWorker
 from membench.protocol.readings import RankEstimate
 from membench.protocol.requests import Checkouts
+from membench.records.highest_peak import HIGHEST
 from membench.running import deriving, over_ranks
 from membench.running.derived_metrics import DerivedMetrics
 from membench.running.deriving import JobReadings
@@ -59,6 +60,8 @@ def _of_rank(estimate: RankEstimate) -> DerivedMetrics:
         source = _SOURCES[estimate.how] + (added if "peak" in field else "") + left_out
         found.add(field, value, source, "about")
     deriving.highest_peak(found)
+    if HIGHEST in found.obtained:
+        found.obtained[HIGHEST]["bound"] = "about"
     return found
 
 

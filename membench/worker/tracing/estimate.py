@@ -27,4 +27,6 @@ def estimate(work: EstimateCase, scratch: Path, meter: Meter) -> None:
         raise
     except Exception as error:
         raise Unsuitable(f"it cannot be estimated: on fake tensors it ends in {summary(error)}") from error
-    meter.send(ResultSoFar(Result(pinned=False, estimates=found)))
+    highest = max(found, key=lambda each: each.figures.get("peak_live_bytes", 0))
+    result = Result(pinned=False, estimates=found, breakdown_bytes=highest.breakdown_bytes, peak_part=highest.peak_part)
+    meter.send(ResultSoFar(result))
