@@ -11,9 +11,11 @@ import pytest
 import membench
 from membench import cli
 from membench.records.keepable import keepable
+from membench.records.metrics import metrics_by_name
 from membench.records.record import Record
 from membench.report import documents, page, phase_table, summary, timeline
 from membench.suite.gates import outcomes, parse
+from membench.suite.limits import on_no_figure
 
 from .made_up import MIB, process, record, run
 
@@ -138,6 +140,59 @@ def test_a_limit_on_an_unknown_figure_exits_with_three(tmp_path: Path, capsys: p
     assert limit in capsys.readouterr().out
     overview = summary.overview(membench.read_run(membench.newest_run(tmp_path)))
     assert ": 1 case, 1 ok, 1 limit or gate not checked." in overview
+
+
+_OF_ANOTHER_WORKLOAD = (
+    "the limit on decode_tokens_per_s was not checked: no case here has this figure",
+    "*: first_token <= 1 s was not checked: no case here has these figures",
+)
+
+
+@pytest.fixture(scope="module")
+def of_no_case(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a suite whose limit and gate are on figures that none of its cases has."""
+    folder = tmp_path_factory.mktemp("of_no_case")
+    (folder / "small.toml").write_text(
+        '[suite]\nname = "small"\n[matrix]\nmodel = ["ballast"]\ntechnique = ["none"]\nworkload = ["still"]\n'
+        '[workload.still]\nuse = "burst"\nmib = 0\n[settings]\nthreads = 1\nmeasured_steps = 1\n'
+        '[limits]\ndecode_tokens_per_s = 20\n[gate]\nrules = ["first_token <= 1 s"]\n'
+    )
+    return folder
+
+
+def test_a_limit_on_what_no_case_has_exits_with_three(of_no_case: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    suite, output = of_no_case / "small.toml", ["--output", str(of_no_case / "results")]
+    junit = of_no_case / "junit.xml"
+    assert cli.main(["run", str(suite), *output, "--junit", str(junit)]) == 3
+    lines = capsys.readouterr().out.splitlines()
+    assert all(told in lines for told in _OF_ANOTHER_WORKLOAD)
+    assert lines[-1] == "2 limits and gates were not checked: exit code 3, unless --allow-skipped is given"
+    ends = {case.attrib["name"]: [end.tag for end in case] for case in ElementTree.parse(junit).iter("testcase")}
+    assert ends == {"limits and gates": ["error"], "ballast/none/still/cpu": ["system-out"]}
+    (kept,) = (of_no_case / "results").glob("*.jsonl")
+    assert "1 ok, 2 limits and gates not checked." in summary.overview(membench.read_run(kept))
+    assert cli.main(["check", str(kept), "--against", str(kept)]) == 3
+    lines = capsys.readouterr().out.splitlines()
+    assert all(told in lines for told in _OF_ANOTHER_WORKLOAD)
+    assert cli.main(["check", str(kept), "--against", str(kept), "--allow-skipped"]) == 0
+
+
+def test_a_limit_on_what_other_cases_have_says_nothing_of_those_that_lack_it() -> None:
+    field = metrics_by_name()["decode_tokens_per_s"].field
+    records = record("a"), record("b", decode_tokens_per_s=20.0)
+    assert on_no_figure([field], records) == []
+    assert on_no_figure([field], records[:1]) == [_OF_ANOTHER_WORKLOAD[0]]
+    assert on_no_figure([field], [dataclasses.replace(records[0], status="crashed")]) == []
+
+
+def test_pytest_ends_with_three_where_no_case_has_the_figures_of_a_rule(
+    inner: pytest.Pytester, of_no_case: Path
+) -> None:
+    (inner.path / "small.toml").write_text((of_no_case / "small.toml").read_text())
+    ran = inner.runpytest_subprocess("small.toml", "-q")
+    ran.assert_outcomes(passed=1)
+    assert ran.ret == 3
+    assert all(f"membench: {told}" in ran.outlines for told in _OF_ANOTHER_WORKLOAD)
 
 
 _GATED = '[suite]\nname = "made-up"\n[gate]\nrules = ["weights <= 0.6 * reference"]\n'

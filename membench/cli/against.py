@@ -114,13 +114,19 @@ def run(arguments: argparse.Namespace, suite: Suite) -> int:
             both.measure(rounds), judged, measure_again=lambda _, ids, repeats: both.measure(repeats, ids)
         )
     print_judgements([judgement], arguments.format)
-    checked = rules.check(suite.gates, sides.head.records)
+    checked = rules.check(suite.gates, suite.limits, sides.head.records)
     if not evaluates:
         print_remarks([_NOT_JUDGED], arguments.format)
     checked.print_gates(arguments.format)
     checked.print_limits(arguments.format)
     checked.print_unchecked(arguments.format, is_allowed=arguments.allow_skipped)
     print_remarks(["kept in {} and {}".format(*(os.path.relpath(side.path) for side in sides))], arguments.format)
-    cases = case_outcomes.of_check(judgement, checked.records, checked.outcomes, allows_skipped=arguments.allow_skipped)
+    cases = case_outcomes.of_check(
+        judgement,
+        checked.records,
+        checked.outcomes,
+        idle_limits=checked.idle_limits,
+        allows_skipped=arguments.allow_skipped,
+    )
     ci.write(arguments, regression.summary(judgement), cases, [regression.table([judgement], "github")])
     return checked.exit_code(judgement.exit_code, allows_skipped=arguments.allow_skipped)

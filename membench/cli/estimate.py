@@ -58,13 +58,17 @@ def _estimate(arguments: argparse.Namespace) -> int:
         print_table(f"\n{text.explanation(run.records, arguments.format)}", arguments.format)
     kept = [f"kept in {run.path}"] if arguments.output else []
     print_remarks((*text.remarks(run.records), *kept), arguments.format)
-    checked = rules.check(suite.gates, run.records)
+    checked = rules.check(suite.gates, suite.limits, run.records)
     checked.print_gates(arguments.format)
     checked.print_unchecked(arguments.format, is_allowed=arguments.allow_skipped)
     has_failed = any(record.status not in ("ok", "skipped") for record in run.records)
     code = checked.exit_code(EXIT_CASES_FAILED if has_failed else EXIT_OK, allows_skipped=arguments.allow_skipped)
     cases = case_outcomes.of_records(
-        suite.name, checked.records, checked.outcomes, allows_skipped=arguments.allow_skipped
+        suite.name,
+        checked.records,
+        checked.outcomes,
+        idle_limits=checked.idle_limits,
+        allows_skipped=arguments.allow_skipped,
     )
     ci.write(arguments, f"membench estimate {suite.name}", cases, [text.comparison(run.records, "github")])
     return code

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,14 +140,19 @@ def _check(arguments: argparse.Namespace) -> int:
         what = f"'membench check {judgement.new.suite}'" if judgement.new.suite else "a check of its suite"
         print_remarks([f"each was measured once; {what} runs the suite and measures suspects again"], arguments.format)
     # A baseline has no records: its rules were checked when it was a run.
-    checked = rules.check(
-        gates, run.records if run else (), _keep(arguments.expression) if arguments.expression else None
-    )
+    kept = _keep(arguments.expression) if arguments.expression else None
+    checked = rules.check(gates, _limits(run), run.records if run else (), kept)
     checked.print_gates(arguments.format)
     checked.print_limits(arguments.format)
     checked.print_unchecked(arguments.format, is_allowed=arguments.allow_skipped)
     code = checked.exit_code(judgement.exit_code, allows_skipped=arguments.allow_skipped)
-    cases = case_outcomes.of_check(judgement, checked.records, checked.outcomes, allows_skipped=arguments.allow_skipped)
+    cases = case_outcomes.of_check(
+        judgement,
+        checked.records,
+        checked.outcomes,
+        idle_limits=checked.idle_limits,
+        allows_skipped=arguments.allow_skipped,
+    )
     ci.write(arguments, regression.summary(judgement), cases, [regression.table([judgement], "github")])
     if arguments.update:
         _update(base, judgement, arguments, code)
@@ -207,6 +212,14 @@ def _own_rules(measured: Measured, run: Run | None) -> tuple[Sequence[Tolerance]
     from membench.suite.rules import rules_of
 
     return rules_of(run.header, _own_metrics(measured, run)) if run else ((), ())
+
+
+def _limits(run: Run | None) -> Mapping[str, float]:
+    """Return the limits of a run's suite; a baseline does not store them."""
+    from membench.records.metrics import own_metrics
+    from membench.suite import limits
+
+    return limits.of_header(run.header, own_metrics(run.header.get("own_metrics", ()))) if run else {}
 
 
 def _own_metrics(measured: Measured, run: Run | None) -> Sequence[Metric]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,11 +26,13 @@ class Rules:
         records: the judged records, which know the limits that they break.
         outcomes: of gates in these records.
         left_out: outcomes of gates in other records of the run, which were not asked for.
+        idle_limits: a sentence for each limit on a metric that none of the records has.
     """
 
     records: Sequence[Record]
     outcomes: Sequence[Outcome]
     left_out: Sequence[Outcome] = ()
+    idle_limits: Sequence[str] = ()
 
     @property
     def are_broken(self) -> bool:
@@ -40,10 +42,10 @@ class Rules:
 
     @property
     def unchecked(self) -> list[str]:
-        """Return a line for each limit and gate that was not checked: a case was skipped, or a figure is not known."""
+        """Return a line for each limit and gate that was not checked: for a skipped case, or for want of a figure."""
         limits = (f"{record.id}: {limit}" for record in self.records for limit in record.unchecked_limits)
         gates = (outcome.sentence() for outcome in self.outcomes if outcome.is_unchecked)
-        return list(dict.fromkeys((*limits, *gates)))
+        return list(dict.fromkeys((*limits, *gates, *self.idle_limits)))
 
     def exit_code(self, otherwise: int, *, allows_skipped: bool) -> int:
         """Return the exit code: 1 for a broken rule, 3 for one that was not checked, unless there is worse otherwise.
@@ -57,7 +59,8 @@ class Rules:
         return EXIT_CANNOT_COMPARE if self.unchecked and not allows_skipped else otherwise
 
     def print_unchecked(self, form: str, *, is_allowed: bool) -> None:
-        """Print how many limits and gates were not checked, and what that means."""
+        """Print limits on what no case has, how many limits and gates were not checked, and what that means."""
+        print_remarks(self.idle_limits, form)
         if count := len(self.unchecked):
             were = "limit or gate was" if count == 1 else "limits and gates were"
             how = "which --allow-skipped passes" if is_allowed else "exit code 3, unless --allow-skipped is given"
@@ -98,22 +101,30 @@ def add_allow_skipped(verb: argparse.ArgumentParser) -> None:
     )
 
 
-def check(gates: Sequence[Gate], records: Sequence[Record], keep: Callable[[str], bool] | None = None) -> Rules:
+def check(
+    gates: Sequence[Gate],
+    limits: Iterable[str],
+    records: Sequence[Record],
+    keep: Callable[[str], bool] | None = None,
+) -> Rules:
     """Check a suite's limits and gates in the cases that were asked for.
 
     Args:
+        limits: the fields of the metrics that have limits.
         records: of these cases and of those that they are compared with.
         keep: returns whether a case id was asked for; ``None``: all were.
     """
     from membench.suite.gates import outcomes
+    from membench.suite.limits import on_no_figure
 
     found = outcomes(gates, records)
     if keep is None:
-        return Rules(records, found)
+        return Rules(records, found, idle_limits=on_no_figure(limits, records))
     kept = [record for record in records if keep(record.id)]
     ids = {record.id for record in kept}
     judged = [outcome for outcome in found if outcome.case_id in ids or _is_of_no_figures(outcome, ids)]
-    return Rules(kept, judged, [outcome for outcome in found if outcome not in judged])
+    left_out = [outcome for outcome in found if outcome not in judged]
+    return Rules(kept, judged, left_out, on_no_figure(limits, kept))
 
 
 def _is_of_no_figures(outcome: Outcome, ids: Collection[str]) -> bool:

@@ -108,7 +108,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 run = membench.run(suite, keep=keep, output=arguments.output, resume=resume, tell=begun.hearing(tell))
             script.print_phases(run.records, arguments.format)
             print_run(run, arguments.format, arguments.explain)
-            checked = rules.check(suite.gates, run.records)
+            checked = rules.check(suite.gates, suite.limits, run.records)
             checked.print_gates(arguments.format)  # the table's remarks include limits
             checked.print_unchecked(arguments.format, is_allowed=arguments.allow_skipped)
             if any(record.status not in ("ok", "skipped") for record in run.records):
@@ -116,7 +116,11 @@ def _run(arguments: argparse.Namespace) -> int:
             code = checked.exit_code(code, allows_skipped=arguments.allow_skipped)
             left, begun = left[1:], None
             cases += case_outcomes.of_records(
-                suite.name, checked.records, checked.outcomes, allows_skipped=arguments.allow_skipped
+                suite.name,
+                checked.records,
+                checked.outcomes,
+                idle_limits=checked.idle_limits,
+                allows_skipped=arguments.allow_skipped,
             )
             tables.append(text.comparison(run.records, "github"))
     except KeyboardInterrupt:

@@ -152,8 +152,10 @@ class _Records:
         is_usage_error = self._comparison is not None and is_looked_at and self._comparison.finish()
         if is_usage_error and session.exitstatus == pytest.ExitCode.OK:  # else tests failed already
             session.exitstatus = pytest.ExitCode.USAGE_ERROR
-        if self._unchecked is not None and session.exitstatus == pytest.ExitCode.OK:
-            session.exitstatus = self._unchecked.finish()
+        if self._unchecked is not None:
+            self._unchecked.add_rules_of_no_case()
+            if session.exitstatus == pytest.ExitCode.OK:
+                session.exitstatus = self._unchecked.finish()
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         for source in (self._keeper, self._comparison, self._unchecked):

@@ -49,6 +49,7 @@ def of_records(
     outcomes: Iterable[Outcome] = (),
     ends: Mapping[str, End] = _ENDS,
     *,
+    idle_limits: Sequence[str] = (),
     allows_skipped: bool = False,
 ) -> list[CheckedCase]:
     """The cases of a run, with the limits and rules of its suite.
@@ -56,7 +57,11 @@ def of_records(
     Args:
         outcomes: of the suite's rules.
         ends: what a status other than ``ok`` stands for; ``unfinished`` where it is not said.
+        idle_limits: a sentence for each limit on a metric that no case has.
         allows_skipped: whether limits and rules may be left unchecked; else the cases of these are unfinished.
+
+    Returns:
+        the cases, and one more for what was to be checked and fits none of them.
     """
     broken: dict[str, list[str]] = {}
     unchecked: dict[str, list[str]] = {record.id: list(record.unchecked_limits) for record in records}
@@ -67,7 +72,11 @@ def of_records(
     cases = [
         _of_repeats(suite, case_id, repeats, broken.get(case_id, []), ends) for case_id, repeats in _by_id(records)
     ]
-    return [
+    ids = {case.id for case in cases}
+    of_none = [*idle_limits, *(line for match, lines in unchecked.items() if match not in ids for line in lines)]
+    end: End = "skipped" if allows_skipped else "unfinished"
+    rules = [CheckedCase(suite, "limits and gates", end, tuple(dict.fromkeys(of_none)))] if of_none else []
+    return rules + [
         dataclasses.replace(
             case,
             end=case.end if allows_skipped else _worst((case.end, "unfinished")),
@@ -149,7 +158,12 @@ def _of(case_id: str, sentence: str) -> str:
 
 
 def of_check(
-    judgement: Judgement, records: Sequence[Record], outcomes: Iterable[Outcome] = (), *, allows_skipped: bool = False
+    judgement: Judgement,
+    records: Sequence[Record],
+    outcomes: Iterable[Outcome] = (),
+    *,
+    idle_limits: Sequence[str] = (),
+    allows_skipped: bool = False,
 ) -> list[CheckedCase]:
     """The cases of a comparison whose new side was measured here: with the limits and rules of its suite, too.
 
@@ -157,7 +171,9 @@ def of_check(
     skipped.
     """
     ends: Mapping[str, End] = dict.fromkeys(typing.get_args(Status), "skipped")
-    checked = of_records(judgement.new.suite, records, outcomes, ends, allows_skipped=allows_skipped)
+    checked = of_records(
+        judgement.new.suite, records, outcomes, ends, idle_limits=idle_limits, allows_skipped=allows_skipped
+    )
     return together(checked, of_judgement(judgement))
 
 

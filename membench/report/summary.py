@@ -13,7 +13,7 @@ from membench.records.metrics import METRIC_OF_FIELD, NO_DIVERGENCE, SAME_ACCURA
 from membench.records.record import Record
 from membench.records.run_file import Run
 from membench.regression.measured import CommitMeasured
-from membench.report.broken_rules import troubled_gates
+from membench.report.broken_rules import idle_limits, troubled_gates
 from membench.report.cells import bound_of_ratio, is_coarse, signed
 from membench.report.outcomes import end_of
 from membench.report.savings import Ratio, ratios_of
@@ -65,6 +65,7 @@ def _ends(run: Run) -> str:
     gates = troubled_gates(run)
     broken = sum(outcome.holds is False for outcome in gates)
     unchecked = len(gates) - broken + sum(len(record.unchecked_limits) for record in run.records)
+    unchecked += len(idle_limits(run))
     ends = collections.Counter(map(end_of, run.records))
     if ends.keys() == {"ok"} and not gates and not unchecked:
         return "all ok"

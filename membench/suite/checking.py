@@ -8,13 +8,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from membench.errors import PluginError, RuleError, SuiteError, did_you_mean
+from membench.errors import PluginError, RuleError, SuiteError
 from membench.plugins import local_files
 from membench.protocol.case import PluginFile
-from membench.records.metric import Metric
-from membench.records.metrics import metrics_by_name, own_metrics
-from membench.records.validation import problem, shown
+from membench.records.metrics import own_metrics
+from membench.records.validation import problem
 from membench.suite.expansion import cases_of_program, expand
+from membench.suite.limits import of_table as limits_of_table
 from membench.suite.rules import refuse_unmatched_patterns, refuse_unsupported_by_programs, rules
 from membench.suite.schema import Contents, ProgramContents, Settings
 
@@ -46,7 +46,7 @@ def checked(tables: Mapping[str, Any], where: str, folder: Path, devices: Sequen
             cases = cases_of_program(contents.script, folder, devices)
             settings = Settings.model_validate(contents.settings.model_dump())
         own = own_metrics(cases[0].metric_plugins)
-        limits = dict(_limit(key, value, own) for key, value in contents.limits.items())
+        limits = limits_of_table(contents.limits, own)
         tolerances, gates = rules(contents.regression, contents.gate, own, of_program=schema is ProgramContents)
         if isinstance(contents, ProgramContents):
             refuse_unsupported_by_programs(contents.limits, tolerances, gates)
@@ -87,17 +87,3 @@ def _plugin_files(names: Sequence[str], folder: Path) -> tuple[PluginFile, ...]:
                 " of membench.plugins, and has a name that begins with no underscore"
             )
     return files
-
-
-def _limit(key: str, value: Any, own: Sequence[Metric]) -> tuple[str, float]:
-    known = metrics_by_name(own)
-    metric = known.get(key)
-    if metric is None:
-        raise SuiteError(f"limits.{key}: no such metric; {did_you_mean(key, known)}")
-    try:
-        limit = metric.unit.amount(value)
-    except (ValueError, OverflowError):
-        raise SuiteError(f"limits.{key} = {shown(value)}: write {metric.unit.expected}") from None
-    if limit < 0 and metric.signed != "yes":
-        raise SuiteError(f"limits.{key} = {shown(value)}: a limit must not be negative")
-    return metric.field, limit

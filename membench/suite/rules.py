@@ -29,16 +29,26 @@ def rules_of(header: Mapping[str, Any], own: Sequence[Metric] = ()) -> tuple[tup
     Raises:
         RuleError: if they are not valid.
     """
-    tables = header.get("suite_tables")
-    if tables is None:
-        try:
-            tables = tomllib.loads(str(header.get("suite_text", "")))
-        except (ValueError, RecursionError):
-            raise RuleError("the suite's text in the run is not TOML") from None
+    tables = tables_of(header)
     regression, gate = tables.get("regression", {}), tables.get("gate", {})
     if not isinstance(regression, dict) or not isinstance(gate, dict):
         raise RuleError("[regression] and [gate] are tables")
     return rules(regression, gate, own, of_program="script" in tables)
+
+
+def tables_of(header: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the tables of a suite from the header of a run.
+
+    Raises:
+        RuleError: if its text is not TOML.
+    """
+    tables: Mapping[str, Any] | None = header.get("suite_tables")
+    if tables is not None:
+        return tables
+    try:
+        return tomllib.loads(str(header.get("suite_text", "")))
+    except (ValueError, RecursionError):
+        raise RuleError("the suite's text in the run is not TOML") from None
 
 
 def rules(
