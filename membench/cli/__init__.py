@@ -14,17 +14,18 @@ from membench.cli import (
     estimate,
     export,
     listing,
+    merge,
     new,
     regression,
     report,
     run,
     script,
     show,
-)
+)  # fmt: skip
 from membench.host import console
 
 # In the order in which the help shows them.
-_VERBS = (run, estimate, listing, show, report, advise, regression, calibrate, export, new, doctor)
+_VERBS = (run, merge, estimate, listing, show, report, advise, regression, calibrate, export, new, doctor)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,6 +19,7 @@ from membench.report.table_formats import DEFAULT
 
 if TYPE_CHECKING:
     from membench import Suite
+    from membench.suite.sharding import Shard
 
 
 def add(verbs: Verbs) -> None:
@@ -27,6 +28,9 @@ def add(verbs: Verbs) -> None:
     script.add(run)
     run.add_argument("-k", dest="expression", help="only cases whose id matches, such as 'int8 and not train'")
     run.add_argument("--device", action="append", help="device to use instead of the suite's: cpu, cuda, cuda:0, 2xcpu")
+    run.add_argument(
+        "--shard", metavar="I/N", help="measure only share I of N; 'membench merge' puts the runs of all together"
+    )
     run.add_argument("--resume", action="store_true", help="continue the newest run of the suite")
     run.add_argument("--output", type=Path, default=RESULTS, help="folder for the run's file")
     run.add_argument("--dry-run", action="store_true", help="print the cases without measuring them")
@@ -60,7 +64,8 @@ def _told(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     import membench
-    from membench.suite import selection
+    from membench.suite import selection, sharding
+    from membench.suite.sharding import Shard
 
     is_script = script.is_asked_for(arguments)
     keep = selection.parse(arguments.expression) if arguments.expression else lambda _: True
@@ -77,8 +82,12 @@ def _run(arguments: argparse.Namespace) -> int:
             put(f"membench: {name} is left out: -k '{arguments.expression}' fits none of its cases", file=sys.stderr)
     if not chosen:
         raise selection.no_case_matches(arguments.expression)
+    shard = Shard.parse(arguments.shard) if arguments.shard else None
+    _refuse_shard_with_others(arguments)
     if arguments.dry_run:
-        put("\n".join(case.id for suite in chosen.values() for case in suite.select(keep)))
+        selected = {name: suite.select(keep) for name, suite in chosen.items()}
+        shares = [sharding.share(cases, shard) if shard else cases for cases in selected.values()]
+        put("\n".join(case.id for cases in shares for case in cases))
         return EXIT_OK
     ci.refuse_unwritable(arguments)
     alone: str | None = None
@@ -96,7 +105,8 @@ def _run(arguments: argparse.Namespace) -> int:
         raise MembenchError(f"--{'repeats' if arguments.repeats else 'fail'} belongs to --against-ref GIT_REF")
     from membench.report import case_outcomes, markdown, text
 
-    resumed = _resumed(list(chosen.values()), arguments.output) if arguments.resume else [False] * len(chosen)
+    whole = [False] * len(chosen)
+    resumed = _resumed(list(chosen.values()), arguments.output, shard) if arguments.resume else whole
     code, left = EXIT_OK, list(chosen)
     cases: list[case_outcomes.CheckedCase] = []
     begun: TableIfInterrupted | None = None
@@ -105,7 +115,9 @@ def _run(arguments: argparse.Namespace) -> int:
         for suite, resume in zip(chosen.values(), resumed, strict=True):
             begun = TableIfInterrupted(arguments.format, arguments.explain)
             with begun, script.showing_progress(suite, arguments.format) as tell:
-                run = membench.run(suite, keep=keep, output=arguments.output, resume=resume, tell=begun.hearing(tell))
+                run = membench.run(
+                    suite, keep=keep, output=arguments.output, resume=resume, tell=begun.hearing(tell), shard=shard
+                )
             script.print_phases(run.records, arguments.format)
             print_run(run, arguments.format, arguments.explain)
             checked = rules.check(suite.gates, suite.limits, run.records)
@@ -138,18 +150,28 @@ def _run(arguments: argparse.Namespace) -> int:
     return code
 
 
-def _resumed(suites: Sequence[Suite], output: Path) -> list[bool | Path]:
+def _refuse_shard_with_others(arguments: argparse.Namespace) -> None:
+    """Refuse what does not go with a share of a suite.
+
+    Raises:
+        MembenchError: if that is asked for.
+    """
+    if arguments.shard and (arguments.against_ref or script.is_asked_for(arguments)):
+        raise MembenchError(f"--shard {arguments.shard}: a program and --against-ref are not shared out")
+
+
+def _resumed(suites: Sequence[Suite], output: Path, shard: Shard | None) -> list[bool | Path]:
     """Return the run that each suite continues; ``False`` for a suite that has not been started.
 
     A command runs its suites in order, so only runs that began after the first one's belong to it.
     """
     import membench
 
-    first = membench.resumable(suites[0], output)
+    first = membench.resumable(suites[0], output, shard=shard)
     if first is None:
         raise ResultsError(f"{output}: no run of suite '{suites[0].name}' there to go on with")
     since = membench.read_run(first).header.get("started_at", "")
-    return [first, *(membench.resumable(suite, output, since) or False for suite in suites[1:])]
+    return [first, *(membench.resumable(suite, output, since, shard) or False for suite in suites[1:])]
 
 
 def _command(arguments: argparse.Namespace, suites: Sequence[str], resume: bool) -> str:
@@ -161,6 +183,8 @@ def _command(arguments: argparse.Namespace, suites: Sequence[str], resume: bool)
         words += ["-k", arguments.expression]
     for device in arguments.device or ():
         words += ["--device", device]
+    if arguments.shard:
+        words += ["--shard", arguments.shard]
     if resume:
         words.append("--resume")
     if arguments.output != RESULTS:

@@ -326,17 +326,20 @@ def newest_run(folder: str | Path) -> Path:
     return found
 
 
-def find_run(folder: Path, suite: str | None = None, since: str = "") -> Path | None:
+def find_run(folder: Path, suite: str | None = None, since: str = "", shard: str | None = None) -> Path | None:
     """Return the path of the most recently written run in a folder; ``None`` if there is none.
 
     Args:
         suite: the name of the run's suite; ``None``: any.
         since: the earliest start of the run (ISO, UTC).
+        shard: the share of the suite that the run is to be of; ``None``: of the whole suite.
     """
     newest: tuple[int, Path] | None = None
     for path in sorted(folder.glob("*.jsonl")):
         header = _header(path)
-        if header is None or suite not in (None, header["suite"]) or header.get("started_at", "") < since:
+        if header is None or header.get("started_at", "") < since:
+            continue
+        if suite is not None and (suite, shard) != (header["suite"], header.get("shard")):
             continue
         with contextlib.suppress(OSError):  # the file was removed in the meantime
             written_at = path.stat().st_mtime_ns

@@ -75,6 +75,8 @@ class _Header(_Table):
     suite_sha256: str = ""
     suite_text: str = ""
     suite_tables: dict[str, Any] | None = None
+    shard: str | None = None
+    merged: list[str] = []
     devices: list[str] = []
     machine: _Machine = _Machine()
     started_at: str = ""

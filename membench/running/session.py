@@ -30,6 +30,7 @@ from membench.running.needs import Needs
 from membench.running.rank import Tell
 from membench.running.references import References, references, remove
 from membench.running.runner import Interrupted
+from membench.suite.sharding import Shard, share
 from membench.suite.suite import Suite
 
 
@@ -48,6 +49,7 @@ def run(
     executor: Opener = LocalExecutor,
     keeps_references: bool = False,
     job_of: JobMaker = job_from_case,
+    shard: Shard | None = None,
 ) -> Run:
     """Run a suite's cases and keep a record of each.
 
@@ -72,15 +74,18 @@ def run(
         executor: opens the executor that runs the cases; by default, this machine.
         keeps_references: keep the logits of references beside the run's file, because ``measure_again`` may need them.
         job_of: makes the job of a case; by default, the one that measures it.
+        shard: measure only this share of the cases.
 
     Raises:
         ResultsError: if there is no run to resume; if the suite, its devices or the machine have changed since; or if
             the run's file cannot be written. Records written before are kept.
     """
     cases = suite.select(keep)
+    if shard is not None:
+        cases = share(cases, shard)
     with Session(
         suite, cases, Path(output), resume=resume, tell=tell, executor=executor, keeps_references=keeps_references,
-        job_of=job_of,
+        job_of=job_of, shard=shard,
     ) as session:  # fmt: skip
         records = read_run(session.path).records
         done = {(record.id, record.repeat) for record in records}
@@ -126,6 +131,7 @@ class Session:
         checkouts: Checkouts | None = None,
         keeps_references: bool = False,
         job_of: JobMaker = job_from_case,
+        shard: Shard | None = None,
     ) -> None:
         """Open the run's file and its executor; see ``run`` for the other arguments.
 
@@ -141,9 +147,9 @@ class Session:
         self._suite, self._tell, self._checkouts = suite, tell, checkouts
         self._keeps_references, self._job_of = keeps_references, job_of
         self._losses = KnownLosses()
-        resumed = _run_to_resume(suite, output, resume)
+        resumed = _run_to_resume(suite, output, resume, shard)
         code = code or code_version(suite.code_folder)
-        header = header_of(suite, datetime.now(UTC), code)
+        header = header_of(suite, datetime.now(UTC), code) | ({"shard": str(shard)} if shard else {})
         self.path = resumed or run_path(output, header)
         jobs = [self._job(case, 0) for case in cases]
         described = [self._job(case, 0) for case in suite.cases]
@@ -245,13 +251,16 @@ def measure_again(
     return read_run(path)
 
 
-def resumable(suite: Suite, output: str | Path, since: str = "") -> Path | None:
+def resumable(suite: Suite, output: str | Path, since: str = "", shard: Shard | None = None) -> Path | None:
     """Return the newest run of a suite in a folder, started at ``since`` (ISO, UTC) or later; ``None`` without one.
+
+    Args:
+        shard: the share of the suite that is to be continued; ``None``: a run of the whole suite.
 
     Raises:
         ResultsError: if the suite, its devices or the machine differ from those of the run.
     """
-    found = find_run(Path(output), suite.name, since)
+    found = find_run(Path(output), suite.name, since, str(shard) if shard else None)
     if found is not None:
         _check_resumable(found, suite, machine_of(suite), code_version(suite.code_folder))
     return found
@@ -263,11 +272,13 @@ def machine_of(suite: Suite) -> dict[str, Any]:
     return machine_here(jobs[0].threads, [job.device for job in jobs])
 
 
-def _run_to_resume(suite: Suite, folder: Path, resume: bool | Path) -> Path | None:
+def _run_to_resume(suite: Suite, folder: Path, resume: bool | Path, shard: Shard | None) -> Path | None:
     """Return the file of the run to resume; ``None`` for a new run."""
-    path = find_run(folder, suite.name) if resume is True else resume or None
+    of = str(shard) if shard else None
+    path = find_run(folder, suite.name, shard=of) if resume is True else resume or None
     if resume and path is None:
-        raise ResultsError(f"{folder}: no run of suite '{suite.name}' there to go on with")
+        share_of = f"share {of} of " if of else ""
+        raise ResultsError(f"{folder}: no run of {share_of}suite '{suite.name}' there to go on with")
     return path
 
 
