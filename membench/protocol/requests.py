@@ -111,10 +111,12 @@ class EstimateCase:
 
     Attributes:
         device: where the case would run, as written: ``8xcuda``.
+        threads: with how many each rank would compute.
     """
 
     case: MeasureCase
     device: str
+    threads: int
     what: Literal["estimate"] = "estimate"
 
 

@@ -127,6 +127,11 @@ def unpin() -> None:
 def settle() -> None:
     """Collect garbage, and return free heap memory and MKL's cached packing buffers to the kernel."""
     gc.collect()
+    return_free()
+
+
+def return_free() -> None:
+    """Return free heap memory and MKL's cached packing buffers to the kernel."""
     _free_mkl_buffers()
     libc = _libc()
     if libc is not None:

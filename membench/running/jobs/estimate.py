@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from membench.errors import SuiteError
+from membench.host import environment
 from membench.host.device import Device
 from membench.protocol import requests
 from membench.protocol.case import Case, Plugin
@@ -40,7 +41,8 @@ class EstimateJob(CaseJob):
     def order(self, number: int, references: References) -> StartWorker:
         measuring = requests.decode(super().order(number, references).request)
         assert isinstance(measuring.work, requests.MeasureCase)
-        work = requests.EstimateCase(measuring.work, str(self.estimated_on))
+        threads = self.settings.threads or max(1, environment.usable_cores() // self.estimated_on.count)
+        work = requests.EstimateCase(measuring.work, str(self.estimated_on), threads)
         return StartWorker(requests.encode(replace(measuring, work=work)), number, self.settings.isolation)
 
     def derive(self, readings: JobReadings) -> DerivedMetrics:

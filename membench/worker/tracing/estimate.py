@@ -22,7 +22,7 @@ def estimate(work: EstimateCase, scratch: Path, meter: Meter) -> None:
     """
     logging.getLogger("torch._subclasses.fake_tensor").disabled = True  # it logs what is handled here
     try:
-        found = list(traced(work.case, Device.parse(work.device), scratch))
+        found = list(traced(work.case, Device.parse(work.device), work.threads, scratch))
     except Unsuitable:
         raise
     except Exception as error:

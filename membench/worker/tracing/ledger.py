@@ -37,6 +37,11 @@ class Span:
     whole: Peak = field(default_factory=Peak)
     parts: dict[str, Peak] = field(default_factory=dict)
 
+    def add(self, size_bytes: int) -> None:
+        """Add what is held all the time beside tensors to each peak."""
+        for peak in (self.whole, *self.parts.values()):
+            peak.bytes += size_bytes
+
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all storages that exist. Use as a context manager inside a ``FakeTensorMode``.

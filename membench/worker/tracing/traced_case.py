@@ -40,12 +40,13 @@ VALUES = "what depends on values: each one that was asked for was taken to be 1"
 BUILT_FROM_SHAPES = "what loading takes besides the weights: the model was made from its shapes"
 
 
-def traced(case: MeasureCase, device: Device, scratch: Path) -> Iterator[RankEstimate]:
+def traced(case: MeasureCase, device: Device, threads: int, scratch: Path) -> Iterator[RankEstimate]:
     """Run a case on fake tensors on each rank that differs from the others.
 
     Args:
         device: where the case runs. Tensors are fake ones of a CPU in any case, since a build of torch for CPUs has no
             others with all their operations; sizes are those of the device's allocator.
+        threads: with how many each rank would compute.
         scratch: the folder for what stages write.
 
     Raises:
@@ -54,7 +55,7 @@ def traced(case: MeasureCase, device: Device, scratch: Path) -> Iterator[RankEst
     """
     first = _assembly(case, device, 0, scratch, Ledger(FakeTensorMode(), allocation.size_on(device)))
     for ranks in alike(first.techniques, device.count) if device.in_ranks else [[0]]:
-        yield _TracedRank(case, device, ranks[0], scratch).estimate(ranks)
+        yield _TracedRank(case, device, threads, ranks[0], scratch).estimate(ranks)
 
 
 def _assembly(case: MeasureCase, device: Device, number: int, scratch: Path, ledger: Ledger) -> Assembly:
@@ -67,9 +68,10 @@ def _assembly(case: MeasureCase, device: Device, number: int, scratch: Path, led
 class _TracedRank:
     """A rank of a case that runs on fake tensors."""
 
-    def __init__(self, case: MeasureCase, device: Device, number: int, scratch: Path) -> None:
+    def __init__(self, case: MeasureCase, device: Device, threads: int, number: int, scratch: Path) -> None:
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self._ledger = Ledger(self._fake, allocation.size_on(device), working_memory.known_bytes)
+        self._kernels = working_memory.of(device, threads)
+        self._ledger = Ledger(self._fake, allocation.size_on(device), self._kernels.working_bytes)
         self._device, self._number = device, number
         self._case = _assembly(case, device, number, scratch, self._ledger)
         self._leaves_out: list[str] = []
@@ -92,21 +94,22 @@ class _TracedRank:
 
     def _stages(self, ranks: Sequence[int]) -> RankEstimate:
         ledger, figures = self._ledger, dict[str, int]()
-        with ledger.span() as loading:
+        with self._phase() as loading:
             module = self._load()
-        with ledger.span() as applying:
+        with self._phase() as applying:
             for _, convert in self._case.conversions():
                 module = convert(module)
         module.train(self._case.workload.trains)
         self._case = self._with_data()
         warmup, _ = steps_for_memory(self._case.techniques, in_ranks=self._device.in_ranks)
-        with ledger.span() as warming:
+        with self._phase() as warming:
             step = self._case.workload.start(module, _zeros, self._case.techniques, self._case.context)
             for _ in range(warmup):
                 step()
-        with ledger.span() as running:
+        with self._phase() as running:
             step()
-        figures["held_live_bytes"] = ledger.live_bytes
+        added = self._kernels.added_bytes()
+        figures["held_live_bytes"] = ledger.live_bytes + self._kernels.kept_bytes
         figures |= {
             "load_peak_live_bytes": loading.whole.bytes,
             "apply_peak_live_bytes": applying.whole.bytes,
@@ -132,8 +135,17 @@ class _TracedRank:
             figures=figures,
             breakdown_bytes=breakdown,
             peak_part=max(parts, key=lambda name: parts[name].bytes, default=None),
+            added_bytes=added,
             leaves_out=tuple(self._leaves_out),
         )
+
+    @contextlib.contextmanager
+    def _phase(self) -> Iterator[Span]:
+        """Find the peaks of a phase, with what libraries hold during it."""
+        self._kernels.begin()
+        with self._ledger.span() as span:
+            yield span
+        span.add(sum(self._kernels.added_bytes().values()))
 
     def _load(self) -> nn.Module:
         try:
