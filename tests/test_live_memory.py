@@ -208,6 +208,7 @@ def test_garbage_in_cycles_does_not_add_up_over_steps(functions: dict[str, Recor
 def test_the_footprint_of_a_process_that_was_pinned_is_an_estimate(functions: dict[str, Record]) -> None:
     how = functions["test_read"].obtained["peak_footprint_bytes"]
     assert how["bound"] == "about"
+    assert how["off_bytes"] == _read(functions["test_read"], "peak_footprint_bytes") // 3 + 7 * MIB
     assert "pinned before" in how["source"]
 
 

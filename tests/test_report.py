@@ -164,6 +164,25 @@ def test_a_verdict_passes_over_what_two_runs_of_a_case_may_differ_by() -> None:
     assert savings.verdicts([none, coarse("a", 1.4, 0.84)]) == ["a: saved live peak ×0.70, time ×0.84; cost nothing"]
 
 
+def test_a_verdict_draws_nothing_from_estimates_that_may_be_equal() -> None:
+    def estimated(technique: str, footprint_mib: float, peak_mib: float) -> Record:
+        record = _record(technique, peak_footprint_bytes=footprint_mib * MIB, peak_live_bytes=peak_mib * MIB)
+        off = int(footprint_mib * MIB / 3) + 7 * MIB
+        bounds = {"at_least_bytes": (peak_mib - 3) * MIB, "at_most_bytes": (peak_mib + 1) * MIB}
+        how = {
+            "peak_footprint_bytes": {"bound": "about", "off_bytes": off},
+            "peak_live_bytes": {"bound": "about", "resolution_bytes": MIB // 4, **bounds},
+        }
+        return dataclasses.replace(record, obtained=how)
+
+    none = estimated("none", 90.0, 20.0)
+    assert savings.verdicts([none, estimated("a", 54.0, 14.5)]) == ["a: saved nothing; cost nothing"]
+    line = "a: saved live peak ×0.68, footprint peak ×0.57; cost nothing"
+    assert savings.verdicts([none, estimated("a", 51.0, 13.5)]) == [line]
+    tiny = [estimated(name, mib, 10.0) for name, mib in (("none", 4.0), ("a", 11.0))]
+    assert savings.verdicts(tiny) == ["a: saved nothing; cost nothing"]
+
+
 @pytest.mark.parametrize(("mib", "bound"), [(150, "at most"), (50, "at least")])
 def test_a_verdict_draws_nothing_from_a_bound_on_the_wrong_side(mib: int, bound: str) -> None:
     none = _record("none", weights_bytes=64, peak_live_bytes=100 * MIB)

@@ -138,10 +138,29 @@ class Comparison:
         return any(self.value(group, technique, field) is not None for technique in self.techniques(group))
 
     def resolution(self, group: Group, technique: str, field: str) -> float:
-        """Return the measurement error of the source of a case's value, in bytes; 0 if it is not stated."""
-        obtained = self.repeats(group, technique)[0].obtained
-        found: float = obtained.get(field, {}).get("resolution_bytes", 0)
+        """Return the measurement error of the source of a case's value, in bytes; 0 if it is not stated.
+
+        Of an estimate whose bounds are known it is the distance to the farther one.
+        """
+        record = self.repeats(group, technique)[0]
+        how, value = record.obtained.get(field, {}), record.metrics.get(field)
+        found: float = how.get("resolution_bytes", 0)
+        if how.get("bound") == "about" and how.get("at_most_bytes") is not None and value is not None:
+            found = max(found, how["at_most_bytes"] - value, value - (how.get("at_least_bytes") or 0))
         return found
+
+    def is_within_error(self, group: Group, technique: str, base: str, field: str) -> bool:
+        """Return whether two values differ by less than the errors of both, or than one as an estimate may be off.
+
+        Estimates of two cases are made alike, so what they are off by is not added up.
+        """
+        values = [self.value(group, name, field) for name in (technique, base)]
+        if values[0] is None or values[1] is None:
+            return False
+        how = [self.repeats(group, name)[0].obtained.get(field, {}) for name in (technique, base)]
+        off = max(each.get("off_bytes") or 0 for each in how)
+        errors = sum(self.resolution(group, name, field) for name in (technique, base))
+        return abs(values[0] - values[1]) < max(off, errors)
 
     def ratio(self, group: Group, technique: str, field: str, base: str = REFERENCE) -> float | None:
         """Return the ratio of a case's value to that of another case of the group; ``None`` if it is undefined."""

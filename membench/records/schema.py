@@ -107,6 +107,7 @@ class _How(_Table):
     resolution_bytes: Size = 0
     at_least_bytes: Size | None = None
     at_most_bytes: SignedSize | None = None
+    off_bytes: Size | None = None
     interval_s: Duration | None = None
     children: bool | None = None
     rank: Size | None = None

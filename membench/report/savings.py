@@ -102,7 +102,7 @@ def ratios_of(found: Comparison, groups: Sequence[Group], technique: str, metric
         is_chance = gains and metric.gains_by_chance and found.value(group, technique, "final_loss_nats") is not None
         tells = (
             abs(value - 1) > metric.same_within
-            and not is_within_resolution(found, group, technique, metric)
+            and not found.is_within_error(group, technique, REFERENCE, metric.field)
             and bound != "~"
             and not (bound == "≤" and value > 1)
             and not (bound == "≥" and value < 1)
@@ -115,13 +115,6 @@ def ratios_of(found: Comparison, groups: Sequence[Group], technique: str, metric
 def _losses_of(found: Comparison, groups: Sequence[Group], technique: str, field: str) -> list[float]:
     losses = [found.lost(group, technique, field) for group in groups]
     return [loss for loss in losses if loss is not None]
-
-
-def is_within_resolution(found: Comparison, group: Group, technique: str, metric: Metric) -> bool:
-    """Whether a value differs from the reference's by less than the error of the two."""
-    values = [found.value(group, name, metric.field) for name in (technique, REFERENCE)]
-    off = [found.resolution(group, name, metric.field) for name in (technique, REFERENCE)]
-    return None not in values and abs((values[0] or 0) - (values[1] or 0)) < sum(off)
 
 
 def _kind(gains: Sequence[bool]) -> str:

@@ -19,6 +19,7 @@ _WIDE_BRACKET = 0.01
 _COUNTED_WITHIN_BYTES = 2**16
 """What the interpreter and the C library take or leave from one step to the next."""
 _EMULATED = "in a process that was pinned before: up to a third and 7 MiB from one that never was"
+_EMULATED_OFF, _EMULATED_OFF_BYTES = 1 / 3, 7 * 2**20
 _NOT_PINNED = "the C library's malloc cannot be pinned: only glibc's can"
 _GLIBC = ("pinned", "default")
 
@@ -203,6 +204,7 @@ def footprint(
         # mallopt and the steps before leave the heap in another state than a user's process has: for llama-15m that was
         # -27 to +35%. Processes that were never pinned differ as much from each other, by up to 32%.
         how["bound"], under = "about", f"{under}, {_EMULATED}"
+        how["off_bytes"] = int(_EMULATED_OFF * how["value"]) + _EMULATED_OFF_BYTES
     found.add("peak_footprint_bytes", source=f"kernel's peak (VmHWM), under {under}",
               resolution_bytes=resolution_bytes(), **how)  # fmt: skip
     found.add("held_footprint_bytes", require(time.held_footprint_bytes),
