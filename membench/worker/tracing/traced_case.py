@@ -65,6 +65,14 @@ def _assembly(case: MeasureCase, device: Device, number: int, scratch: Path, led
     return dataclasses.replace(assembly, context=dataclasses.replace(assembly.context, device="cpu"))
 
 
+def _with_fake_samples(case: Assembly) -> Assembly:
+    samples = case.workload.samples()
+    if samples is None:
+        return case
+    context = dataclasses.replace(case.context, samples=FakeSamples(samples.width, samples.classes))
+    return dataclasses.replace(case, context=context)
+
+
 class _TracedRank:
     """A rank of a case that runs on fake tensors."""
 
@@ -89,8 +97,26 @@ class _TracedRank:
                 self._case = self._case.spread(entered.enter_context(world))
             entered.enter_context(converting_fake_modules())
             entered.enter_context(self._fake)
+            self._rehearse()
             entered.enter_context(self._ledger)
             return self._stages(ranks)
+
+    def _rehearse(self) -> None:
+        """Run what a measured case runs on a tiny model before its baseline: code that is compiled then is no growth.
+
+        See ``rehearsing``; what it fails with there, too, leaves nothing behind that matters.
+        """
+        case = self._case.rehearsed()
+        if case is None:
+            return
+        with contextlib.suppress(Exception), Ledger(self._fake, lambda size: size, self._kernels.working_bytes):
+            module = case.load()
+            for _, convert in case.conversions():
+                module = convert(module)
+            module.train(case.workload.trains)
+            case = _with_fake_samples(case)
+            case.workload.start(module, _zeros, case.techniques, case.context)()
+        self._kernels.begin_at_baseline()
 
     def _stages(self, ranks: Sequence[int]) -> RankEstimate:
         ledger, figures = self._ledger, dict[str, int]()
@@ -100,7 +126,7 @@ class _TracedRank:
             for _, convert in self._case.conversions():
                 module = convert(module)
         module.train(self._case.workload.trains)
-        self._case = self._with_data()
+        self._case = _with_fake_samples(self._case)
         warmup, _ = steps_for_memory(self._case.techniques, in_ranks=self._device.in_ranks)
         with self._phase() as warming:
             step = self._case.workload.start(module, _zeros, self._case.techniques, self._case.context)
@@ -157,13 +183,6 @@ class _TracedRank:
             module = with_storage(build())
             self._leaves_out.append(BUILT_FROM_SHAPES)
             return module
-
-    def _with_data(self) -> Assembly:
-        samples = self._case.workload.samples()
-        if samples is None:
-            return self._case
-        context = dataclasses.replace(self._case.context, samples=FakeSamples(samples.width, samples.classes))
-        return dataclasses.replace(self._case, context=context)
 
     def _bytes_of(self, tensors: Any) -> int:
         return sum(self._sizes_of(tensors).values())

@@ -30,12 +30,14 @@ _MOST_BYTES = 2**29
 """Of the arguments and results of an operation that is run for real."""
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 _TAKE_NOTHING = frozenset((
-    "_to_copy", "_unsafe_view", "add_", "arange", "bernoulli_", "cat", "clone", "copy_", "detach_", "embedding",
-    "empty_like", "fill_", "full_like", "mean", "new_empty", "new_empty_strided", "new_full", "new_zeros", "normal_",
-    "ones_like", "rand_like", "randn_like", "random_", "resize_", "select_backward", "set_", "slice_backward",
-    "split_with_sizes_copy", "stack", "sum", "uniform_", "zero_", "zeros_like",
+    "_log_softmax", "_log_softmax_backward_data", "_softmax", "_softmax_backward_data", "_to_copy", "_unsafe_view",
+    "add_", "arange", "bernoulli_", "cat", "clone", "copy_", "detach_", "embedding", "embedding_dense_backward",
+    "empty_like", "fill_", "full_like", "mean", "new_empty", "new_empty_strided", "new_full", "new_zeros",
+    "nll_loss_backward", "nll_loss_forward", "normal_", "ones_like", "rand_like", "randn_like", "random_", "resize_",
+    "select_backward", "set_", "slice_backward", "split_with_sizes_copy", "stack", "sum", "uniform_", "zero_",
+    "zeros_like",
 ))  # fmt: skip
-"""Operations that write their results from their arguments element by element, apart from those that torch tags so."""
+"""Operations that were measured to take nothing beside their results, apart from those that torch tags as pointwise."""
 
 
 class Kernels(Protocol):
@@ -43,6 +45,10 @@ class Kernels(Protocol):
 
     def working_bytes(self, operation: Any, arguments: tuple[Any, ...], options: Mapping[str, Any], found: Any) -> int:
         """Return what an operation takes while it runs."""
+        ...
+
+    def begin_at_baseline(self) -> None:
+        """Make what is kept so far, by a rehearsal of the case, a part of the baseline."""
         ...
 
     def begin(self) -> None:
@@ -79,6 +85,7 @@ class KernelsHere:
         self._new: dict[str, list[int]] = {}
         self._calls: dict[str, Call] = {}  # of this phase, those that leave buffers
         self._code: dict[str, int] = {}
+        self._at_baseline: frozenset[str] = frozenset()
 
     def working_bytes(self, operation: Any, arguments: tuple[Any, ...], options: Mapping[str, Any], found: Any) -> int:
         if not _may_take(operation):
@@ -102,6 +109,9 @@ class KernelsHere:
             self._known[digest] = self._new[digest] = measure()
         return self._known[digest]
 
+    def begin_at_baseline(self) -> None:
+        self._at_baseline = frozenset(self._code)
+
     def begin(self) -> None:
         self._calls.clear()
 
@@ -115,7 +125,7 @@ class KernelsHere:
 
     @property
     def kept_bytes(self) -> int:
-        return sum(self._code.values())
+        return sum(size for key, size in self._code.items() if key not in self._at_baseline)
 
     def _keep(self) -> None:
         """Add what was measured to the file; another process may have written it meanwhile."""
@@ -146,6 +156,9 @@ class KernelsOfCuda:
         del arguments, options, found
         self._multiplies |= _may_take(operation) and operation.overloadpacket.__name__ in _PRODUCTS
         return 0
+
+    def begin_at_baseline(self) -> None:
+        self._multiplies = False  # the workspace of the rehearsal is freed
 
     def begin(self) -> None:
         pass
