@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -40,6 +40,11 @@ class JobReadings:
     interval_s: float
     processes: Sequence[ProcessReading]
     results: Sequence[Result | None]
+
+    @property
+    def ranks(self) -> Iterator[tuple[ProcessReading, Result | None]]:
+        """The reading and the result of each rank."""
+        return zip(self.processes, self.results, strict=True)
 
 
 @dataclass(frozen=True)

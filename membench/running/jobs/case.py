@@ -94,10 +94,7 @@ class CaseJob(RunnableJob):
         return StartWorker(request, number, self.settings.isolation)
 
     def derive(self, readings: JobReadings) -> DerivedMetrics:
-        ranks = [
-            self._derive_rank(readings, process, result)
-            for process, result in zip(readings.processes, readings.results, strict=True)
-        ]
+        ranks = [self._derive_rank(readings, process, result) for process, result in readings.ranks]
         if not self.device.in_ranks:
             return ranks[0]
         found = over_ranks.combine(ranks)

@@ -68,10 +68,7 @@ class ScriptJob(RunnableJob):
 
     def derive(self, readings: JobReadings) -> DerivedMetrics:
         """Derive the metrics up to the end of the program, however it ended; no baseline is subtracted."""
-        ranks = [
-            self._derive_rank(readings, process, result)
-            for process, result in zip(readings.processes, readings.results, strict=True)
-        ]
+        ranks = [self._derive_rank(readings, process, result) for process, result in readings.ranks]
         if not self.device.in_ranks:
             return ranks[0]
         found = over_ranks.combine(ranks)
