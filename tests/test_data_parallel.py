@@ -11,6 +11,7 @@ from membench.builtin.techniques.parallel.data_parallel import DistributedDataPa
 from membench.plugins import Setting, Technique, parallel_last, registry
 from membench.records.record import Record
 from membench.running.derived_metrics import resolution_bytes
+from membench.worker.training import note_on_more_steps, steps_for_memory
 from tests import parallel
 from tests.parallel import LAYER_BYTES, LAYERS, WEIGHTS_BYTES
 
@@ -229,6 +230,16 @@ def test_steps_that_warm_up_follow_from_when_a_hook_begins_to_compress() -> None
     assert _technique("ddp").warmup_steps == 3
     assert _technique("ddp", hook="powersgd", powersgd_start=10).warmup_steps == 11
     assert _technique("ddp", hook="fp16", powersgd_start=10).warmup_steps == 3
+
+
+@pytest.mark.parametrize(("start", "more"), [(2, None), (3, "1 step"), (10, "8 steps")])
+def test_a_training_that_is_longer_since_it_warms_up_for_longer_says_so(start: int, more: str | None) -> None:
+    stack = [_technique("bf16"), _technique("ddp", hook="powersgd", powersgd_start=start)]
+    notes = note_on_more_steps(("bf16", "compressed"), stack, in_ranks=True)
+    expected = f"'compressed' warms up for {start + 1} steps: loss and quality are those of a training {more} longer"
+    assert notes == ([expected] if more else [])
+    warmup, measured = steps_for_memory(stack, in_ranks=True)
+    assert warmup + measured + 1 == sum(steps_for_memory([], in_ranks=False)) + (int(more.split()[0]) if more else 0)
 
 
 def test_techniques_for_ranks_take_part_in_a_step_after_all_others() -> None:

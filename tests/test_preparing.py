@@ -149,6 +149,19 @@ def test_ranks_on_the_cores_of_one_machine_load_the_model_at_the_same_time(monke
         fitting.refuse_what_cannot_load(_MODEL, [MetaInit()], "cpu", 4)
 
 
+def test_ranks_that_prepare_at_the_same_time_need_room_for_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _MODEL.skeleton()
+    case = _case(tmp_path, MetaInit())
+    monkeypatch.setattr(fitting, "available_bytes", lambda: 2 * _WEIGHTS_BYTES)
+    with pytest.raises(DoesNotFit, match=r"^loading needs 387.0 KiB; 258.0 KiB are available on this machine$"):
+        case.prepare(3)
+    assert list(tmp_path.iterdir()) == []
+    case.prepare(2)
+    assert any(path.name.startswith("loaded.") for path in tmp_path.iterdir())
+
+
 def test_a_stack_that_is_converted_in_memory_is_refused_before_it_is_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

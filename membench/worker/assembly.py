@@ -297,10 +297,13 @@ class Assembly:
         following = corpus.stream(corpus.ids(vocabulary) if encoded is None else encoded, vocabulary)
         return lambda count: torch.tensor(following(count), dtype=torch.long)
 
-    def prepare(self) -> None:
+    def prepare(self, ranks: int = 1) -> None:
         """Let techniques prepare their files, each in a forked process, so that no memory of it remains in this one.
 
         It must be called before this process starts threads, because a fork does not copy them.
+
+        Args:
+            ranks: how many prepare at the same time.
 
         Raises:
             RuntimeError: if that process fails; the message is its error.
@@ -311,14 +314,16 @@ class Assembly:
         for position, technique in reversed(list(enumerate(self.techniques))):
             if type(technique).prepare is not plugins.Technique.prepare:
                 rest = self.techniques[position + 1 :] if technique.prepares_rest else ()
-                found = run_in_child(functools.partial(self._prepare_one, technique, rest))
+                found = run_in_child(functools.partial(self._prepare_one, technique, rest, ranks))
                 self.context.idle.extend(rest[place] for place in found["idle"])
                 self.context.diverged.extend(found["diverged"])
                 for kind in ("left_alone", "lost"):
                     told = (LeftAlone(rest[place], *what) for place, *what in found[kind])
                     getattr(self.context, kind).extend(told)
 
-    def _prepare_one(self, technique: plugins.Technique, rest: Sequence[plugins.Technique]) -> dict[str, list[Any]]:
+    def _prepare_one(
+        self, technique: plugins.Technique, rest: Sequence[plugins.Technique], ranks: int
+    ) -> dict[str, list[Any]]:
         """Let one technique prepare its files.
 
         Returns:
@@ -336,7 +341,7 @@ class Assembly:
             technique.prepare(made.make, assembly.context)
 
         if not Device.parse(self.context.device).on_gpu:
-            refuse_what_cannot_load(self.model, self.techniques, self.context.device)
+            refuse_what_cannot_load(self.model, self.techniques, self.context.device, ranks)
         rehearsed = self.rehearsed()
         if rehearsed is not None:
             with contextlib.suppress(Exception):  # a failing rehearsal is not an error; see ``rehearsing``

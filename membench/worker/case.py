@@ -35,7 +35,7 @@ from membench.worker.numpy_threads import set_numpy_threads
 from membench.worker.process_group import join, refuse_without_ranks, rehearse_collectives
 from membench.worker.rehearsing import rehearse
 from membench.worker.timed_steps import TimedSteps
-from membench.worker.training import figures_of_training, steps_for_memory
+from membench.worker.training import figures_of_training, note_on_more_steps, steps_for_memory
 from membench.worker.waiting import Waiting
 from membench.worker.weights import bytes_by_module, weight_bytes
 
@@ -140,7 +140,7 @@ class _Work:
         self._update_result(corpus=case.digest())
         allocator.unpin()
         case = self.case = case.watched()
-        case.prepare()
+        case.prepare(self._rank.of)
         self._update_result(pinned=allocator.pin())
         torch.set_num_threads(self._rank.threads)
         set_numpy_threads(self._rank.blas_threads)
@@ -214,7 +214,8 @@ class _Work:
         """
         case, meter = self.case, self._meter
         compiled_before = self._kernels.count()
-        warmup, measured = steps_for_memory(case.techniques, in_ranks=case.context.ranks is not None)
+        in_ranks = case.context.ranks is not None
+        warmup, measured = steps_for_memory(case.techniques, in_ranks=in_ranks)
         with meter.phase("warmup", "pinned"):
             step = case.workload.start(module, case.tokens(module), case.techniques, case.context)
             with explaining(module, case.names, case.techniques):
@@ -224,6 +225,7 @@ class _Work:
             self._notes.append(f"the first step compiled kernels, none of them from a cache (libraries: {compiled})")
         if case.workload.trains:
             self._update_result(**figures_of_training(module, case.techniques))
+            self._notes += note_on_more_steps(case.names, case.techniques, in_ranks=in_ranks)
         with meter.phase("run", "pinned") as run:
             meter.memory_in_parts = True
             for _ in range(measured):
@@ -258,7 +260,7 @@ class _Work:
                 breakdown_bytes=watcher.breakdown(peaks),
                 peak_part=max(peaks, key=lambda part: peaks[part], default=None),
             )
-        if case.context.ranks is not None:
+        if in_ranks:
             with meter.phase("communication", "pinned"):
                 loss, communicated = communicated_bytes(step, after_another=not case.workload.trains)
                 self._add_loss(loss)

@@ -40,6 +40,22 @@ def steps_for_memory(techniques: Sequence[Technique], *, in_ranks: bool) -> tupl
     return warmup, max(_LEAST_MEASURED, STEPS_FOR_MEMORY + 1 - warmup - in_ranks)
 
 
+def note_on_more_steps(names: Sequence[str], techniques: Sequence[Technique], *, in_ranks: bool) -> list[str]:
+    """Return a note if a training takes more steps than others of its suite, since a technique warms up for longer.
+
+    Args:
+        names: of the techniques.
+        in_ranks: as of ``steps_for_memory``.
+    """
+    warmup, measured = steps_for_memory(techniques, in_ranks=in_ranks)
+    more = warmup + measured + in_ranks - (STEPS_FOR_MEMORY + 1)
+    if more <= 0:
+        return []
+    name = next(name for name, each in zip(names, techniques, strict=True) if each.warmup_steps == warmup)
+    steps = "step" if more == 1 else "steps"
+    return [f"'{name}' warms up for {warmup} steps: loss and quality are those of a training {more} {steps} longer"]
+
+
 def _computing_bits(module: nn.Module, techniques: Sequence[Technique]) -> float:
     """Return the bits of the coarsest numbers among floating-point weights, and those that techniques name."""
     import torch
