@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,10 +131,10 @@ def _steps(module: nn.Module, techniques: tuple[Any, ...], context: Any) -> list
     return [None if loss is None else loss.item() for loss in losses]
 
 
-def _trained_on_ranks() -> dict[str, Any]:
-    """Train each case on this rank: losses, final weights, and the logits that evaluation gets."""
+def _trained_on_ranks(folder: Path) -> dict[str, Any]:
+    """Train each case on this rank, and save it: losses, final weights, the logits that evaluation gets, its file."""
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("stage",))
-    ranks = Ranks(distributed.get_rank(), 2, mesh, Path())
+    ranks = Ranks(distributed.get_rank(), 2, mesh, folder)
     context = _context(ranks)
     found: dict[str, Any] = {}
     for name, (options, make) in _CASES.items():
@@ -144,7 +145,9 @@ def _trained_on_ranks() -> dict[str, Any]:
         ids = _batches()()[:1]
         with torch.no_grad():
             logits = technique.whole_logits(logits_of(module(ids), ids), context)
-        found[name] = (losses, {key: value.clone() for key, value in module.state_dict().items()}, logits)
+        technique.save(module, folder / name, context)
+        written = torch.load(folder / name / f"stage-{ranks.number}.pt")
+        found[name] = (losses, {key: value.clone() for key, value in module.state_dict().items()}, logits, written)
     # A miniature may have fewer layers than there are stages.
     rehearsed, context = Pipeline.model_validate({"schedule": "interleaved"}), _context(ranks, rehearsal=True)
     found["rehearsal"] = _steps(rehearsed.parallelize(_llama(1), context), (rehearsed,), context)
@@ -153,7 +156,8 @@ def _trained_on_ranks() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return on_ranks(_trained_on_ranks, tmp_path_factory.mktemp("ranks"))
+    folder = tmp_path_factory.mktemp("ranks")
+    return on_ranks(functools.partial(_trained_on_ranks, folder), folder)
 
 
 @pytest.mark.parametrize("name", _CASES)
@@ -166,7 +170,7 @@ def test_stages_train_as_the_whole_model_does(name: str, on_two: list[dict[str, 
     # Together the stages have the weights of the whole model, after the same steps.
     weights = whole.state_dict()
     assert first[1].keys() | last[1].keys() == weights.keys()
-    for _, state, _ in (first, last):
+    for state in (first[1], last[1]):
         for key, value in state.items():
             torch.testing.assert_close(value, weights[key], rtol=1e-4, atol=1e-5)
 
@@ -192,6 +196,16 @@ def test_only_weights_that_both_ends_need_are_on_both(on_two: list[dict[str, Any
     torch.testing.assert_close(first["model.embed_tokens.weight"], last["lm_head.weight"], rtol=0, atol=0)
     layers = [{key.split(".")[2] for key in each["interleaved"][1] if ".layers." in key} for each in on_two]
     assert layers == [{"0", "2"}, {"1", "3"}], "each rank has two stages, not beside each other"
+
+
+@pytest.mark.parametrize("name", _CASES)
+def test_stages_save_each_weight_once(name: str, on_two: list[dict[str, Any]]) -> None:
+    first, last = (each[name] for each in on_two)
+    assert not first[3].keys() & last[3].keys()
+    behind = {"lm_head.weight"} if name in ("tied", "positions") else set()
+    assert (first[3].keys(), last[3].keys()) == (first[1].keys(), last[1].keys() - behind)
+    for (_, state, _, written), key in ((each, key) for each in (first, last) for key in each[3]):
+        assert torch.equal(written[key], state[key])
 
 
 def test_a_miniature_with_fewer_layers_than_stages_is_rehearsed_all_the_same(on_two: list[dict[str, Any]]) -> None:

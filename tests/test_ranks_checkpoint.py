@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import distributed, nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.on_ranks import on_ranks
 
@@ -27,8 +28,8 @@ class _Tied(nn.Module):
         self.head.weight = self.embed.weight
 
 
-def _write(how: str, folder: Path) -> int:
-    """Write a checkpoint as a technique would have the module; return the bytes of the first rank's file."""
+def _write(how: str, kind: str, folder: Path) -> int:
+    """Write a checkpoint as a technique would have the module; return the bytes of all files with weights."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -42,17 +43,23 @@ def _write(how: str, folder: Path) -> int:
     else:
         parallelize_module(module, mesh, {"between": ColwiseParallel()})
         make_shards_plain(module)
-    ranks_checkpoint.gathered(module, folder)
+    {"gathered": ranks_checkpoint.gathered, "sharded": ranks_checkpoint.sharded}[kind](module, folder)
     distributed.barrier()
-    return (folder / "model.safetensors").stat().st_size
+    return sum(file.stat().st_size for file in folder.iterdir() if file.name != ".metadata")
 
 
+@pytest.mark.parametrize("kind", ["gathered", "sharded"])
 @pytest.mark.parametrize("how", ["fsdp", "local shards"])
-def test_a_weight_that_layers_share_is_written_once(how: str, tmp_path: Path) -> None:
-    sizes = on_ranks(functools.partial(_write, how, tmp_path / "checkpoint"), tmp_path)
+def test_a_weight_that_layers_share_is_written_once(how: str, kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    sizes = on_ranks(functools.partial(_write, how, kind, folder), tmp_path)
     weights_bytes = 4 * (_VOCABULARY * _WIDTH + _WIDTH * _WIDTH)
-    assert sizes == pytest.approx([weights_bytes] * 2, abs=1024)
-    written = safetensors.torch.load_file(tmp_path / "checkpoint" / "model.safetensors")
+    assert sizes == pytest.approx([weights_bytes] * 2, abs=8192)
+    if kind == "gathered":
+        written = safetensors.torch.load_file(folder / "model.safetensors")
+    else:
+        dcp_to_torch_save(folder, tmp_path / "whole.pt")
+        written = torch.load(tmp_path / "whole.pt")
     alone = _Tied()
     assert set(written) == {"embed.weight", "between.weight"}
     assert torch.equal(written["between.weight"], alone.between.weight)

@@ -182,13 +182,18 @@ class Pipeline(Parallel):
         return self._running.from_last(logits)
 
     def save(self, module: nn.Module, folder: Path, context: Context) -> str | None:
-        """Write a file a stage, with the names that its weights have in the whole model."""
+        """Write a file a stage, with the names that its weights have in the whole model.
+
+        Weights that the first and the last stage share are in the file of the first one.
+        """
         import torch
 
         assert context.ranks is not None
         if context.ranks.place("data") == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            torch.save(module.state_dict(), folder / f"stage-{context.ranks.place(self.dimension)}.pt")
+            elsewhere = self._running.saved_by_first
+            state = {name: value for name, value in module.state_dict().items() if name not in elsewhere}
+            torch.save(state, folder / f"stage-{context.ranks.place(self.dimension)}.pt")
         return "torch.save of each stage"
 
 
@@ -197,6 +202,7 @@ class _Running:
 
     Attributes:
         in_schedule: whether the module is called by a schedule, for a stage alone.
+        saved_by_first: the names of this rank's weights that the first stage has, too, and saves.
     """
 
     def __init__(self, options: Pipeline, cut: Stages, module: nn.Module, context: Context) -> None:
@@ -212,6 +218,7 @@ class _Running:
         self._modules = cut.keep(self._numbers)
         paths = [pair[0 if self.has_first else 1] for pair in cut.tied] if self._is_outer else []
         self._tied = [module.get_parameter(path) for path in paths]
+        self.saved_by_first = frozenset() if self.has_first else frozenset(behind for _, behind in cut.tied)
         self._ready: tuple[Any, Any] | None = None
         self._loss: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None
         context.inventory[COMMUNICATION] = self._buffers
