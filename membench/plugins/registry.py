@@ -5,7 +5,9 @@ options checked.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,16 +97,45 @@ def _registered(kind: str, files: Sequence[PluginFile]) -> _ByName:
     Raises:
         PluginError: if one of the files cannot be run.
     """
+    installed = _installed(kind, _state_of_path())
+    if not files:
+        return installed
     found: _ByName = {}
     for file in files:
         for name, loaded in local_files.classes(file):
             if issubclass(loaded, CONTRACT[kind]):
                 found.setdefault(name, []).append(_Registered(name, loaded, file))
+    for name, same in installed.items():
+        found[name] = [*found.get(name, ()), *same]
+    return found
+
+
+@functools.lru_cache(maxsize=16)
+def _installed(kind: str, state: tuple[tuple[str, int | None], ...]) -> _ByName:
+    """What is installed of a kind. It reads files of all distributions, which each name of a suite must not cost.
+
+    Args:
+        state: of the folders that distributions are found in.
+    """
+    del state
+    found: _ByName = {}
     for entry in entry_points(group=f"membench.{kind}s"):
         same = found.setdefault(entry.name, [])
         if entry.value not in [other.source.value for other in same if isinstance(other.source, EntryPoint)]:
             same.append(_Registered(entry.name, entry))
     return found
+
+
+def _state_of_path() -> tuple[tuple[str, int | None], ...]:
+    """What tells that distributions may have come or gone: the folders of modules, and when each was changed."""
+    return tuple((folder, _changed_at_ns(folder or ".")) for folder in sys.path)
+
+
+def _changed_at_ns(folder: str) -> int | None:
+    try:
+        return os.stat(folder).st_mtime_ns
+    except OSError:
+        return None
 
 
 def _two(kind: str, name: str, same: Sequence[_Registered]) -> PluginError:

@@ -41,6 +41,9 @@ class Comparison:
 
     def __init__(self, records: Sequence[Record]) -> None:
         self._cases: dict[tuple[Group, str], list[Record]] = {}
+        # Tables, pages and remarks ask for the same values again and again.
+        self._values: dict[tuple[Group, str, str], float | None] = {}
+        self._disturbed: dict[tuple[Group, str, str], bool] = {}
         records = [with_highest_peak(record) for record in records]
         for record in records:
             self._cases.setdefault((record.group, record.technique), []).append(record)
@@ -85,6 +88,7 @@ class Comparison:
         if not elsewhere:
             return self
         found = copy.copy(self)
+        found._values, found._disturbed = {}, {}
         found._cases = {**self._cases, **{(group, part): self.repeats(of, part) for part, of in elsewhere.items()}}
         return found
 
@@ -93,23 +97,31 @@ class Comparison:
 
         Quality metrics are also ``None`` in groups whose workload only reads data.
         """
-        if METRIC_OF_FIELD[field].learnt and self.reads_only(group):
-            return None
-        return median(self.repeats(group, technique), field)
+        key = (group, technique, field)
+        if key not in self._values:
+            is_left_out = METRIC_OF_FIELD[field].learnt and self.reads_only(group)
+            self._values[key] = None if is_left_out else median(self.repeats(group, technique), field)
+        return self._values[key]
 
     def is_disturbed(self, group: Group, field: str, *techniques: str) -> bool:
         """Whether the value of any of these cases is a time that other processes disturbed."""
-        return any(are_disturbed(self.repeats(group, technique), field) for technique in techniques)
+        return any(self._is_disturbed(group, technique, field) for technique in techniques)
+
+    def _is_disturbed(self, group: Group, technique: str, field: str) -> bool:
+        key = (group, technique, field)
+        if key not in self._disturbed:
+            self._disturbed[key] = are_disturbed(self.repeats(group, technique), field)
+        return self._disturbed[key]
 
     def why_untold(self, group: Group, field: str, *techniques: str) -> str | None:
         """Return why nothing follows from the value of any of these cases, because it is a time; else ``None``.
 
         Other processes disturbed it, or several ranks share one machine's cores, so that it is not a cluster's.
         """
-        if self.is_disturbed(group, field, *techniques):
-            return WHY
         if METRIC_OF_FIELD[field].depends_on != "time":
             return None
+        if self.is_disturbed(group, field, *techniques):
+            return WHY
         records = [record for technique in techniques for record in self.repeats(group, technique)]
         known = (record for record in records if record.metrics.get(field) is not None)
         return SHARED if any(record.device.shares_cores for record in known) else None
