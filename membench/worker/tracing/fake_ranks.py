@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import distributed
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from membench.plugins import Ranks, Technique
+from membench.plugins import Ranks, Technique, Unsuitable
 from membench.plugins.parallel import degrees
 from membench.plugins.ranks import DIMENSIONS
 
@@ -33,7 +34,7 @@ def fake_ranks(techniques: Sequence[Technique], number: int, of: int, shared: Pa
         distributed.init_process_group("fake", store=FakeStore(), rank=number, world_size=of)
         mesh = init_device_mesh("cpu", tuple(found[name] for name in names), mesh_dim_names=names)
     try:
-        with _meshes_of_real_numbers():
+        with _meshes_of_real_numbers(), _wrapping_of_fake_tensors():
             yield Ranks(number, of, mesh, shared)
     finally:
         distributed.destroy_process_group()
@@ -56,6 +57,58 @@ def _meshes_of_real_numbers() -> Iterator[None]:
         yield
     finally:
         DeviceMesh._concatenate = staticmethod(original)  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _wrapping_of_fake_tensors() -> Iterator[None]:
+    """Let DDP wrap fake tensors: it exchanges the shapes of parameters by their addresses, which these have not.
+
+    Its buckets are reduced by a hook that is done at once, because a fake collective gives no result, and are not
+    rebuilt.
+    """
+    from torch.nn.parallel import distributed as wrapping
+
+    original = wrapping._verify_param_shape_across_processes
+    wrapper: Any = wrapping.DistributedDataParallel
+    make, register = wrapper.__init__, wrapper.register_comm_hook
+
+    def made(self: Any, *arguments: Any, **options: Any) -> None:
+        make(self, *arguments, **options)
+        self.reducer = _WithoutRebuilding(self.reducer)
+        register(self, None, lambda _, bucket: _reduced(bucket))  # DDP wants no names of types in it
+
+    def refuse(*_: Any) -> None:
+        raise Unsuitable("it cannot be estimated: a hook of DDP works on values that the other ranks send")
+
+    wrapping._verify_param_shape_across_processes = lambda *_, **__: True
+    wrapper.__init__, wrapper.register_comm_hook = made, refuse
+    try:
+        yield
+    finally:
+        wrapping._verify_param_shape_across_processes = original
+        wrapper.__init__, wrapper.register_comm_hook = make, register
+
+
+class _WithoutRebuilding:
+    """DDP's reducer, which does not sort its buckets anew after the first step: their order is agreed on by values.
+
+    Their bytes are the same in any order.
+    """
+
+    def __init__(self, reducer: Any) -> None:
+        self._reducer = reducer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reducer, name)
+
+    def _rebuild_buckets(self) -> bool:
+        return False
+
+
+def _reduced(bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
 
 
 def alike(techniques: Sequence[Technique], of: int) -> list[list[int]]:

@@ -101,6 +101,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self._part != OPTIMIZER:  # which asks for the number of its step
                 self.answered.add("a value of a tensor")
             return self._answer(args[0])
+        if func in (torch.ops.aten.allclose.default, torch.ops.aten.equal.default):
+            self.answered.add("whether two tensors are alike")
+            return True
         found = func(*args, **kwargs)
         if func is torch.ops.aten._amp_foreach_non_finite_check_and_unscale_.default:
             self._of_infinities.add(args[1].untyped_storage()._cdata)

@@ -18,7 +18,7 @@ from membench.host import environment
 from membench.host.cache import cache_folder
 from membench.host.device import Device
 from membench.worker import allocator
-from membench.worker.tracing import kernel_probe
+from membench.worker.tracing import collectives, kernel_probe
 from membench.worker.tracing.kernel_probe import Call, Like, Taken
 
 BUFFERS = "buffers that libraries keep between matrix products"
@@ -89,7 +89,7 @@ class KernelsHere:
 
     def working_bytes(self, operation: Any, arguments: tuple[Any, ...], options: Mapping[str, Any], found: Any) -> int:
         if not _may_take(operation):
-            return 0
+            return collectives.gloo_bytes(operation, arguments)
         call = Call.of(operation, arguments, options)
         if operation.overloadpacket.__name__ in _PRODUCTS:
             call = _affordable(call)

@@ -21,10 +21,12 @@ def refuse_other_weights(module: nn.Module, verb: str) -> None:
     """
     import torch
     from torch import nn
+    from torch._subclasses.fake_tensor import FakeTensor
     from torch.distributed.tensor import DTensor
 
     for name, parameter in module.named_parameters():
         plain = type(parameter) is nn.Parameter and type(parameter.data) is torch.Tensor
-        if not (plain or isinstance(parameter.data, DTensor)) or parameter.layout is not torch.strided:
+        # An estimate's tensors are fake ones; those that a subclass wraps are of that subclass.
+        if not (plain or isinstance(parameter.data, DTensor | FakeTensor)) or parameter.layout is not torch.strided:
             kind = type(parameter.data if type(parameter) is nn.Parameter else parameter).__name__
             raise Unsuitable(f"only plain weights can be {verb}, and '{name}' is a {kind}")
