@@ -34,6 +34,9 @@ def add(verbs: Verbs) -> None:
     run.add_argument("--resume", action="store_true", help="continue the newest run of the suite")
     run.add_argument("--output", type=Path, default=RESULTS, help="folder for the run's file")
     run.add_argument("--dry-run", action="store_true", help="print the cases without measuring them")
+    run.add_argument(
+        "--no-estimate", action="store_true", help="start cases that are estimated to need more memory than there is"
+    )
     run.add_argument("--explain", action="store_true", help=EXPLAIN)
     add_format(run)
     run.add_argument(
@@ -77,7 +80,7 @@ def _run(arguments: argparse.Namespace) -> int:
         named = {name: membench.load_suite(name, arguments.device) for name in arguments.suite}
     for name, suite in named.items():
         if suite.select(keep):
-            chosen[name] = suite
+            chosen[name] = suite.without_estimates() if arguments.no_estimate else suite
         else:
             put(f"membench: {name} is left out: -k '{arguments.expression}' fits none of its cases", file=sys.stderr)
     if not chosen:
@@ -189,6 +192,8 @@ def _command(arguments: argparse.Namespace, suites: Sequence[str], resume: bool)
         words.append("--resume")
     if arguments.output != RESULTS:
         words += ["--output", str(arguments.output)]
+    if arguments.no_estimate:
+        words.append("--no-estimate")
     if arguments.explain:
         words.append("--explain")
     if arguments.format != DEFAULT:

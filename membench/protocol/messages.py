@@ -178,6 +178,20 @@ class EndedBadly(Reading):
 
 
 @dataclass(frozen=True)
+class AsksForEstimate(Reading):
+    """The case comes near the device's memory and has not begun: it asks to be estimated, and started again if it fits.
+
+    Attributes:
+        free_bytes: the memory that it may take: on a CPU all ranks together, on a GPU each rank.
+        where: the words for that, such as 'free on the GPU'.
+    """
+
+    event: ClassVar[str] = "estimate"
+    free_bytes: Size
+    where: str
+
+
+@dataclass(frozen=True)
 class Done(Reading):
     """The worker has completed its request."""
 
@@ -204,15 +218,15 @@ class Progress(Reading):
 
 
 Message: TypeAlias = (
-    PhaseBegins | PhaseEnds | MarkEntered | MarkLeft | BaselineTaken | GpuFound | ResultSoFar | EndedBadly | Done
-    | OptionsRefused | Progress
+    PhaseBegins | PhaseEnds | MarkEntered | MarkLeft | BaselineTaken | GpuFound | ResultSoFar | EndedBadly
+    | AsksForEstimate | Done | OptionsRefused | Progress
 )  # fmt: skip
 
 _TYPES: Mapping[str, type[Message]] = {
     each.event: each
     for each in (
-        PhaseBegins, PhaseEnds, MarkEntered, MarkLeft, BaselineTaken, GpuFound, ResultSoFar, EndedBadly, Done,
-        OptionsRefused, Progress,
+        PhaseBegins, PhaseEnds, MarkEntered, MarkLeft, BaselineTaken, GpuFound, ResultSoFar, EndedBadly,
+        AsksForEstimate, Done, OptionsRefused, Progress,
     )
 }  # fmt: skip
 

@@ -89,6 +89,8 @@ class MeasureCase:
         metrics: quality metrics that are plug-ins, by metric field.
         checkouts: the code that may be imported, if another commit is measured alternately.
         evaluate_s: how long quality may be judged; 0: not at all, ``None``: over all held-out text.
+        asks_for_estimate: whether it ends before the model is built, and asks for an estimate, if its size comes near
+            the device's memory.
     """
 
     model: Plugin
@@ -102,6 +104,7 @@ class MeasureCase:
     checkouts: Checkouts | None = None
     model_name: str | None = None
     evaluate_s: float | None = None
+    asks_for_estimate: bool = False
     what: Literal["case"] = "case"
 
 
@@ -111,12 +114,12 @@ class EstimateCase:
 
     Attributes:
         device: where the case would run, as written: ``8xcuda``.
-        threads: with how many each rank would compute.
+        threads: with how many each rank would compute; ``None``: what kernels take beside tensors is not asked.
     """
 
     case: MeasureCase
     device: str
-    threads: int
+    threads: int | None = None
     what: Literal["estimate"] = "estimate"
 
 

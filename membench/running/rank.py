@@ -11,6 +11,7 @@ from membench.host import last_words
 from membench.host.device import Device
 from membench.protocol.forking import WorkerEnded
 from membench.protocol.messages import (
+    AsksForEstimate,
     BaselineTaken,
     BrokenMessage,
     Done,
@@ -60,6 +61,7 @@ class Rank:
         self.is_done = False
         self.is_interrupted = False
         self.refused: list[tuple[str, str]] = []
+        self.asks_for_estimate: AsksForEstimate | None = None
         self._measuring: str | None = None
         self._begun: set[str] = set()
         self._observer: Observer | None = None
@@ -137,6 +139,8 @@ class Rank:
                     raise BrokenMessage(f"a worker ended badly as {_quoted(message.status)}, which is no such status")
                 self.status, self.message = message.status, message.message[:_LONGEST_TEXT]  # type: ignore[assignment]
                 self.phase = message.phase and message.phase[:_LONGEST_TEXT]
+            case AsksForEstimate():
+                self.asks_for_estimate = message
             case Done():
                 self.is_done = True
             case OptionsRefused():

@@ -18,9 +18,11 @@ from membench.records.disturbed_times import WHY, is_disturbed_time
 from membench.records.highest_peak import HIGHEST, RUNNING, highest_live_peak
 from membench.records.metrics import METRIC_OF_FIELD
 from membench.records.record import CUT_SHORT, PREPARING, Record, Status
+from membench.running import refusing
 from membench.running.derived_metrics import DerivedMetrics
 from membench.running.deriving import JobReadings
 from membench.running.fork_client import ForkServer, ForkServerLost, ForkServerSilent
+from membench.running.jobs.case import CaseJob
 from membench.running.jobs.preparing import PreparingJob
 from membench.running.jobs.runnable import RunnableJob
 from membench.running.jobs.verifying import VerifyingJob
@@ -104,6 +106,8 @@ class Runner:
         began, started_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
         if failure is None:
             finished = self._run(job, job.settings.timeout_s)
+            if isinstance(job, CaseJob) and any(rank.asks_for_estimate for rank in finished.ranks):
+                finished = self._refused(job, finished) or self._run(refusing.tried(job), job.settings.timeout_s)
         else:
             finished = RunningJob(job, None, self._tell)
             for rank in finished.ranks:
@@ -133,6 +137,21 @@ class Runner:
         if not finished.is_lost:  # else it says nothing of the model: another fork server may prepare it
             self._prepared[name] = failure
         return failure
+
+    def _refused(self, job: CaseJob, finished: RunningJob) -> RunningJob | None:
+        """Return a case that asked for an estimate, ended for want of memory; ``None`` if it is to be tried.
+
+        One that cannot be estimated, or not in time, is to be tried.
+        """
+        asked = [rank.asks_for_estimate for rank in finished.ranks if rank.asks_for_estimate]
+        estimated = self._run(refusing.estimate_of(job), refusing.ESTIMATE_TIMEOUT_S).deciding_rank
+        result = estimated.result if estimated.status == "ok" else None
+        reason = refusing.refusal(job, asked, result.estimates or ()) if result else None
+        if reason is None:
+            return None
+        for rank in finished.ranks:
+            rank.status, rank.message = "out-of-memory", reason
+        return finished
 
     def _run(self, job: RunnableJob, timeout_s: float) -> RunningJob:
         """Start the ranks of a job and run them to their end."""

@@ -121,6 +121,8 @@ class Settings(_Table):
         calm_within_s: how long a case may wait for other processes to leave the cores before its timed steps, and take
             steps again that they disturbed; in all.
         evaluate_s: how long quality may be judged over held-out text in each case, in seconds; 0: it is not judged.
+        estimate: whether a case whose size comes near the device's memory is estimated first, and refused if it needs
+            more than there is.
     """
 
     repeats: int = Field(1, ge=1, le=1000)
@@ -130,6 +132,7 @@ class Settings(_Table):
     threads: int | None = Field(None, ge=1, le=1024)
     calm_within_s: float = Field(default_factory=_calm_within_s, ge=0, le=_LONGEST_CALM_S)
     evaluate_s: float = Field(10, ge=0, le=_WEEK_S)
+    estimate: bool = True
     timeout_s: float = Field(600, gt=0, le=_WEEK_S)
     sampling_interval_s: float = Field(0.02, ge=0.001, le=10)
     isolation: Literal["fork", "spawn"] = "fork"

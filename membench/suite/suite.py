@@ -150,6 +150,10 @@ class Suite:
         """Return the same suite, of whose cases quality is not judged over held-out text."""
         return self._with(settings=self.settings.model_copy(update={"evaluate_s": 0.0}))
 
+    def without_estimates(self) -> Suite:
+        """Return the same suite, of whose cases none is refused for what it is estimated to need."""
+        return self._with(settings=self.settings.model_copy(update={"estimate": False}))
+
     def on(self, devices: list[str]) -> Suite:
         """Return the same suite on other devices.
 

@@ -27,7 +27,7 @@ from membench.worker.assembly import Assembly
 from membench.worker.communication import Sleeping, communicated_bytes
 from membench.worker.communication_memory import free_gathered
 from membench.worker.converted_layers import explaining, remarks
-from membench.worker.fitting import refuse_what_cannot_load
+from membench.worker.fitting import find_near_memory, refuse_what_cannot_load
 from membench.worker.garbage import note_on_garbage
 from membench.worker.kernels import Kernels
 from membench.worker.meter import Meter
@@ -145,6 +145,8 @@ class _Work:
         torch.set_num_threads(self._rank.threads)
         set_numpy_threads(self._rank.blas_threads)
         refuse_what_cannot_load(case.model, case.techniques, where, self._rank.of)
+        if self._request.asks_for_estimate:
+            find_near_memory(case.model, case.workload, where, self._rank.of)
         if self._rank.is_one_of_several:
             case = self.case = case.spread(join(self._rank, case.techniques, self._scratch.parent))
             rehearse_collectives(where)

@@ -17,11 +17,12 @@ from membench.host import import_path
 from membench.host.out_of_memory import is_out_of_memory
 from membench.protocol import pickling, requests
 from membench.protocol.job import ASKS_WHERE
-from membench.protocol.messages import Done, EndedBadly, OptionsRefused, Progress
+from membench.protocol.messages import AsksForEstimate, Done, EndedBadly, OptionsRefused, Progress
 from membench.protocol.requests import EstimateCase, MeasureCase, MeasureFunction, PrepareModel, Request, VerifyModels
 from membench.worker import case as measured_case
 from membench.worker import function
 from membench.worker.assembly import create
+from membench.worker.fitting import NearMemory
 from membench.worker.meter import Meter
 from membench.worker.waiting import wait_passively
 
@@ -57,6 +58,8 @@ def main(request: Request, channel: socket.socket) -> None:
         meter.send(EndedBadly("skipped", str(error), meter.current_phase))
     except (plugins.WrongOutput, plugins.NotInModel) as error:
         meter.send(EndedBadly("failed", str(error), meter.current_phase))
+    except NearMemory as near:  # it is not done, so that other ranks do not wait for it
+        meter.send(AsksForEstimate(near.free_bytes, near.where))
     except plugins.DoesNotFit as error:
         meter.send(EndedBadly("out-of-memory", str(error), meter.current_phase))
     except measured_case.Diverged as error:

@@ -89,6 +89,7 @@ class CaseJob(RunnableJob):
             self.checkouts,
             case.model,
             self.settings.evaluate_s,
+            self.settings.estimate,
         )
         request = requests.encode(requests.Request(work, self.rank_request(number)))
         return StartWorker(request, number, self.settings.isolation)

@@ -22,17 +22,24 @@ from membench.running.losses import KnownLosses
 from membench.running.references import References
 from membench.suite.schema import Settings
 
-_SOURCES = {
+SOURCES = {
     "traced": "traced: the case's own stages on fake tensors",
     "arithmetic": "arithmetic: shapes, and what techniques name",
 }
+"""How estimates are obtained, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EstimateJob(CaseJob):
-    """An estimate of a case, made in one worker on a CPU, wherever the case would run and on however many ranks."""
+    """An estimate of a case, made in one worker on a CPU, wherever the case would run and on however many ranks.
+
+    Attributes:
+        estimated_on: where the case would run.
+        runs_kernels: whether kernels are run to see what they take beside tensors, if that is not known yet.
+    """
 
     estimated_on: Device
+    runs_kernels: bool = True
 
     @property
     def preparation(self) -> Plugin | None:
@@ -41,7 +48,9 @@ class EstimateJob(CaseJob):
     def order(self, number: int, references: References) -> StartWorker:
         measuring = requests.decode(super().order(number, references).request)
         assert isinstance(measuring.work, requests.MeasureCase)
-        threads = self.settings.threads or max(1, environment.usable_cores() // self.estimated_on.count)
+        threads: int | None = None
+        if self.runs_kernels:
+            threads = self.settings.threads or max(1, environment.usable_cores() // self.estimated_on.count)
         work = requests.EstimateCase(measuring.work, str(self.estimated_on), threads)
         return StartWorker(requests.encode(replace(measuring, work=work)), number, self.settings.isolation)
 
@@ -59,7 +68,7 @@ def _of_rank(estimate: RankEstimate) -> DerivedMetrics:
     left_out = f"; it leaves out {', '.join(estimate.leaves_out)}" if estimate.leaves_out else ""
     for field, value in estimate.figures.items():
         added = "".join(f", with {size:,} B of {what}" for what, size in estimate.added_bytes.items())
-        source = _SOURCES[estimate.how] + (added if "peak" in field else "") + left_out
+        source = SOURCES[estimate.how] + (added if "peak" in field else "") + left_out
         found.add(field, value, source, "about")
     deriving.highest_peak(found)
     if HIGHEST in found.obtained:

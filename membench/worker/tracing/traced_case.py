@@ -40,13 +40,13 @@ VALUES = "what depends on values: each one that was asked for was taken to be 1"
 BUILT_FROM_SHAPES = "what loading takes besides the weights: the model was made from its shapes"
 
 
-def traced(case: MeasureCase, device: Device, threads: int, scratch: Path) -> Iterator[RankEstimate]:
+def traced(case: MeasureCase, device: Device, threads: int | None, scratch: Path) -> Iterator[RankEstimate]:
     """Run a case on fake tensors on each rank that differs from the others.
 
     Args:
         device: where the case runs. Tensors are fake ones of a CPU in any case, since a build of torch for CPUs has no
             others with all their operations; sizes are those of the device's allocator.
-        threads: with how many each rank would compute.
+        threads: with how many each rank would compute; ``None``: no kernel is run to see what it takes.
         scratch: the folder for what stages write.
 
     Raises:
@@ -76,7 +76,7 @@ def _with_fake_samples(case: Assembly) -> Assembly:
 class _TracedRank:
     """A rank of a case that runs on fake tensors."""
 
-    def __init__(self, case: MeasureCase, device: Device, threads: int, number: int, scratch: Path) -> None:
+    def __init__(self, case: MeasureCase, device: Device, threads: int | None, number: int, scratch: Path) -> None:
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._kernels = working_memory.of(device, threads)
         self._ledger = Ledger(self._fake, allocation.size_on(device), self._kernels.working_bytes)

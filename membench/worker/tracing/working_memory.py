@@ -65,9 +65,34 @@ class Kernels(Protocol):
         ...
 
 
-def of(device: Device, threads: int) -> Kernels:
-    """Return what is known of the kernels of a device: measured here for a CPU, which has to be this machine's."""
-    return KernelsOfCuda() if device.on_gpu else KernelsHere(threads)
+def of(device: Device, threads: int | None) -> Kernels:
+    """Return what is known of the kernels of a device: measured here for a CPU, which has to be this machine's.
+
+    Args:
+        threads: with how many each rank would compute; ``None``: no kernel is to be run.
+    """
+    if device.on_gpu:
+        return KernelsOfCuda()
+    return KernelsUnseen() if threads is None else KernelsHere(threads)
+
+
+class KernelsUnseen:
+    """Kernels that are not run: what they take beside tensors is taken to be nothing."""
+
+    kept_bytes = 0
+
+    def working_bytes(self, operation: Any, arguments: tuple[Any, ...], options: Mapping[str, Any], found: Any) -> int:
+        del operation, arguments, options, found
+        return 0
+
+    def begin_at_baseline(self) -> None:
+        pass
+
+    def begin(self) -> None:
+        pass
+
+    def added_bytes(self) -> dict[str, int]:
+        return {}
 
 
 class KernelsHere:
