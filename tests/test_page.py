@@ -292,6 +292,17 @@ def test_text_and_marks_stand_out_from_what_is_behind_them(opened: Opener, quick
     assert {mark.lower() for mark in (files._REFERENCE, *files._COLOURS)} <= set(of("marks")) or colours == "dark"
 
 
+def test_an_estimate_is_a_line_beside_its_bar_and_in_the_table(opened: Opener) -> None:
+    measured = run([record("none", peak_live_bytes=128 * MIB), record("half", peak_live_bytes=64 * MIB)])
+    page = opened(page_of([measured], run([record("none", peak_live_bytes=126 * MIB)])))
+    _drawn(page)
+    at = page.eval_on_selector_all("#memory .drawing", "all => all.map(one => one.data[1].x)")
+    assert at == [[126, None]]
+    assert page.locator("#memory .drawing .scatterlayer .point").count() == 1
+    page.locator("#memory summary").first.click()
+    assert "126.0 MiB (-1.6%)" in page.inner_text("#memory table")
+
+
 @pytest.mark.parametrize(("width", "least"), [(1280, 250), (375, 150)])
 def test_long_names_leave_room_for_their_bars(opened: Opener, width: int, least: int) -> None:
     names = ["none", *(f"quantization-aware-training-of-4-bits-{n:02}" for n in range(4)), "x" * 40]

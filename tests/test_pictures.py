@@ -10,7 +10,7 @@ import pytest
 
 import membench
 from membench import cli
-from membench.errors import MembenchError
+from membench.errors import EXIT_BAD_INPUT, EXIT_OK, MembenchError
 from membench.records.comparison import Comparison
 from membench.report import bars, files, formats, history, pareto, timeline
 from tests import made_up
@@ -92,6 +92,32 @@ def test_bars_hold_weights_live_and_footprint_with_their_ratios() -> None:
     weights, live = bars.memory(Comparison(records), _GROUP)
     assert (weights.unit, weights.names, weights.series[0].values) == ("MiB", ("none", "half"), (64, 32))
     assert live.table == (("technique", "live peak"), ("none", "128.0 MiB"), ("half", "64.00 MiB ×0.50"))
+
+
+def _estimated() -> list[Any]:
+    return [record("none", weights_bytes=64 * MIB, peak_live_bytes=126 * MIB), record("other", peak_live_bytes=1)]
+
+
+def test_an_estimate_is_a_line_at_its_own_value_beside_the_bar_of_its_case() -> None:
+    records = [record(name, weights_bytes=size * MIB, peak_live_bytes=2 * size * MIB)
+               for name, size in (("none", 64), ("half", 32))]  # fmt: skip
+    _, live = bars.memory(Comparison(records), _GROUP, Comparison(_estimated()))
+    assert live.estimates == ((126, None), ("126.0 MiB (-1.6%)", "–"))
+    assert live.table[0] == ("technique", "live peak", "estimated")
+    assert live.table[1] == ("none", "128.0 MiB", "126.0 MiB (-1.6%)")
+    assert all(picture.estimates is None for picture in bars.memory(Comparison(records), _GROUP))
+
+
+def test_estimates_are_drawn_into_a_picture_of_memory_and_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, drawn = tmp_path / "plain.svg", tmp_path / "drawn.svg"
+    assert cli.main(["plot", str(_KEPT), "memory", "-o", str(plain)]) == EXIT_OK
+    assert cli.main(["plot", str(_KEPT), "memory", "-o", str(drawn), "--estimates", str(_KEPT)]) == EXIT_OK
+    assert drawn.read_text().count("line2d") > plain.read_text().count("line2d")
+    others = ["plot", str(_KEPT), "pareto", "-o", str(drawn), "--estimates", str(_KEPT)]
+    assert cli.main(others) == EXIT_BAD_INPUT
+    assert "a picture of pareto has none" in capsys.readouterr().err
 
 
 def test_a_part_of_what_held_the_memory_looks_the_same_in_every_group() -> None:

@@ -11,23 +11,29 @@ from membench.records.metric import Metric
 from membench.records.metrics import METRIC_OF_FIELD
 from membench.records.ranks import ranks_of
 from membench.report.cells import bound_of, figure, signed
-from membench.report.drawing import Bars, Series, listed
+from membench.report.drawing import Bars, Estimates, Series, listed
 from membench.report.pareto import drawn, left_out_of
 from membench.units import byte_unit, format_bytes
 
 
-def memory(found: Comparison, group: Group) -> tuple[Bars, ...]:
-    """Weights, live and footprint peak by technique, each with its ratio to the reference; those that are known."""
+def memory(found: Comparison, group: Group, estimates: Comparison | None = None) -> tuple[Bars, ...]:
+    """Weights, live and footprint peak by technique, each with its ratio to the reference; those that are known.
+
+    Args:
+        estimates: estimates of the same cases, if there are some.
+    """
     fields = ("weights_bytes", "peak_live_bytes", "peak_footprint_bytes")
     names = drawn(found, group)
     return tuple(
-        _bars_of(found, group, METRIC_OF_FIELD[field], names)
+        _bars_of(found, group, METRIC_OF_FIELD[field], names, estimates)
         for field in fields
         if any(found.value(group, name, field) is not None for name in names)
     )
 
 
-def _bars_of(found: Comparison, group: Group, metric: Metric, names: Sequence[str]) -> Bars:
+def _bars_of(
+    found: Comparison, group: Group, metric: Metric, names: Sequence[str], estimates: Comparison | None
+) -> Bars:
     known = [name for name in names if found.value(group, name, metric.field) is not None]
     values = [found.value(group, name, metric.field) or 0.0 for name in known]
     unit, step = byte_unit(max(values))
@@ -40,11 +46,29 @@ def _bars_of(found: Comparison, group: Group, metric: Metric, names: Sequence[st
     unknown = [name for name in names if name not in known]
     if unknown:
         caption += f" Not known of {listed(unknown)}."
+    columns: list[Sequence[str]] = [known, told]
+    head = ["technique", metric.title]
+    lines: Estimates | None = None
+    estimated = [None if estimates is None else estimates.value(group, name, metric.field) for name in known]
+    if any(value is not None for value in estimated):
+        said = tuple(_estimate_told(*pair, metric) for pair in zip(estimated, values, strict=True))
+        lines = Estimates(tuple(None if value is None else value / step for value in estimated), said)
+        caption += " The lines are estimates, made without running."
+        head.append("estimated")
+        columns.append(said)
     return Bars(
         metric.title, caption + left_out_of(found, group), unit, tuple(known),
         (Series(metric.title, tuple(value / step for value in values), told),), False,
-        (("technique", metric.title), *zip(known, told, strict=True)),
+        (tuple(head), *zip(*columns, strict=True)), lines,
     )  # fmt: skip
+
+
+def _estimate_told(estimated: float | None, measured: float, metric: Metric) -> str:
+    """Return an estimate with how far it is above what was measured."""
+    if estimated is None:
+        return "–"
+    off = f" ({(estimated / measured - 1) * 100:+.1f}%)" if measured > 0 else ""
+    return metric.format(estimated) + off
 
 
 _RUNNING = ("peak_live_bytes", "running")

@@ -53,6 +53,13 @@ class Series(NamedTuple):
     look: int | None = None
 
 
+class Estimates(NamedTuple):
+    """What each bar of a picture was estimated to be, drawn as a line across it."""
+
+    values: tuple[float | None, ...]
+    told: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Bars:
     """A bar for each name and series; ``stacked`` ones make up a whole."""
@@ -64,6 +71,8 @@ class Bars:
     series: tuple[Series, ...]
     stacked: bool
     table: Table
+    estimates: Estimates | None = None
+    """Of bars of a single series."""
 
 
 class Span(NamedTuple):

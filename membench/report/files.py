@@ -32,10 +32,13 @@ _LONGEST_NAME = 44
 Panel = tuple[str, Cloud | Bars | Timeline | Lines]
 
 
-def draw(runs: Sequence[Run], kind: str, path: Path) -> list[Path]:
+def draw(runs: Sequence[Run], kind: str, path: Path, estimates: Run | None = None) -> list[Path]:
     """Draw one of ``formats.PICTURES``, a panel for each group (or case, for ``timeline``), into a file.
 
     What does not fit into one file goes into further ones: 'picture-2.png', 'picture-3.png' and so on.
+
+    Args:
+        estimates: estimates of cases of the runs, which ``memory`` draws beside what was measured.
 
     Returns:
         the files.
@@ -46,7 +49,7 @@ def draw(runs: Sequence[Run], kind: str, path: Path) -> list[Path]:
     """
     if path.suffix.lower() not in _ENDINGS:
         raise MembenchError(f"{path}: a picture's file ends in {' or '.join(_ENDINGS)}")
-    panels = list(_panels(runs, kind))
+    panels = list(_panels(runs, kind, estimates))
     if not panels:
         raise MembenchError(f"no record there has what '{kind}' shows")
     pages = [panels[first : first + _MOST_PANELS] for first in range(0, len(panels), _MOST_PANELS)]
@@ -77,7 +80,8 @@ def _draw_page(panels: Sequence[Panel], path: Path) -> None:
             raise MembenchError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def _panels(runs: Sequence[Run], kind: str) -> Iterator[Panel]:
+def _panels(runs: Sequence[Run], kind: str, estimates: Run | None) -> Iterator[Panel]:
+    estimated = None if estimates is None else Comparison(estimates.records)
     if kind == "history":
         for (suite, group), pictures in history.history(runs).items():
             yield from ((f"{suite} · {' · '.join(group)}: {picture.title}", picture) for picture in pictures)
@@ -98,7 +102,8 @@ def _panels(runs: Sequence[Run], kind: str) -> Iterator[Panel]:
                     if cloud.points:
                         yield f"{heading}: {cloud.title.lower()}", cloud
                 case "memory":
-                    yield from ((f"{heading}: {picture.title}", picture) for picture in bars.memory(found, group))
+                    drawn_bars = bars.memory(found, group, estimated)
+                    yield from ((f"{heading}: {picture.title}", picture) for picture in drawn_bars)
                 case _:
                     picture = _STACKS[kind](found, group)
                     if picture:
@@ -173,7 +178,11 @@ def _bars(at: Axes, picture: Bars) -> None:
             left = [before + value for before, value in zip(left, values, strict=True)]
         if is_alone:
             at.bar_label(drawn, one.told, padding=3, fontsize=7)
-            at.set_xlim(0, 1.3 * max(values) or 1)
+            lines = [] if picture.estimates is None else list(picture.estimates.values)
+            for row, value in enumerate(lines):
+                if value is not None:
+                    at.plot([value, value], [row - 0.45, row + 0.45], color="black", linewidth=1.5)
+            at.set_xlim(0, 1.3 * max(*values, *(value or 0.0 for value in lines), 0.0) or 1)
     at.set_yticks(list(rows), [_short(name) for name in picture.names], fontsize=8)
     at.set_ylim(len(picture.names) - 0.5, -0.5)
     at.set_xlabel(picture.unit)

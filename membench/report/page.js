@@ -160,7 +160,8 @@
     const alone = picture.series.length === 1;
     const lines = Math.max(...picture.names.map((name) => label(name).split("<br>").length));
     const height = picture.names.length * Math.max(picture.stacked || alone ? 28 : 10 + 13 * picture.series.length, 16 * lines) + (alone ? 60 : 110);
-    const most = Math.max(...picture.series.flatMap((one) => one.values.map((value) => value || 0)));
+    const guessed = picture.estimates ? picture.estimates.values : [];
+    const most = Math.max(...picture.series.flatMap((one) => one.values.map((value) => value || 0)), ...guessed.map((value) => value || 0));
     // What is written beside the longest bar has to find room.
     const room = (width) => { const wide = Math.max(width - 7 * longest - 40, 150); return wide / Math.max(wide - 125, 40); };
     const longest = Math.max(...picture.names.flatMap((name) => label(name).split("<br>").map((line) => line.length)));
@@ -173,7 +174,11 @@
         ...(alone ? { text: one.told.map(plain), textposition: "outside", cliponaxis: false, textfont: { size: 11 } } : {}),
         marker: { color: alone ? picture.names.map((_, n) => theme.marks[n ? 1 : 0]) : colour(theme, (one.look ?? number) + 1),
           pattern: alone ? {} : { shape: PATTERNS[(one.look ?? number) % PATTERNS.length], fillmode: "overlay", fgcolor: theme.paper, size: 6, solidity: 0.2 } },
-      })),
+      })).concat(picture.estimates ? [{
+        type: "scatter", mode: "markers", name: "estimated", y: picture.names.map((_, n) => n), x: guessed, cliponaxis: false, hoverinfo: "text",
+        hovertext: picture.names.map((name, n) => `<b>${plain(name)}</b><br>estimated ${plain(picture.estimates.told[n])}`),
+        marker: { symbol: "line-ns-open", size: 22, color: theme.ink, line: { width: 2.5, color: theme.ink } },
+      }] : []),
       layout: {
         height, barmode: picture.stacked ? "stack" : "group", bargap: 0.25, showlegend: !alone, legend: { ...legend, y: -46 / (height - 110), traceorder: "normal" },
         xaxis: axis(theme, { title: picture.unit, ...(alone ? { range: [0, room(width) * most || 1] } : { rangemode: "tozero" }), nticks: 6 }),

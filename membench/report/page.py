@@ -31,8 +31,11 @@ _FOLDER = Path(__file__).parent
 _MARKS = {"ok": "✓", "skipped": "○"}
 
 
-def page(runs: Sequence[Run]) -> str:
+def page(runs: Sequence[Run], estimates: Run | None = None) -> str:
     """The page, as HTML.
+
+    Args:
+        estimates: estimates of cases of the runs, which are drawn beside what was measured.
 
     Raises:
         MembenchError: if the libraries that make it are not installed.
@@ -53,7 +56,7 @@ def page(runs: Sequence[Run]) -> str:
     )  # fmt: skip
     library, script = get_plotlyjs(), (_FOLDER / "page.js").read_text(encoding="utf-8")
     compared = [Comparison(run.records) for run in runs]
-    shown = _Shown(runs, compared)
+    shown = _Shown(runs, compared, None if estimates is None else Comparison(estimates.records))
     return environment.get_template("page.html").render(
         title=", ".join(dict.fromkeys(str(run.header.get("suite")) for run in runs)),
         policy="; ".join((
@@ -177,7 +180,8 @@ class _Group(NamedTuple):
 class _Shown:
     """What the page shows of several runs, by number: groups, their cases, and a row for each."""
 
-    def __init__(self, runs: Sequence[Run], compared: Sequence[Comparison]) -> None:
+    def __init__(self, runs: Sequence[Run], compared: Sequence[Comparison], estimates: Comparison | None) -> None:
+        self._estimates = estimates
         self._several = len(runs) > 1
         self._groups = [
             _Group(str(run.header.get("suite")), self._label(run), found, group)
@@ -260,7 +264,7 @@ class _Shown:
             {
                 "label": self.groups[number],
                 "pareto": pareto.pareto(found, group),
-                "memory": bars.memory(found, group),
+                "memory": bars.memory(found, group, self._estimates),
                 "conversion": bars.conversion(found, group),
                 "breakdown": bars.breakdown(found, group),
                 "ranks": bars.ranks(found, group),
