@@ -42,21 +42,30 @@ def fake_ranks(techniques: Sequence[Technique], number: int, of: int, shared: Pa
 
 @contextlib.contextmanager
 def _meshes_of_real_numbers() -> Iterator[None]:
-    """Let meshes be joined while fake tensors are in use: FSDP over tensor parallel shards does that."""
-    original: Any = getattr(DeviceMesh, "_concatenate", None)
-    if original is None:
-        yield
-        return
+    """Let meshes be cut and joined while fake tensors are in use: they compute with the numbers of ranks."""
+    kind: Any = DeviceMesh
+    cut, join = kind.__getitem__, getattr(kind, "_concatenate", None)
 
-    def concatenate(*meshes: Any) -> Any:
+    def cut_real(self: DeviceMesh, names: Any) -> DeviceMesh:
         with unset_fake_temporarily():
-            return original(*meshes)
+            made: DeviceMesh = cut(self, names)
+            return made
 
-    DeviceMesh._concatenate = staticmethod(concatenate)  # type: ignore[method-assign, assignment]
+    def join_real(meshes: list[DeviceMesh]) -> DeviceMesh:
+        assert join is not None
+        with unset_fake_temporarily():
+            made: DeviceMesh = join(meshes)
+            return made
+
+    kind.__getitem__ = cut_real
+    if join is not None:
+        kind._concatenate = staticmethod(join_real)
     try:
         yield
     finally:
-        DeviceMesh._concatenate = staticmethod(original)  # type: ignore[method-assign]
+        kind.__getitem__ = cut
+        if join is not None:
+            kind._concatenate = staticmethod(join)
 
 
 @contextlib.contextmanager
@@ -66,8 +75,9 @@ def _wrapping_of_fake_tensors() -> Iterator[None]:
     Its buckets are reduced by a hook that is done at once, because a fake collective gives no result, and are not
     rebuilt.
     """
-    from torch.nn.parallel import distributed as wrapping
+    import torch.nn.parallel.distributed
 
+    wrapping: Any = torch.nn.parallel.distributed
     original = wrapping._verify_param_shape_across_processes
     wrapper: Any = wrapping.DistributedDataParallel
     make, register = wrapper.__init__, wrapper.register_comm_hook
@@ -105,7 +115,7 @@ class _WithoutRebuilding:
         return False
 
 
-def _reduced(bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _reduced(bucket: Any) -> torch.futures.Future[torch.Tensor]:
     done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
     done.set_result(bucket.buffer())
     return done

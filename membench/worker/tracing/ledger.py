@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
@@ -97,11 +98,12 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if any(kind.__name__ not in _PLAIN for kind in types):
             return NotImplemented
         kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default:
+        has_values = not (args and isinstance(args[0], FakeTensor))
+        if func is torch.ops.aten._local_scalar_dense.default and not has_values:
             if self._part != OPTIMIZER:  # which asks for the number of its step
                 self.answered.add("a value of a tensor")
             return self._answer(args[0])
-        if func in (torch.ops.aten.allclose.default, torch.ops.aten.equal.default):
+        if func in (torch.ops.aten.allclose.default, torch.ops.aten.equal.default) and not has_values:
             self.answered.add("whether two tensors are alike")
             return True
         found = func(*args, **kwargs)
