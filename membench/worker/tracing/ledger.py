@@ -70,7 +70,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Operations that asked for a value of a tensor, which a fake one has not: they were given 1."""
         self._fake, self._size_of, self._working_bytes = fake, size_of, working_bytes
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self._at: Callable[[str | None], None] | None = None
+        self._at: Callable[[bool], None] | None = None
         self._at_operations: frozenset[int] = frozenset()
         self._of_infinities: set[int] = set()
         self._span, self._part = Span(), BETWEEN
@@ -114,7 +114,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._enter(each.untyped_storage())
         self._look(self._working_bytes(func, args, kwargs, found))
         if self._at is not None and self.operation in self._at_operations:
-            self._at(None)
+            self._at(False)
         return found
 
     def _answer(self, tensor: torch.Tensor) -> Any:
@@ -146,9 +146,13 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if held > peak.bytes:
                 peak.bytes, peak.operation = held, self.operation
 
+    @property
+    def current_part(self) -> str:
+        return self._part
+
     @contextlib.contextmanager
-    def looking(self, at: Callable[[str | None], None], operations: frozenset[int]) -> Iterator[None]:
-        """Call ``at`` at some operations, and with the name of a part at its end, while this context lasts."""
+    def looking(self, at: Callable[[bool], None], operations: frozenset[int]) -> Iterator[None]:
+        """Call ``at`` at some operations, and with true at the end of each part, while this context lasts."""
         self._at, self._at_operations = at, operations
         try:
             yield
@@ -176,7 +180,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             self._look(0)
             if self._at is not None:
-                self._at(name)
+                self._at(True)
             self._part = before
 
 

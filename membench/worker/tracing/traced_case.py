@@ -36,6 +36,8 @@ _FIELDS = {
     "cache": "cache_bytes",
     COMMUNICATION: "communication_memory_bytes",
 }
+_PARTS = ("prefill", "decode", "forward", "backward", "optimizer")
+"""Those whose peaks are figures."""
 VALUES = "what depends on values: each one that was asked for was taken to be 1"
 BUILT_FROM_SHAPES = "what loading takes besides the weights: the model was made from its shapes"
 
@@ -152,7 +154,7 @@ class _TracedRank:
         breakdown, held = self._breakdown(module, step, running)
         figures |= {_FIELDS[category]: size for category, size in held.items() if category in _FIELDS}
         parts = {name: peak for name, peak in running.parts.items() if name != BETWEEN}
-        figures |= {f"{name}_peak_live_bytes": peak.bytes for name, peak in parts.items()}
+        figures |= {f"{name}_peak_live_bytes": peak.bytes for name, peak in parts.items() if name in _PARTS}
         if ledger.answered:
             self._leaves_out.append(VALUES)
         return RankEstimate(
@@ -202,7 +204,8 @@ class _TracedRank:
         """Take one more step, and sort what is alive at the peak of each part of it.
 
         Returns:
-            that, and by category the most that was alive at a peak or at the end of a part.
+            that, and the most of each category where measuring looks for it: at the highest moment of each part among
+            its end, gradients that are ready, and layers that have run before FSDP frees them.
         """
         started = self._ledger.operation
         saved = _Saved()
@@ -210,22 +213,42 @@ class _TracedRank:
         parts = {name: peak for name, peak in running.parts.items() if name != BETWEEN}
         wanted = {peak.operation - running.began + started: name for name, peak in parts.items()}
 
-        most: dict[str, int] = {}
+        highest: dict[str, tuple[int, dict[str, int]]] = {}
 
-        def look(part: str | None = None) -> None:
-            known = self._sorted(module, saved)
-            for category, size in known.items():
-                most[category] = max(size, most.get(category, 0))
-            if part is None:
-                name = wanted[self._ledger.operation]
-                found[name] = {**known, "other": parts[name].bytes - sum(known.values())}
+        def sample(*_: Any) -> None:
+            part, held = self._ledger.current_part, self._ledger.live_bytes
+            if part != BETWEEN and (part not in highest or held > highest[part][0]):
+                highest[part] = held, self._sorted(module, saved)
+
+        def look(at_end: bool) -> None:
+            if at_end:
+                sample()
+                return
+            name, known = wanted[self._ledger.operation], self._sorted(module, saved)
+            found[name] = {**known, "other": parts[name].bytes - sum(known.values())}
 
         with (
             self._ledger.looking(look, frozenset(wanted)),
             torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack),
+            self._sampling(module, sample),
         ):
             step()
+        categories = {category for _, known in highest.values() for category in known}
+        most = {category: max(known.get(category, 0) for _, known in highest.values()) for category in categories}
         return found, most
+
+    @contextlib.contextmanager
+    def _sampling(self, module: nn.Module, sample: Callable[..., None]) -> Iterator[None]:
+        trained = [each for each in _parameters(module) if each.requires_grad and each.is_leaf]
+        hooks = [each.register_post_accumulate_grad_hook(sample) for each in trained]  # type: ignore[no-untyped-call]
+        if communication_memory.has_shards(module):
+            layers = [layer for layer in module.modules() if communication_memory.has_shards(layer)]
+            hooks += [layer.register_forward_hook(sample, prepend=True) for layer in layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _sorted(self, module: nn.Module, saved: _Saved) -> dict[str, int]:
         counted: set[int] = set()
@@ -237,12 +260,7 @@ class _TracedRank:
 
         inventory = self._case.context.inventory
         sorted_bytes = {"weights": add(kept_tensors(module))}
-        parameters = [
-            *module.parameters(),
-            *communication_memory.gathered_parameters(module),
-            *communication_memory.shards(module),
-        ]
-        sorted_bytes["gradients"] = add(each.grad for each in parameters if each.grad is not None)
+        sorted_bytes["gradients"] = add(each.grad for each in _parameters(module) if each.grad is not None)
         if communication_memory.has_shards(module):
             sorted_bytes[COMMUNICATION] = add(communication_memory.gathered_tensors(module))
         sorted_bytes["activations"] = add(saved.tensors())
@@ -250,6 +268,19 @@ class _TracedRank:
             if category != COMMUNICATION:
                 sorted_bytes[category] = add(tensors_in(holder()))
         return sorted_bytes
+
+
+def _parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters whose gradients the rank holds: FSDP's both gathered and as shards."""
+    known = {
+        id(each): each
+        for each in (
+            *module.parameters(),
+            *communication_memory.gathered_parameters(module),
+            *communication_memory.shards(module),
+        )
+    }
+    return list(known.values())
 
 
 class _Saved:
