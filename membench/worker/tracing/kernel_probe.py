@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from membench.host import procfs
-from membench.worker import allocator
+from membench.worker import allocator, device
 
 _NOISE_BYTES = 2**15
 """What the kernel's counters may be off by after few pages were touched: less is taken to be nothing."""
@@ -83,6 +83,17 @@ class Taken:
     working_bytes: int = 0
     buffers_bytes: int = 0
     code_bytes: int = 0
+
+
+def warm_up() -> None:
+    """Set up what libraries set up once, as a measured process does before its baseline: threads and their heaps.
+
+    Not within a mode of torch's.
+    """
+    device.initialize("cpu")
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.zeros(256, 256, dtype=dtype)
+        (matrix @ matrix).exp()
 
 
 def measure(call: Call) -> Taken:

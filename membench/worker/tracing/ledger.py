@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 OPTIMIZER = "optimizer"
 BETWEEN = "between"
 """The part of a step outside all parts that the workload names."""
+_COMPARISONS = (torch.ops.aten.allclose.default, torch.ops.aten.equal.default)
 _PLAIN = ("Tensor", "Parameter", "FakeTensor", "Buffer")
 
 
@@ -74,6 +75,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._at_operations: frozenset[int] = frozenset()
         self._of_infinities: set[int] = set()
         self._span, self._part = Span(), BETWEEN
+        self._is_fused = False
 
     def __enter__(self) -> Ledger:
         self._resize = torch.UntypedStorage.resize_
@@ -103,8 +105,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self._part != OPTIMIZER:  # which asks for the number of its step
                 self.answered.add("a value of a tensor")
             return self._answer(args[0])
-        if func in (torch.ops.aten.allclose.default, torch.ops.aten.equal.default) and not has_values:
-            self.answered.add("whether two tensors are alike")
+        if func in _COMPARISONS and not has_values:
+            self.answered.add("whether tensors are equal")
             return True
         found = func(*args, **kwargs)
         if func is torch.ops.aten._amp_foreach_non_finite_check_and_unscale_.default:
@@ -138,6 +140,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive.pop(key, None)
 
     def _look(self, working_bytes: int) -> None:
+        if self._is_fused:
+            return
         held = self.live_bytes + working_bytes
         part = self._span.parts.get(self._part)
         if part is None:
@@ -169,6 +173,16 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             self._look(0)
             self._span = before
+
+    @contextlib.contextmanager
+    def without_temporaries(self) -> Iterator[None]:
+        """Count only what is alive when this context ends, of all that runs in it."""
+        before, self._is_fused = self._is_fused, True
+        try:
+            yield
+        finally:
+            self._is_fused = before
+            self._look(0)
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:

@@ -21,7 +21,8 @@ from membench.worker import communication_memory
 from membench.worker.assembly import Assembly
 from membench.worker.breakdown import COMMUNICATION, tensors_in
 from membench.worker.storages import plain_tensors
-from membench.worker.tracing import allocation, working_memory
+from membench.worker.tracing import allocation, disk, working_memory
+from membench.worker.tracing.compiling import running_as_written
 from membench.worker.tracing.fake_modules import converting_fake_modules, with_storage
 from membench.worker.tracing.fake_ranks import alike, fake_ranks
 from membench.worker.tracing.fake_samples import FakeSamples
@@ -39,6 +40,7 @@ _FIELDS = {
 _PARTS = ("prefill", "decode", "forward", "backward", "optimizer")
 """Those whose peaks are figures."""
 VALUES = "what depends on values: each one that was asked for was taken to be 1"
+COMPILED = "what compilers keep, and the temporaries of code that is compiled"
 BUILT_FROM_SHAPES = "what loading takes besides the weights: the model was made from its shapes"
 
 
@@ -99,7 +101,10 @@ class _TracedRank:
                 self._case = self._case.spread(entered.enter_context(world))
             entered.enter_context(converting_fake_modules())
             entered.enter_context(self._fake)
+            compiled = entered.enter_context(running_as_written(self._ledger))
             self._rehearse()
+            if compiled:
+                self._leaves_out.append(COMPILED)
             entered.enter_context(self._ledger)
             return self._stages(ranks)
 
@@ -137,12 +142,15 @@ class _TracedRank:
         with self._phase() as running:
             step()
         added = self._kernels.added_bytes()
+        with self._phase() as saving:
+            figures |= self._saved(module)
         figures["held_live_bytes"] = ledger.live_bytes + self._kernels.kept_bytes
         figures |= {
             "load_peak_live_bytes": loading.whole.bytes,
             "apply_peak_live_bytes": applying.whole.bytes,
             "warmup_peak_live_bytes": warming.whole.bytes,
             "peak_live_bytes": running.whole.bytes,
+            "save_peak_live_bytes": saving.whole.bytes,
             "weights_bytes": self._bytes_of(kept_tensors(module)),
         }
         if self._case.workload.trains:
@@ -174,6 +182,12 @@ class _TracedRank:
         with self._ledger.span() as span:
             yield span
         span.add(sum(self._kernels.added_bytes().values()))
+
+    def _saved(self, module: nn.Module) -> dict[str, int]:
+        """Make what is saved as a checkpoint, and return its size; of what ranks share nothing is known here."""
+        if self._device.in_ranks:
+            return {}
+        return {"disk_bytes": disk.checkpoint_bytes(module.state_dict())}
 
     def _load(self) -> nn.Module:
         try:

@@ -105,6 +105,7 @@ class KernelsHere:
     def __init__(self, threads: int) -> None:
         allocator.pin()
         torch.set_num_threads(threads)
+        kernel_probe.warm_up()
         self._file = cache_folder() / "kernel-memory" / f"{_machine(threads)}.json"
         self._known = _read(self._file)
         self._new: dict[str, list[int]] = {}
@@ -116,6 +117,8 @@ class KernelsHere:
         if not _may_take(operation):
             return collectives.gloo_bytes(operation, arguments)
         call = Call.of(operation, arguments, options)
+        if not any(isinstance(each, Like) for each in tree_leaves(call.arguments)):
+            return 0  # it makes a tensor of nothing
         if operation.overloadpacket.__name__ in _PRODUCTS:
             call = _affordable(call)
         elif _size_bytes((arguments, options, found)) > _MOST_BYTES:
