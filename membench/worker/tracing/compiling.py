@@ -28,7 +28,7 @@ def running_as_written(ledger: Ledger) -> Iterator[list[Any]]:
         is_module = isinstance(getattr(model, "__self__", model), torch.nn.Module)
         return model if is_module else _fused(model, ledger)
 
-    torch.compile = compile_  # type: ignore[assignment]
+    torch.compile = compile_
     try:
         # Of what was compiled before, when its file was imported.
         with torch.compiler.set_stance("force_eager"):

@@ -18,7 +18,7 @@ _NAMES = {
 """What safetensors calls types; https://github.com/huggingface/safetensors, ``safetensors/src/tensor.rs``."""
 _LENGTH_BYTES = 8
 _FILE_BYTES, _STORAGE_BYTES = 1_200, 290
-"""What ``torch.save`` (2.13) wrote beside the values, of state dicts of 2 to 200 tensors: for the file, and for each."""
+"""What ``torch.save`` (2.13) wrote beside the values of 2 to 200 tensors: for the file, and for each."""
 
 
 def checkpoint_bytes(state: Mapping[str, Any]) -> int:

@@ -21,6 +21,8 @@ from membench.worker import allocator, device
 
 _NOISE_BYTES = 2**15
 """What the kernel's counters may be off by after few pages were touched: less is taken to be nothing."""
+_LEAST_CODE_BYTES = 2**18
+"""A product in bf16 left 0.57 MiB or more of code. What heaps keep after a call is less; it would add up."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ def measure(call: Call) -> Taken:
         code = _anonymous_bytes() - before
         highest, kept = _run(call, arguments, options)
         allocator.return_free()
-    return Taken(_above_noise(highest - kept), _above_noise(kept), _above_noise(code))
+    is_code = code >= _LEAST_CODE_BYTES
+    return Taken(_above_noise(highest - kept), _above_noise(kept), code if is_code else 0)
 
 
 def buffers_after(calls: Sequence[Call]) -> int:

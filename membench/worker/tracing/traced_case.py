@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,8 @@ _PARTS = ("prefill", "decode", "forward", "backward", "optimizer")
 """Those whose peaks are figures."""
 VALUES = "what depends on values: each one that was asked for was taken to be 1"
 COMPILED = "what compilers keep, and the temporaries of code that is compiled"
+SMALL = "Python's objects and what libraries set up: about 1 MiB, which counts in a peak this small"
+_SMALL_BYTES = 2**24
 BUILT_FROM_SHAPES = "what loading takes besides the weights: the model was made from its shapes"
 
 
@@ -163,6 +164,8 @@ class _TracedRank:
         figures |= {_FIELDS[category]: size for category, size in held.items() if category in _FIELDS}
         parts = {name: peak for name, peak in running.parts.items() if name != BETWEEN}
         figures |= {f"{name}_peak_live_bytes": peak.bytes for name, peak in parts.items() if name in _PARTS}
+        if running.whole.bytes < _SMALL_BYTES:
+            self._leaves_out.append(SMALL)
         if ledger.answered:
             self._leaves_out.append(VALUES)
         return RankEstimate(
@@ -190,15 +193,20 @@ class _TracedRank:
         return {"disk_bytes": disk.checkpoint_bytes(module.state_dict())}
 
     def _load(self) -> nn.Module:
+        case = self._case
         try:
-            return self._case.load()
+            return case.load()
         except plugins.Unsuitable:
             raise
         except Exception:  # what reads files of weights cannot read them into fake tensors
-            build: Callable[[], nn.Module] = functools.partial(self._case.model.skeleton)
-            module = with_storage(build())
-            self._leaves_out.append(BUILT_FROM_SHAPES)
-            return module
+            if any(each.applies_rest for each in case.techniques):
+                raise  # it converts while it reads: of that the shapes say nothing
+        self._leaves_out.append(BUILT_FROM_SHAPES)
+        build: Callable[[], nn.Module] = lambda: with_storage(case.model.skeleton())  # noqa: E731
+        for position, technique in enumerate(case.applied):
+            with contextlib.suppress(Exception):
+                return technique.load(build, case.techniques[position + 1 :], case.context)
+        return build()
 
     def _bytes_of(self, tensors: Any) -> int:
         return sum(self._sizes_of(tensors).values())
