@@ -20,6 +20,7 @@ from membench.builtin.techniques.optimizers import (
     AdamW8bit,
     AdamWBf16StochasticRounding,
     AdamWFp8,
+    AdamWFused,
     MasterWeights,
     OptimizerTechnique,
     SgdMomentum,
@@ -40,10 +41,10 @@ _RATE = 1e-3
 _STEPS = 20
 _LLAMA = Llama.model_validate({"size": "15m"})
 _ADAFACTOR = Adafactor.model_validate({})
-_ALL = [AdamW8bit(), AdamW4bit(), AdamWFp8(), AdamWBf16StochasticRounding(), MasterWeights(), _ADAFACTOR,
+_ALL = [AdamWFused(), AdamW8bit(), AdamW4bit(), AdamWFp8(), AdamWBf16StochasticRounding(), MasterWeights(), _ADAFACTOR,
         SgdMomentum.model_validate({})]  # fmt: skip
 _TORCHAO = ("adamw-8bit", "adamw-4bit", "adamw-fp8", "adamw-bf16-stochastic-rounding")
-_OTHERS = ("master-weights", "adafactor", "sgd-momentum")
+_OTHERS = ("adamw-fused", "master-weights", "adafactor", "sgd-momentum")
 _SUITE = f"""\
 [suite]
 name = "optimizers"
@@ -318,6 +319,7 @@ def _tensors_state_bytes(name: str, shape: tuple[int, ...]) -> float:
     count = math.prod(shape)
     whole = {
         "none": 8 * count + 4,
+        "adamw-fused": 8 * count + 4,
         "adamw-bf16-stochastic-rounding": 4 * count + 4,
         "master-weights": 12 * count + 4,
         "sgd-momentum": 4 * count,
@@ -448,7 +450,7 @@ def test_torchaos_optimizers_are_skipped_where_nothing_can_compile_them(
 ) -> None:
     monkeypatch.setenv(variable, "no-such-compiler")
     for technique in _ALL:
-        from_torchao = type(technique).__name__.startswith("AdamW")
+        from_torchao = type(technique).__name__.startswith("AdamW") and not isinstance(technique, AdamWFused)
         assert _refusal(technique, device) == (reason if from_torchao else None)
 
 

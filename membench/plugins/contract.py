@@ -158,6 +158,17 @@ class Model(Options):
         """
         return None
 
+    def depth(self) -> int | None:
+        """Return the number of its layers, if all of them are alike; ``None`` if not, or if it is not known.
+
+        What a deep model needs is then estimated from ``with_depth`` of few layers.
+        """
+        return None
+
+    def with_depth(self, layers: int) -> Model:
+        """Return the same model with so many of its layers."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how deep it is")
+
     def vocabulary(self, module: nn.Module) -> int:
         """Return the size of the module's vocabulary."""
         return int(module.config.vocab_size)  # type: ignore[union-attr, arg-type]

@@ -179,6 +179,7 @@ class RankEstimate(Reading):
         breakdown_bytes, peak_part: as in ``ProcessReading``.
         added_bytes: constants that are in the live peak, by what they are.
         leaves_out: what is in no figure.
+        from_layers: how many layers the models had from which those of a deeper one follow.
     """
 
     ranks: Sequence[Count]
@@ -188,6 +189,7 @@ class RankEstimate(Reading):
     peak_part: str | None = None
     added_bytes: Mapping[str, Size] = field(default_factory=dict)
     leaves_out: Sequence[str] = ()
+    from_layers: Sequence[Count] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -115,11 +115,13 @@ class EstimateCase:
     Attributes:
         device: where the case would run, as written: ``8xcuda``.
         threads: with how many each rank would compute; ``None``: what kernels take beside tensors is not asked.
+        extrapolates: whether a deep model's steps are traced with few of its layers alone.
     """
 
     case: MeasureCase
     device: str
     threads: int | None = None
+    extrapolates: bool = False
     what: Literal["estimate"] = "estimate"
 
 

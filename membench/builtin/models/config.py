@@ -129,6 +129,19 @@ class Config(Model):
         made._known = (architecture, small)
         return made
 
+    def depth(self) -> int | None:
+        from membench.builtin.models import depth
+
+        return depth.of(self._architecture()[1])
+
+    def with_depth(self, layers: int) -> Model:
+        from membench.builtin.models import depth
+
+        architecture, config = self._architecture()
+        made = type(self).model_validate({"source": self.source})
+        made._known = (architecture, depth.cut(config, layers))
+        return made
+
     def _path(self) -> Path | None:
         """The file of the configuration; ``None`` if the source is a name.
 

@@ -11,7 +11,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from membench.errors import summary
 from membench.plugins import Context, Model
@@ -37,6 +37,7 @@ class Factory(Model):
     )  # which torch imports when it draws weights without data, as of a skeleton
     function: str
     vocabulary_size: int | None = Field(None, ge=2, le=16_777_216)
+    _depth: int | None = PrivateAttr(None)
 
     def check(self) -> str | None:
         where, _, name = self.function.partition(":")
@@ -64,9 +65,26 @@ class Factory(Model):
         except NotImplementedError:
             return None
 
+    def depth(self) -> int | None:
+        from membench.builtin.models import depth
+
+        try:
+            return depth.of_module(self.skeleton())
+        except NotImplementedError:
+            return None
+
+    def with_depth(self, layers: int) -> Model:
+        made = self.model_copy()
+        made._depth = layers
+        return made
+
     def _make(self) -> nn.Module:
         where, _, name = self.function.partition(":")
         module: nn.Module = getattr(importlib.import_module(where), name)()
+        if self._depth is not None:
+            from membench.builtin.models import depth
+
+            depth.cut_module(module, self._depth)
         return module
 
     def vocabulary(self, module: nn.Module) -> int:

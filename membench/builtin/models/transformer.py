@@ -59,6 +59,12 @@ class _Transformer(Model):
         return self.of_shape(self.shape._replace(width=64, layers=1, heads=2, key_value_heads=2, inner_width=192,
                                                  vocabulary=512))  # fmt: skip
 
+    def depth(self) -> int:
+        return self.shape.layers
+
+    def with_depth(self, layers: int) -> Model:
+        return self.of_shape(self.shape._replace(layers=layers))
+
     def config(self) -> Any:
         """The transformers configuration of this size."""
         raise NotImplementedError

@@ -11,6 +11,7 @@ from membench.plugins import Unsuitable
 from membench.protocol.messages import Result, ResultSoFar
 from membench.protocol.requests import EstimateCase
 from membench.worker.meter import Meter
+from membench.worker.tracing.extrapolation import extrapolated
 from membench.worker.tracing.traced_case import traced
 
 
@@ -22,7 +23,12 @@ def estimate(work: EstimateCase, scratch: Path, meter: Meter) -> None:
     """
     logging.getLogger("torch._subclasses.fake_tensor").disabled = True  # it logs what is handled here
     try:
-        found = list(traced(work.case, Device.parse(work.device), work.threads, scratch))
+        device = Device.parse(work.device)
+        found = list(
+            extrapolated(work.case, device, scratch)
+            if work.extrapolates
+            else traced(work.case, device, work.threads, scratch)
+        )
     except Unsuitable:
         raise
     except Exception as error:

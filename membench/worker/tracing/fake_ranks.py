@@ -17,11 +17,16 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from membench.plugins import Ranks, Technique, Unsuitable
 from membench.plugins.parallel import degrees
 from membench.plugins.ranks import DIMENSIONS
+from membench.worker.tracing.ledger import Ledger
 
 
 @contextlib.contextmanager
-def fake_ranks(techniques: Sequence[Technique], number: int, of: int, shared: Path) -> Iterator[Ranks]:
+def fake_ranks(techniques: Sequence[Technique], number: int, of: int, shared: Path, ledger: Ledger) -> Iterator[Ranks]:
     """Be one of so many ranks; not within a ``FakeTensorMode``, since meshes compute with ranks' numbers.
+
+    Args:
+        shared: the folder that all ranks share.
+        ledger: counts what the rank's tensors take.
 
     Source: torch's backend ``fake``, as torchtitan's estimates use it.
     """
@@ -34,7 +39,7 @@ def fake_ranks(techniques: Sequence[Technique], number: int, of: int, shared: Pa
         distributed.init_process_group("fake", store=FakeStore(), rank=number, world_size=of)
         mesh = init_device_mesh("cpu", tuple(found[name] for name in names), mesh_dim_names=names)
     try:
-        with _meshes_of_real_numbers(), _wrapping_of_fake_tensors():
+        with _meshes_of_real_numbers(), _wrapping_of_fake_tensors(), _shapes_uncounted(ledger):
             yield Ranks(number, of, mesh, shared)
     finally:
         distributed.destroy_process_group()
@@ -66,6 +71,39 @@ def _meshes_of_real_numbers() -> Iterator[None]:
         kind.__getitem__ = cut
         if join is not None:
             kind._concatenate = staticmethod(join)
+
+
+@contextlib.contextmanager
+def _shapes_uncounted(ledger: Ledger) -> Iterator[None]:
+    """Leave out the tensors with which a ``DTensor`` finds the shape of a result: in a measured process these are fake.
+
+    They are as large as the tensors of all ranks together. torch enters a context around that, to have a place for a
+    lock.
+    """
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
+
+    propagator: Any = ShardingPropagator
+    before = propagator._fake_mode_lock
+    propagator._fake_mode_lock = _Aside(ledger)
+    try:
+        yield
+    finally:
+        propagator._fake_mode_lock = before
+
+
+class _Aside:
+    """A context that can be entered again and again."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._entered: list[contextlib.AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        self._entered.append(self._ledger.aside())
+        self._entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.pop().__exit__(*error)
 
 
 @contextlib.contextmanager

@@ -45,6 +45,20 @@ class Span:
             peak.bytes += size_bytes
 
 
+@dataclass(frozen=True)
+class Moment:
+    """What is alive at a moment of a step, and what happened then.
+
+    Attributes:
+        part: of the step.
+        what: the operation and the sizes of its results. It is the same of layers that are alike.
+    """
+
+    part: str
+    what: tuple[Any, ...]
+    live_bytes: int
+
+
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all storages that exist. Use as a context manager inside a ``FakeTensorMode``.
 
@@ -72,10 +86,11 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._fake, self._size_of, self._working_bytes = fake, size_of, working_bytes
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._at: Callable[[bool], None] | None = None
+        self._timeline: list[Moment] | None = None
         self._at_operations: frozenset[int] = frozenset()
         self._of_infinities: set[int] = set()
         self._span, self._part = Span(), BETWEEN
-        self._is_fused = False
+        self._is_fused = self._is_aside = False
 
     def __enter__(self) -> Ledger:
         self._resize = torch.UntypedStorage.resize_
@@ -83,7 +98,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def resize(storage: torch.UntypedStorage, size_bytes: int) -> Any:
             done = self._resize(storage, size_bytes)
             self._enter(storage)
-            self._look(0)
+            self._look(0, ("resize", size_bytes))
             return done
 
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]  # FSDP frees and takes what it gathers so
@@ -100,6 +115,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if any(kind.__name__ not in _PLAIN for kind in types):
             return NotImplemented
         kwargs = kwargs or {}
+        if self._is_aside:
+            return func(*args, **kwargs)
         has_values = not (args and isinstance(args[0], FakeTensor))
         if func is torch.ops.aten._local_scalar_dense.default and not has_values:
             if self._part != OPTIMIZER:  # which asks for the number of its step
@@ -114,7 +131,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.operation += 1
         for each in _tensors(found):
             self._enter(each.untyped_storage())
-        self._look(self._working_bytes(func, args, kwargs, found))
+        self._look(self._working_bytes(func, args, kwargs, found), _described(func, found))
         if self._at is not None and self.operation in self._at_operations:
             self._at(False)
         return found
@@ -139,10 +156,12 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live_bytes -= self.sizes.pop(key, 0)
         self._alive.pop(key, None)
 
-    def _look(self, working_bytes: int) -> None:
+    def _look(self, working_bytes: int, what: tuple[Any, ...] | None = ()) -> None:
         if self._is_fused:
             return
         held = self.live_bytes + working_bytes
+        if self._timeline is not None and what is not None:
+            self._timeline.append(Moment(self._part, what, held))
         part = self._span.parts.get(self._part)
         if part is None:
             part = self._span.parts[self._part] = Peak()
@@ -162,6 +181,15 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             yield
         finally:
             self._at = None
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[list[Moment]]:
+        """Record each moment of what runs in this context."""
+        self._timeline = []
+        try:
+            yield self._timeline
+        finally:
+            self._timeline = None
 
     @contextlib.contextmanager
     def span(self) -> Iterator[Span]:
@@ -185,6 +213,15 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._look(0)
 
     @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leave out what runs in this context: a measured process makes no storage for it."""
+        before, self._is_aside = self._is_aside, True
+        try:
+            yield
+        finally:
+            self._is_aside = before
+
+    @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Mark a part of a step."""
         before, self._part = self._part, name
@@ -196,6 +233,16 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self._at is not None:
                 self._at(True)
             self._part = before
+
+
+def _described(operation: Any, found: Any) -> tuple[Any, ...] | None:
+    """Return an operation with the size of its result; lists of tensors are as long as the model is deep.
+
+    ``None`` for what only asks something of a tensor.
+    """
+    if isinstance(found, torch.Tensor):
+        return operation, found.untyped_storage().nbytes()
+    return (operation,) if found is None or isinstance(found, list | tuple) else None
 
 
 def _tensors(found: Any) -> Iterator[torch.Tensor]:

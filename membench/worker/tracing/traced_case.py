@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,16 @@ from membench import plugins
 from membench.host.device import Device
 from membench.protocol.readings import RankEstimate
 from membench.protocol.requests import MeasureCase, Rank
-from membench.worker import communication_memory
 from membench.worker.assembly import Assembly
 from membench.worker.breakdown import COMMUNICATION, tensors_in
-from membench.worker.storages import plain_tensors
 from membench.worker.tracing import allocation, disk, working_memory
+from membench.worker.tracing.breakdown import Breakdown, bytes_of
 from membench.worker.tracing.compiling import running_as_written
+from membench.worker.tracing.device_defaults import as_on
 from membench.worker.tracing.fake_modules import converting_fake_modules, with_storage
 from membench.worker.tracing.fake_ranks import alike, fake_ranks
 from membench.worker.tracing.fake_samples import FakeSamples
-from membench.worker.tracing.ledger import BETWEEN, Ledger, Span
+from membench.worker.tracing.ledger import BETWEEN, Ledger, Moment, Span
 from membench.worker.training import steps_for_memory
 from membench.worker.weights import kept_tensors
 
@@ -36,7 +37,7 @@ _FIELDS = {
     "cache": "cache_bytes",
     COMMUNICATION: "communication_memory_bytes",
 }
-_PARTS = ("prefill", "decode", "forward", "backward", "optimizer")
+PARTS = ("prefill", "decode", "forward", "backward", "optimizer")
 """Those whose peaks are figures."""
 VALUES = "what depends on values: each one that was asked for was taken to be 1"
 COMPILED = "what compilers keep, and the temporaries of code that is compiled"
@@ -58,16 +59,30 @@ def traced(case: MeasureCase, device: Device, threads: int | None, scratch: Path
         Exception: what a stage fails with on fake tensors.
         plugins.Unsuitable: if a technique cannot be applied to the case.
     """
-    first = _assembly(case, device, 0, scratch, Ledger(FakeTensorMode(), allocation.size_on(device)))
+    first = assembly(case, device, 0, scratch)
     for ranks in alike(first.techniques, device.count) if device.in_ranks else [[0]]:
-        yield _TracedRank(case, device, threads, ranks[0], scratch).estimate(ranks)
+        yield TracedRank(case, device, threads, ranks[0], scratch).estimate(ranks)
 
 
-def _assembly(case: MeasureCase, device: Device, number: int, scratch: Path, ledger: Ledger) -> Assembly:
+def assembly(
+    case: MeasureCase,
+    device: Device,
+    number: int,
+    scratch: Path,
+    ledger: Ledger | None = None,
+    layers: int | None = None,
+) -> Assembly:
+    """Return a case on one of its ranks, with fake tensors' device.
+
+    Args:
+        layers: how many layers its model is to have; ``None``: all.
+    """
     on = device.ranks[number] if device.in_ranks else device
     rank = Rank(str(on), 1, number, device.count, None, device.in_ranks)
-    assembly = Assembly.of(case, rank, scratch, ledger.part, contextlib.nullcontext)
-    return dataclasses.replace(assembly, context=dataclasses.replace(assembly.context, device="cpu"))
+    part: Callable[[str], Any] = ledger.part if ledger else lambda _: contextlib.nullcontext()
+    made = Assembly.of(case, rank, scratch, part, contextlib.nullcontext)
+    model = made.model if layers is None else made.model.with_depth(layers)
+    return dataclasses.replace(made, model=model, context=dataclasses.replace(made.context, device="cpu", model=model))
 
 
 def _with_fake_samples(case: Assembly) -> Assembly:
@@ -78,15 +93,27 @@ def _with_fake_samples(case: Assembly) -> Assembly:
     return dataclasses.replace(case, context=context)
 
 
-class _TracedRank:
-    """A rank of a case that runs on fake tensors."""
+class TracedRank:
+    """A rank of a case that runs on fake tensors.
 
-    def __init__(self, case: MeasureCase, device: Device, threads: int | None, number: int, scratch: Path) -> None:
+    Args:
+        layers: how many layers its model is to have; ``None``: all.
+    """
+
+    def __init__(
+        self,
+        case: MeasureCase,
+        device: Device,
+        threads: int | None,
+        number: int,
+        scratch: Path,
+        layers: int | None = None,
+    ) -> None:
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._kernels = working_memory.of(device, threads)
         self._ledger = Ledger(self._fake, allocation.size_on(device), self._kernels.working_bytes)
         self._device, self._number = device, number
-        self._case = _assembly(case, device, number, scratch, self._ledger)
+        self._case = assembly(case, device, number, scratch, self._ledger, layers)
         self._leaves_out: list[str] = []
 
     def estimate(self, ranks: Sequence[int]) -> RankEstimate:
@@ -95,19 +122,60 @@ class _TracedRank:
         Args:
             ranks: the numbers of those that it stands for.
         """
-        with contextlib.ExitStack() as entered:
-            if self._device.in_ranks:
-                shared = self._case.context.scratch
-                world = fake_ranks(self._case.techniques, self._number, self._device.count, shared)
-                self._case = self._case.spread(entered.enter_context(world))
-            entered.enter_context(converting_fake_modules())
-            entered.enter_context(self._fake)
-            compiled = entered.enter_context(running_as_written(self._ledger))
+        with self._world() as compiled:
             self._rehearse()
             if compiled:
                 self._leaves_out.append(COMPILED)
-            entered.enter_context(self._ledger)
-            return self._stages(ranks)
+            with self._ledger:
+                return self._stages(ranks)
+
+    def step(self) -> tuple[dict[str, int], list[Moment]]:
+        """Run the stages up to one step after the first, and no others.
+
+        Returns:
+            figures that grow with each layer by the same amount, by metric field; and the moments of the step, with all
+            that is alive, libraries' memory included.
+        """
+        with self._world(), self._ledger:
+            module = self._ready()
+            with self._phase(), self._ledger.recording() as moments:
+                step = self._case.workload.start(module, _zeros, self._case.techniques, self._case.context)
+                step()
+                moments.clear()
+                step()
+            figures = {"weights_bytes": bytes_of(kept_tensors(module))}
+            if self._case.workload.trains:
+                trained = bytes_of(each for each in module.parameters() if each.requires_grad)
+                figures["trained_weights_bytes"] = trained
+                figures["gradients_bytes"] = bytes_of(
+                    each.grad for each in module.parameters() if each.grad is not None
+                )
+            if (states := self._case.context.inventory.get("optimizer")) is not None:
+                figures["optimizer_state_bytes"] = bytes_of(tensors_in(states()))
+            added = sum(self._kernels.added_bytes().values())
+            return figures, [dataclasses.replace(each, live_bytes=each.live_bytes + added) for each in moments]
+
+    @contextlib.contextmanager
+    def _world(self) -> Iterator[list[str]]:
+        """Be the rank, with fake tensors; yields what ``running_as_written`` does."""
+        with contextlib.ExitStack() as entered:
+            if self._device.in_ranks:
+                shared = self._case.context.scratch
+                world = fake_ranks(self._case.techniques, self._number, self._device.count, shared, self._ledger)
+                self._case = self._case.spread(entered.enter_context(world))
+            entered.enter_context(converting_fake_modules())
+            entered.enter_context(as_on(self._device))
+            entered.enter_context(self._fake)
+            yield entered.enter_context(running_as_written(self._ledger))
+
+    def _ready(self) -> nn.Module:
+        """Return the module as its steps use it."""
+        module = self._load()
+        for _, convert in self._case.conversions():
+            module = convert(module)
+        module.train(self._case.workload.trains)
+        self._case = _with_fake_samples(self._case)
+        return module
 
     def _rehearse(self) -> None:
         """Run what a measured case runs on a tiny model before its baseline: code that is compiled then is no growth.
@@ -152,18 +220,18 @@ class _TracedRank:
             "warmup_peak_live_bytes": warming.whole.bytes,
             "peak_live_bytes": running.whole.bytes,
             "save_peak_live_bytes": saving.whole.bytes,
-            "weights_bytes": self._bytes_of(kept_tensors(module)),
+            "weights_bytes": bytes_of(kept_tensors(module)),
         }
         if self._case.workload.trains:
-            trained = self._bytes_of(each for each in module.parameters() if each.requires_grad)
+            trained = bytes_of(each for each in module.parameters() if each.requires_grad)
             figures |= {
                 "trained_weights_bytes": trained,
                 "frozen_weights_bytes": figures["weights_bytes"] - trained,
             }
-        breakdown, held = self._breakdown(module, step, running)
+        breakdown, held = Breakdown(ledger, self._case.context.inventory, module).take(step, running)
         figures |= {_FIELDS[category]: size for category, size in held.items() if category in _FIELDS}
         parts = {name: peak for name, peak in running.parts.items() if name != BETWEEN}
-        figures |= {f"{name}_peak_live_bytes": peak.bytes for name, peak in parts.items() if name in _PARTS}
+        figures |= {f"{name}_peak_live_bytes": peak.bytes for name, peak in parts.items() if name in PARTS}
         if running.whole.bytes < _SMALL_BYTES:
             self._leaves_out.append(SMALL)
         if ledger.answered:
@@ -182,6 +250,7 @@ class _TracedRank:
     def _phase(self) -> Iterator[Span]:
         """Find the peaks of a phase, with what libraries hold during it."""
         self._kernels.begin()
+        gc.collect()  # as at each phase of a measured process
         with self._ledger.span() as span:
             yield span
         span.add(sum(self._kernels.added_bytes().values()))
@@ -207,128 +276,6 @@ class _TracedRank:
             with contextlib.suppress(Exception):
                 return technique.load(build, case.techniques[position + 1 :], case.context)
         return build()
-
-    def _bytes_of(self, tensors: Any) -> int:
-        return sum(self._sizes_of(tensors).values())
-
-    def _sizes_of(self, tensors: Any) -> dict[int, int]:
-        """Return the bytes of the storages of tensors, by storage."""
-        found = {}
-        for tensor in tensors:
-            for plain in plain_tensors(tensor):
-                storage = plain.untyped_storage()
-                found[storage._cdata] = storage.nbytes()
-        return found
-
-    def _breakdown(
-        self, module: nn.Module, step: plugins.Step, running: Span
-    ) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
-        """Take one more step, and sort what is alive at the peak of each part of it.
-
-        Returns:
-            that, and the most of each category where measuring looks for it: at the highest moment of each part among
-            its end, gradients that are ready, and layers that have run before FSDP frees them.
-        """
-        started = self._ledger.operation
-        saved = _Saved()
-        found: dict[str, dict[str, int]] = {}
-        parts = {name: peak for name, peak in running.parts.items() if name != BETWEEN}
-        wanted = {peak.operation - running.began + started: name for name, peak in parts.items()}
-
-        highest: dict[str, tuple[int, dict[str, int]]] = {}
-
-        def sample(*_: Any) -> None:
-            part, held = self._ledger.current_part, self._ledger.live_bytes
-            if part != BETWEEN and (part not in highest or held > highest[part][0]):
-                highest[part] = held, self._sorted(module, saved)
-
-        def look(at_end: bool) -> None:
-            if at_end:
-                sample()
-                return
-            name, known = wanted[self._ledger.operation], self._sorted(module, saved)
-            found[name] = {**known, "other": parts[name].bytes - sum(known.values())}
-
-        with (
-            self._ledger.looking(look, frozenset(wanted)),
-            torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack),
-            self._sampling(module, sample),
-        ):
-            step()
-        categories = {category for _, known in highest.values() for category in known}
-        most = {category: max(known.get(category, 0) for _, known in highest.values()) for category in categories}
-        return found, most
-
-    @contextlib.contextmanager
-    def _sampling(self, module: nn.Module, sample: Callable[..., None]) -> Iterator[None]:
-        trained = [each for each in _parameters(module) if each.requires_grad and each.is_leaf]
-        hooks = [each.register_post_accumulate_grad_hook(sample) for each in trained]  # type: ignore[no-untyped-call]
-        if communication_memory.has_shards(module):
-            layers = [layer for layer in module.modules() if communication_memory.has_shards(layer)]
-            hooks += [layer.register_forward_hook(sample, prepend=True) for layer in layers]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _sorted(self, module: nn.Module, saved: _Saved) -> dict[str, int]:
-        counted: set[int] = set()
-
-        def add(tensors: Any) -> int:
-            new = {key: size for key, size in self._sizes_of(tensors).items() if key not in counted}
-            counted.update(new)
-            return sum(size for key, size in new.items() if key in self._ledger.sizes)
-
-        inventory = self._case.context.inventory
-        sorted_bytes = {"weights": add(kept_tensors(module))}
-        sorted_bytes["gradients"] = add(each.grad for each in _parameters(module) if each.grad is not None)
-        if communication_memory.has_shards(module):
-            sorted_bytes[COMMUNICATION] = add(communication_memory.gathered_tensors(module))
-        sorted_bytes["activations"] = add(saved.tensors())
-        for category, holder in inventory.items():
-            if category != COMMUNICATION:
-                sorted_bytes[category] = add(tensors_in(holder()))
-        return sorted_bytes
-
-
-def _parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters whose gradients the rank holds: FSDP's both gathered and as shards."""
-    known = {
-        id(each): each
-        for each in (
-            *module.parameters(),
-            *communication_memory.gathered_parameters(module),
-            *communication_memory.shards(module),
-        )
-    }
-    return list(known.values())
-
-
-class _Saved:
-    """Tensors that autograd keeps for the backward pass."""
-
-    def __init__(self) -> None:
-        self._kept: dict[int, torch.Tensor] = {}
-
-    def pack(self, tensor: torch.Tensor) -> Any:
-        return _SavedTensor(tensor, self._kept)
-
-    def unpack(self, saved: Any) -> torch.Tensor:
-        tensor: torch.Tensor = saved.tensor
-        return tensor
-
-    def tensors(self) -> list[torch.Tensor]:
-        return list(self._kept.values())
-
-
-class _SavedTensor:
-    def __init__(self, tensor: torch.Tensor, kept: dict[int, torch.Tensor]) -> None:
-        self.tensor, self._kept = tensor, kept
-        kept[id(self)] = tensor
-
-    def __del__(self) -> None:
-        self._kept.pop(id(self), None)
 
 
 def _zeros(count: int) -> torch.Tensor:
