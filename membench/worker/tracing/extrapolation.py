@@ -8,8 +8,9 @@ end, since another one overtakes as layers are added: the maximum of a phase doe
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from membench.host.device import Device
 from membench.plugins import Technique
@@ -21,9 +22,13 @@ from membench.worker.tracing.ledger import BETWEEN, Moment
 from membench.worker.tracing.traced_case import PARTS, TracedRank, assembly, traced
 
 _LAYERS = 3
-"""Of a stage of the shallower model. With fewer, FSDP does not gather one layer while another one runs."""
+"""Of the shallower model. With fewer, FSDP does not gather one layer while another one runs."""
+_LAYERS_OF_STAGE = 2
+"""Of each stage of a pipeline, which is not sharded."""
 _WORTHWHILE = 3
 """How many times as deep a model has to be as the shallower one: else it is traced whole, which takes no longer."""
+_ENOUGH = 16
+"""Moments in which the same happens, after which two runs are taken to be at the same place."""
 LEFT_OUT = "what loading, converting and saving take: steps alone were traced"
 
 
@@ -46,7 +51,7 @@ def extrapolated(case: MeasureCase, device: Device, scratch: Path) -> Iterator[R
     whole = assembly(case, device, 0, scratch)
     groups = alike(whole.techniques, device.count) if device.in_ranks else [[0]]
     stages, layers = len(groups), whole.model.depth()
-    shallow = _LAYERS * stages
+    shallow = (_LAYERS if stages == 1 else _LAYERS_OF_STAGE) * stages
     if layers is None or layers % stages or layers < _WORTHWHILE * shallow or _by_parameters(whole.techniques):
         yield from traced(case, device, None, scratch)
         return
@@ -65,15 +70,28 @@ def _of_rank(
     case: MeasureCase, device: Device, ranks: Sequence[int], scratch: Path, layers: tuple[int, int, int]
 ) -> RankEstimate:
     shallow, deeper, whole = layers
-    fewer, fewer_moments = TracedRank(case, device, None, ranks[0], scratch, shallow).step()
-    more, more_moments = TracedRank(case, device, None, ranks[0], scratch, deeper).step()
-    times = (whole - shallow) // (deeper - shallow)
+    added = deeper - shallow
+
+    def step(depth: int) -> tuple[dict[str, int], list[Moment]]:
+        return TracedRank(case, device, None, ranks[0], scratch, depth).step()
+
+    fewer, fewer_moments = step(shallow)
+    more, more_moments = step(deeper)
+    times = (whole - shallow) // added
+    from_layers: tuple[int, ...] = (shallow, deeper)
     figures = {field: size + (more[field] - size) * times for field, size in fewer.items()}
     if "trained_weights_bytes" in figures:
         figures["frozen_weights_bytes"] = figures["weights_bytes"] - figures["trained_weights_bytes"]
-    peaks: dict[str, int] = {}
-    for part, live_bytes in extended(fewer_moments, more_moments, times):
-        peaks[part] = max(peaks.get(part, 0), live_bytes)
+    try:
+        peaks = _peaks(extended(fewer_moments, more_moments, times))
+    except Unlike:
+        _, third = step(deeper + added)
+        if _peaks(extended(fewer_moments, more_moments, 2, is_apart=True)) != _peaks_of(third):
+            raise
+        peaks, from_layers = (
+            _peaks(extended(fewer_moments, more_moments, times, is_apart=True)),
+            (*from_layers, deeper + added),
+        )
     figures["peak_live_bytes"] = max(peaks.values())
     peaks.pop(BETWEEN, None)
     figures |= {f"{part}_peak_live_bytes": peak for part, peak in peaks.items() if part in PARTS}
@@ -83,35 +101,46 @@ def _of_rank(
         figures=figures,
         peak_part=max(peaks, key=lambda part: peaks[part], default=None),
         leaves_out=(LEFT_OUT,),
-        from_layers=(shallow, deeper),
+        from_layers=from_layers,
     )
 
 
-def extended(fewer: Sequence[Moment], more: Sequence[Moment], times: int) -> Iterator[tuple[str, int]]:
+def _peaks(moments: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Return the most live bytes of each part."""
+    peaks: dict[str, int] = {}
+    for part, live_bytes in moments:
+        peaks[part] = max(peaks.get(part, 0), live_bytes)
+    return peaks
+
+
+def _peaks_of(moments: Iterable[Moment]) -> dict[str, int]:
+    return _peaks((each.part, each.live_bytes) for each in moments)
+
+
+def extended(
+    fewer: Sequence[Moment], more: Sequence[Moment], times: int, *, is_apart: bool = False
+) -> Iterator[tuple[str, int]]:
     """Yield the live bytes of a step at moments of a model that is deeper by so many layers, each with its part.
 
-    In each part of the step, moments are matched from its begin and from its end, as far as the same happens in both
-    models. In between lie those of the added layer, which are like the ones before or after it.
+    In each part of the step, moments are matched from its begin, and once more from its end: then the first layers and
+    the last ones of both models are matched. In between lie those of the added layers, which are like these.
 
     Args:
         fewer: the moments of the shallower model.
         more: of a model with one more layer.
         times: how many layers more than the shallower model the deeper one has.
+        is_apart: whether what a layer adds to a part lies in several places, as with micro-batches. What looks alike
+            after each of them need not be: a third model has to show that it is.
 
     Raises:
-        Unlike: if some moments have none to match.
+        Unlike: if moments have none to match.
     """
     shallow, deep = _runs(fewer), _runs(more)
     if [run[0].part for run in shallow] != [run[0].part for run in deep]:
         raise Unlike
+    match = _matched_apart if is_apart else _matched
     for run, longer in zip(shallow, deep, strict=True):
-        first, last = _alike(run, longer), _alike(run[::-1], longer[::-1])
-        if first + last < len(run):
-            raise Unlike
-        pairs = itertools.chain(
-            zip(run[:first], longer, strict=False), zip(run[::-1][:last], longer[::-1], strict=False)
-        )
-        for one, other in pairs:
+        for one, other in match(run, longer):
             yield one.part, one.live_bytes + (other.live_bytes - one.live_bytes) * times
 
 
@@ -120,7 +149,38 @@ def _runs(moments: Sequence[Moment]) -> list[list[Moment]]:
     return [list(run) for _, run in itertools.groupby(moments, key=lambda each: each.part)]
 
 
+def _matched(run: Sequence[Moment], longer: Sequence[Moment]) -> Iterator[tuple[Moment, Moment]]:
+    first, last = _alike(run, longer), _alike(run[::-1], longer[::-1])
+    if first + last < len(run):
+        raise Unlike
+    yield from zip(run[:first], longer, strict=False)
+    yield from zip(run[::-1][:last], longer[::-1], strict=False)
+
+
 def _alike(run: Sequence[Moment], other: Sequence[Moment]) -> int:
     """Return at how many moments from the first the same happens in both."""
     pairs = zip(run, other, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0].what == pair[1].what, pairs))
+
+
+def _matched_apart(run: Sequence[Moment], longer: Sequence[Moment]) -> Iterator[tuple[Moment, Moment]]:
+    yield from _found_again(run, longer)
+    yield from _found_again(run[::-1], longer[::-1])
+
+
+def _found_again(run: Sequence[Moment], longer: Sequence[Moment]) -> Iterator[tuple[Moment, Moment]]:
+    """Yield each moment of a run with the next of a longer run from which on the same happens for a while."""
+    what, in_longer = [each.what for each in run], [each.what for each in longer]
+    skipped = 0
+    for place, each in enumerate(what):
+        if place + skipped >= len(longer) or in_longer[place + skipped] != each:
+            skipped = _next_alike(what[place : place + _ENOUGH], in_longer, place + skipped, len(what) - place) - place
+        yield run[place], longer[place + skipped]
+
+
+def _next_alike(ahead: list[Any], longer: list[Any], begin: int, left: int) -> int:
+    """Return the next place at which the same follows as in the shorter run, of which so much is left."""
+    for place in range(begin + 1, len(longer) - left + 1):
+        if longer[place : place + len(ahead)] == ahead:
+            return place
+    raise Unlike

@@ -241,7 +241,7 @@ def _described(operation: Any, found: Any) -> tuple[Any, ...] | None:
     ``None`` for what only asks something of a tensor.
     """
     if isinstance(found, torch.Tensor):
-        return operation, found.untyped_storage().nbytes()
+        return operation, found.numel() * found.element_size()
     return (operation,) if found is None or isinstance(found, list | tuple) else None
 
 

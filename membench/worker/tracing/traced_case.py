@@ -141,6 +141,7 @@ class TracedRank:
             with self._phase(), self._ledger.recording() as moments:
                 step = self._case.workload.start(module, _zeros, self._case.techniques, self._case.context)
                 step()
+                gc.collect()
                 moments.clear()
                 step()
             figures = {"weights_bytes": bytes_of(kept_tensors(module))}

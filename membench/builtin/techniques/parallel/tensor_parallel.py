@@ -6,7 +6,7 @@ B, T, H: batch, tokens, width; N: ranks along the dimension.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -16,6 +16,7 @@ from membench.plugins import Context, Dimension, Parallel, Setting
 from membench.plugins.parallel import degrees
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -66,6 +67,19 @@ class TensorParallel(Parallel):
 
     def nominal_share(self) -> float | None:
         return None  # norms stay whole
+
+    def optimizer(self, optimizer: torch.optim.Optimizer, module: nn.Module, context: Context) -> torch.optim.Optimizer:
+        """Make a group of parameters of those that are split along the same ranks, and one of those that are whole.
+
+        On a GPU torch steps through all tensors of a group at once, and refuses a mixture.
+        """
+        groups: dict[Any, dict[str, Any]] = {}
+        for number, group in enumerate(optimizer.param_groups):
+            for parameter in group["params"]:
+                key = number, getattr(parameter, "device_mesh", None)
+                groups.setdefault(key, {**group, "params": []})["params"].append(parameter)
+        optimizer.param_groups[:] = groups.values()
+        return optimizer
 
     def parallelize(self, module: nn.Module, context: Context) -> nn.Module:
         assert context.ranks is not None
