@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import types
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
@@ -42,12 +46,42 @@ def _converted(parameter: nn.Parameter, fn: Callable[[torch.Tensor], torch.Tenso
     with torch.no_grad():
         made = fn(parameter)
         gradient = None if parameter.grad is None else fn(parameter.grad)
-    if is_traceable_wrapper_subclass(made) or is_traceable_wrapper_subclass(parameter):
+    is_plain = not is_traceable_wrapper_subclass(made) and not is_traceable_wrapper_subclass(parameter)
+    if not is_plain or made.device != parameter.device:
         parameter = nn.Parameter(made, requires_grad=parameter.requires_grad)
     else:
         parameter.data = made
     parameter.grad = gradient
     return parameter
+
+
+@contextlib.contextmanager
+def making_fake_subclasses() -> Iterator[None]:
+    """Let classes of parameters that libraries make with ``torch.Tensor._make_subclass`` hold fake tensors.
+
+    What is made is of a class derived from the library's and from that of fake tensors.
+    """
+    original = torch.Tensor._make_subclass
+
+    def make(kind: type[torch.Tensor], data: torch.Tensor, require_grad: bool = False, **options: Any) -> Any:
+        if issubclass(kind, FakeTensor) or not isinstance(data, FakeTensor):
+            return original(kind, data, require_grad, **options)
+        made = data.detach()
+        made.__class__ = _fake_class(kind)
+        return made.requires_grad_(require_grad)
+
+    torch.Tensor._make_subclass = make  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.Tensor._make_subclass = original  # type: ignore[method-assign]
+
+
+@functools.cache
+def _fake_class(kind: type[torch.Tensor]) -> type[torch.Tensor]:
+    own = {"__module__": kind.__module__, "__torch_dispatch__": FakeTensor.__torch_dispatch__}
+    made: type[torch.Tensor] = types.new_class(kind.__name__, (kind, FakeTensor), {}, lambda names: names.update(own))
+    return made
 
 
 def with_storage(skeleton: nn.Module) -> nn.Module:

@@ -12,6 +12,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from membench.worker.tracing import unknown_shapes
+
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -112,7 +114,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if any(kind.__name__ not in _PLAIN for kind in types):
+        if any(kind.__name__ not in _PLAIN and not issubclass(kind, FakeTensor) for kind in types):
             return NotImplemented
         kwargs = kwargs or {}
         if self._is_aside:
@@ -125,16 +127,25 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func in _COMPARISONS and not has_values:
             self.answered.add("whether tensors are equal")
             return True
-        found = func(*args, **kwargs)
+        found = None if has_values else unknown_shapes.answer(func, args, kwargs)
+        if found is None:
+            found = func(*args, **kwargs)
+        else:
+            self.note_unknown_shape()
         if func is torch.ops.aten._amp_foreach_non_finite_check_and_unscale_.default:
             self._of_infinities.add(args[1].untyped_storage()._cdata)
         self.operation += 1
         for each in _tensors(found):
-            self._enter(each.untyped_storage())
+            if each.device.type != "meta":
+                self._enter(each.untyped_storage())
         self._look(self._working_bytes(func, args, kwargs, found), _described(func, found))
         if self._at is not None and self.operation in self._at_operations:
             self._at(False)
         return found
+
+    def note_unknown_shape(self) -> None:
+        """Note that a result was given a shape which depends on values."""
+        self.answered.add("the shape of a result")
 
     def _answer(self, tensor: torch.Tensor) -> Any:
         if tensor.untyped_storage()._cdata in self._of_infinities:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from membench.protocol.readings import RankEstimate
 from membench.protocol.requests import MeasureCase, Rank
 from membench.worker.assembly import Assembly
 from membench.worker.breakdown import COMMUNICATION, tensors_in
-from membench.worker.tracing import allocation, disk, working_memory
+from membench.worker.tracing import allocation, disk, unknown_shapes, working_memory
 from membench.worker.tracing.breakdown import Breakdown, bytes_of
 from membench.worker.tracing.compiling import running_as_written
 from membench.worker.tracing.device_defaults import as_on
-from membench.worker.tracing.fake_modules import converting_fake_modules, with_storage
+from membench.worker.tracing.fake_modules import converting_fake_modules, making_fake_subclasses, with_storage
 from membench.worker.tracing.fake_ranks import alike, fake_ranks
 from membench.worker.tracing.fake_samples import FakeSamples
+from membench.worker.tracing.fake_sparse import multiplying_sparse_matrices
 from membench.worker.tracing.ledger import BETWEEN, Ledger, Moment, Span
 from membench.worker.training import steps_for_memory
 from membench.worker.weights import kept_tensors
@@ -41,6 +43,7 @@ PARTS = ("prefill", "decode", "forward", "backward", "optimizer")
 """Those whose peaks are figures."""
 VALUES = "what depends on values: each one that was asked for was taken to be 1"
 COMPILED = "what compilers keep, and the temporaries of code that is compiled"
+SPARSE = "how many numbers of each matrix are not zero: it was taken to be the share that techniques name"
 SMALL = "Python's objects and what libraries set up: about 1 MiB, which counts in a peak this small"
 _SMALL_BYTES = 2**24
 BUILT_FROM_SHAPES = "what loading takes besides the weights: the model was made from its shapes"
@@ -165,9 +168,17 @@ class TracedRank:
                 world = fake_ranks(self._case.techniques, self._number, self._device.count, shared, self._ledger)
                 self._case = self._case.spread(entered.enter_context(world))
             entered.enter_context(converting_fake_modules())
+            entered.enter_context(making_fake_subclasses())
+            entered.enter_context(unknown_shapes.given_to_libraries(self._ledger.note_unknown_shape))
+            share = math.prod(_share_left(each) for each in self._case.techniques)
+            entered.enter_context(multiplying_sparse_matrices(share, self._note_sparse))
             entered.enter_context(as_on(self._device))
             entered.enter_context(self._fake)
             yield entered.enter_context(running_as_written(self._ledger))
+
+    def _note_sparse(self) -> None:
+        if SPARSE not in self._leaves_out:
+            self._leaves_out.append(SPARSE)
 
     def _ready(self) -> nn.Module:
         """Return the module as its steps use it."""
@@ -212,15 +223,12 @@ class TracedRank:
         with self._phase() as running:
             step()
         added = self._kernels.added_bytes()
-        with self._phase() as saving:
-            figures |= self._saved(module)
         figures["held_live_bytes"] = ledger.live_bytes + self._kernels.kept_bytes
         figures |= {
             "load_peak_live_bytes": loading.whole.bytes,
             "apply_peak_live_bytes": applying.whole.bytes,
             "warmup_peak_live_bytes": warming.whole.bytes,
             "peak_live_bytes": running.whole.bytes,
-            "save_peak_live_bytes": saving.whole.bytes,
             "weights_bytes": bytes_of(kept_tensors(module)),
         }
         if self._case.workload.trains:
@@ -231,6 +239,9 @@ class TracedRank:
             }
         breakdown, held = Breakdown(ledger, self._case.context.inventory, module).take(step, running)
         figures |= {_FIELDS[category]: size for category, size in held.items() if category in _FIELDS}
+        with self._phase() as saving:
+            figures |= self._saved(module)
+        figures["save_peak_live_bytes"] = saving.whole.bytes
         parts = {name: peak for name, peak in running.parts.items() if name != BETWEEN}
         figures |= {f"{name}_peak_live_bytes": peak.bytes for name, peak in parts.items() if name in PARTS}
         if running.whole.bytes < _SMALL_BYTES:
@@ -277,6 +288,11 @@ class TracedRank:
             with contextlib.suppress(Exception):
                 return technique.load(build, case.techniques[position + 1 :], case.context)
         return build()
+
+
+def _share_left(technique: plugins.Technique) -> float:
+    share = None if isinstance(technique, plugins.Parallel) else technique.nominal_share()
+    return 1.0 if share is None else share
 
 
 def _zeros(count: int) -> torch.Tensor:
