@@ -83,15 +83,13 @@ def _of_rank(
     if "trained_weights_bytes" in figures:
         figures["frozen_weights_bytes"] = figures["weights_bytes"] - figures["trained_weights_bytes"]
     try:
-        peaks = _peaks(extended(fewer_moments, more_moments, times))
+        peaks = _peaks(extended((fewer_moments, more_moments), times))
     except Unlike:
-        _, third = step(deeper + added)
-        if _peaks(extended(fewer_moments, more_moments, 2, is_apart=True)) != _peaks_of(third):
+        _, third_moments = step(deeper + added)
+        three, from_layers = (fewer_moments, more_moments, third_moments), (*from_layers, deeper + added)
+        if _peaks(extended(three, 2)) != _peaks((each.part, each.live_bytes) for each in third_moments):
             raise
-        peaks, from_layers = (
-            _peaks(extended(fewer_moments, more_moments, times, is_apart=True)),
-            (*from_layers, deeper + added),
-        )
+        peaks = _peaks(extended(three, times))
     figures["peak_live_bytes"] = max(peaks.values())
     peaks.pop(BETWEEN, None)
     figures |= {f"{part}_peak_live_bytes": peak for part, peak in peaks.items() if part in PARTS}
@@ -113,34 +111,26 @@ def _peaks(moments: Iterable[tuple[str, int]]) -> dict[str, int]:
     return peaks
 
 
-def _peaks_of(moments: Iterable[Moment]) -> dict[str, int]:
-    return _peaks((each.part, each.live_bytes) for each in moments)
-
-
-def extended(
-    fewer: Sequence[Moment], more: Sequence[Moment], times: int, *, is_apart: bool = False
-) -> Iterator[tuple[str, int]]:
+def extended(models: Sequence[Sequence[Moment]], times: int) -> Iterator[tuple[str, int]]:
     """Yield the live bytes of a step at moments of a model that is deeper by so many layers, each with its part.
 
     In each part of the step, moments are matched from its begin, and once more from its end: then the first layers and
     the last ones of both models are matched. In between lie those of the added layers, which are like these.
 
     Args:
-        fewer: the moments of the shallower model.
-        more: of a model with one more layer.
-        times: how many layers more than the shallower model the deeper one has.
-        is_apart: whether what a layer adds to a part lies in several places, as with micro-batches. What looks alike
-            after each of them need not be: a third model has to show that it is.
+        models: the moments of the shallowest model, and of one with one more layer. If what a layer adds to a part lies
+            in several places, as with micro-batches, what looks alike after each of them need not be: then also those
+            of a third model, with two more layers, and moments that do not grow evenly are left out.
+        times: how many layers more than the shallowest model the deeper one has.
 
     Raises:
         Unlike: if moments have none to match.
     """
-    shallow, deep = _runs(fewer), _runs(more)
-    if [run[0].part for run in shallow] != [run[0].part for run in deep]:
+    runs = [_runs(each) for each in models]
+    if any([run[0].part for run in each] != [run[0].part for run in runs[0]] for each in runs):
         raise Unlike
-    match = _matched_apart if is_apart else _matched
-    for run, longer in zip(shallow, deep, strict=True):
-        for one, other in match(run, longer):
+    for run, *longer in zip(*runs, strict=True):
+        for one, other in _matched(run, *longer) if len(longer) == 1 else _matched_apart(run, *longer):
             yield one.part, one.live_bytes + (other.live_bytes - one.live_bytes) * times
 
 
@@ -163,9 +153,14 @@ def _alike(run: Sequence[Moment], other: Sequence[Moment]) -> int:
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0].what == pair[1].what, pairs))
 
 
-def _matched_apart(run: Sequence[Moment], longer: Sequence[Moment]) -> Iterator[tuple[Moment, Moment]]:
-    yield from _found_again(run, longer)
-    yield from _found_again(run[::-1], longer[::-1])
+def _matched_apart(
+    run: Sequence[Moment], longer: Sequence[Moment], longest: Sequence[Moment]
+) -> Iterator[tuple[Moment, Moment]]:
+    for step in (1, -1):
+        found = zip(_found_again(run[::step], longer[::step]), _found_again(run[::step], longest[::step]), strict=True)
+        for (one, other), (_, third) in found:
+            if third.live_bytes - other.live_bytes == other.live_bytes - one.live_bytes:
+                yield one, other
 
 
 def _found_again(run: Sequence[Moment], longer: Sequence[Moment]) -> Iterator[tuple[Moment, Moment]]:
