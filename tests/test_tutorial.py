@@ -78,4 +78,6 @@ def test_every_command_and_file_of_it_is_seen() -> None:
         "test_half.py",
         "test_known.py",
         "undecided.toml",
+        "averaging.py",
+        "averaging.toml",
     ]
