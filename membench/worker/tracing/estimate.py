@@ -11,6 +11,7 @@ from membench.plugins import Unsuitable
 from membench.protocol.messages import Result, ResultSoFar
 from membench.protocol.requests import EstimateCase
 from membench.worker.meter import Meter
+from membench.worker.tracing.arithmetic import by_arithmetic
 from membench.worker.tracing.extrapolation import extrapolated
 from membench.worker.tracing.traced_case import traced
 
@@ -22,8 +23,8 @@ def estimate(work: EstimateCase, scratch: Path, meter: Meter) -> None:
         plugins.Unsuitable: if a technique cannot be applied to the case, or if the case cannot be estimated.
     """
     logging.getLogger("torch._subclasses.fake_tensor").disabled = True  # it logs what is handled here
+    device = Device.parse(work.device)
     try:
-        device = Device.parse(work.device)
         found = list(
             extrapolated(work.case, device, scratch)
             if work.extrapolates
@@ -32,7 +33,9 @@ def estimate(work: EstimateCase, scratch: Path, meter: Meter) -> None:
     except Unsuitable:
         raise
     except Exception as error:
-        raise Unsuitable(f"it cannot be estimated: on fake tensors it ends in {summary(error)}") from error
+        if work.extrapolates:
+            raise Unsuitable(f"it cannot be estimated: on fake tensors it ends in {summary(error)}") from error
+        found = [by_arithmetic(work.case, device, work.threads, scratch, error)]
     highest = max(found, key=lambda each: each.figures.get("peak_live_bytes", 0))
     result = Result(pinned=False, estimates=found, breakdown_bytes=highest.breakdown_bytes, peak_part=highest.peak_part)
     meter.send(ResultSoFar(result))

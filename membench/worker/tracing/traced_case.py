@@ -118,6 +118,8 @@ class TracedRank:
         self._device, self._number = device, number
         self._case = assembly(case, device, number, scratch, self._ledger, layers)
         self._leaves_out: list[str] = []
+        self.module: nn.Module | None = None
+        """The module of the estimated case."""
 
     def estimate(self, ranks: Sequence[int]) -> RankEstimate:
         """Run all stages.
@@ -213,7 +215,7 @@ class TracedRank:
         with self._phase() as applying:
             for _, convert in self._case.conversions():
                 module = convert(module)
-        module.train(self._case.workload.trains)
+        self.module = module.train(self._case.workload.trains)
         self._case = _with_fake_samples(self._case)
         warmup, _ = steps_for_memory(self._case.techniques, in_ranks=self._device.in_ranks)
         with self._phase() as warming:
