@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from membench.host import procfs
-from membench.worker import allocator, device
+from membench.worker import allocator, device, malloc_counts
 
 _NOISE_BYTES = 2**15
 """What the kernel's counters may be off by after few pages were touched: less is taken to be nothing."""
@@ -106,10 +106,10 @@ def measure(call: Call) -> Taken:
     with _disable_current_modes(), torch.no_grad():
         arguments, options = call.real()
         allocator.return_free()
-        before = _anonymous_bytes()
+        before = _used_bytes()
         _run(call, arguments, options)
         allocator.return_free()
-        code = _anonymous_bytes() - before
+        code = _used_bytes() - before
         highest, kept = _run(call, arguments, options)
         allocator.return_free()
     is_code = code >= _LEAST_CODE_BYTES
@@ -120,43 +120,50 @@ def buffers_after(calls: Sequence[Call]) -> int:
     """Run operations one after the other, and return the bytes of the buffers that are then kept for all of them.
 
     They are more than those of any one of them and less than their sum, since libraries use them again where they fit.
+    The first round compiles what this process has not compiled yet, and is not counted.
     """
     with _disable_current_modes(), torch.no_grad():
-        allocator.return_free()
-        before = _anonymous_bytes()
         for call in calls:
-            arguments, options = call.real()
-            call.operation(*arguments, **options)
-            del arguments, options
-        kept = _anonymous_bytes() - before
+            _run_once(call)
+        allocator.return_free()
+        before = _used_bytes()
+        for call in calls:
+            _run_once(call)
+        kept = _used_bytes() - before
         allocator.return_free()
     return _above_noise(kept)
+
+
+def _run_once(call: Call) -> None:
+    arguments, options = call.real()
+    call.operation(*arguments, **options)
 
 
 def _run(call: Call, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> tuple[int, int]:
     """Return how much more is resident at the highest moment and at the end than before, without results."""
     known = _storages((arguments, options))
-    before = _anonymous_bytes()
+    before = _used_bytes()
     counted = procfs.resident()
     procfs.reset_peak()
     results = call.operation(*arguments, **options)
     peak = procfs.resident()
-    after = _anonymous_bytes()
+    kept = _used_bytes() - before
     new = sum(size for address, size in _storages(results).items() if address not in known)
     highest = peak.peak_bytes - peak.file_bytes - counted.private_bytes - counted.shared_bytes
-    return highest - new, after - before - new
+    return highest - new, kept - new
 
 
 def _above_noise(size_bytes: int) -> int:
     return size_bytes if size_bytes > _NOISE_BYTES else 0
 
 
-def _anonymous_bytes() -> int:
-    counted = procfs.counted_page_by_page()
+def _used_bytes() -> int:
+    """Return the resident bytes less what malloc's heaps hold free, as measuring a case counts them."""
+    counted, free = procfs.counted_page_by_page(), malloc_counts.free_resident_bytes()
     if counted is not None:
-        return sum(counted)
+        return sum(counted) - free
     resident = procfs.resident()
-    return resident.private_bytes + resident.shared_bytes
+    return resident.private_bytes + resident.shared_bytes - free
 
 
 def _storages(held: Any) -> dict[int, int]:

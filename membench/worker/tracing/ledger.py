@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Operations that asked for a value of a tensor, which a fake one has not: they were given 1."""
         self._fake, self._size_of, self._working_bytes = fake, size_of, working_bytes
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._left_out: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._at: Callable[[bool], None] | None = None
         self._timeline: list[Moment] | None = None
         self._at_operations: frozenset[int] = frozenset()
@@ -152,8 +154,20 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return 0.0  # no gradient is infinite, else the step would be left out
         return 1.0 if tensor.is_floating_point() else 1
 
+    def leave_out(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Strike out what is in no memory of the process's own, such as pages of a file."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._strike_out(storage._cdata)
+            self._left_out[storage._cdata] = weakref.ref(storage, functools.partial(self._forget, storage._cdata))
+
+    def _forget(self, key: int, _: Any) -> None:
+        self._left_out.pop(key, None)
+
     def _enter(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
+        if key in self._left_out:
+            return
         size = self._size_of(storage.nbytes())
         before = self.sizes.get(key)
         if before == size:

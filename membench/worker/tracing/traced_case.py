@@ -289,7 +289,12 @@ class TracedRank:
         for position, technique in enumerate(case.applied):
             with contextlib.suppress(Exception):
                 return technique.load(build, case.techniques[position + 1 :], case.context)
-        return build()
+        module = build()
+        rest_of = [case.techniques[position + 1 :] for position in range(len(case.applied))]
+        loading = [each.loading_bytes(1, rest) for each, rest in zip(case.applied, rest_of, strict=True)]
+        if 0 in loading and not case.workload.trains:  # weights that are written to are pages of the file no more
+            self._ledger.leave_out(module.parameters())
+        return module
 
 
 def _share_left(technique: plugins.Technique) -> float:

@@ -24,6 +24,8 @@ from membench.worker.tracing.kernel_probe import Call, Like, Taken
 BUFFERS = "buffers that libraries keep between matrix products"
 CODE = "code that libraries compiled for the shapes"
 CUBLAS = "cuBLAS' workspace"
+_METHOD = 2
+"""The number of the way in which kernels are measured: what was measured in another way is not read."""
 _MOST_PRODUCTS = 2**35
 """Of numbers, in a matrix product that is run for real, which takes about a second; of a larger one a part is run."""
 _MOST_BYTES = 2**29
@@ -106,7 +108,7 @@ class KernelsHere:
         allocator.pin()
         torch.set_num_threads(threads)
         kernel_probe.warm_up()
-        self._file = cache_folder() / "kernel-memory" / f"{_machine(threads)}.json"
+        self._file = cache_folder() / "kernel-memory" / f"{_machine(threads)}-{_METHOD}.json"
         self._known = _read(self._file)
         self._new: dict[str, list[int]] = {}
         self._calls: dict[str, Call] = {}  # of this phase, those that leave buffers
