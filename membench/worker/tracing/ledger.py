@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from membench.worker.tracing import unknown_shapes
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from torch._subclasses.fake_tensor import FakeTensorMode
 
 OPTIMIZER = "optimizer"
@@ -129,6 +132,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func in _COMPARISONS and not has_values:
             self.answered.add("whether tensors are equal")
             return True
+        replaced_bytes = self._replaced_bytes(func, args)
         found = None if has_values else unknown_shapes.answer(func, args, kwargs)
         if found is None:
             found = func(*args, **kwargs)
@@ -140,7 +144,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for each in _tensors(found):
             if each.device.type != "meta":
                 self._enter(each.untyped_storage())
-        self._look(self._working_bytes(func, args, kwargs, found), _described(func, found))
+        self._look(self._working_bytes(func, args, kwargs, found) - replaced_bytes, _described(func, found))
         if self._at is not None and self.operation in self._at_operations:
             self._at(False)
         return found
@@ -148,6 +152,24 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def note_unknown_shape(self) -> None:
         """Note that a result was given a shape which depends on values."""
         self.answered.add("the shape of a result")
+
+    def _replaced_bytes(self, operation: Any, arguments: tuple[Any, ...]) -> int:
+        """Return the size of a gradient to which the engine adds another one.
+
+        It adds in place if nothing else holds the gradient and it is no tensor of a subclass, nor under a mode, as all
+        are here (torch, csrc/autograd/input_buffer.cpp: ``can_accumulate_inplace``). Then the sum is a new tensor here
+        only, and the gradient dies at once.
+        """
+        if operation is not torch.ops.aten.add.Tensor or not _is_called_by_engine():
+            return 0
+        first, second = arguments[:2]
+        if not isinstance(second, torch.Tensor) or (first.dtype, first.shape) != (second.dtype, second.shape):
+            return 0
+        storage = first.untyped_storage()
+        # One reference is the tensor's, the other that of the storage asked for here.
+        is_held_elsewhere = torch._C._storage_Use_Count(storage._cdata) > 2
+        is_whole = storage.nbytes() == first.numel() * first.element_size()
+        return self.sizes.get(storage._cdata, 0) if is_whole and not is_held_elsewhere else 0
 
     def _answer(self, tensor: torch.Tensor) -> Any:
         if tensor.untyped_storage()._cdata in self._of_infinities:
@@ -258,6 +280,14 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self._at is not None:
                 self._at(True)
             self._part = before
+
+
+def _is_called_by_engine() -> bool:
+    """Return whether autograd's engine called the ledger, and not a function written in Python."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name in ("__torch_dispatch__", "_fn", "inner"):  # how torch wraps it
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_name == "_engine_run_backward"
 
 
 def _described(operation: Any, found: Any) -> tuple[Any, ...] | None:
