@@ -44,7 +44,7 @@ PARTS = ("prefill", "decode", "forward", "backward", "optimizer")
 VALUES = "what depends on values: each one that was asked for was taken to be 1"
 COMPILED = "what compilers keep, and the temporaries of code that is compiled"
 SPARSE = "how many numbers of each matrix are not zero: it was taken to be the share that techniques name"
-SMALL = "Python's objects and what libraries set up: about 1 MiB, which counts in a peak this small"
+SMALL = "Python's objects and what libraries set up, up to 1 MiB: much of so small a peak, read to within 0.25 MiB"
 _SMALL_BYTES = 2**24
 BUILT_FROM_SHAPES = "what loading takes besides the weights: the model was made from its shapes"
 
