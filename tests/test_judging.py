@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from membench.errors import RuleError
+from membench.host import environment
 from membench.records.metric import Metric
 from membench.records.metrics import METRIC_OF_FIELD, METRICS
 from membench.records.run_file import read_run
@@ -438,6 +439,19 @@ def test_on_a_gpu_live_memory_hangs_on_the_card_and_not_on_the_processor() -> No
     assert bars({"gpus": [card]}, {"gpus": [{**card, "name": "H200"}]}) == {"live", "footprint", "time"}
     assert bars({"gpus": [card]}, {"gpus": [{**card, "driver": "580"}]}) == {"footprint", "time"}
     assert bars({"gpus": [card], "threads": 2}, {"gpus": [card], "threads": 8}) == {"time"}
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_memory_of_a_gpu_under_other_settings_of_its_allocator_is_not_compared(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.delenv(name, raising=False)
+    before = environment.describe(1)
+    monkeypatch.setenv(name, "expandable_segments:True")
+    (difference,) = machines.differences(before, environment.describe(1))
+    assert difference.respect == f"variables.{name}"
+    assert "live" in difference.bars(on_gpu=True)
+    assert not difference.bars(on_gpu=False)
 
 
 def test_of_one_run_each_case_is_judged_by_what_its_own_device_hangs_on() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -12,8 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from membench.plugins import Context, Parallel, Technique
-from membench.worker import notes
+from membench.plugins import Context, Parallel, Technique, registry
+from membench.testing import context
+from membench.worker import converted_layers, notes
 
 _ROWS, _COLUMNS = 512, 256
 
@@ -116,3 +119,12 @@ def test_a_rank_that_keeps_states_of_some_parameters_alone_misses_none(mesh: Dev
     assert said(_Sharded.model_validate({})) == [
         "optimizer states are ×0.12 where ×0.25 is the nominal factor: 256.0 KiB of states not yet made"
     ]
+
+
+@pytest.mark.parametrize("name", ["fsdp", "tensor-parallel", "pipeline"])
+def test_what_was_to_split_the_model_and_left_it_whole_is_named_though_it_acts_in_steps_too(
+    name: str, tmp_path: Path
+) -> None:
+    technique = registry.create("technique", name, {})
+    on_rank = dataclasses.replace(context(tmp_path), idle=[technique])
+    assert converted_layers.remarks([name], [technique], on_rank) == [f"'{name}' changed nothing in the model"]

@@ -34,7 +34,8 @@ _VARIABLES = (
     *WAIT_POLICY_VARIABLES,
     "LD_PRELOAD",
     "CUDA_VISIBLE_DEVICES",
-    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",  # the older name, which torch reads, too
 )
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")

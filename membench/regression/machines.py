@@ -45,6 +45,7 @@ _OF_A_GPU_CASE: Mapping[str, frozenset[Dependence]] = {
     "cpu.instructions": _TIME,
     "cpu.vendor": _TIME,
     "variables.OMP_NUM_THREADS": _TIME,
+    "variables.PYTORCH_ALLOC_CONF": _MEMORY,
     "variables.PYTORCH_CUDA_ALLOC_CONF": _MEMORY,
     "gpus": _MEMORY,
 }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from membench import plugins
 from membench.errors import MembenchError
 from membench.host.out_of_memory import is_out_of_memory
-from membench.plugins import Context, SelectsLayers, Technique
+from membench.plugins import Context, Parallel, SelectsLayers, Technique
 from membench.plugins.replacing import LeftAlone, numberless, reason_to_keep
 
 if TYPE_CHECKING:
@@ -69,7 +69,12 @@ def remarks(names: Sequence[str], techniques: Sequence[Technique], context: Cont
 
 
 def _acts_while_running(technique: Technique) -> bool:
-    """Whether a technique acts while steps run; then an unchanged model is not a problem."""
+    """Whether a technique acts while steps run; then an unchanged model is not a problem.
+
+    Of those that spread a model over ranks only those are idle that were to split it: to act in steps is no excuse.
+    """
+    if isinstance(technique, Parallel):
+        return False
     stages = ("optimizer", "step_context", "training_step", "generate_options")
     return any(getattr(type(technique), stage) is not getattr(Technique, stage) for stage in stages)
 
