@@ -25,12 +25,12 @@ name = "data-parallel"
 model = ["small"]
 technique = [
     "ddp", "ddp-views", "ddp-powersgd", "zero1", "fsdp", "fsdp-sharded", "fsdp-root", "accumulate-2+fsdp",
-    "accumulate-2+fsdp-late",
+    "accumulate-2+fsdp-late", "lora+fsdp", "lora+fsdp-root",
 ]
 workload = ["brief"]
 device = ["2xcpu"]
 [[exclude]]
-technique = ["accumulate-2", "fsdp-late"]
+technique = ["accumulate-2", "fsdp-late", "lora"]
 [workload.brief]
 use = "train"
 batch_size = 4
@@ -109,6 +109,14 @@ def test_wrapping_for_ddp_holds_the_weights_twice(records: Records) -> None:
     assert _bytes(records["ddp"], "apply_peak_live_bytes") == pytest.approx(2 * WEIGHTS_BYTES, abs=allowed_bytes)
 
 
+def test_every_rank_builds_the_whole_model_before_it_is_sharded(records: Records) -> None:
+    for process in records["fsdp"].processes:
+        load = process.phase("load")
+        assert load is not None
+        assert load.live_peak_bytes is not None
+        assert load.live_peak_bytes >= WEIGHTS_BYTES
+
+
 def test_powersgd_keeps_one_more_copy_of_the_gradients(records: Records) -> None:
     compressed, plain = (_bytes(records[name], "held_live_bytes") for name in ("ddp-powersgd", "ddp-views"))
     assert compressed - plain == pytest.approx(WEIGHTS_BYTES, rel=0.1)
@@ -129,6 +137,14 @@ def test_fsdp_as_one_group_gathers_all_layers_at_once(records: Records) -> None:
     # By layer, two layers at most are gathered, and their gradients are there: the others' weights are the difference.
     assert as_one - by_layer > (LAYERS - 2) * LAYER_BYTES
     assert as_one > _bytes(records["fsdp"], "held_live_bytes") + WEIGHTS_BYTES
+
+
+def test_adapters_are_wrapped_by_layers_and_gather_no_more_than_those(records: Records) -> None:
+    by_layer, as_one = (_bytes(records[name], "peak_live_bytes") for name in ("lora+fsdp", "lora+fsdp-root"))
+    # Of frozen weights nothing is reduced: a layer that is dropped leaves nothing.
+    assert as_one - by_layer > (LAYERS - 2) * LAYER_BYTES
+    # Half the weights, and what training adapters takes; the weights are nowhere whole.
+    assert WEIGHTS_BYTES / 2 < _bytes(records["lora+fsdp"], "held_live_bytes") < WEIGHTS_BYTES
 
 
 def test_the_peak_of_fsdp_repeats(records: Records) -> None:

@@ -217,10 +217,10 @@ def _trained_on_a_mesh() -> dict[str, Any]:
     """Train two halves of the batch in two stages each: losses, and final weights."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "stage"))
     context, found = _context(Ranks(distributed.get_rank(), 4, mesh, Path())), {}
-    for name in ("1f1b", "tied"):
+    for name, sharing in (("1f1b", "ddp"), ("tied", "zero1")):
         options, make = _CASES[name]
         # The order in a stack does not matter: stages come first, then what wraps them.
-        members = (registry.create("technique", "ddp", {}), Pipeline.model_validate(options))
+        members = (registry.create("technique", sharing, {}), Pipeline.model_validate(options))
         module = make()
         for technique in reversed(members):
             module = technique.parallelize(module, context)

@@ -151,6 +151,21 @@ def test_a_rank_keeps_fewer_activations_and_fewer_still_with_norms_by_tokens(rec
     assert by_tokens < split < single
 
 
+def test_every_rank_builds_the_whole_model_before_it_is_split(records: dict[str, Record]) -> None:
+    for process in records["small/tensor-parallel/train/2xcpu"].processes:
+        load = process.phase("load")
+        assert load is not None
+        assert (load.live_peak_bytes or 0) >= (_SPLIT + _WHOLE) * 4
+
+
+def test_checkpointing_keeps_nothing_more_between_steps_than_without_it(records: dict[str, Record]) -> None:
+    plain, checkpointing = (
+        records[f"small/{technique}/train/2xcpu"].metrics["held_live_bytes"] or 0
+        for technique in ("tensor-parallel", "checkpointing+tensor-parallel")
+    )
+    assert checkpointing == pytest.approx(plain, abs=2**18)
+
+
 def test_a_rank_caches_the_keys_and_values_of_its_own_heads(records: dict[str, Record]) -> None:
     record = records["small/tensor-parallel/short/2xcpu"]
     tokens, size, of = _PROMPT + _NEW - 1, _WIDTH // _HEADS, 2
