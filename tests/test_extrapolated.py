@@ -73,7 +73,7 @@ def test_a_model_that_is_hardly_deeper_is_traced_whole(tmp_path: Path) -> None:
     assert found.from_layers == ()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of torch's own module of ZeRO
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own module of ZeRO
 def test_shares_of_all_parameters_are_not_extrapolated(tmp_path: Path) -> None:
     few, all_layers = _both("zero1", "2xcuda", tmp_path)
     assert few.from_layers == ()
