@@ -378,13 +378,15 @@ def _activations_bytes() -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def test_each_rank_has_its_stages_weights(records: dict[str, Record]) -> None:
+def test_each_rank_has_its_stages_weights_and_their_states(records: dict[str, Record]) -> None:
     for technique in ("gpipe", "1f1b"):
         record = records[f"small/{technique}/short/2xcpu"]
         assert (record.status, record.message) == ("ok", None)
         for process, expected in zip(record.processes, _WEIGHTS_BYTES, strict=True):
             assert process.modules_bytes is not None
             assert sum(each.bytes for each in process.modules_bytes) == pytest.approx(expected, rel=0.005)
+            assert process.breakdown_bytes is not None
+            assert process.breakdown_bytes["optimizer"]["optimizer"] == pytest.approx(2 * expected, rel=0.005)
 
 
 def test_gpipe_holds_the_activations_of_one_or_two_micro_batches_more_than_1f1b_on_the_first_of_two_stages(
