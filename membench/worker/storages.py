@@ -20,6 +20,13 @@ def inner_tensors(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, inner
 
 
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Return whether a plain tensor has an address: fake ones, with which cases are estimated, have none."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
+
+
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a tensor that ranks share (DTensor); any other as it is."""
     part: torch.Tensor = getattr(tensor, "_local_tensor", tensor)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from membench.host import procfs
-from membench.worker.storages import Storages, plain_tensors
+from membench.worker.storages import Storages, has_memory, plain_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -194,6 +194,9 @@ def _sample(tensor: torch.Tensor, mapped: Sequence[tuple[int, int]]) -> Iterator
 
     for plain in plain_tensors(tensor.data):
         if plain.device.type == "meta" or plain.layout is not torch.strided or plain.is_quantized or not plain.numel():
+            continue
+        if not has_memory(plain):
+            yield str(plain.untyped_storage()._cdata).encode()
             continue
         address = plain.data_ptr()
         yield str(address).encode()

@@ -19,7 +19,7 @@ from membench.host import procfs
 from membench.host.environment import available_bytes
 from membench.plugins import DoesNotFit, Model, Unsuitable
 from membench.units import format_bytes
-from membench.worker.storages import plain_tensors
+from membench.worker.storages import has_memory, plain_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,8 @@ class Held:
         tensor = tensor.expand(self.tensor.shape)
         if isinstance(self.tensor, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=self.tensor.requires_grad)
-            vars(tensor).update(vars(self.tensor))  # what optimizers are told by attributes of a parameter
+            # What optimizers are told by attributes of a parameter; a fake one keeps its device in those, too.
+            vars(tensor).update({name: value for name, value in vars(self.tensor).items() if name not in vars(tensor)})
         for holder, key in self.places:
             holder[key] = tensor
 
@@ -120,15 +121,14 @@ class MappedCheckpoint:
     """Reads what ``write`` wrote. The mapping is private: what is written to it goes to anonymous pages."""
 
     def __init__(self, path: Path) -> None:
-        import torch
-
         with path.open("rb") as file:
             self._mapping = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         end = len(self._mapping) - LENGTH_BYTES
         index_bytes = int.from_bytes(self._mapping[end:], "little")
         self._entries: dict[str, Any] = json.loads(self._mapping[end - index_bytes : end])
-        whole = torch.frombuffer(self._mapping, dtype=torch.uint8)
-        self._first_byte = whole.data_ptr()
+        self._first_byte = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
+        self._without_memory: dict[int, torch.UntypedStorage] = {}
+        """What was given of fake tensors, which have no addresses to be known by."""
 
     def skeleton(self, model: Model) -> nn.Module:
         """The model on the meta device, to be filled with what is here.
@@ -154,6 +154,9 @@ class MappedCheckpoint:
         if not count:
             return torch.empty(entry["shape"], dtype=dtype)
         flat = torch.frombuffer(self._mapping, dtype=dtype, count=count, offset=entry["offset"])
+        if not has_memory(flat):
+            storage = flat.untyped_storage()
+            self._without_memory[storage._cdata] = storage
         return flat.view(entry["shape"]).data  # a view would keep the mapping wherever its data go
 
     def touched(self, name: str, part: Part) -> torch.Tensor:
@@ -186,7 +189,7 @@ class MappedCheckpoint:
                 self.take_over(plain)
             return
         source = tensor.data
-        if source.device.type != "cpu" or not 0 <= source.data_ptr() - self._first_byte < len(self._mapping):
+        if source.device.type != "cpu" or not self._is_mapped(source):
             return
         own = torch.empty_like(source)
         if source.is_contiguous():
@@ -197,8 +200,15 @@ class MappedCheckpoint:
             own.copy_(source)
         tensor.data = own
 
+    def _is_mapped(self, tensor: torch.Tensor) -> bool:
+        if not has_memory(tensor):
+            return tensor.untyped_storage()._cdata in self._without_memory
+        return 0 <= tensor.data_ptr() - self._first_byte < len(self._mapping)
+
     def _drop_pages_within(self, block: torch.Tensor) -> None:
         """Pages at the edges stay: a neighbour may have been written to, and live there alone."""
+        if not has_memory(block):
+            return
         start = block.data_ptr() - self._first_byte
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
         last = (start + block.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from membench.plugins import Unsuitable
 from membench.units import format_bytes
+from membench.worker.storages import has_memory
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +82,7 @@ class WeightsFile:
         return self._place(tensor) is not None
 
     def _place(self, tensor: torch.Tensor) -> int | None:
-        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        if tensor.device.type != "cpu" or not tensor.is_contiguous() or not has_memory(tensor):
             return None
         offset, size_bytes, _ = self._places.get(tensor.data_ptr(), (0, -1, None))
         return offset if tensor.nbytes <= size_bytes else None
@@ -108,7 +109,9 @@ class WeightsFile:
         """Put a tensor into the index, and into the file if its data are not there."""
         data = tensor.detach()
         offset = self._place(data) if data.nbytes else 0
-        if offset is None:
+        if offset is None and not has_memory(data):
+            offset = self._reserve(data.nbytes)
+        elif offset is None:
             plain = data.cpu().contiguous()
             is_large = plain.nbytes >= _SMALLEST_BYTES
             offset = self._place(self._new_like(plain).copy_(plain)) if is_large else self._append(plain)
@@ -121,10 +124,15 @@ class WeightsFile:
         """Write a small tensor at the end of the file, and return its offset."""
         import torch
 
-        offset = -(-self._end // _ALIGNED_BYTES) * _ALIGNED_BYTES
+        offset = self._reserve(tensor.nbytes)
         self._file.seek(offset)
         self._file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        self._end = offset + tensor.nbytes
+        return offset
+
+    def _reserve(self, size_bytes: int) -> int:
+        """Leave room at the end of the file, and return its offset."""
+        offset = -(-self._end // _ALIGNED_BYTES) * _ALIGNED_BYTES
+        self._end = offset + size_bytes
         return offset
 
     def finish(self) -> None:

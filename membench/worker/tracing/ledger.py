@@ -179,9 +179,18 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def leave_out(self, tensors: Iterable[torch.Tensor]) -> None:
         """Strike out what is in no memory of the process's own, such as pages of a file."""
         for tensor in tensors:
-            storage = tensor.untyped_storage()
-            self._strike_out(storage._cdata)
-            self._left_out[storage._cdata] = weakref.ref(storage, functools.partial(self._forget, storage._cdata))
+            self.lend(tensor.untyped_storage())
+
+    def lend(self, storage: torch.UntypedStorage) -> None:
+        """Do not count a storage: a file lends it its pages."""
+        self._strike_out(storage._cdata)
+        self._left_out[storage._cdata] = weakref.ref(storage, functools.partial(self._forget, storage._cdata))
+
+    def take(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage that no operation made, or one that was lent."""
+        self._left_out.pop(storage._cdata, None)
+        self._enter(storage)
+        self._look(0)
 
     def _forget(self, key: int, _: Any) -> None:
         self._left_out.pop(key, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -20,10 +21,12 @@ from membench.protocol.readings import RankEstimate
 from membench.protocol.requests import MeasureCase, Rank
 from membench.worker.assembly import Assembly
 from membench.worker.breakdown import COMMUNICATION, tensors_in
+from membench.worker.storages import plain_tensors
 from membench.worker.tracing import allocation, disk, unknown_shapes, working_memory
 from membench.worker.tracing.breakdown import Breakdown, bytes_of
 from membench.worker.tracing.compiling import running_as_written
 from membench.worker.tracing.device_defaults import as_on
+from membench.worker.tracing.fake_files import filing_fake_tensors
 from membench.worker.tracing.fake_modules import converting_fake_modules, making_fake_subclasses, with_storage
 from membench.worker.tracing.fake_ranks import alike, fake_ranks
 from membench.worker.tracing.fake_samples import FakeSamples
@@ -174,9 +177,12 @@ class TracedRank:
             entered.enter_context(unknown_shapes.given_to_libraries(self._ledger.note_unknown_shape))
             share = math.prod(_share_left(each) for each in self._case.techniques)
             entered.enter_context(multiplying_sparse_matrices(share, self._note_sparse))
+            entered.enter_context(filing_fake_tensors(self._ledger))
             entered.enter_context(as_on(self._device))
             entered.enter_context(self._fake)
-            yield entered.enter_context(running_as_written(self._ledger))
+            compiled = entered.enter_context(running_as_written(self._ledger))
+            self._prepare(self._case)
+            yield compiled
 
     def _note_sparse(self) -> None:
         if SPARSE not in self._leaves_out:
@@ -184,12 +190,19 @@ class TracedRank:
 
     def _ready(self) -> nn.Module:
         """Return the module as its steps use it."""
-        module = self._load()
+        module = self._load(self._case)
         for _, convert in self._case.conversions():
             module = convert(module)
         module.train(self._case.workload.trains)
+        self._own_what_is_trained(module)
         self._case = _with_fake_samples(self._case)
         return module
+
+    def _own_what_is_trained(self, module: nn.Module) -> None:
+        """Count weights that are written to: they are pages of a file no more."""
+        if self._case.workload.trains:
+            for plain in (part for each in module.parameters() if each.requires_grad for part in plain_tensors(each)):
+                self._ledger.take(plain.untyped_storage())
 
     def _rehearse(self) -> None:
         """Run what a measured case runs on a tiny model before its baseline: code that is compiled then is no growth.
@@ -200,6 +213,7 @@ class TracedRank:
         if case is None:
             return
         with contextlib.suppress(Exception), Ledger(self._fake, lambda size: size, self._kernels.working_bytes):
+            self._prepare(case)
             module = case.load()
             for _, convert in case.conversions():
                 module = convert(module)
@@ -208,14 +222,31 @@ class TracedRank:
             case.workload.start(module, _zeros, case.techniques, case.context)()
         self._kernels.begin_at_baseline()
 
+    def _prepare(self, case: Assembly) -> None:
+        """Prepare the files that members load, from fake tensors; what that takes is in no figure."""
+        with Ledger(self._fake, lambda size: size):
+            for position, technique in reversed(list(enumerate(case.techniques))):
+                kind, plain = type(technique), plugins.Technique
+                if kind.prepare is plain.prepare or kind.load is plain.load:
+                    continue
+                rest = case.techniques[position + 1 :] if technique.prepares_rest else ()
+                technique.prepare(functools.partial(self._made, case, rest), case.context)
+
+    def _made(self, case: Assembly, techniques: Sequence[plugins.Technique]) -> nn.Module:
+        module = self._load(dataclasses.replace(case, techniques=()))
+        for _, convert in dataclasses.replace(case, techniques=tuple(techniques)).conversions():
+            module = convert(module)
+        return module
+
     def _stages(self, ranks: Sequence[int]) -> RankEstimate:
         ledger, figures = self._ledger, dict[str, int]()
         with self._phase() as loading:
-            module = self._load()
+            module = self._load(self._case)
         with self._phase() as applying:
             for _, convert in self._case.conversions():
                 module = convert(module)
         self.module = module.train(self._case.workload.trains)
+        self._own_what_is_trained(module)
         self._case = _with_fake_samples(self._case)
         warmup, _ = steps_for_memory(self._case.techniques, in_ranks=self._device.in_ranks)
         with self._phase() as warming:
@@ -275,8 +306,7 @@ class TracedRank:
             return {}
         return {"disk_bytes": disk.checkpoint_bytes(module.state_dict())}
 
-    def _load(self) -> nn.Module:
-        case = self._case
+    def _load(self, case: Assembly) -> nn.Module:
         try:
             return case.load()
         except plugins.Unsuitable:
@@ -284,7 +314,8 @@ class TracedRank:
         except Exception:  # what reads files of weights cannot read them into fake tensors
             if any(each.applies_rest for each in case.techniques):
                 raise  # it converts while it reads: of that the shapes say nothing
-        self._leaves_out.append(BUILT_FROM_SHAPES)
+        if BUILT_FROM_SHAPES not in self._leaves_out:
+            self._leaves_out.append(BUILT_FROM_SHAPES)
         build: Callable[[], nn.Module] = lambda: with_storage(case.model.skeleton())  # noqa: E731
         for position, technique in enumerate(case.applied):
             with contextlib.suppress(Exception):
