@@ -13,6 +13,7 @@ from membench.cli import (
     doctor,
     estimate,
     export,
+    fit,
     listing,
     merge,
     new,
@@ -25,7 +26,7 @@ from membench.cli import (
 from membench.host import console
 
 # In the order in which the help shows them.
-_VERBS = (run, merge, estimate, listing, show, report, advise, regression, calibrate, export, new, doctor)
+_VERBS = (run, merge, estimate, fit, listing, show, report, advise, regression, calibrate, export, new, doctor)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -36,10 +36,12 @@ class EstimateJob(CaseJob):
     Attributes:
         estimated_on: where the case would run.
         runs_kernels: whether kernels are run to see what they take beside tensors, if that is not known yet.
+        extrapolates: whether a deep model's steps are traced with few of its layers alone.
     """
 
     estimated_on: Device
     runs_kernels: bool = True
+    extrapolates: bool = False
 
     @property
     def preparation(self) -> Plugin | None:
@@ -51,7 +53,7 @@ class EstimateJob(CaseJob):
         threads: int | None = None
         if self.runs_kernels:
             threads = self.settings.threads or max(1, environment.usable_cores() // self.estimated_on.count)
-        work = requests.EstimateCase(measuring.work, str(self.estimated_on), threads)
+        work = requests.EstimateCase(measuring.work, str(self.estimated_on), threads, self.extrapolates)
         return StartWorker(requests.encode(replace(measuring, work=work)), number, self.settings.isolation)
 
     def derive(self, readings: JobReadings) -> DerivedMetrics:
@@ -66,9 +68,11 @@ class EstimateJob(CaseJob):
 def _of_rank(estimate: RankEstimate) -> DerivedMetrics:
     found = DerivedMetrics()
     left_out = f"; it leaves out {', '.join(estimate.leaves_out)}" if estimate.leaves_out else ""
+    layers = [str(number) for number in estimate.from_layers]
+    extrapolated = f", extrapolated from {', '.join(layers[:-1])} and {layers[-1]} layers" if layers else ""
     for field, value in estimate.figures.items():
         added = "".join(f", with {size:,} B of {what}" for what, size in estimate.added_bytes.items())
-        source = SOURCES[estimate.how] + (added if "peak" in field else "") + left_out
+        source = SOURCES[estimate.how] + extrapolated + (added if "peak" in field else "") + left_out
         found.add(field, value, source, "about")
     deriving.highest_peak(found)
     if HIGHEST in found.obtained:
