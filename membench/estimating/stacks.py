@@ -28,7 +28,8 @@ _KEPT = ("", "checkpointing")
 _LOSS = ("", "chunked-cross-entropy")
 _LOSS_ALONE = ("fused-linear-cross-entropy",)
 """It reads the output head beside the module, which ranks share."""
-_ADAPTERS = ("bf16+lora", "bf16+int8-weight-only+lora", "bf16+nf4+lora")
+_ADAPTERS = ("bf16+lora",)
+_QUANTIZED_ADAPTERS = ("bf16+int8-weight-only+lora", "bf16+nf4+lora")
 _PARALLEL = ("fsdp", "fsdp-apart", "tensor-parallel", "fsdp+tensor-parallel", "fsdp-apart+tensor-parallel-8", "zero1",
              "ddp")  # fmt: skip
 _PARALLEL_INFERENCE = ("tensor-parallel", "fsdp")
@@ -149,6 +150,9 @@ def _training(count: int) -> Iterator[str]:
             yield _joined(precision, optimizer, kept, loss, parallel)
     for adapters, kept, loss, parallel in itertools.product(_ADAPTERS, _KEPT, losses if is_alone else ("",), spread):
         yield _joined(adapters, kept, loss, parallel)
+    if is_alone:  # on fake tensors, too, quantizing takes long
+        for adapters in _QUANTIZED_ADAPTERS:
+            yield _joined(adapters, "checkpointing", "chunked-cross-entropy")
 
 
 def _inference(workload: Workload, count: int) -> Iterator[str]:

@@ -225,6 +225,10 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if held > peak.bytes:
                 peak.bytes, peak.operation = held, self.operation
 
+    def count_for_a_moment(self, size_bytes: int) -> None:
+        """Count bytes that are alive beside all others now, and no longer."""
+        self._look(size_bytes)
+
     @property
     def current_part(self) -> str:
         return self._part

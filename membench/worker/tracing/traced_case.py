@@ -23,6 +23,7 @@ from membench.worker.assembly import Assembly
 from membench.worker.breakdown import COMMUNICATION, tensors_in
 from membench.worker.storages import plain_tensors
 from membench.worker.tracing import allocation, disk, unknown_shapes, working_memory
+from membench.worker.tracing.alike_layers import converted_once
 from membench.worker.tracing.breakdown import Breakdown, bytes_of
 from membench.worker.tracing.compiling import running_as_written
 from membench.worker.tracing.device_defaults import as_on
@@ -173,6 +174,7 @@ class TracedRank:
                 world = fake_ranks(self._case.techniques, self._number, self._device.count, shared, self._ledger)
                 self._case = self._case.spread(entered.enter_context(world))
             entered.enter_context(converting_fake_modules())
+            entered.enter_context(converted_once(self._case.techniques, self._ledger))
             entered.enter_context(making_fake_subclasses())
             entered.enter_context(unknown_shapes.given_to_libraries(self._ledger.note_unknown_shape))
             share = math.prod(_share_left(each) for each in self._case.techniques)
