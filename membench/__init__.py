@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from membench.errors import MembenchError, PluginError, ResultsError, SuiteError
     from membench.estimating.estimate import estimate
+    from membench.estimating.fit import Fit, fit
     from membench.protocol.marks import phase
     from membench.records.record import Record
     from membench.records.run_file import Run, newest_run, read_run
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from membench.suite.suite import Suite
 
 __all__ = [
+    "Fit",
     "MembenchError",
     "PluginError",
     "Record",
@@ -29,6 +31,7 @@ __all__ = [
     "Suite",
     "SuiteError",
     "estimate",
+    "fit",
     "load_suite",
     "newest_run",
     "phase",
@@ -48,6 +51,8 @@ _MODULES = {
     "newest_run": "membench.records.run_file",
     "read_run": "membench.records.run_file",
     "estimate": "membench.estimating.estimate",
+    "Fit": "membench.estimating.fit",
+    "fit": "membench.estimating.fit",
     "Suite": "membench.suite.suite",
     "load_suite": "membench.suite.loading",
     "resumable": "membench.running.session",

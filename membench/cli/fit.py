@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class _Progress:
     """Prints how far a search is to standard error: each tenth of it, and each stack better than those before."""
 
     def __init__(self) -> None:
-        self._said, self._best = 0, ""
+        self._said, self._best, self._began = 0, "", time.monotonic()
 
     def __call__(self, event: str, details: Mapping[str, Any]) -> None:
         if event != "searching":
@@ -75,4 +76,4 @@ class _Progress:
         self._print(f"{tried} of {of} stacks tried, {details['fits']} fit{so_far}")
 
     def _print(self, line: str) -> None:
-        print(one_line(line), file=sys.stderr, flush=True)
+        print(one_line(f"{time.monotonic() - self._began:5.0f} s  {line}"), file=sys.stderr, flush=True)

@@ -36,7 +36,7 @@ def _row(found: Fit, outcome: Outcome, form: str) -> dict[str, str]:
     largest = "" if outcome.largest is None else f"{'≥ ' if outcome.is_at_least else ''}{outcome.largest:,}"
     return {
         "stack": FORMATS[form].cell(outcome.stack),
-        "": {"fits": "fits", "too large": "too large", "unknown": "?"}[outcome.verdict],
+        "verdict": outcome.verdict,
         "needs a device": _needed(outcome),
         "left": "–" if left is None else f"{'−' if left < 0 else ''}{format_bytes(abs(left))}",
         "peak in": outcome.part or "–",
@@ -80,8 +80,8 @@ def remarks(found: Fit, *, has_runs: bool) -> Iterator[str]:
         verdict: sum(each.verdict == verdict for each in found.outcomes) for verdict in ("fits", "too large", "unknown")
     }
     yield (
-        f"{len(found.outcomes)} stacks in {found.seconds:.0f} s: {counts['fits']} fit, {counts['too large']} are too"
-        f" large, {counts['unknown']} cannot be applied or estimated"
+        f"{len(found.outcomes)} stacks in {found.searched_s:.0f} s, {found.seconds:.0f} s in all: {counts['fits']} fit,"
+        f" {counts['too large']} are too large, {counts['unknown']} cannot be applied or estimated"
     )
     shown: set[str] = set()
     for outcome in found.fitting[:_MOST_KNOWN]:
@@ -131,8 +131,8 @@ def breakdown(found: Why, form: str = DEFAULT) -> str:
     style = FORMATS[form]
     categories = list(dict.fromkeys(each for held in found.breakdown_bytes.values() for each in held))
     rows: list[dict[str, object]] = []
-    for part, held in found.breakdown_bytes.items():
-        peak = found.peaks_bytes[part]
+    for part, peak in found.peaks_bytes.items():
+        held = found.breakdown_bytes.get(part, {})
         sizes = {each: held.get(each, 0) for each in categories}
         if style.is_flat:
             rows.append({"part": part, "peak_bytes": peak, **{f"{each}_bytes": size for each, size in sizes.items()}})

@@ -30,6 +30,8 @@ _TIMEOUT_S = 900.0
 _CONFIRMED, _ENLARGED = 2, 4
 _MOST_ROWS, _MOST_GUESSES = 65_536, 7
 _DEFAULT_LENGTH = 2048
+_QUICK_S = 15
+"""Stacks whose estimate took longer, such as those that quantize, are not estimated again with other sizes."""
 _LENGTH_STEP = 64
 Verdict = Literal["fits", "too large", "unknown"]
 
@@ -46,6 +48,7 @@ class Outcome:
         reason: why nothing is known.
         largest: how far the free number may grow while it fits; ``None``: not looked for.
         is_at_least: whether it may grow further than ``largest``, which was not looked for.
+        seconds: how long the estimate took.
         known: what kept runs know of the stack, or of its members.
     """
 
@@ -57,6 +60,7 @@ class Outcome:
     reason: str | None = None
     largest: int | None = None
     is_at_least: bool = False
+    seconds: float = 0.0
     known: Mapping[str, Sequence[KnownCost]] = dataclasses.field(default_factory=dict)
 
 
@@ -67,7 +71,8 @@ class Fit:
     Attributes:
         free: which number ``largest`` is of.
         outcomes: of all stacks, those that fit first, best first; then those that nearly fit.
-        seconds: how long the search took.
+        searched_s: how long it took to try all stacks.
+        seconds: how long all of it took, confirming and enlarging the best ones, too.
         not_tried: what was not.
     """
 
@@ -76,6 +81,7 @@ class Fit:
     workload: Workload
     free: Free
     outcomes: tuple[Outcome, ...]
+    searched_s: float
     seconds: float
     not_tried: str = stacks.NOT_TRIED
 
@@ -156,9 +162,7 @@ class Question:
             SuiteError, PluginError: as for ``fit``.
         """
         if (device is None) == (memory is None):
-            raise SuiteError(
-                "name the devices with --device 8xH100-80GB or their memory with --memory 24GB, one of both"
-            )
+            raise SuiteError("name either the devices, as 8xH100-80GB, or the memory of one, as 24GB")
         budget = devices.parse(device) if device else _of_memory(str(memory))
         plugin = _model(model)
         made: Model = registry.create("model", plugin.use, plugin.options)
@@ -207,10 +211,12 @@ class _Search:
         asked = self._asked
         jobs = [asked.job(stack, asked.workload, extrapolates=True) for stack in self._stacks.values()]
         with lanes(jobs) as submit:
+            began = time.monotonic()
             self._estimate_all(submit)
+            searched_s = time.monotonic() - began
             self._confirm(submit)
             self._enlarge(submit)
-        return Fit(asked.name, asked.budget, asked.workload, self._free, tuple(self._sorted()), 0.0)
+        return Fit(asked.name, asked.budget, asked.workload, self._free, tuple(self._sorted()), searched_s, 0.0)
 
     def _parameters(self, submit: Submit) -> int | None:
         """Return how many parameters the model has."""
@@ -255,6 +261,7 @@ class _Search:
             int(needed),
             parts[0] if parts else None,
             str(record.obtained[PEAK].get("source", "")).partition(";")[0],
+            seconds=record.duration_s,
             known={each: self._known[each] for each in (name, *name.split("+")) if each in self._known},
         )
 
@@ -290,11 +297,13 @@ class _Search:
             jobs = {n: submit(self._asked.job(self._stacks[n], self._asked.workload, extrapolates=False)) for n in left}
             for name, future in jobs.items():
                 checked.add(name)
-                self._found[name] = self._outcome(name, future.result())
+                confirmed = self._outcome(name, future.result())
+                self._found[name] = dataclasses.replace(confirmed, seconds=self._found[name].seconds)
 
     def _enlarge(self, submit: Submit) -> None:
         """Find how far the free number of the best stacks may grow."""
-        best = [each.stack for each in self._sorted() if each.verdict == "fits"][:_ENLARGED]
+        quick = [each for each in self._sorted() if each.verdict == "fits" and each.seconds <= _QUICK_S]
+        best = [each.stack for each in quick][:_ENLARGED]
         for name in best:
             self._tell("enlarging", {"stack": name})
         searches = {name: self._enlarging(name) for name in best}

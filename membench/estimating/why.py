@@ -13,6 +13,7 @@ from membench.estimating.lanes import lanes
 from membench.estimating.stacks import Stack, Workload, candidates
 
 _NEIGHBOURS = 12
+_PARTS = ("prefill", "decode", "forward", "backward", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def why(model: str, stack: str, **asked: Any) -> Why:
         int(needed),
         process.peak_part,
         str(record.obtained[PEAK].get("source", "")),
-        {part: int(record.metrics.get(f"{part}_peak_live_bytes") or 0) for part in breakdown},
+        {part: int(size) for part in _PARTS if (size := record.metrics.get(f"{part}_peak_live_bytes"))},
         breakdown,
         dict(sorted(less.items(), key=lambda each: each[1])),
     )
