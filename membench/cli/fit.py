@@ -11,6 +11,7 @@ from typing import Any
 
 from membench.cli.output import Verbs, add_format, print_remarks, print_table
 from membench.errors import EXIT_CASES_FAILED, EXIT_OK, one_line
+from membench.host.console import put
 from membench.units import format_bytes
 
 _SHOWN = 12
@@ -76,4 +77,4 @@ class _Progress:
         self._print(f"{tried} of {of} stacks tried, {details['fits']} fit{so_far}")
 
     def _print(self, line: str) -> None:
-        print(one_line(f"{time.monotonic() - self._began:5.0f} s  {line}"), file=sys.stderr, flush=True)
+        put(one_line(f"{time.monotonic() - self._began:5.0f} s  {line}"), file=sys.stderr)

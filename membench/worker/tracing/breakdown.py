@@ -16,9 +16,6 @@ from membench.worker.storages import plain_tensors
 from membench.worker.tracing.ledger import BETWEEN, Ledger, Span
 from membench.worker.weights import kept_tensors
 
-_SAME_MOMENT = 0.02
-"""The share by which live bytes may differ between two steps at the same moment: kernels' working memory."""
-
 
 class Breakdown:
     """Sorts what a ledger counts.
@@ -55,8 +52,8 @@ class Breakdown:
                 sample()
                 return
             name = wanted[self._ledger.operation]
-            if abs(self._ledger.live_bytes - parts[name].bytes) > _SAME_MOMENT * parts[name].bytes:
-                return  # collectives may take another number of operations than in the step before
+            if self._ledger.live_bytes > parts[name].bytes:
+                return  # another moment than the peak: FSDP may take another number of operations than a step before
             known = self._sorted(saved)
             found[name] = {**known, "other": parts[name].bytes - sum(known.values())}
 
