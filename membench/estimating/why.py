@@ -11,9 +11,9 @@ from membench.estimating.devices import Budget
 from membench.estimating.fit import PEAK, Question
 from membench.estimating.lanes import lanes
 from membench.estimating.stacks import Stack, Workload, candidates
+from membench.protocol.readings import PARTS
 
 _NEIGHBOURS = 12
-_PARTS = ("prefill", "decode", "forward", "backward", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def why(model: str, stack: str, **asked: Any) -> Why:
         int(needed),
         process.peak_part,
         str(record.obtained[PEAK].get("source", "")),
-        {part: int(size) for part in _PARTS if (size := record.metrics.get(f"{part}_peak_live_bytes"))},
+        {part: int(size) for part in PARTS if (size := record.metrics.get(f"{part}_peak_live_bytes"))},
         breakdown,
         dict(sorted(less.items(), key=lambda each: each[1])),
     )

@@ -25,6 +25,16 @@ SignedSize = Annotated[int, Field(strict=True, ge=-LARGEST_SIZE, le=LARGEST_SIZE
 Seconds = Annotated[float, Field(strict=True, ge=0)]
 Duration = Annotated[float, Field(strict=True, ge=0, le=1e12)]
 """Seconds that a clock can have counted, so that sums of them are finite."""
+PARTS = ("prefill", "decode", "forward", "backward", "optimizer")
+"""The parts of a step whose live peaks are figures."""
+FIELD_OF_CATEGORY: Mapping[str, str] = {
+    "optimizer": "optimizer_state_bytes",
+    "cache": "cache_bytes",
+    "activations": "activations_bytes",
+    "gradients": "gradients_bytes",
+    "communication": "communication_memory_bytes",
+}
+"""The metric field of each category of live memory that is a figure of its own."""
 LAUNCHED_RANK = "rank"
 """The role of a rank that a user's program started itself."""
 Bound = Literal["exact", "at least", "at most", "about"]

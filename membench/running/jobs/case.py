@@ -14,7 +14,7 @@ from membench.protocol import requests
 from membench.protocol.case import Case, Plugin
 from membench.protocol.forking import StartWorker
 from membench.protocol.messages import Result
-from membench.protocol.readings import ProcessReading, QualityReading
+from membench.protocol.readings import FIELD_OF_CATEGORY, PARTS, ProcessReading, QualityReading
 from membench.running import communication, deriving, losses, over_ranks
 from membench.running.derived_metrics import DerivedMetrics
 from membench.running.deriving import JobReadings, WorkerMemory
@@ -28,14 +28,6 @@ _EXPECTED = (
 )  # fmt: skip
 """Metrics that every record of a case has, as a value or as the reason why it is unknown."""
 
-_CATEGORIES = {
-    "optimizer": "optimizer_state_bytes",
-    "cache": "cache_bytes",
-    "activations": "activations_bytes",
-    "gradients": "gradients_bytes",
-    "communication": "communication_memory_bytes",
-}
-_PARTS = ("prefill", "decode", "forward", "backward", "optimizer")
 _LOST = ("lost_bits_per_byte", "lost_bits_per_byte_standard_error")
 _MOST_NATS = 460
 """The loss per token at which perplexity is capped: ``exp`` of it stays within the range of stored numbers."""
@@ -123,7 +115,7 @@ class CaseJob(RunnableJob):
         time = deriving.phase_of(process, "time")
         deriving.times(found, result, time, on_gpu=memory.on_gpu, is_complete=is_complete)
         run = deriving.phase_of(process, "run")
-        for part in _PARTS:
+        for part in PARTS:
             if part in run.parts:
                 deriving.live(found, run.parts[part], f"{part}_peak_live_bytes", memory)
         deriving.warmup(found, deriving.phase_of(process, "warmup"), memory)
@@ -203,7 +195,7 @@ def _memory(
 
 def _holdings(found: DerivedMetrics, result: Result) -> None:
     """Add the live memory by category, and the sizes of trained and frozen weights."""
-    for category, name in _CATEGORIES.items():
+    for category, name in FIELD_OF_CATEGORY.items():
         sizes = [part[category] for part in (result.breakdown_bytes or {}).values() if category in part]
         if sizes:
             found.add(name, max(sizes), "walk over storages at the highest moment of a part of a step")

@@ -16,10 +16,10 @@ from torch import nn
 from membench.errors import summary
 from membench.host.device import Device
 from membench.plugins import SelectsLayers, Technique, Unsuitable, output_head
-from membench.protocol.readings import Number, RankEstimate
+from membench.protocol.readings import PARTS, Number, RankEstimate
 from membench.protocol.requests import MeasureCase
 from membench.worker.assembly import create
-from membench.worker.tracing.traced_case import PARTS, TracedRank
+from membench.worker.tracing.traced_case import TracedRank
 
 KEPT_AS_THEY_ARE = "changes of embeddings, norms, biases and the output head, which were taken to stay as they are"
 SCALES = "scales, zero points and indices of weights"

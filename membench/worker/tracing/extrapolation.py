@@ -15,11 +15,11 @@ from typing import Any
 from membench.host.device import Device
 from membench.plugins import Technique
 from membench.plugins.parallel import Parallel
-from membench.protocol.readings import RankEstimate
+from membench.protocol.readings import PARTS, RankEstimate
 from membench.protocol.requests import MeasureCase
 from membench.worker.tracing.fake_ranks import alike
 from membench.worker.tracing.ledger import BETWEEN, Moment
-from membench.worker.tracing.traced_case import PARTS, TracedRank, assembly, traced
+from membench.worker.tracing.traced_case import TracedRank, assembly, traced
 
 _LAYERS = 3
 """Of the shallower model. With fewer, FSDP does not gather one layer while another one runs."""

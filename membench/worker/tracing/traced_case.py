@@ -17,10 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from membench import plugins
 from membench.host.device import Device
-from membench.protocol.readings import RankEstimate
+from membench.protocol.readings import FIELD_OF_CATEGORY, PARTS, RankEstimate
 from membench.protocol.requests import MeasureCase, Rank
 from membench.worker.assembly import Assembly
-from membench.worker.breakdown import COMMUNICATION, tensors_in
+from membench.worker.breakdown import tensors_in
 from membench.worker.storages import plain_tensors
 from membench.worker.tracing import allocation, disk, unknown_shapes, working_memory
 from membench.worker.tracing.alike_layers import converted_once
@@ -36,15 +36,6 @@ from membench.worker.tracing.ledger import BETWEEN, Ledger, Moment, Span
 from membench.worker.training import steps_for_memory
 from membench.worker.weights import kept_tensors
 
-_FIELDS = {
-    "gradients": "gradients_bytes",
-    "activations": "activations_bytes",
-    "optimizer": "optimizer_state_bytes",
-    "cache": "cache_bytes",
-    COMMUNICATION: "communication_memory_bytes",
-}
-PARTS = ("prefill", "decode", "forward", "backward", "optimizer")
-"""Those whose peaks are figures."""
 VALUES = "what depends on values: each one that was asked for was taken to be 1"
 COMPILED = "what compilers keep, and the temporaries of code that is compiled"
 SPARSE = "how many numbers of each matrix are not zero: it was taken to be the share that techniques name"
@@ -273,7 +264,7 @@ class TracedRank:
                 "frozen_weights_bytes": figures["weights_bytes"] - trained,
             }
         breakdown, held = Breakdown(ledger, self._case.context.inventory, module).take(step, running)
-        figures |= {_FIELDS[category]: size for category, size in held.items() if category in _FIELDS}
+        figures |= {FIELD_OF_CATEGORY[each]: size for each, size in held.items() if each in FIELD_OF_CATEGORY}
         with self._phase() as saving:
             figures |= self._saved(module)
         figures["save_peak_live_bytes"] = saving.whole.bytes
