@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from membench.plugins import Technique
 from membench.plugins.layer_wise import LayerWise
 from membench.plugins.replacing import numberless
+from membench.worker.tracing.fake_modules import copied
 from membench.worker.tracing.ledger import Ledger
 
 Convert = Callable[..., nn.Module]
@@ -49,7 +48,7 @@ def _once(convert: Convert, ledger: Ledger) -> Convert:
         if key in made:
             first, taken_bytes = made[key]
             ledger.count_for_a_moment(taken_bytes)
-            return copy.deepcopy(first, {id(each): _copied(each) for each in _own(first)})
+            return copied(first)
         held = ledger.live_bytes
         with ledger.span() as converting:
             found = convert(self, name, layer, head, context)
@@ -61,17 +60,6 @@ def _once(convert: Convert, ledger: Ledger) -> Convert:
         return found
 
     return converted
-
-
-def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor of the same kind; libraries' own kinds are put together from their parts, which are copied."""
-    if is_traceable_wrapper_subclass(tensor):
-        names, said = tensor.__tensor_flatten__()
-        parts = {name: _copied(getattr(tensor, name)) for name in names}
-        made = type(tensor).__tensor_unflatten__(parts, said, tensor.size(), tensor.stride())
-    else:
-        made = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
-    return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
 
 def _own(layer: nn.Module) -> list[torch.Tensor]:

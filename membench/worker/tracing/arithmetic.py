@@ -19,7 +19,7 @@ from membench.plugins import SelectsLayers, Technique, Unsuitable, output_head
 from membench.protocol.readings import PARTS, Number, RankEstimate
 from membench.protocol.requests import MeasureCase
 from membench.worker.assembly import create
-from membench.worker.tracing.traced_case import TracedRank
+from membench.worker.tracing.traced_case import TracedRank, untraceable
 
 KEPT_AS_THEY_ARE = "changes of embeddings, norms, biases and the output head, which were taken to stay as they are"
 SCALES = "scales, zero points and indices of weights"
@@ -43,7 +43,7 @@ def by_arithmetic(
     Raises:
         plugins.Unsuitable: if no member without which the case runs names anything, or if the case is on ranks.
     """
-    reason = f"it cannot be estimated: on fake tensors it ends in {summary(error)}"
+    reason = untraceable(error)
     if device.in_ranks:
         raise Unsuitable(reason) from error
     for position in reversed(range(len(case.techniques))):

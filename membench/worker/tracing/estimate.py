@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from membench.errors import summary
 from membench.host.device import Device
 from membench.plugins import Unsuitable
 from membench.protocol.messages import Result, ResultSoFar
@@ -13,7 +12,7 @@ from membench.protocol.requests import EstimateCase
 from membench.worker.meter import Meter
 from membench.worker.tracing.arithmetic import by_arithmetic
 from membench.worker.tracing.extrapolation import extrapolated
-from membench.worker.tracing.traced_case import traced
+from membench.worker.tracing.traced_case import traced, untraceable
 
 
 def estimate(work: EstimateCase, scratch: Path, meter: Meter) -> None:
@@ -34,7 +33,7 @@ def estimate(work: EstimateCase, scratch: Path, meter: Meter) -> None:
         raise
     except Exception as error:
         if work.extrapolates:
-            raise Unsuitable(f"it cannot be estimated: on fake tensors it ends in {summary(error)}") from error
+            raise Unsuitable(untraceable(error)) from error
         found = [by_arithmetic(work.case, device, work.threads, scratch, error)]
     highest = max(found, key=lambda each: each.figures.get("peak_live_bytes", 0))
     result = Result(pinned=False, estimates=found, breakdown_bytes=highest.breakdown_bytes, peak_part=highest.peak_part)

@@ -80,8 +80,6 @@ def _of_rank(
     times = (whole - shallow) // added
     from_layers: tuple[int, ...] = (shallow, deeper)
     figures = {field: size + (more[field] - size) * times for field, size in fewer.items()}
-    if "trained_weights_bytes" in figures:
-        figures["frozen_weights_bytes"] = figures["weights_bytes"] - figures["trained_weights_bytes"]
     try:
         peaks = _peaks(extended((fewer_moments, more_moments), times))
     except Unlike:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transform_subclass
 
 from membench.worker.breakdown import tensors_in
 from membench.worker.storages import plain_tensors
+from membench.worker.tracing.fake_modules import copied
 from membench.worker.tracing.ledger import Ledger
 from membench.worker.weights import kept_tensors
 
@@ -38,7 +37,7 @@ def filing_fake_tensors(ledger: Ledger) -> Iterator[None]:
         if not isinstance(file, str | os.PathLike) or os.fspath(file) not in saved:
             return load(file, *rest, mmap=mmap, **options)
         with ledger.aside():
-            made = _copied(saved[os.fspath(file)])
+            made = copied(saved[os.fspath(file)])
             for storage in _storages(made):
                 if mmap:
                     ledger.lend(storage)
@@ -59,28 +58,6 @@ def filing_fake_tensors(ledger: Ledger) -> Iterator[None]:
         yield
     finally:
         torch.save, torch.load, torch.frombuffer = save, load, from_buffer
-
-
-def _copied(held: Any) -> Any:
-    """Return a module or a state dict with tensors of its own; those that share a storage in the same way still do."""
-    made: dict[Any, torch.Tensor] = {}
-
-    def copied(tensor: torch.Tensor) -> torch.Tensor:
-        if is_traceable_wrapper_subclass(tensor):
-            return transform_subclass(tensor, lambda _, inner: copied(inner))
-        key = tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
-        if key not in made:
-            made[key] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-        return made[key].detach()
-
-    def known(tensor: torch.Tensor) -> torch.Tensor:
-        if isinstance(tensor, nn.Parameter):
-            return nn.Parameter(copied(tensor.data), requires_grad=tensor.requires_grad)
-        return copied(tensor)
-
-    tensors = kept_tensors(held) if isinstance(held, nn.Module) else tensors_in(held)
-    # Plain copies would copy bytes that fake tensors have not.
-    return copy.deepcopy(held, {id(each): known(each) for each in list(tensors)})
 
 
 def _storages(held: Any) -> Iterable[torch.UntypedStorage]:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transform_subclass
+
+from membench.worker.breakdown import tensors_in
+from membench.worker.weights import kept_tensors
+
+_T = TypeVar("_T")
 
 
 @contextlib.contextmanager
@@ -108,3 +114,25 @@ def with_storage(skeleton: nn.Module) -> nn.Module:
             if buffer is not None:
                 module._buffers[name] = fake(buffer)
     return skeleton
+
+
+def copied(held: _T) -> _T:
+    """Return a module or a state dict with tensors of its own; those that share a storage in the same way still do."""
+    made: dict[Any, torch.Tensor] = {}
+
+    def like(tensor: torch.Tensor) -> torch.Tensor:
+        if is_traceable_wrapper_subclass(tensor):
+            return transform_subclass(tensor, lambda _, inner: like(inner))
+        key = tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+        if key not in made:
+            made[key] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        return made[key].detach()
+
+    def known(tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(like(tensor.data), requires_grad=tensor.requires_grad)
+        return like(tensor)
+
+    tensors = kept_tensors(held) if isinstance(held, nn.Module) else tensors_in(held)
+    # Plain copies would copy bytes that fake tensors have not.
+    return copy.deepcopy(held, {id(each): known(each) for each in list(tensors)})

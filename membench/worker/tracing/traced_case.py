@@ -16,6 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from membench import plugins
+from membench.errors import summary
 from membench.host.device import Device
 from membench.protocol.readings import FIELD_OF_CATEGORY, PARTS, RankEstimate
 from membench.protocol.requests import MeasureCase, Rank
@@ -60,6 +61,11 @@ def traced(case: MeasureCase, device: Device, threads: int | None, scratch: Path
     first = assembly(case, device, 0, scratch)
     for ranks in alike(first.techniques, device.count) if device.in_ranks else [[0]]:
         yield TracedRank(case, device, threads, ranks[0], scratch).estimate(ranks)
+
+
+def untraceable(error: Exception) -> str:
+    """Return why a case cannot be traced that ended in an error."""
+    return f"it cannot be estimated: on fake tensors it ends in {summary(error)}"
 
 
 def assembly(
@@ -144,13 +150,10 @@ class TracedRank:
                 gc.collect()
                 moments.clear()
                 step()
-            figures = {"weights_bytes": bytes_of(kept_tensors(module))}
+            figures = self._weights(module)
             if self._case.workload.trains:
-                trained = bytes_of(each for each in module.parameters() if each.requires_grad)
-                figures["trained_weights_bytes"] = trained
-                figures["gradients_bytes"] = bytes_of(
-                    each.grad for each in module.parameters() if each.grad is not None
-                )
+                gradients = (each.grad for each in module.parameters() if each.grad is not None)
+                figures["gradients_bytes"] = bytes_of(gradients)
             if (states := self._case.context.inventory.get("optimizer")) is not None:
                 figures["optimizer_state_bytes"] = bytes_of(tensors_in(states()))
             added = sum(self._kernels.added_bytes().values())
@@ -183,9 +186,10 @@ class TracedRank:
 
     def _ready(self) -> nn.Module:
         """Return the module as its steps use it."""
-        module = self._load(self._case)
-        for _, convert in self._case.conversions():
-            module = convert(module)
+        return self._set_up(_converted(self._case, self._load(self._case)))
+
+    def _set_up(self, module: nn.Module) -> nn.Module:
+        """Bring a converted module, and what it is fed with, into the state in which steps begin."""
         module.train(self._case.workload.trains)
         self._own_what_is_trained(module)
         self._case = _with_fake_samples(self._case)
@@ -207,9 +211,7 @@ class TracedRank:
             return
         with contextlib.suppress(Exception), Ledger(self._fake, lambda size: size, self._kernels.working_bytes):
             self._prepare(case)
-            module = case.load()
-            for _, convert in case.conversions():
-                module = convert(module)
+            module = _converted(case, case.load())
             module.train(case.workload.trains)
             case = _with_fake_samples(case)
             case.workload.start(module, _zeros, case.techniques, case.context)()
@@ -227,20 +229,15 @@ class TracedRank:
 
     def _made(self, case: Assembly, techniques: Sequence[plugins.Technique]) -> nn.Module:
         module = self._load(dataclasses.replace(case, techniques=()))
-        for _, convert in dataclasses.replace(case, techniques=tuple(techniques)).conversions():
-            module = convert(module)
-        return module
+        return _converted(dataclasses.replace(case, techniques=tuple(techniques)), module)
 
     def _stages(self, ranks: Sequence[int]) -> RankEstimate:
         ledger, figures = self._ledger, dict[str, int]()
         with self._phase() as loading:
             module = self._load(self._case)
         with self._phase() as applying:
-            for _, convert in self._case.conversions():
-                module = convert(module)
-        self.module = module.train(self._case.workload.trains)
-        self._own_what_is_trained(module)
-        self._case = _with_fake_samples(self._case)
+            module = _converted(self._case, module)
+        self.module = self._set_up(module)
         warmup, _ = steps_for_memory(self._case.techniques, in_ranks=self._device.in_ranks)
         with self._phase() as warming:
             step = self._case.workload.start(module, _zeros, self._case.techniques, self._case.context)
@@ -255,14 +252,8 @@ class TracedRank:
             "apply_peak_live_bytes": applying.whole.bytes,
             "warmup_peak_live_bytes": warming.whole.bytes,
             "peak_live_bytes": running.whole.bytes,
-            "weights_bytes": bytes_of(kept_tensors(module)),
+            **self._weights(module),
         }
-        if self._case.workload.trains:
-            trained = bytes_of(each for each in module.parameters() if each.requires_grad)
-            figures |= {
-                "trained_weights_bytes": trained,
-                "frozen_weights_bytes": figures["weights_bytes"] - trained,
-            }
         breakdown, held = Breakdown(ledger, self._case.context.inventory, module).take(step, running)
         figures |= {FIELD_OF_CATEGORY[each]: size for each, size in held.items() if each in FIELD_OF_CATEGORY}
         with self._phase() as saving:
@@ -283,6 +274,18 @@ class TracedRank:
             added_bytes=added,
             leaves_out=tuple(self._leaves_out),
         )
+
+    def _weights(self, module: nn.Module) -> dict[str, int]:
+        """Return the figures of the weights, by metric field."""
+        weights = bytes_of(kept_tensors(module))
+        if not self._case.workload.trains:
+            return {"weights_bytes": weights}
+        trained = bytes_of(each for each in module.parameters() if each.requires_grad)
+        return {
+            "weights_bytes": weights,
+            "trained_weights_bytes": trained,
+            "frozen_weights_bytes": weights - trained,
+        }
 
     @contextlib.contextmanager
     def _phase(self) -> Iterator[Span]:
@@ -319,6 +322,12 @@ class TracedRank:
         if 0 in loading and not case.workload.trains:  # weights that are written to are pages of the file no more
             self._ledger.leave_out(module.parameters())
         return module
+
+
+def _converted(case: Assembly, module: nn.Module) -> nn.Module:
+    for _, convert in case.conversions():
+        module = convert(module)
+    return module
 
 
 def _share_left(technique: plugins.Technique) -> float:
