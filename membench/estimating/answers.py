@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator
 
 from membench.estimating.fit import Fit, Outcome
@@ -76,9 +77,7 @@ def remarks(found: Fit, *, has_runs: bool) -> Iterator[str]:
     """Yield lines on the question, what is known of the best stacks, and what was not tried."""
     yield f"{found.model}: {_question(found)}"
     yield _memory(found)
-    counts = {
-        verdict: sum(each.verdict == verdict for each in found.outcomes) for verdict in ("fits", "too large", "unknown")
-    }
+    counts = collections.Counter(each.verdict for each in found.outcomes)
     yield (
         f"{len(found.outcomes)} stacks in {found.searched_s:.0f} s, {found.seconds:.0f} s in all: {counts['fits']} fit,"
         f" {counts['too large']} are too large, {counts['unknown']} cannot be applied or estimated"
@@ -137,13 +136,8 @@ def breakdown(found: Why, form: str = DEFAULT) -> str:
         if style.is_flat:
             rows.append({"part": part, "peak_bytes": peak, **{f"{each}_bytes": size for each, size in sizes.items()}})
         else:
-            rows.append(
-                {
-                    "part": part,
-                    "peak": format_bytes(peak),
-                    **{e: format_bytes(s) if s else "–" for e, s in sizes.items()},
-                }
-            )
+            cells = {each: format_bytes(size) if size else "–" for each, size in sizes.items()}
+            rows.append({"part": part, "peak": format_bytes(peak), **cells})
     return style.render(rows)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,7 @@ _DEFAULT_LENGTH = 2048
 _QUICK_S = 15
 """Stacks whose estimate took longer, such as those that quantize, are not estimated again with other sizes."""
 _LENGTH_STEP = 64
+_SETTINGS = Settings.model_validate({"evaluate_s": 0, "timeout_s": _TIMEOUT_S})
 Verdict = Literal["fits", "too large", "unknown"]
 
 
@@ -179,8 +180,7 @@ class Question:
         """Return the job that estimates a stack."""
         kind = "cuda" if self.budget.count == 1 else f"{self.budget.count}xcuda"
         case = Case(self.name, stack.name, workload.kind, kind, self.model, stack.plugins, workload.plugin)
-        settings = Settings.model_validate({"evaluate_s": 0, "timeout_s": _TIMEOUT_S})
-        return dataclasses.replace(estimate_from_case(case, 0, settings), extrapolates=extrapolates)
+        return dataclasses.replace(estimate_from_case(case, 0, _SETTINGS), extrapolates=extrapolates)
 
 
 def _of_memory(text: str) -> Budget:
@@ -206,11 +206,13 @@ class _Search:
         self._usable_bytes = question.budget.per_device_bytes
         self._found: dict[str, Outcome] = {}
         self._stacks = {stack.name: stack for stack in stacks.candidates(question.workload, question.budget.count)}
+        self._jobs = {
+            name: question.job(stack, question.workload, extrapolates=True) for name, stack in self._stacks.items()
+        }
 
     def run(self) -> Fit:
         asked = self._asked
-        jobs = [asked.job(stack, asked.workload, extrapolates=True) for stack in self._stacks.values()]
-        with lanes(jobs) as submit:
+        with lanes(list(self._jobs.values())) as submit:
             began = time.monotonic()
             self._estimate_all(submit)
             searched_s = time.monotonic() - began
@@ -218,17 +220,17 @@ class _Search:
             self._enlarge(submit)
         return Fit(asked.name, asked.budget, asked.workload, self._free, tuple(self._sorted()), searched_s, 0.0)
 
-    def _parameters(self, submit: Submit) -> int | None:
-        """Return how many parameters the model has."""
-        alone = dataclasses.replace(self._asked, budget=dataclasses.replace(self._asked.budget, count=1))
-        record = submit(alone.job(Stack.of(REFERENCE), self._asked.workload, extrapolates=True)).result()
+    def _parameters(self, record: Record) -> int | None:
+        """Return how many parameters the model has, of which this is the estimate without any technique."""
         weights = record.metrics.get("weights_bytes")
         if weights is None and record.status != "ok":
             raise SuiteError(f"model '{self._asked.name}' cannot be estimated: {record.message}")
         return None if weights is None else int(weights // 4)
 
     def _estimate_all(self, submit: Submit) -> None:
-        parameters = self._parameters(submit)
+        alone = dataclasses.replace(self._asked, budget=dataclasses.replace(self._asked.budget, count=1))
+        reference = submit(alone.job(Stack.of(REFERENCE), self._asked.workload, extrapolates=True))
+        parameters = self._parameters(reference.result())
         least: dict[str, int] = {}
         for stack in self._stacks.values():
             try:
@@ -240,8 +242,7 @@ class _Search:
         self._found |= {name: Outcome(name, "too large", size, how=how) for name, size in too_large.items()}
         # Those first that are likely to fit.
         names = sorted(least.keys() - too_large.keys(), key=lambda name: (least[name], name))
-        jobs = {name: self._asked.job(self._stacks[name], self._asked.workload, extrapolates=True) for name in names}
-        waiting: dict[Future[Record], str] = {submit(job): name for name, job in jobs.items()}
+        waiting = {reference if name == REFERENCE else submit(self._jobs[name]): name for name in names}
         while waiting:
             self._say_how_far()
             done, _ = wait(waiting, return_when=FIRST_COMPLETED)
@@ -254,19 +255,19 @@ class _Search:
         needed = record.metrics.get(PEAK)
         if record.status != "ok" or needed is None:
             return Outcome(name, "unknown", reason=record.message or record.status)
-        parts = [process.peak_part for process in record.processes if process.peak_part]
+        (process,) = record.processes
         return Outcome(
             name,
             "fits" if needed <= self._usable_bytes else "too large",
             int(needed),
-            parts[0] if parts else None,
+            process.peak_part,
             str(record.obtained[PEAK].get("source", "")).partition(";")[0],
             seconds=record.duration_s,
             known={each: self._known[each] for each in (name, *name.split("+")) if each in self._known},
         )
 
     def _say_how_far(self) -> None:
-        fitting = [each for each in self._sorted() if each.verdict == "fits"]
+        fitting = self._fitting()
         best = fitting[0] if fitting else None
         self._tell(
             "searching", {"tried": len(self._found), "of": len(self._stacks), "fits": len(fitting), "best": best}
@@ -274,21 +275,24 @@ class _Search:
 
     def _sorted(self) -> list[Outcome]:
         """Return what fits by what it costs; then what does not by what it needs; then what is not known."""
-        order: dict[Verdict, int] = {"fits": 0, "too large": 1, "unknown": 2}
+        others = [each for each in self._found.values() if each.verdict != "fits"]
+        return [
+            *self._fitting(),
+            *sorted(others, key=lambda each: (each.verdict == "unknown", each.needed_bytes or 0)),
+        ]
 
+    def _fitting(self) -> list[Outcome]:
         def place(outcome: Outcome) -> tuple[Any, ...]:
-            if outcome.verdict != "fits":
-                return order[outcome.verdict], outcome.needed_bytes or 0
             quality = known_costs.quality_rank(outcome.stack, self._known)
-            return order["fits"], quality, len(self._stacks[outcome.stack].members), outcome.needed_bytes
+            return quality, len(self._stacks[outcome.stack].members), outcome.needed_bytes
 
-        return sorted(self._found.values(), key=place)
+        return sorted((each for each in self._found.values() if each.verdict == "fits"), key=place)
 
     def _confirm(self, submit: Submit) -> None:
         """Trace the best stacks with all layers; one that then does not fit is no longer among them."""
         checked: set[str] = set()
         while True:
-            best = [each.stack for each in self._sorted() if each.verdict == "fits"][:_CONFIRMED]
+            best = [each.stack for each in self._fitting()[:_CONFIRMED]]
             left = [name for name in best if name not in checked and "extrapolated" in self._found[name].how]
             if not left:
                 return
@@ -302,8 +306,7 @@ class _Search:
 
     def _enlarge(self, submit: Submit) -> None:
         """Find how far the free number of the best stacks may grow."""
-        quick = [each for each in self._sorted() if each.verdict == "fits" and each.seconds <= _QUICK_S]
-        best = [each.stack for each in quick][:_ENLARGED]
+        best = [each.stack for each in self._fitting() if each.seconds <= _QUICK_S][:_ENLARGED]
         for name in best:
             self._tell("enlarging", {"stack": name})
         searches = {name: self._enlarging(name) for name in best}

@@ -34,9 +34,8 @@ class KnownCost:
     def __str__(self) -> str:
         said = []
         if self.lost is not None:
-            said.append(
-                f"{f'{self.lost:.3g} {self.quality} lost' if self.lost > 0 else 'no loss measured'} on {self.model}"
-            )
+            loss = f"{self.lost:.3g} {self.quality} lost" if self.lost > 0 else "no loss measured"
+            said.append(f"{loss} on {self.model}")
         if self.time_ratio is not None:
             said.append(f"{format_ratio(self.time_ratio)} time ({self.model}, {self.workload}, {self.device})")
         return "; ".join(said)

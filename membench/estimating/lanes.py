@@ -51,7 +51,7 @@ def lanes(jobs: Sequence[EstimateJob]) -> Iterator[Submit]:
             finally:
                 idle.put(executor)
 
-        # Executors are closed after the threads have ended: the kernel ends what a thread started when that ends.
+        # Executors are closed before the threads end: the kernel ends what a thread started when that ends.
         pool = ThreadPoolExecutor(count)
         try:
             yield lambda job: pool.submit(estimate, job)

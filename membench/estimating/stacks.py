@@ -94,14 +94,6 @@ class Stack:
     def members(self) -> list[str]:
         return [] if self.name == REFERENCE else self.name.split("+")
 
-    def spread(self, count: int) -> Mapping[str, int]:
-        """Return the devices along each dimension.
-
-        Raises:
-            plugins.Unsuitable: if its degrees do not multiply to so many.
-        """
-        return {str(dimension): share for dimension, share in degrees(self.techniques, count).items()}
-
     def least_bytes(self, parameters: int, workload: Workload, count: int) -> int:
         """Return what weights, gradients and optimizer states take on a device at least, by arithmetic.
 
@@ -109,25 +101,23 @@ class Stack:
 
         Args:
             parameters: of the model.
+
+        Raises:
+            plugins.Unsuitable: if its degrees do not multiply to so many devices.
         """
-        bits = 32.0
-        state: float | None = None
-        trains_all, has_gradients = workload.trains, True
-        for technique in self.techniques:
-            if (named := technique.nominal_bits()) is not None:
-                bits = min(bits, named)
-            if (states := technique.nominal_state_bytes()) is not None:
-                state = states
-            trains_all &= not technique.trains_adapters
-            has_gradients &= "step-in-backward" not in self.members
-        weight = bits / 8
-        if state is None:
-            state = 0.0 if "adafactor" in self.members else 2 * weight
+        named = [bits for each in self.techniques if (bits := each.nominal_bits()) is not None]
+        weight = min([32.0, *named]) / 8
+        states = [size for each in self.techniques if (size := each.nominal_state_bytes()) is not None]
+        state = states[-1] if states else 0.0 if "adafactor" in self.members else 2 * weight
+        trains_all = workload.trains and not any(each.trains_adapters for each in self.techniques)
+        has_gradients = "step-in-backward" not in self.members
         shared = shared_states = 1
-        for dimension, share in self.spread(count).items():
-            technique = next(t for t in self.techniques if isinstance(t, Parallel) and t.dimension == dimension)
-            shared *= share if technique.splits_model else 1
-            shared_states *= share if technique.splits_model or technique.shares_states else 1
+        along = degrees(self.techniques, count)
+        for technique in self.techniques:
+            if isinstance(technique, Parallel):
+                share = along[technique.dimension]
+                shared *= share if technique.splits_model else 1
+                shared_states *= share if technique.splits_model or technique.shares_states else 1
         needed = parameters * weight / shared
         if trains_all:
             needed += parameters * (weight * has_gradients / shared + state / shared_states)
@@ -156,7 +146,7 @@ def _training(count: int) -> Iterator[str]:
 
 
 def _inference(workload: Workload, count: int) -> Iterator[str]:
-    spread: Sequence[str] = ("",) if count == 1 else ("tensor-parallel", "fsdp")
+    spread: Sequence[str] = ("",) if count == 1 else _PARALLEL_INFERENCE
     caches = _CACHE if workload.kind == "generate" else ("",)
     for weights, cache, parallel in itertools.product(_WEIGHTS, caches, spread):
         yield _joined(weights, cache, parallel)

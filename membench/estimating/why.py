@@ -63,18 +63,16 @@ def why(model: str, stack: str, **asked: Any) -> Why:
         :_NEIGHBOURS
     ]
     job = question.job(chosen, question.workload, extrapolates=False)
-    with lanes([job, *(question.job(each, question.workload, extrapolates=True) for each in near)]) as submit:
+    jobs = {each.name: question.job(each, question.workload, extrapolates=True) for each in near}
+    with lanes([job, *jobs.values()]) as submit:
         whole = submit(job)
-        others = {each.name: submit(question.job(each, question.workload, extrapolates=True)) for each in near}
+        others = {name: submit(other) for name, other in jobs.items()}
         record = whole.result()
         needs = {name: other.result().metrics.get(PEAK) for name, other in others.items()}
     needed = record.metrics.get(PEAK)
     if needed is None:
         raise SuiteError(f"{stack}: {record.message or record.status}")
-    process = max(
-        record.processes, key=lambda each: sum((each.breakdown_bytes or {}).get(each.peak_part or "", {}).values())
-    )
-    breakdown = {part: dict(held) for part, held in (process.breakdown_bytes or {}).items()}
+    (process,) = record.processes
     less = {name: int(size) for name, size in needs.items() if size and size < needed}
     return Why(
         question.name,
@@ -85,7 +83,7 @@ def why(model: str, stack: str, **asked: Any) -> Why:
         process.peak_part,
         str(record.obtained[PEAK].get("source", "")),
         {part: int(size) for part in PARTS if (size := record.metrics.get(f"{part}_peak_live_bytes"))},
-        breakdown,
+        process.breakdown_bytes or {},
         dict(sorted(less.items(), key=lambda each: each[1])),
     )
 

@@ -125,9 +125,7 @@ class Config(Model):
         small = architectures.shrunk(architecture, config)
         if small is None:
             return None
-        made = type(self).model_validate({"source": self.source})
-        made._known = (architecture, small)
-        return made
+        return self._of(architecture, small)
 
     def depth(self) -> int | None:
         from membench.builtin.models import depth
@@ -138,8 +136,12 @@ class Config(Model):
         from membench.builtin.models import depth
 
         architecture, config = self._architecture()
+        return self._of(architecture, depth.cut(config, layers))
+
+    def _of(self, architecture: Any, config: Any) -> Model:
+        """A model of the same source with another configuration."""
         made = type(self).model_validate({"source": self.source})
-        made._known = (architecture, depth.cut(config, layers))
+        made._known = (architecture, config)
         return made
 
     def _path(self) -> Path | None:
