@@ -144,6 +144,12 @@ def test_the_largest_batch_fits_and_one_more_row_does_not(found: Fit, config: Pa
     assert fits <= parse_bytes("20MB") < too_large
 
 
+def test_a_sequence_as_long_as_the_model_takes_is_not_enlarged(config: Path) -> None:
+    found = fit(str(config), memory="60MB", workload="forward", batch_size=1, length=512, free="context")
+    best = found.fitting[0]
+    assert (best.largest, best.is_at_least) == (512, False)
+
+
 def test_the_answer_says_what_was_not_tried_and_that_costs_are_unknown(found: Fit) -> None:
     said = "\n".join(answers.remarks(found, has_runs=False))
     assert "not tried: pipelines" in said

@@ -310,18 +310,16 @@ class _Search:
         for name in best:
             self._tell("enlarging", {"stack": name})
         searches = {name: self._enlarging(name) for name in best}
-        asking = {name: next(search) for name, search in searches.items()}
-        while asking:
-            futures = {name: submit(self._job_of_size(name, size)) for name, size in asking.items()}
-            for name, future in futures.items():
-                outcome = self._outcome(name, future.result())
-                needed = outcome.needed_bytes if outcome.verdict != "unknown" else None
+        needed: dict[str, int | None] = dict.fromkeys(best)
+        while needed:
+            futures = {}
+            for name, size_bytes in needed.items():
                 try:
-                    asking[name] = searches[name].send(needed)
+                    futures[name] = submit(self._job_of_size(name, searches[name].send(size_bytes)))
                 except StopIteration as stop:
-                    del asking[name]
                     largest, is_at_least = stop.value
                     self._found[name] = dataclasses.replace(self._found[name], largest=largest, is_at_least=is_at_least)
+            needed = {name: self._outcome(name, future.result()).needed_bytes for name, future in futures.items()}
 
     def _job_of_size(self, name: str, size: int) -> EstimateJob:
         workload = self._asked.workload
