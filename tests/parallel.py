@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import membench
 from membench.cli import main
 from membench.records.record import Record
 from membench.records.run_file import newest_run, read_run
@@ -42,3 +43,10 @@ def run(suite: str, folder: Path) -> dict[str, Record]:
     (folder / "suite.toml").write_text(f"{suite}\n{MODEL}\n{SETTINGS}")
     assert main(["run", str(folder / "suite.toml"), "--output", str(folder / "results")]) == 0
     return {record.id: record for record in read_run(newest_run(folder / "results")).records}
+
+
+def estimates(suite: str, folder: Path) -> dict[str, Record]:
+    """Estimate a suite's text with the model ``small`` and few steps; return its records by technique."""
+    (folder / "suite.toml").write_text(f"{suite}\n{MODEL}\n{SETTINGS}")
+    found = membench.estimate(membench.load_suite(folder / "suite.toml"))
+    return {record.case["technique"]: record for record in found.records}

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 
 import pytest
 
-import membench
 from membench.records.record import Record
 from tests import parallel
 
-_SUITE = f"""
+_SUITE = """
 [suite]
 name = "loading"
 [matrix]
@@ -27,8 +26,6 @@ mmap = true
 use = "forward"
 batch_size = 1
 sequence_length = 16
-{parallel.MODEL}
-{parallel.SETTINGS}
 """
 _ROUNDING = 0.01
 """Memory comes in pages of 4 KiB."""
@@ -36,9 +33,7 @@ _ROUNDING = 0.01
 
 @pytest.fixture(scope="module")
 def estimates(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Record]:
-    path = tmp_path_factory.mktemp("loading") / "suite.toml"
-    path.write_text(_SUITE)
-    return {record.id.split("/")[1]: record for record in membench.estimate(membench.load_suite(path)).records}
+    return parallel.estimates(_SUITE, tmp_path_factory.mktemp("loading"))
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import membench
 from membench.records.record import Record
 from membench.worker.tracing.fake_modules import converting_fake_modules, making_fake_subclasses
 from membench.worker.tracing.ledger import Ledger
 from tests import parallel
 
-_SUITE = f"""
+_SUITE = """
 [suite]
 name = "values"
 [matrix]
@@ -41,8 +40,6 @@ storage = "csr"
 [technique.student]
 use = "from-scratch"
 steps = 1
-{parallel.MODEL}
-{parallel.SETTINGS}
 """
 _ATTENTION, _FFN = 4 * parallel.WIDTH**2, 3 * parallel.WIDTH * parallel.INNER_WIDTH
 """Weights of the linear layers in one of the decoder's."""
@@ -52,9 +49,7 @@ _MATRICES = 7
 
 @pytest.fixture(scope="module")
 def estimates(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Record]:
-    path = tmp_path_factory.mktemp("values") / "suite.toml"
-    path.write_text(_SUITE)
-    return {record.id.split("/")[1]: record for record in membench.estimate(membench.load_suite(path)).records}
+    return parallel.estimates(_SUITE, tmp_path_factory.mktemp("values"))
 
 
 @pytest.mark.parametrize(
